@@ -1,0 +1,53 @@
+"""GraftKit adapts a pre-trained model to a task.
+
+Everything is imported when it is first used, so that `import graftkit` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_FRONT = {
+    "tune": "graftkit.run",
+    "Run": "graftkit.run",
+    "attach": "graftkit.graft",
+    "detach": "graftkit.graft",
+    "load": "graftkit.graft",
+    "Graft": "graftkit.graft",
+    "Backbone": "graftkit.backbone",
+    "Recipe": "graftkit.recipe",
+    "UserError": "graftkit.errors",
+    "NotFoldable": "graftkit.errors",
+}
+
+if TYPE_CHECKING:
+    from graftkit.backbone import Backbone as Backbone
+    from graftkit.errors import NotFoldable as NotFoldable
+    from graftkit.errors import UserError as UserError
+    from graftkit.graft import Graft as Graft
+    from graftkit.graft import attach as attach
+    from graftkit.graft import detach as detach
+    from graftkit.graft import load as load
+    from graftkit.recipe import Recipe as Recipe
+    from graftkit.run import Run as Run
+    from graftkit.run import tune as tune
+
+
+def _methods() -> dict[str, str]:
+    from graftkit.catalogue import entries
+
+    return {entry.class_name: entry.module for entry in entries("method").values()}
+
+
+def __getattr__(name: str) -> Any:
+    module = _FRONT.get(name) or _methods().get(name)
+    if module is None:
+        raise AttributeError(f"module 'graftkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FRONT, *_methods()])

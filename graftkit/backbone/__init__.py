@@ -1,0 +1,7 @@
+"""A pre-trained model with its processor and its anatomy."""
+
+from graftkit.backbone.anatomy import Site, find_sites
+from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.sites import select, select_parameters
+
+__all__ = ["Backbone", "Site", "find_sites", "select", "select_parameters"]

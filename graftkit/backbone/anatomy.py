@@ -1,0 +1,149 @@
+"""What the parts of a model are, found from its modules rather than from a table of model names.
+
+A *block* is one element of the longest outermost `nn.ModuleList` of like modules. Inside a block the
+attention part is the child that holds a query map; what else is linear there is feed-forward. Names of maps
+(`query`, `q_proj`, `c_attn` ...) are the vocabulary of the field, not of one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+Q_NAMES = {"q", "query", "q_proj", "q_lin", "to_q", "wq", "query_proj", "q_linear"}
+K_NAMES = {"k", "key", "k_proj", "k_lin", "to_k", "wk", "key_proj", "k_linear"}
+V_NAMES = {"v", "value", "v_proj", "v_lin", "to_v", "wv", "value_proj", "v_linear"}
+QKV_NAMES = {"qkv", "qkv_proj", "c_attn", "query_key_value", "in_proj", "wqkv", "attn_qkv"}
+O_NAMES = {"o", "o_proj", "out_proj", "out_lin", "wo", "to_out"}
+GATE_NAMES = {"gate", "gate_proj", "w1", "wi_0"}
+HEAD_NAMES = {"classifier", "score", "lm_head", "qa_outputs", "head", "fc", "cls", "projector"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that holds parameters of its own: where a method may attach."""
+
+    name: str
+    module: nn.Module
+    role: str  # q, k, v, o, qkv, up, gate, down, linear, norm, embedding, head, pooler or other
+    block: int | None  # index of its block; None outside of the blocks
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters(recurse=False))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a map x W + b: `nn.Linear`, or the `Conv1D` of GPT-2 with W transposed."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored (in, out), as the `Conv1D` of GPT-2 does."""
+    return type(module).__name__ == "Conv1D"
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear map."""
+    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    return (int(rows), int(columns)) if is_transposed(module) else (int(columns), int(rows))  # type: ignore[arg-type]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """LayerNorm, RMSNorm of any model, BatchNorm, GroupNorm: told by the class name, as models bring their own."""
+    return "norm" in type(module).__name__.lower()
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each block in order: the largest outermost list of modules of one class."""
+    best: list[tuple[str, nn.Module]] = []
+    best_size = 0
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or name.startswith(inside or ("\0",)):
+            continue
+        if len({type(child) for child in module}) != 1 or not any(is_linear(m) for m in module.modules()):
+            continue
+        inside += (f"{name}.",)
+        size = sum(parameter.numel() for parameter in module.parameters())
+        if size > best_size:
+            best = [(f"{name}.{index}", child) for index, child in enumerate(module)]
+            best_size = size
+    return best
+
+
+def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+    """All sites of a model in definition order, and the names of its blocks."""
+    blocks = find_blocks(model)
+    owner = {name: index for index, (name, _) in enumerate(blocks)}
+    attention = [_attention_child(block) for _, block in blocks]
+    sites = []
+    for name, module in _own_modules(model):
+        block = next((i for prefix, i in owner.items() if name == prefix or name.startswith(prefix + ".")), None)
+        if block is None:
+            role = _outside_role(model, name, module)
+        else:
+            role = _inside_role(name[len(blocks[block][0]) + 1 :], module, attention[block])
+        sites.append(Site(name, module, role, block))
+    if not any(site.role == "head" for site in sites) and not blocks:
+        last = max((i for i, s in enumerate(sites) if is_linear(s.module)), default=None)
+        if last is not None:  # a user's own module: its last linear map is its head
+            sites[last] = Site(sites[last].name, sites[last].module, "head", None)
+    return tuple(sites), tuple(name for name, _ in blocks)
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            yield name, module
+
+
+def _attention_child(block: nn.Module) -> str | None:
+    """Relative name of the block's child that holds the query map."""
+    for name, module in block.named_modules():
+        leaf = name.rsplit(".", 1)[-1].lower()
+        if is_linear(module) and leaf in Q_NAMES | QKV_NAMES:
+            return name.split(".", 1)[0] if "." in name else None
+    return None
+
+
+def _inside_role(relative: str, module: nn.Module, attention: str | None) -> str:
+    leaf = relative.rsplit(".", 1)[-1].lower()
+    if is_norm(module):
+        return "norm"
+    if isinstance(module, nn.Embedding):
+        return "other"
+    if not is_linear(module):
+        return "other"
+    for names, role in ((Q_NAMES, "q"), (K_NAMES, "k"), (V_NAMES, "v"), (QKV_NAMES, "qkv")):
+        if leaf in names:
+            return role
+    if attention is not None and relative.startswith(attention + "."):
+        return "o"
+    if attention is None and leaf in O_NAMES:
+        return "o"
+    if leaf in GATE_NAMES:
+        return "gate"
+    inputs, outputs = features(module)
+    if inputs == outputs:
+        return "linear"
+    return "up" if outputs > inputs else "down"
+
+
+def _outside_role(model: nn.Module, name: str, module: nn.Module) -> str:
+    parts = name.lower().split(".")
+    prefix = getattr(model, "base_model_prefix", "")
+    has_base = bool(prefix) and hasattr(model, prefix)
+    if "pooler" in parts:
+        return "pooler"
+    if has_base and not name.startswith(f"{prefix}."):
+        return "head"
+    if isinstance(module, nn.Embedding) or any("embed" in part for part in parts):
+        return "norm" if is_norm(module) else "embedding"
+    if is_norm(module):
+        return "norm"
+    if not has_base and parts[-1] in HEAD_NAMES and is_linear(module):
+        return "head"
+    return "linear" if is_linear(module) else "other"

@@ -1,0 +1,90 @@
+"""Attention of our own for transformers models: the place where keys and values can be added.
+
+Models of transformers 5 call an attention function by name. `adopt` gives a model ours, which is theirs
+(`sdpa`) plus the keys and values that additions on the attention module offer. This is sturdier than
+handing prefixes in as a cache: it works for encoders, grouped-query heads, rotary positions and generation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone.backbone import Backbone
+from graftkit.errors import UserError
+
+NAME = "graftkit_sdpa"
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention over the added keys and values and the usual ones.
+
+    query (batch, heads, length, d); key, value (batch, kv heads, kv length, d); mask None, boolean
+    (True = attend) or additive, (batch, 1 or heads, length, kv length).
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    for child in module.children():
+        if isinstance(child, AddedKeysValues) and child.active:
+            key, value, attention_mask = extend(module, child, query, key, value, attention_mask, kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+class AddedKeysValues(nn.Module):
+    """An addition on an attention module that offers keys and values; each (kv heads, tokens, d)."""
+
+    active = True
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+def extend(
+    module: nn.Module, added: AddedKeysValues, query: Tensor, key: Tensor, value: Tensor,
+    mask: Tensor | None, kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Put the added keys and values in front; every query may attend to them."""
+    batch, _, length, _ = query.shape
+    new_key, new_value = added.keys_values()
+    tokens = new_key.shape[1]
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if mask is None and causal and length > 1:
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=key.device)
+        mask = mask.tril(key.shape[2] - length)[None, None]
+    if mask is not None:
+        front = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
+        mask = torch.cat([front.expand(*mask.shape[:-1], tokens), mask], dim=-1)
+    key = torch.cat([new_key.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
+    value = torch.cat([new_value.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
+    return key, value, mask
+
+
+def adopt(backbone: Backbone) -> None:
+    """Make a transformers model call `attention_forward`. Raises `UserError` where it cannot."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import sdpa_mask
+
+    model = backbone.model
+    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+        raise UserError(
+            f"{type(model).__name__} does not call its attention through transformers' attention interface, so "
+            "keys and values cannot be added to it. Use lora or adapter instead."
+        )
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def attention_modules(backbone: Backbone) -> list[tuple[int, str, nn.Module]]:
+    """(block, name, module) of the module in each block that calls the attention function: the parent of q."""
+    found = []
+    for site in backbone.sites:
+        if site.block is not None and site.role in ("q", "qkv"):
+            name = site.name.rpartition(".")[0]
+            found.append((site.block, name, backbone.module(name)))
+    return found

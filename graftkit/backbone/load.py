@@ -1,0 +1,227 @@
+"""From what a recipe names (folder, hub id, `package.module:function`) to a `Backbone`.
+
+Weights are safetensors only, no remote code runs, and nothing is fetched unless a hub id is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftkit.backbone.backbone import Backbone
+from graftkit.errors import UserError, listing, nearest
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, checked before any weight is read."""
+
+    name: str
+    folder: Path | None = None
+    module: nn.Module | None = None
+
+    @property
+    def location(self) -> str:
+        return str(self.folder) if self.folder is not None else self.name
+
+
+def find_source(name: str) -> Source:
+    """Find the model that a recipe names. Raises `UserError` where it cannot be had, and says why."""
+    if ":" in name and not Path(name).exists():
+        made = _call(name)
+        if isinstance(made, nn.Module):
+            return Source(name, module=made)
+        return _folder(name, Path(made))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(name, path)
+    if path.is_file():
+        raise UserError(f"model {name!r} is a file; name the folder that holds config.json and the weights.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"model folder {name!r} does not exist.{nearest(path.name, siblings)}")
+    return _hub(name)
+
+
+def _call(name: str) -> Any:
+    module_name, _, function = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"model {name!r}: module {module_name!r} cannot be imported ({error}). "
+            "Install the package that holds it, or put its folder on PYTHONPATH."
+        ) from None
+    if not hasattr(module, function):
+        raise UserError(f"model {name!r}: {module_name} has no {function!r}.{nearest(function, dir(module))}")
+    made = getattr(module, function)()
+    if not isinstance(made, nn.Module | str | Path):
+        raise UserError(
+            f"model {name!r} gave a {type(made).__name__}; it must return an nn.Module or a model folder's path."
+        )
+    return made
+
+
+def _folder(name: str, folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        hint = ""
+        if (folder / "recipe.yaml").is_file():
+            hint = " This is a run of graftkit: use `graftkit predict` or `graftkit evaluate` with it."
+        elif (folder / "adapter_config.json").is_file():
+            hint = " This is an adapter, not a model: name the model that it was trained on."
+        raise UserError(f"model folder {name!r} has no config.json, so it is not a transformers model.{hint}")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}.") from None
+    if not any(folder.glob("*.safetensors")):
+        pickles = [pickle for pickle in PICKLES if (folder / pickle).exists()]
+        if pickles:
+            raise UserError(
+                f"model folder {name!r} has its weights as a pickle ({pickles[0]}), which can run any code when "
+                "it is opened, so graftkit does not open it. Convert it once where you trust it: "
+                "AutoModel.from_pretrained(folder).save_pretrained(folder) writes model.safetensors."
+            )
+        raise UserError(f"model folder {name!r} has no weights (*.safetensors).")
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+        raise UserError(
+            f"model folder {name!r} has no tokenizer (tokenizer.json). Save the model's tokenizer there: "
+            "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
+        )
+    return Source(name, folder=folder)
+
+
+def _hub(name: str) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return _folder(name, Path(snapshot_download(name, allow_patterns=patterns)))
+    except RepositoryNotFoundError:
+        raise UserError(f"model {name!r} is neither a folder here nor a public model of the hub.") from None
+    except UserError:
+        raise
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
+        raise UserError(
+            f"model {name!r} is not a folder here and not in the local cache, and {why}. "
+            "Name a local model folder, or download the model while online."
+        ) from None
+
+
+def pooling_of(folder: Path | None) -> str | None:
+    """What a sentence-transformers folder says about pooling: 'mean', 'cls', 'last', or None."""
+    path = folder / "1_Pooling" / "config.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    names = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_lasttoken": "last",
+    }
+    return next((mode for key, mode in names.items() if config.get(key)), None)
+
+
+def load_backbone(
+    source: Source, *, labels: Sequence[str] | None = None, meta: bool = False, seed: int = 0
+) -> Backbone:
+    """Load the model and its processor.
+
+    `labels`: build the architecture's own classification head for these labels
+    (`AutoModelForSequenceClassification`); None loads the bare encoder or decoder.
+    `meta`: shapes only, no weights are read; for the plan and for `inspect`.
+    """
+    if source.module is not None:
+        return Backbone(source.module, source=source.name)
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    assert source.folder is not None
+    folder = str(source.folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"model {source.name!r} cannot be read: {_first_line(error)}") from None
+    if labels is not None:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    auto = AutoModel if labels is None else AutoModelForSequenceClassification
+    missing: tuple[str, ...] = ()
+    try:
+        if meta:
+            with torch.device("meta"):
+                model = auto.from_config(config)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model, info = auto.from_pretrained(
+                    folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+                    ignore_mismatched_sizes=labels is not None, output_loading_info=True,
+                )  # fmt: skip
+                missing = tuple(sorted(info["missing_keys"]))
+    except Exception as error:
+        raise UserError(f"model {source.name!r} cannot be loaded: {_first_line(error)}") from None
+    model.eval()
+    backbone = Backbone(
+        model, tokenizer, source.name, pooling_of(source.folder),
+        _max_length(source.folder, config, tokenizer), missing=missing,
+    )  # fmt: skip
+    _refuse_holes(backbone)
+    return backbone
+
+
+def _refuse_holes(backbone: Backbone) -> None:
+    """A base parameter that the weights lack would be random, and another one after each load."""
+    roles = {site.name: site.role for site in backbone.sites}
+    holes = [name for name in backbone.missing if roles.get(name.rpartition(".")[0]) not in ("head", "pooler")]
+    if holes:
+        raise UserError(
+            f"the weights of {backbone.source!r} lack {len(holes)} parameters of its architecture "
+            f"({listing(holes, 4)}); the file is incomplete or belongs to another config.json."
+        )
+
+
+def has_native_head(source: Source) -> bool:
+    """Whether transformers has a sequence classification class for this architecture."""
+    if source.folder is None:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("model_type") in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+
+def _max_length(folder: Path, config: Any, tokenizer: Any) -> int:
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    sentence = folder / "sentence_bert_config.json"
+    if sentence.is_file():
+        limits.append(json.loads(sentence.read_text(encoding="utf-8")).get("max_seq_length"))
+    known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 1_000_000]
+    return min(known, default=512)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,240 @@
+"""What methods and tasks there are, read from their source files without importing torch.
+
+A method or a task is one file whose name is its registration: `methods/lora.py` holds the frozen
+dataclass that a recipe writes as `lora(rank=8)`. Its fields are declared with `option`, so that names,
+types, bounds and help can be read here from the syntax tree: a recipe is checked, and `--help` answers,
+before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+from pathlib import Path
+from typing import Any
+
+from graftkit.errors import UserError, listing, nearest
+
+FAMILIES = {"method": "methods", "task": "tasks"}
+NOT_ENTRIES = {"__init__", "base", "metrics"}
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with what the command line, the recipe and the documentation need to know of it."""
+    bounds = {"at_least": at_least, "above": above, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One hyperparameter: its type as written, default, help and bounds."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    bounds: dict[str, Any]
+
+    def check(self, value: Any, owner: str) -> None:
+        """Raise `UserError` unless `value` has the type and lies within the bounds."""
+        types = [part.strip() for part in self.type.split("|")]
+        accepted = {
+            "int": isinstance(value, int) and not isinstance(value, bool),
+            "float": isinstance(value, int | float) and not isinstance(value, bool),
+            "bool": isinstance(value, bool),
+            "str": isinstance(value, str),
+            "None": value is None,
+            "tuple": isinstance(value, tuple | list),
+            "dict": isinstance(value, dict),
+        }
+        if not any(accepted.get(part, True) for part in types):
+            wanted = " or ".join({"None": "null"}.get(part, part) for part in types)
+            raise UserError(f"{owner}: {self.name} is {value!r}, but must be {wanted}.")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            self._check_bounds(value, owner)
+        if self.bounds["choices"] and isinstance(value, str) and value not in self.bounds["choices"]:
+            raise UserError(
+                f"{owner}: {self.name} is {value!r}, but must be one of "
+                f"{listing(self.bounds['choices'])}.{nearest(value, self.bounds['choices'])}"
+            )
+
+    def _check_bounds(self, value: float, owner: str) -> None:
+        tests = {
+            "at_least": ("at least", lambda bound: value >= bound),
+            "above": ("above", lambda bound: value > bound),
+            "below": ("below", lambda bound: value < bound),
+        }
+        for key, (words, holds) in tests.items():
+            bound = self.bounds[key]
+            if bound is not None and not holds(bound):
+                raise UserError(f"{owner}: {self.name} is {value}, but must be {words} {bound}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One method or task as its file declares it."""
+
+    name: str
+    class_name: str
+    module: str
+    summary: str
+    options: dict[str, Option]
+
+    def load(self) -> type:
+        """The class itself; this is where torch is imported."""
+        return getattr(importlib.import_module(self.module), self.class_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """`lora(rank=8)`, parsed and checked: a name and its keyword arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
+
+
+@functools.cache
+def entries(family: str) -> dict[str, Entry]:
+    """All entries of a family ('method' or 'task') by name."""
+    folder = Path(__file__).parent / FAMILIES[family]
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        if path.stem not in NOT_ENTRIES:
+            entry = _read(path, f"graftkit.{FAMILIES[family]}.{path.stem}")
+            if entry is not None:
+                found[entry.name] = entry
+    return found
+
+
+def _read(path: Path, module: str) -> Entry | None:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and any(_called(d) == "dataclass" for d in node.decorator_list):
+            if not any(ast.unparse(base) in ("Method", "Task") for base in node.bases):
+                continue
+            summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+            options = [
+                _option(item)
+                for item in node.body
+                if isinstance(item, ast.AnnAssign)
+                and isinstance(item.value, ast.Call)
+                and _called(item.value) == "option"
+            ]
+            return Entry(path.stem, node.name, module, summary, {o.name: o for o in options})
+    return None
+
+
+def _called(node: ast.expr) -> str:
+    function = node.func if isinstance(node, ast.Call) else node
+    return ast.unparse(function).split(".")[-1]
+
+
+def _option(item: ast.AnnAssign) -> Option:
+    assert isinstance(item.value, ast.Call) and isinstance(item.target, ast.Name)
+    given = dict(zip(("default", "help"), item.value.args)) | {
+        k.arg: k.value for k in item.value.keywords if k.arg
+    }
+    values = {key: ast.literal_eval(value) for key, value in given.items()}
+    bounds = {key: values.get(key) for key in ("at_least", "above", "below", "choices")}
+    return Option(
+        item.target.id, ast.unparse(item.annotation), values.get("default"), values.get("help", ""), bounds
+    )
+
+
+def parse(expression: str, family: str) -> tuple[Call, ...]:
+    """Read `lora(rank=8) + unfreeze('blocks[-2:]') + head()` into checked calls.
+
+    Raises `UserError` for a syntax error, an unknown name or option (the nearest known one is named) and
+    for a value of the wrong type or out of bounds.
+    """
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        example = "lora(rank=8) + head()" if family == "method" else "classify(class_weights='balanced')"
+        raise UserError(
+            f"{family} {expression!r} cannot be read: {error}. Write it as, for example, {example}"
+        ) from None
+    return tuple(_call(node, family, expression) for node in _terms(tree, family, expression))
+
+
+def _terms(node: ast.expr, family: str, expression: str) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _terms(node.left, family, expression) + _terms(node.right, family, expression)
+    if isinstance(node, ast.BinOp):
+        raise UserError(f"{family} {expression!r}: parts are joined by '+' only.")
+    return [node]
+
+
+def _call(node: ast.expr, family: str, expression: str) -> Call:
+    name_node = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(name_node, ast.Name):
+        raise UserError(f"{family} {expression!r}: {ast.unparse(node)!r} is not a {family}'s name.")
+    known = entries(family)
+    name = name_node.id
+    if name not in known:
+        raise UserError(f"there is no {family} {name!r} (known: {listing(known)}).{nearest(name, known)}")
+    entry = known[name]
+    arguments: dict[str, Any] = {}
+    if isinstance(node, ast.Call):
+        if len(node.args) > len(entry.options):
+            raise UserError(f"{name}() takes {len(entry.options)} values, but {len(node.args)} are given.")
+        for key, value in zip(entry.options, node.args):
+            arguments[key] = _value(value, name)
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise UserError(f"{name}(): '**' cannot be used here.")
+            if keyword.arg not in entry.options:
+                raise UserError(
+                    f"{name}() has no option {keyword.arg!r} (options: {listing(entry.options) or 'none'})."
+                    f"{nearest(keyword.arg, entry.options)}"
+                )
+            arguments[keyword.arg] = _value(keyword.value, name)
+    for key, value in arguments.items():
+        entry.options[key].check(value, f"{name}()")
+    return Call(name, arguments)
+
+
+def _value(node: ast.expr, name: str) -> Any:
+    if isinstance(node, ast.Name):  # a bare word stands for itself: pooling=mean
+        return {"null": None, "true": True, "false": False}.get(node.id, node.id)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise UserError(f"{name}(): {ast.unparse(node)!r} is not a plain value.") from None
+
+
+def build(calls: tuple[Call, ...], family: str) -> list[Any]:
+    """The values that checked calls describe; imports the files that define them, and so torch."""
+    return [entries(family)[call.name].load()(**call.arguments) for call in calls]
+
+
+def check_values(value: Any, family: str) -> None:
+    """The same checks for a value made in Python, from its `__post_init__`."""
+    name = type(value).__module__.rsplit(".", 1)[-1]
+    for field in dataclasses.fields(value):
+        bounds = {key: field.metadata.get(key) for key in ("at_least", "above", "below", "choices")}
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "object")
+        Option(field.name, kind, None, "", bounds).check(getattr(value, field.name), f"{name}()")
+
+
+def as_expression(value: Any) -> str:
+    """`lora(rank=16)`: the expression that makes `value`; fields at their defaults are left out."""
+    name = type(value).__module__.rsplit(".", 1)[-1]
+    given = {
+        field.name: getattr(value, field.name)
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    }
+    return str(Call(name, given))

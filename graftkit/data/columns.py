@@ -1,0 +1,154 @@
+"""Which column of a table is the text and which the label: as the recipe says, by name, then by type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftkit.data.read import Table
+from graftkit.errors import UserError, listing, nearest
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that a task wants. `aliases` are other names under which it is usually found, best first;
+    `kind` is 'text' or 'label'; one that is not `required` is found only by name."""
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """What the values of a column look like; empty ones are left aside."""
+
+    kind: str  # 'whole' (integers, booleans, digits), 'string' or 'other'
+    distinct: int
+    filled: int
+    mean_length: float
+
+
+def find_columns(table: Table, wanted: Sequence[Column], named: Mapping[str, str]) -> dict[str, str]:
+    """The table's column for each wanted one: `{'text': 'utterance', 'label': 'intent'}`.
+
+    `named` is the recipe's `data.columns`. What it leaves out is found by name or alias (upper and lower
+    case are the same), then, where required, by type: a label has few distinct values, a text is the
+    longest string. An optional column that is not found is left out.
+
+    Raises UserError where `named` does not fit the task or the table, where a required column is not found,
+    or where more than one column would do.
+    """
+    found = _check_named(table, wanted, named)
+    names = [(column, column.name) for column in wanted]
+    names += [(column, alias) for column in wanted for alias in column.aliases]
+    for column, name in names:
+        if column.name not in found:
+            match = _match(table, name, found, wanted)
+            if match is not None:
+                found[column.name] = match
+    missing = [column for column in wanted if column.required and column.name not in found]
+    for column in sorted(missing, key=lambda column: column.kind != "label"):
+        candidates = _candidates(table, column, found, wanted)
+        if len(candidates) != 1:
+            raise UserError(_not_found(table, column, candidates, found, wanted))
+        found[column.name] = candidates[0]
+    return {column.name: found[column.name] for column in wanted if column.name in found}
+
+
+def _check_named(table: Table, wanted: Sequence[Column], named: Mapping[str, str]) -> dict[str, str]:
+    known = [column.name for column in wanted]
+    found: dict[str, str] = {}
+    for key, name in named.items():
+        if key not in known:
+            raise UserError(
+                f"data.columns names '{key}', which this task does not use (it uses: {listing(known)})."
+                f"{nearest(str(key), known)}"
+            )
+        if name not in table.columns:
+            raise UserError(
+                f"column '{name}' is not in {table.source} (columns: {listing(table.columns)})."
+                f"{nearest(str(name), table.columns)}"
+            )
+        if name in found.values():
+            other = next(earlier for earlier, taken in found.items() if taken == name)
+            raise UserError(
+                f"data.columns gives column '{name}' to both '{other}' and '{key}'. Name two columns"
+            )
+        found[key] = name
+    return found
+
+
+def _match(table: Table, name: str, found: Mapping[str, str], wanted: Sequence[Column]) -> str | None:
+    left = [column for column in table.columns if column not in found.values()]
+    if name in left:
+        return name
+    matches = [column for column in left if column.casefold() == name.casefold()]
+    if len(matches) > 1:
+        raise UserError(
+            f"{table.source} has columns '{matches[0]}' and '{matches[1]}', which differ only in upper and "
+            f"lower case. {_how_to_name(found, wanted)}"
+        )
+    return matches[0] if matches else None
+
+
+def _candidates(
+    table: Table, column: Column, found: Mapping[str, str], wanted: Sequence[Column]
+) -> list[str]:
+    """Columns that are left and look like `column`: exactly one is an answer."""
+    profiles = {
+        name: _profile(values) for name, values in table.columns.items() if name not in found.values()
+    }
+    strings = {name: seen.mean_length for name, seen in profiles.items() if seen.kind == "string"}
+    longest = max(strings, key=strings.__getitem__, default=None)
+    if column.kind == "text":
+        return [name for name, length in strings.items() if length * 2 > strings[longest or name]]
+    needs_text = any(other.kind == "text" and other.required and other.name not in found for other in wanted)
+    return [
+        name
+        for name, seen in profiles.items()
+        if seen.kind != "other"
+        and seen.distinct <= max(2, seen.filled / 2)
+        and not (needs_text and name == longest)
+    ]
+
+
+def _profile(values: Sequence[Any]) -> _Profile:
+    filled = [value for value in values if value is not None and value != ""]
+    length = sum(len(str(value)) for value in filled) / max(1, len(filled))
+    if filled and all(map(_is_whole, filled)):
+        kind = "whole"
+    elif filled and all(isinstance(value, str) for value in filled):
+        kind = "string"
+    else:
+        return _Profile("other", len(filled), len(filled), length)
+    return _Profile(kind, len(set(filled)), len(filled), length)
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().removeprefix("-").isdecimal()
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def _not_found(
+    table: Table,
+    column: Column,
+    candidates: Sequence[str],
+    found: Mapping[str, str],
+    wanted: Sequence[Column],
+) -> str:
+    if candidates:
+        choice = " or ".join(f"'{name}'" for name in candidates)
+        problem = f"the {column.name} of {table.source} could be {choice}"
+    else:
+        problem = f"no column of {table.source} looks like the {column.name}"
+    return f"{problem} (columns: {listing(table.columns)}). {_how_to_name(found, wanted)}"
+
+
+def _how_to_name(found: Mapping[str, str], wanted: Sequence[Column]) -> str:
+    shown = [column.name for column in wanted if column.required or column.name in found]
+    pairs = ", ".join(f"{name}: {found.get(name, '...')}" for name in shown)
+    return f"Name them in the recipe: data.columns={{{pairs}}}"

@@ -1,0 +1,55 @@
+"""Rows held out for evaluation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Sequence
+
+from graftkit.errors import UserError
+
+
+def hold_out(labels: Sequence[object], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split row indices into (train, held out), both sorted and neither empty, the same for the same seed.
+
+    Of each class with at least 2 rows about `share` is held out and at least one row is left to train on; a
+    class of one row is trained on. Where most labels occur once (numbers, texts) or cannot be compared
+    (lists), rows are drawn regardless of label. The number held out is `share` of all rows, rounded, or
+    what the classes allow where that is less.
+
+    Raises UserError if `share` is not between 0 and 1 or there are fewer than 2 rows.
+    """
+    if not 0 < share < 1:
+        raise UserError(
+            f"the share of rows to hold out is {share}. Give a number between 0 and 1, such as 0.1"
+        )
+    if len(labels) < 2:
+        rows = f"{len(labels)} row{'' if len(labels) == 1 else 's'}"
+        raise UserError(f"{rows} cannot be split in two. Hand over at least 2, or a file for evaluation")
+    draw = random.Random(int(seed))
+    groups = _groups(labels)
+    for group in groups:
+        draw.shuffle(group)
+    draw.shuffle(groups)
+
+    room = sum(len(group) - 1 for group in groups)
+    total = min(max(1, round(len(labels) * share)), room)
+    counts = [min(int(len(group) * share), len(group) - 1) for group in groups]
+    by_remainder = sorted(range(len(groups)), key=lambda at: counts[at] - len(groups[at]) * share)
+    while (left := total - sum(counts)) > 0:
+        open_groups = [at for at in by_remainder if counts[at] < len(groups[at]) - 1]
+        for at in open_groups[:left]:
+            counts[at] += 1
+    held = sorted(row for group, count in zip(groups, counts) for row in group[:count])
+    kept = set(range(len(labels))).difference(held)
+    return sorted(kept), held
+
+
+def _groups(labels: Sequence[object]) -> list[list[int]]:
+    """Row indices by label, or all in one group where the labels are no classes."""
+    if not all(isinstance(label, Hashable) for label in labels):
+        return [list(range(len(labels)))]
+    groups: dict[object, list[int]] = {}
+    for row, label in enumerate(labels):
+        groups.setdefault(label, []).append(row)
+    single = sum(len(group) == 1 for group in groups.values())
+    return list(groups.values()) if single * 2 <= len(labels) else [list(range(len(labels)))]

@@ -1,0 +1,207 @@
+"""The training loop. It yields a `Step` after each optimizer step; everything else happens around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftkit.data.batches import epoch_batches, ordered_batches, steps_per_epoch
+from graftkit.engine import checkpoint
+from graftkit.engine.audit import Audit
+from graftkit.engine.dropout import fast_dropout
+from graftkit.engine.frozen import Forward, set_training
+from graftkit.engine.parallel import processes, sum_gradients
+from graftkit.errors import UserError
+from graftkit.graft import Graft
+from graftkit.optim.schedule import factor
+from graftkit.tasks.base import Dataset, Task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know of a recipe. `steps` is the whole number of optimizer steps."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    lr: float | None
+    weight_decay: float
+    warmup: float
+    schedule: str
+    clip: float
+    label_smoothing: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its 1-based number, mean loss and right answers over its rows, and the gradient's norm."""
+
+    number: int
+    epoch: float
+    loss: float
+    gradient_norm: float
+    lr_factor: float
+    rows: int
+    correct: int
+    tokens: int
+
+
+class NotFinite(UserError):
+    """A loss or gradient was not finite; the weights were not changed."""
+
+
+class Loop:
+    """Iterating trains `graft` on `dataset` from the present step to the last."""
+
+    def __init__(self, graft: Graft, dataset: Dataset, forward: Forward, depth: int, task: Task, classes: int,
+                 settings: Settings) -> None:  # fmt: skip
+        self.graft = graft
+        self.dataset = dataset
+        self.forward = forward
+        self.depth = depth
+        self.task = task
+        self.settings = settings
+        self.parameters = graft.parameters
+        self.step = 0
+        targets = dataset.examples.targets
+        assert targets is not None
+        self.weights = task.weights(targets, classes)
+        groups = graft.param_groups(settings.lr, settings.weight_decay)
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, fused=forward.device.type in ("cpu", "cuda"))
+        self.index, self.world = processes()
+        self.per_epoch = steps_per_epoch(len(dataset), settings.batch_size, settings.accumulate * self.world)
+        self.split = 1  # into how many parts a batch is cut since memory ran out
+        self._order: tuple[int, list[np.ndarray]] | None = None
+
+    def __iter__(self) -> Iterator[Step]:
+        audit = Audit(self.graft.model, self.graft.labels) if self.step < self.settings.steps else None
+        set_training(self.graft, self.depth)
+        while self.step < self.settings.steps:
+            result = self._take_step(audit)
+            if audit is not None and audit.done:
+                audit = None
+            yield result
+            set_training(self.graft, self.depth)  # an evaluation may have changed it
+        self.graft.model.eval()
+
+    def batches(self, step: int) -> list[np.ndarray]:
+        """The row numbers of each batch of a step (0-based), over all processes."""
+        epoch, position = divmod(step, self.per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            lengths = self.dataset.encoded.lengths
+            self._order = epoch, epoch_batches(lengths, self.settings.batch_size, self.settings.seed, epoch)
+        width = self.settings.accumulate * self.world
+        return self._order[1][position * width : (position + 1) * width]
+
+    def _take_step(self, audit: Audit | None) -> Step:
+        settings = self.settings
+        scale = factor(self.step, settings.steps, settings.warmup, settings.schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * scale
+        batches = self.batches(self.step)
+        loss, correct, tokens = self._gradients(batches)
+        sum_gradients(self.parameters.values())
+        if audit is not None:
+            audit.after_backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.optimizer.zero_grad()
+            raise NotFinite(self._not_finite(loss, norm, batches))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if audit is not None:
+            audit.after_step()
+        rows = sum(map(len, batches))
+        return Step(self.step, self.step / self.per_epoch, loss, norm, scale, rows, correct, tokens)
+
+    def _gradients(self, batches: list[np.ndarray]) -> tuple[float, int, int]:
+        """Gradients of the mean loss over all rows of the step; memory that runs out halves the parts."""
+        while True:
+            try:
+                return self._accumulate(batches)
+            except torch.OutOfMemoryError:
+                largest = max(map(len, batches))
+                if self.split >= largest:
+                    raise UserError(
+                        "one row alone does not fit into the device's memory; lower data.max_length or choose "
+                        "a method that trains fewer blocks."
+                    ) from None
+            self.split *= 2
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+
+    def _accumulate(self, batches: list[np.ndarray]) -> tuple[float, int, int]:
+        rows = sum(map(len, batches))
+        total = torch.zeros((), dtype=torch.float64)
+        correct = tokens = 0
+        device = self.forward.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+            with fast_dropout(device, self.settings.seed, self.step, self.index):
+                for whole in batches[self.index :: self.world]:
+                    for part in np.array_split(whole, min(self.split, len(whole))):
+                        batch = self.dataset.batch(part)
+                        logits = self.forward(batch)
+                        targets = batch.to(device).targets
+                        assert targets is not None
+                        losses = self._losses(logits, targets)
+                        (losses.sum() / rows).backward()
+                        total += losses.detach().sum().double().cpu()
+                        correct += int((logits.detach().argmax(-1) == targets).sum())
+                        tokens += int(self.dataset.encoded.lengths[part].sum())
+        return float(total) / rows, correct, tokens
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.task.row_losses(logits, targets, self.settings.label_smoothing, self.weights)
+
+    @torch.no_grad()
+    def _not_finite(self, loss: float, norm: float, batches: list[np.ndarray]) -> str:
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        rows, guilty = np.concatenate(batches), []
+        for part in batches:
+            batch = self.dataset.batch(part)
+            losses = self._losses(self.forward(batch), batch.to(self.forward.device).targets)  # type: ignore[arg-type]
+            guilty += part[~torch.isfinite(losses).cpu().numpy()].tolist()
+        named = sorted(guilty or rows.tolist())
+        places = "; ".join(self.dataset.examples.where(row) for row in named[:8])
+        more = f"; and {len(named) - 8} more" if len(named) > 8 else ""
+        which = "rows whose own loss is not finite" if guilty else "rows of the batch"
+        return (
+            f"{what} in step {self.step + 1}, so the weights were not changed and the run stopped. {which}: "
+            f"{places}{more}. Lower the learning rate (train.lr), look at these rows, or use train.precision=fp32."
+        )
+
+    def save(self, folder: Path, position: dict[str, Any]) -> None:
+        """Write a checkpoint of the present step."""
+        checkpoint.save(folder, self.step, self.parameters, self.optimizer, position)
+
+    def restore(self, folder: Path) -> dict[str, Any] | None:
+        """Go on from the newest checkpoint; its position, or None where there is none."""
+        position = checkpoint.restore(folder, self.parameters, self.optimizer)
+        if position is not None:
+            self.step = position["step"]
+        return position
+
+
+@torch.no_grad()
+def predict(graft: Graft, dataset: Dataset, forward: Forward, batch_size: int) -> np.ndarray:
+    """Logits (rows, classes) of every row in fp32, in the dataset's order."""
+    graft.model.eval()
+    result: np.ndarray | None = None
+    for rows in ordered_batches(dataset.encoded.lengths, batch_size):
+        logits = forward(dataset.batch(rows)).float().cpu().numpy()
+        if result is None:
+            result = np.empty((len(dataset), logits.shape[1]), dtype=np.float32)
+        result[rows] = logits
+    assert result is not None
+    return result

@@ -1,0 +1,100 @@
+"""Which number type to compute in, chosen from what the machine does well."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Container
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from graftkit.backbone.anatomy import is_linear
+
+WORTHWHILE = 1.3  # how much faster a bf16 matrix product must be to be chosen
+SIZE = 768
+
+
+def choose(wanted: str, device: torch.device) -> str:
+    """'fp32' or 'bf16'. 'auto' is measured once for a machine and kept in the user's cache folder."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    return "bf16" if cpu_speedup() >= WORTHWHILE else "fp32"
+
+
+def cpu_speedup() -> float:
+    """How many times faster this CPU multiplies bf16 matrices than fp32 ones."""
+    cache = Path(os.environ.get("GRAFTKIT_CACHE", Path.home() / ".cache" / "graftkit")) / "machine.json"
+    key = f"{_cpu_name()} threads={torch.get_num_threads()} torch={torch.__version__}"
+    try:
+        known = json.loads(cache.read_text(encoding="utf-8"))
+        if key in known:
+            return float(known[key])
+    except (OSError, ValueError, TypeError):
+        known = {}
+    ratio = _measure(torch.float32) / _measure(torch.bfloat16)
+    try:
+        from graftkit.files import write_json
+
+        write_json(cache, {**(known if isinstance(known, dict) else {}), key: round(ratio, 2)})
+    except Exception:
+        pass  # a cache that cannot be written costs the next run one measurement
+    return ratio
+
+
+def _measure(dtype: torch.dtype) -> float:
+    left, right = torch.ones(SIZE, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        wanted = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "model\t", "flags"))]
+        import hashlib
+
+        return f"{wanted[0]} {hashlib.sha256(' '.join(wanted[:3]).encode()).hexdigest()[:8]}"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def full_precision_names(model: nn.Module, trained: Container[str]) -> set[str]:
+    """Parameters that are held in fp32: trained ones, and what shares a norm with one.
+
+    A normalization wants its gain and shift in one type; linear maps and embeddings are cast by autocast.
+    """
+    names = set()
+    for prefix, module in model.named_modules(remove_duplicate=True):
+        own = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)]
+        kept = [name for name in own if name in trained]
+        names.update(own if kept and not is_linear(module) else kept)
+    return names
+
+
+def cast(model: nn.Module, trained: Container[str], precision: str) -> None:
+    """Hold frozen parameters in the compute type and trained ones in fp32, in place."""
+    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    full = full_precision_names(model, trained)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.to(torch.float32 if name in full else frozen)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context in which the model is called."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,35 @@
+"""Errors that are a user's to mend: each says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what was handed over. The command line prints its message alone and exits with 1."""
+
+
+class NotFoldable(UserError):
+    """A graft has no equal inside the plain architecture; the message gives the reason."""
+
+
+class Interrupted(Exception):
+    """A run was stopped by Ctrl-C after its checkpoint was written; the message tells how to resume."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'label'?"` for the entry of `known` closest to `word`, or an empty string."""
+    names = list(known)
+    matches = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if not matches:
+        folded = {name.lower(): name for name in names}
+        matches = [folded[m] for m in difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.5)]
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def listing(names: Iterable[str], limit: int = 20) -> str:
+    """Names separated by commas, cut after `limit` with the number left out."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return f"{shown} ... and {len(names) - limit} more" if len(names) > limit else shown

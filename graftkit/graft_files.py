@@ -1,0 +1,146 @@
+"""The graft folder.
+
+    adapter_config.json, adapter_model.safetensors   a PEFT adapter, where PEFT can express a part of the graft
+    graft.safetensors                                 every trained tensor that is not in the PEFT file
+    graft.json                                        the method, the backbone's fingerprint, and for each
+                                                      trained tensor the file and key that hold it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftkit.backbone import Backbone
+from graftkit.errors import UserError
+from graftkit.files import read_json, read_tensors, write_json, write_tensors
+from graftkit.methods.base import Chain, PeftForm
+from graftkit.methods.base import read as read_method
+
+if TYPE_CHECKING:
+    from graftkit.graft import Graft
+
+FORMAT = 1
+STORED_NAME = "default"
+PEFT_CONFIG, PEFT_TENSORS, OWN_TENSORS, DESCRIPTION = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "graft.safetensors",
+    "graft.json",
+)
+
+
+def write(graft: Graft, folder: Path, about: dict[str, Any]) -> Path:
+    """Write the folder; each file is replaced atomically, the description last."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name a folder for the graft.")
+    with torch.no_grad():
+        form = _peft_form(graft)
+    where: dict[str, dict[str, str]] = {}
+    own: dict[str, Tensor] = {}
+    keys = {id(tensor): key for key, tensor in form.tensors.items()} if form else {}
+    for name, parameter in graft.parameters.items():
+        stored = stored_name(graft, name)
+        if id(parameter) in keys:
+            where[stored] = {"file": PEFT_TENSORS, "key": keys[id(parameter)]}
+        else:
+            where[stored] = {"file": OWN_TENSORS, "key": stored}
+            own[stored] = parameter
+    if form is not None:
+        write_tensors(folder / PEFT_TENSORS, form.tensors)
+        write_json(folder / PEFT_CONFIG, form.config)
+    if own:
+        write_tensors(folder / OWN_TENSORS, own)
+    description = {
+        "format": FORMAT,
+        "method": str(graft.method),
+        "backbone": graft.backbone.source,
+        "fingerprint": graft.backbone.fingerprint,
+        "trained_parameters": sum(p.numel() for p in graft.parameters.values()),
+        "tensors": where,
+        **about,
+    }
+    write_json(folder / DESCRIPTION, description)
+    return folder
+
+
+def stored_name(graft: Graft, parameter: str) -> str:
+    """The name under which a parameter is kept: as if the graft were called 'default'."""
+    for addition, _ in graft.additions():
+        if parameter.startswith(f"{addition}."):
+            base = addition[: -len(graft.name)]
+            return f"{base}{STORED_NAME}{parameter[len(addition) :]}"
+    return parameter
+
+
+def _peft_form(graft: Graft) -> PeftForm | None:
+    forms = [method.to_peft(graft.backbone, graft.name) for method in graft.method.methods]
+    form = next((form for form in forms if form is not None), None)
+    if form is None:
+        return None
+    tensors = dict(form.tensors)
+    head = {n: p for n, p in graft.parameters.items() if n in graft.backbone.base_parameters}
+    head = {n: p for n, p in head.items() if graft.labels[n].role == "head"}
+    config = {
+        **form.config,
+        "base_model_name_or_path": graft.backbone.source,
+        "task_type": "SEQ_CLS" if head else "FEATURE_EXTRACTION",
+        "inference_mode": True,
+    }
+    if head and config["peft_type"] == "LORA":
+        config["modules_to_save"] = sorted({name.split(".")[0] for name in head})
+    tensors |= {f"base_model.model.{name}": parameter for name, parameter in head.items()}
+    return PeftForm(config, tensors)
+
+
+@dataclass
+class Stored:
+    """A graft folder that was read: what to attach, and the tensors to put there."""
+
+    folder: Path
+    method: str
+    tensors: dict[str, Tensor]
+    fingerprint: str | None = None
+    backbone: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def method_for(self, backbone: Backbone) -> Chain:
+        return read_method(self.method)
+
+    def tensors_for(self, graft: Graft) -> dict[str, Tensor]:
+        """Tensors by the parameter names that the graft has on its backbone."""
+        names = {stored_name(graft, name): name for name in graft.parameters}
+        return {names.get(stored, stored): tensor for stored, tensor in self.tensors.items()}
+
+
+def read(folder: Path) -> Stored:
+    """Read a folder written by `write`, or by PEFT. Raises `UserError` for what is missing or broken."""
+    if not folder.is_dir():
+        raise UserError(f"graft folder {str(folder)!r} does not exist.")
+    if not (folder / DESCRIPTION).is_file():
+        if (folder / PEFT_CONFIG).is_file():
+            from graftkit.peft_files import read_peft
+
+            return read_peft(folder)
+        raise UserError(f"{folder} has neither {DESCRIPTION} nor {PEFT_CONFIG}, so it is not a graft folder.")
+    description = read_json(folder / DESCRIPTION)
+    if description.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / DESCRIPTION} has format {description.get('format')!r}; this graftkit reads {FORMAT}. Update graftkit."
+        )
+    files = {entry["file"] for entry in description["tensors"].values()}
+    if not files <= {PEFT_TENSORS, OWN_TENSORS}:
+        raise UserError(f"{folder / DESCRIPTION} names files that are not part of a graft: {sorted(files)}.")
+    contents = {file: read_tensors(folder / file)[0] for file in files}
+    tensors = {}
+    for name, entry in description["tensors"].items():
+        if entry["key"] not in contents[entry["file"]]:
+            raise UserError(f"{folder / entry['file']} lacks {entry['key']!r}, which {DESCRIPTION} names.")
+        tensors[name] = contents[entry["file"]][entry["key"]]
+    return Stored(
+        folder, description["method"], tensors, description["fingerprint"], description["backbone"], description
+    )

@@ -1,0 +1,207 @@
+"""What a method is, and the few pieces that methods are made of.
+
+A method is a frozen dataclass of hyperparameters. `attach` places its new modules at sites of a backbone
+and returns labels for the parameters that are to be trained; what no method labels is frozen. New modules
+are children of the module at their site and act through its forward hooks, so the base's own parameters keep
+their names and values and a base checkpoint loads before or after grafting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.catalogue import as_expression, build, check_values, parse
+from graftkit.errors import NotFoldable, UserError, listing
+
+
+@dataclass(frozen=True)
+class Group:
+    """How one parameter is trained.
+
+    `role`: 'added' (a method's new parameters), 'base' (the backbone's own) or 'head'.
+    `lr`: the method's learning rate; `fixed_lr`: the user wrote it, so `train.lr` does not replace it.
+    `lr_scale`: factor on it (layerwise_lr). `weight_decay`: None means the run's; 0.0 for none.
+    """
+
+    role: str
+    lr: float
+    method: str
+    fixed_lr: bool = False
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+Labels = dict[str, Group]
+
+
+class Addition(nn.Module):
+    """New parameters at one site. `after` sees the site's output, `before` its input; both may change them.
+
+    Subclasses override one of the two. An inactive addition leaves the site as it was.
+    """
+
+    active = True
+    survives_fold = False
+
+    def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        return None
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return output
+
+    def _before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        return self.before(site, args, kwargs) if self.active else None
+
+    def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return self.after(site, args, kwargs, output) if self.active else output
+
+
+class Method:
+    """Base of all methods. Subclasses are frozen dataclasses whose fields are declared with `option`."""
+
+    yields = False  # True: where another method claims the same parameter, that one has it
+
+    def __post_init__(self) -> None:
+        check_values(self, "method")
+
+    @property
+    def name(self) -> str:
+        """The name in recipes: that of the file."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        """Place new modules, named after the graft; return labels for all parameters to be trained."""
+        raise NotImplementedError
+
+    def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
+        """Change the labels of all methods after they are attached; for `freeze` and `layerwise_lr`."""
+        return labels
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        """New values of base parameters that melt this method's additions into the plain architecture.
+
+        Raises `NotFoldable` with the reason where there are none.
+        """
+        raise NotFoldable(f"{self.name} cannot be folded.")
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        """The PEFT configuration and tensors that mean the same; None where PEFT cannot express it."""
+        return None
+
+    def __add__(self, other: Method) -> Chain:
+        return Chain((self,)) + other
+
+    def __str__(self) -> str:
+        return as_expression(self)
+
+
+@dataclass(frozen=True)
+class PeftForm:
+    """A graft as PEFT writes it: the configuration and the tensors by PEFT's keys."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Chain(Method):
+    """Several methods, attached in order."""
+
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [method.name for method in self.methods]
+        twice = {name for name in names if names.count(name) > 1}
+        for name in sorted(twice - {"unfreeze", "freeze"}):
+            raise UserError(f"{name}() stands twice in {' + '.join(names)}; write it once with both selections.")
+
+    def __add__(self, other: Method) -> Chain:
+        return Chain(self.methods + (other.methods if isinstance(other, Chain) else (other,)))
+
+    def __str__(self) -> str:
+        return " + ".join(str(method) for method in self.methods)
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        labels: Labels = {}
+        yielding: set[str] = set()
+        for method in sorted(self.methods, key=lambda m: m.yields):
+            for name, group in method.attach(backbone, graft).items():
+                if name not in labels:
+                    labels[name] = group
+                    if method.yields:
+                        yielding.add(name)
+                elif not method.yields:
+                    raise UserError(
+                        f"{labels[name].method}() and {method.name}() both claim the parameter {name!r}; "
+                        "narrow the selection of one of them."
+                    )
+        for method in self.methods:
+            labels = method.relabel(backbone, labels)
+        order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
+        return dict(sorted(labels.items(), key=lambda item: order[item[0]]))
+
+
+def read(expression: str) -> Chain:
+    """The method that an expression such as `lora(rank=8) + head()` describes."""
+    return Chain(tuple(build(parse(expression, "method"), "method")))
+
+
+def as_chain(method: Method | str) -> Chain:
+    """Any way of writing a method as a chain."""
+    if isinstance(method, str):
+        return read(method)
+    return method if isinstance(method, Chain) else Chain((method,))
+
+
+def place(site: nn.Module, name: str, addition: nn.Module) -> None:
+    """Make `addition` a child of the module at a site, in the site's device and mode, and register its hooks."""
+    if hasattr(site, name):
+        raise UserError(f"{type(site).__name__} already has {name!r}: a graft of this name is attached there.")
+    device = next((p.device for p in site.parameters()), None)
+    if device is not None:
+        addition.to(device)
+    addition.train(site.training)
+    site.add_module(name, addition)
+    if isinstance(addition, Addition):
+        handles = []
+        if type(addition).before is not Addition.before:
+            handles.append(site.register_forward_pre_hook(addition._before, with_kwargs=True))
+        if type(addition).after is not Addition.after:
+            handles.append(site.register_forward_hook(addition._after, with_kwargs=True))
+        addition.__dict__["handles"] = handles
+
+
+def labels_of(backbone: Backbone, module_name: str, group: Group) -> Labels:
+    """The same label for each parameter under a module."""
+    prefix = f"{module_name}." if module_name else ""
+    return {name: group for name, _ in backbone.model.named_parameters() if name.startswith(prefix)}
+
+
+def new_parameter(*shape: int, std: float | None = None) -> nn.Parameter:
+    """A fp32 parameter of zeros, or drawn from a normal distribution."""
+    values = torch.zeros(shape) if std is None else torch.randn(shape) * std
+    return nn.Parameter(values)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in the type that autocast chooses; without autocast, in the type of W."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    return nn.functional.linear(x, weight, bias)
+
+
+def refuse_unless(labels: Mapping[str, Group], message: str) -> None:
+    """Raise `UserError` where a method found nothing to train."""
+    if not labels:
+        raise UserError(message)
+
+
+def describe_roles(backbone: Backbone) -> str:
+    """What there is to select, for messages."""
+    return listing(sorted({site.role for site in backbone.sites}))

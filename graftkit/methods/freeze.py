@@ -1,0 +1,34 @@
+"""Taking parts out of training again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graftkit.backbone import Backbone, select_parameters
+from graftkit.catalogue import option
+from graftkit.errors import UserError
+from graftkit.methods.base import Labels, Method
+
+
+@dataclass(frozen=True)
+class Freeze(Method):
+    """The chosen parts stay as they are although another method frees them: full() + freeze('embeddings')."""
+
+    sites: str = option("embeddings", "parts that stay frozen, as a selection")
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        return {}
+
+    def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
+        frozen = set(select_parameters(backbone, self.sites))
+        if not frozen & set(labels):
+            raise UserError(
+                f"freeze({self.sites!r}) changes nothing: no other method trains any of these "
+                f"{len(frozen)} parameters. Leave it out, or put full() or unfreeze(...) beside it."
+            )
+        return {name: group for name, group in labels.items() if name not in frozen}
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        return {}

@@ -1,0 +1,27 @@
+"""Full fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graftkit.backbone import Backbone
+from graftkit.catalogue import option
+from graftkit.methods.base import Group, Labels, Method
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Every parameter of the backbone is trained. Combine it with layerwise_lr to keep its lower layers."""
+
+    yields = True
+
+    lr: float | None = option(None, "learning rate; null means 0.00005", above=0)
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        group = Group("base", self.lr or 5e-5, self.name, self.lr is not None)
+        return {name: group for name in backbone.base_parameters}
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        return {}

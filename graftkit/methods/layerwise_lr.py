@@ -1,0 +1,51 @@
+"""Discriminative learning rates."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graftkit.backbone import Backbone
+from graftkit.catalogue import option
+from graftkit.errors import UserError
+from graftkit.methods.base import Labels, Method
+
+
+@dataclass(frozen=True)
+class LayerwiseLR(Method):
+    """Deeper layers of the backbone learn slower: lr * decay^(blocks above it); what is new learns at its own rate.
+
+    Howard and Ruder 2018, 'Universal Language Model Fine-tuning', section 3.2, with the decay of each block
+    as in ELECTRA's fine-tuning. The last block has the full rate, the embeddings lr * decay^blocks.
+    """
+
+    decay: float = option(0.9, "factor from one block to the one below it", above=0, at_least=0.01, below=1.0001)
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        return {}
+
+    def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
+        if not any(group.role == "base" for group in labels.values()):
+            raise UserError(
+                "layerwise_lr() changes nothing: no parameter of the backbone itself is trained. "
+                "Put full() or unfreeze(...) before it."
+            )
+        count = len(backbone.blocks)
+        depth = {}
+        below = True  # sites before the first block lie under all blocks, sites after it above
+        for site in backbone.sites:
+            below = below and site.block is None
+            height = site.block if site.block is not None else (-1 if below else count - 1)
+            for name, _ in site.module.named_parameters(recurse=False):
+                depth[f"{site.name}.{name}" if site.name else name] = count - 1 - height
+        return {
+            name: dataclasses.replace(group, lr_scale=group.lr_scale * self.decay ** depth[name])
+            if group.role == "base" and name in depth
+            else group
+            for name, group in labels.items()
+        }
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        return {}

@@ -1,0 +1,26 @@
+"""Partial fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graftkit.backbone import Backbone, select_parameters
+from graftkit.catalogue import option
+from graftkit.methods.base import Group, Labels, Method
+
+
+@dataclass(frozen=True)
+class Unfreeze(Method):
+    """The chosen parts of the backbone are trained, by default its last two blocks."""
+
+    sites: str = option("blocks[-2:]", "parts that are trained, as a selection")
+    lr: float | None = option(None, "learning rate; null means 0.0001", above=0)
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        group = Group("base", self.lr or 1e-4, self.name, self.lr is not None)
+        return dict.fromkeys(select_parameters(backbone, self.sites), group)
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        return {}

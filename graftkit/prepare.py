@@ -1,0 +1,177 @@
+"""From a recipe to everything that a run works with: rows, backbone, graft, plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.load import find_source, has_native_head, load_backbone, pooling_of
+from graftkit.catalogue import build, parse
+from graftkit.data.batches import steps_per_epoch
+from graftkit.data.columns import find_columns
+from graftkit.data.read import Table, read_table
+from graftkit.data.split import hold_out
+from graftkit.engine import parallel, precision
+from graftkit.engine.frozen import frozen_depth
+from graftkit.engine.loop import Settings
+from graftkit.errors import UserError
+from graftkit.graft import Graft, attach, with_classes
+from graftkit.methods.base import Chain
+from graftkit.methods.base import read as read_method
+from graftkit.methods.head import Head
+from graftkit.plan import Plan, make_plan
+from graftkit.recipe import Recipe
+from graftkit.tasks.base import Examples, Task
+
+MAX_DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The checked rows of a run, and what was found in them."""
+
+    task: Task
+    columns: dict[str, str]
+    labels: tuple[str, ...]
+    train: Examples
+    eval: Examples | None
+    test: Examples | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that could start: its backbone is grafted, on its device, in its number types."""
+
+    recipe: Recipe
+    rows: Rows
+    backbone: Backbone
+    graft: Graft
+    settings: Settings
+    plan: Plan
+    device: torch.device
+    precision: str
+    depth: int
+    max_length: int
+
+
+def make_task(expression: str) -> Task:
+    return build(parse(expression, "task"), "task")[0]
+
+
+def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test: Any = None) -> Rows:
+    """Read and check every row before a model is loaded. `train` ... are tables in memory, from Python."""
+    task = make_task(recipe.task)
+    data = recipe.data
+
+    def read(source: Any, given: Any, name: str) -> Table:
+        return read_table(
+            source if given is None else given, encoding=data.encoding, skip_bad=data.skip_bad, name=name
+        )
+
+    table = read(data.train, train, "train")
+    columns = find_columns(table, task.columns, data.columns)
+    labels = task.label_names(table, columns, data.skip_bad)
+    examples = task.examples(table, columns, labels, data.skip_bad)
+    held: Examples | None = None
+    if evaluation is not None or isinstance(data.eval, str):
+        held = _examples(task, read(data.eval, evaluation, "eval"), columns, labels, data.skip_bad)
+    elif data.eval is not None:
+        kept, out = hold_out(_targets(examples), data.eval, recipe.seed)
+        held, examples = _take(examples, out), _take(examples, kept)
+    tested = None
+    if test is not None or data.test is not None:
+        tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
+    return Rows(task, columns, labels, examples, held, tested)
+
+
+def _examples(
+    task: Task, table: Table, columns: dict[str, str], labels: tuple[str, ...], skip_bad: bool
+) -> Examples:
+    return task.examples(table, find_columns(table, task.columns, _in(table, columns)), labels, skip_bad)
+
+
+def _in(table: Table, columns: dict[str, str]) -> dict[str, str]:
+    """The training table's columns, as far as this table has them too; the others are found anew."""
+    return {name: column for name, column in columns.items() if column in table.columns}
+
+
+def _targets(examples: Examples) -> list[int]:
+    assert examples.targets is not None
+    return examples.targets.tolist()
+
+
+def _take(examples: Examples, rows: list[int]) -> Examples:
+    return Examples(
+        examples.table.take(rows),
+        [examples.texts[i] for i in rows],
+        None if examples.pairs is None else [examples.pairs[i] for i in rows],
+        None if examples.targets is None else examples.targets[rows],
+        examples.skipped,
+    )
+
+
+def prepare_backbone(
+    model: str, method: Chain, labels: tuple[str, ...], *, meta: bool = False, seed: int = 0
+) -> tuple[Backbone, Chain]:
+    """Load the backbone as the method's head needs it; the method with its classes and pooling filled in."""
+    source = find_source(model)
+    method = with_classes(method, len(labels))
+    head = next((m for m in method.methods if isinstance(m, Head)), None)
+    native = False
+    if head is not None and source.module is None:
+        says = pooling_of(source.folder)
+        native = head.pooling == "own" or (head.pooling == "auto" and says is None and has_native_head(source))
+        if head.pooling == "own" and not has_native_head(source):
+            raise UserError(
+                f"transformers has no classification head for {model!r}; use head(pooling='mean'), 'cls' or 'last'."
+            )
+    return load_backbone(source, labels=labels if native else None, meta=meta, seed=seed), method
+
+
+def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
+    """Load, graft, and count. `meta`: shapes only, for the plan."""
+    backbone, method = prepare_backbone(
+        recipe.model, read_method(recipe.method), rows.labels, meta=meta, seed=recipe.seed
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        graft = attach(backbone, method, keep_base=False)
+    if meta:
+        graft.model.to("meta")
+    device = parallel.device()
+    kind = precision.choose(recipe.train.precision, device)
+    if not meta:
+        precision.cast(graft.model, graft.labels, kind)
+        graft.model.to(device)
+    if hasattr(graft.model, "config"):
+        graft.model.config.use_cache = False
+    train = recipe.train
+    per_epoch = steps_per_epoch(len(rows.train), train.batch_size, train.accumulate * parallel.processes()[1])
+    steps = train.steps or math.ceil(train.epochs * per_epoch)
+    depth = frozen_depth(graft)
+    plan = make_plan(
+        graft, rows=len(rows.train), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
+        steps=steps, precision=kind, frozen_blocks=depth,
+    )  # fmt: skip
+    settings = Settings(
+        steps, train.batch_size, train.accumulate, train.lr, train.weight_decay, train.warmup, train.schedule,
+        train.clip, train.label_smoothing, recipe.seed,
+    )  # fmt: skip
+    return Prepared(
+        recipe, rows, backbone, graft, settings, plan, device, kind, depth, max_length(recipe.data.max_length, backbone)
+    )
+
+
+def max_length(wanted: int | None, backbone: Backbone) -> int:
+    """Tokens of a row at most. Raises `UserError` where the recipe asks for more than the model takes."""
+    limit = backbone.max_length or MAX_DEFAULT_LENGTH
+    positions = getattr(getattr(backbone.model, "config", None), "max_position_embeddings", None) or limit
+    if wanted is None:
+        return min(limit, MAX_DEFAULT_LENGTH)
+    if wanted > max(limit, positions):
+        raise UserError(f"data.max_length is {wanted}, but {backbone.source} takes {max(limit, positions)} tokens at most.")
+    return wanted

@@ -1,0 +1,256 @@
+"""The whole description of a run, validated before anything is loaded. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from graftkit import catalogue, selection
+from graftkit.errors import UserError, listing, nearest
+
+IN_MEMORY = "(in memory)"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+class DataRecipe(Section):
+    """Where the rows are and how they are read."""
+
+    train: str = Field(description="training rows: a CSV, TSV, JSON lines, Parquet or Arrow file")
+    eval: str | float | None = Field(
+        default=0.1, description="a file, or the share of the training rows to hold out; null for none"
+    )
+    test: str | None = Field(default=None, description="a file that is only looked at when training is over")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="which column is what: {text: ..., text_pair: ..., label: ...}"
+    )
+    encoding: str = Field(default="utf-8", description="encoding of text files, for example gb18030")
+    skip_bad: bool = Field(default=False, description="leave bad rows out and count them, instead of stopping")
+    max_length: int | None = Field(default=None, ge=2, description="tokens of a row at most; null: what the model takes")
+
+    @field_validator("eval")
+    @classmethod
+    def _share(cls, value: str | float | None) -> str | float | None:
+        if isinstance(value, float | int) and not 0 < value < 1:
+            raise ValueError("must be a file, a share between 0 and 1, or null")
+        return value
+
+
+class TrainRecipe(Section):
+    """How the trained parameters are optimized. AdamW throughout."""
+
+    epochs: float = Field(default=5, gt=0, description="passes over the training rows")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; replaces epochs")
+    batch_size: int = Field(default=32, ge=1, description="rows in one forward pass")
+    accumulate: int = Field(default=1, ge=1, description="forward passes before one optimizer step")
+    lr: float | None = Field(
+        default=None, gt=0, description="learning rate of every method that does not name its own; null: their defaults"
+    )
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for no clipping")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    evaluate_every: int | Literal["epoch", "end"] = Field(
+        default="epoch", description="steps between evaluations, or 'epoch', or 'end'"
+    )
+    early_stopping: int | None = Field(
+        default=None, ge=1, description="stop after so many evaluations without a better one"
+    )
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; null: every two minutes and at each evaluation"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="type of the matrix products")
+
+    @field_validator("evaluate_every")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or 'epoch', or 'end'")
+        return value
+
+
+class Recipe(Section):
+    """What a run is."""
+
+    model: str = Field(description="a folder in transformers format, a hub id, or package.module:function")
+    task: str = Field(default="classify", description="what is learned, for example classify(class_weights='balanced')")
+    method: str = Field(default="lora() + head()", description="how, for example lora(rank=8) + head()")
+    data: DataRecipe
+    train: TrainRecipe = Field(default_factory=TrainRecipe)
+    seed: int = Field(default=0, ge=0)
+    out: str | None = Field(default=None, description="the run folder; null: a new one under runs/")
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        calls = catalogue.parse(value, "method")
+        for call in calls:
+            if "sites" in call.arguments:
+                selection.parse(call.arguments["sites"])
+        names = [call.name for call in calls]
+        if "full" in names and "unfreeze" in names:
+            raise UserError("full() already trains what unfreeze() would; leave one of them out.")
+        if len({"full", "bitfit"} & set(names)) == 2:
+            raise UserError("full() already trains what bitfit() would; leave one of them out.")
+        if "layerwise_lr" in names and not {"full", "unfreeze", "bitfit", "adapter"} & set(names):
+            raise UserError("layerwise_lr() needs full() or unfreeze(...) beside it: nothing else trains the backbone.")
+        if "freeze" in names and not {"full", "unfreeze", "bitfit", "adapter"} & set(names):
+            raise UserError("freeze() needs full() or unfreeze(...) beside it: everything else is frozen anyway.")
+        return value
+
+    @field_validator("task")
+    @classmethod
+    def _task(cls, value: str) -> str:
+        calls = catalogue.parse(value, "task")
+        if len(calls) != 1:
+            raise UserError(f"task {value!r}: a run has one task.")
+        known = {"text", "text_pair", "label"}
+        assert known
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Recipe:
+        if self.train.early_stopping and self.data.eval is None:
+            raise UserError("train.early_stopping needs rows to evaluate on: set data.eval to a file or a share.")
+        if "head" not in [call.name for call in catalogue.parse(self.method, "method")]:
+            self.method = f"{self.method} + head()"
+        return self
+
+    def dump(self) -> str:
+        """The recipe as YAML; read again it describes the same run."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def make(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
+    """A recipe from nested values. Raises `UserError` for the first thing that is wrong, named with its key."""
+    try:
+        return Recipe.model_validate(_as_written(dict(values)))
+    except ValidationError as error:
+        raise UserError(_message(error, origin)) from None
+
+
+def _as_written(values: dict[str, Any]) -> dict[str, Any]:
+    """Whole numbers stand for fractions where one is meant; labels and columns may be any scalar."""
+    train = values.get("train")
+    if isinstance(train, dict):
+        for key in ("epochs", "lr", "weight_decay", "warmup", "clip", "label_smoothing"):
+            if isinstance(train.get(key), int) and not isinstance(train[key], bool):
+                values = {**values, "train": (train := {**train, key: float(train[key])})}
+    return values
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values in a recipe file. Raises `UserError` where there is none or it is not YAML."""
+    if path.is_dir():
+        hint = " To go on with a run, use --resume." if (path / "recipe.yaml").is_file() else ""
+        raise UserError(f"recipe {str(path)!r} is a folder; name a YAML file.{hint}")
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UserError(f"recipe {str(path)!r} does not exist.{nearest(path.name, siblings)}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {str(path)!r} must hold keys and values, such as `model: ...`.")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as everyone who writes a learning rate expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def override(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """`key=value` settings put over nested values; keys are dotted, values are YAML."""
+    result = dict(values)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{setting!r} is not a setting; write key=value, for example train.epochs=3.")
+        try:
+            value = yaml.load(text, Loader=_Loader) if text else None
+        except yaml.YAMLError:
+            value = text
+        place(result, key.strip(), value)
+    return result
+
+
+def place(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key in nested values, in copies of the inner dictionaries."""
+    *outer, last = dotted.split(".")
+    inside = values
+    for i, part in enumerate(outer):
+        held = inside.get(part)
+        if held is not None and not isinstance(held, dict):
+            raise UserError(f"setting {dotted!r}: {'.'.join(outer[: i + 1])!r} is not a section.")
+        inside[part] = dict(held or {})
+        inside = inside[part]
+    inside[last] = value
+
+
+def keys() -> dict[str, str]:
+    """Every key of a recipe, dotted, with its description."""
+    found = {}
+    for name, field in Recipe.model_fields.items():
+        section = {"data": DataRecipe, "train": TrainRecipe}.get(name)
+        if section is None:
+            found[name] = field.description or ""
+        else:
+            found |= {f"{name}.{key}": inner.description or "" for key, inner in section.model_fields.items()}
+    return found
+
+
+def _message(error: ValidationError, origin: str) -> str:
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    path = [str(part) for part in first["loc"] if str(part) not in ("str", "float", "int", "bool")]
+    path = [part for part in path if not part.startswith(("literal[", "function-"))]
+    key = ".".join(path)
+    known = keys()
+    if first["type"] == "extra_forbidden":
+        inner = [k for k in known if k.rpartition(".")[2] == path[-1]]
+        suggestion = f" Did you mean {inner[0]!r}?" if inner else nearest(key, known) or nearest(path[-1], known)
+        return f"{origin}: unknown key {key!r} (keys: {listing(known, 30)}).{suggestion}"
+    if first["type"] == "missing":
+        return f"{origin}: {key!r} is missing: {known.get(key, '') or 'it is needed'}."
+    given = first.get("input")
+    text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    text = text[0].lower() + text[1:]
+    options = [p for p in problems if ".".join(map(str, p["loc"])).startswith(key)]
+    if len(options) > 1:
+        text = " or ".join(
+            dict.fromkeys(p["msg"].replace("Input should be", "").removeprefix("Value error, ").strip() for p in options)
+        )
+        text = f"must be {text.removeprefix('must be ')}"
+    suggestion = ""
+    if first["type"] == "literal_error" and isinstance(given, str):
+        suggestion = nearest(given, str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
+    return f"{origin}: {key} is {given!r}, but {text}.{suggestion}"
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors; methods and tasks are listed in the descriptions."""
+    result = Recipe.model_json_schema()
+    result["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    for family in catalogue.FAMILIES:
+        lines = []
+        for entry in catalogue.entries(family).values():
+            options = ", ".join(f"{o.name}={o.default!r}" for o in entry.options.values())
+            lines.append(f"{entry.name}({options}): {entry.summary}")
+        description = result["properties"][family].get("description", "")
+        result["properties"][family]["description"] = description + ".\n" + "\n".join(lines)
+    return result

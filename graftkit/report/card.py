@@ -1,0 +1,73 @@
+"""The model card of a run: README.md in its folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from graftkit.report.console import count, duration, size
+
+if TYPE_CHECKING:
+    from graftkit.prepare import Prepared
+
+
+def model_card(prepared: Prepared, result: dict[str, Any], found: dict[str, Any]) -> str:
+    """Markdown: what was trained on what, how well it does, and how to load it."""
+    rows, recipe = prepared.rows, prepared.recipe
+    figures = "\n".join(
+        f"| {name} | {m['rows']:,} | {m['accuracy']:.4f} ({m['accuracy_interval'][0]:.4f} to {m['accuracy_interval'][1]:.4f}) "
+        f"| {m['macro_f1']:.4f} ({m['macro_f1_interval'][0]:.4f} to {m['macro_f1_interval'][1]:.4f}) | {m['loss']:.4f} |"
+        for name, m in found.items()
+    )
+    metrics = result["metrics"]
+    classes = "\n".join(
+        f"| {label} | {m['precision']:.3f} | {m['recall']:.3f} | {m['f1']:.3f} | {m['rows']} |"
+        for label, m in (metrics.get("per_class") or {}).items()
+    )
+    skipped = f" {len(rows.train.skipped)} bad rows were left out." if rows.train.skipped else ""
+    labels = ", ".join(rows.labels[:20]) + (" ..." if len(rows.labels) > 20 else "")
+    tables = f"""
+## Figures
+
+Intervals are 95% bootstrap intervals over the rows.
+
+| data | rows | accuracy | macro F1 | loss |
+| --- | --- | --- | --- | --- |
+{figures}
+
+<details><summary>By class</summary>
+
+| class | precision | recall | F1 | rows |
+| --- | --- | --- | --- | --- |
+{classes}
+
+</details>
+""" if found else "\nThe run had no rows to evaluate on.\n"
+    return f"""# {recipe.task} with {prepared.graft.method}
+
+A graft on [{recipe.model}]: {count(result['trained_parameters'])} trained parameters
+of {count(result['total_parameters'])}.
+
+- data: `{recipe.data.train}`, {len(rows.train):,} training rows, columns {rows.columns}.{skipped}
+- labels ({len(rows.labels)}): {labels}
+- training: {count(result['steps'])} steps of {prepared.plan.batch_size} rows, {result['precision']}, seed {recipe.seed};
+  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])} on {result['device']}
+{tables}
+## Use
+
+```
+graftkit predict {result['run']} "a text"
+graftkit evaluate {result['run']} --data FILE
+graftkit export {result['run']} --to FOLDER
+graftkit tune {result['run']}/recipe.yaml --out AGAIN    # the same run once more
+```
+
+In Python:
+
+```python
+import graftkit
+from transformers import AutoModel   # AutoModelForSequenceClassification for a head(pooling='own')
+
+model = AutoModel.from_pretrained({recipe.model!r})
+graft = graftkit.load(model, {result['run'] + '/graft'!r})
+```
+"""
