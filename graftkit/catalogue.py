@@ -12,6 +12,8 @@ import ast
 import dataclasses
 import functools
 import importlib
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,8 @@ class Option:
         if not any(accepted.get(part, True) for part in types):
             wanted = " or ".join({"None": "null"}.get(part, part) for part in types)
             raise UserError(f"{owner}: {self.name} is {value!r}, but must be {wanted}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{owner}: {self.name} is {value}, but must be a finite number.")
         if isinstance(value, int | float) and not isinstance(value, bool):
             self._check_bounds(value, owner)
         if self.bounds["choices"] and isinstance(value, str) and value not in self.bounds["choices"]:
@@ -160,7 +164,9 @@ def parse(expression: str, family: str) -> tuple[Call, ...]:
     for a value of the wrong type or out of bounds.
     """
     try:
-        tree = ast.parse(expression.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the backslash of a regular expression in a plain string
+            tree = ast.parse(expression.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:
         example = "lora(rank=8) + head()" if family == "method" else "classify(class_weights='balanced')"
         raise UserError(
@@ -200,6 +206,8 @@ def _call(node: ast.expr, family: str, expression: str) -> Call:
                     f"{name}() has no option {keyword.arg!r} (options: {listing(entry.options) or 'none'})."
                     f"{nearest(keyword.arg, entry.options)}"
                 )
+            if keyword.arg in arguments:
+                raise UserError(f"{name}(): {keyword.arg} is given twice.")
             arguments[keyword.arg] = _value(keyword.value, name)
     for key, value in arguments.items():
         entry.options[key].check(value, f"{name}()")
@@ -211,7 +219,7 @@ def _value(node: ast.expr, name: str) -> Any:
         return {"null": None, "true": True, "false": False}.get(node.id, node.id)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{name}(): {ast.unparse(node)!r} is not a plain value.") from None
 
 

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from graftkit.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from graftkit.report.console import Console
+
+# typer brings its own copy of click from 0.25 on, so its errors are told by their common base
+UsageMistake: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -24,14 +28,19 @@ app = typer.Typer(
     help="Adapt a pre-trained model to a task: heads, LoRA, adapters, prefixes, partial and full fine-tuning.",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
+Json = Annotated[
+    bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")
+]
 Arguments = Annotated[
-    list[str] | None, typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="a recipe, and settings put over it")
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="a recipe, and settings put over it"),
 ]
 Model = Annotated[str | None, typer.Option(help="model folder, hub id, or package.module:function")]
 TaskName = Annotated[str | None, typer.Option("--task", help="what is learned, for example classify")]
 Train = Annotated[str | None, typer.Option(help="training rows")]
-Eval = Annotated[str | None, typer.Option(help="rows to evaluate on, or the share of the training rows to hold out")]
+Eval = Annotated[
+    str | None, typer.Option(help="rows to evaluate on, or the share of the training rows to hold out")
+]
 Test = Annotated[str | None, typer.Option(help="rows that are only looked at in the end")]
 MethodName = Annotated[str | None, typer.Option("--method", help="how, for example 'lora(rank=8) + head()'")]
 Out = Annotated[str | None, typer.Option(help="run folder; default: a new one under runs/")]
@@ -107,7 +116,9 @@ def tune(
     console = _console(as_json)
     if resume is not None:
         if arguments or any(value is not None for value in given.values()) or overwrite:
-            raise UserError("--resume goes on with a run as it is; give no other options or settings with it.")
+            raise UserError(
+                "--resume goes on with a run as it is; give no other options or settings with it."
+            )
         from graftkit.run import resume as resume_run
 
         _emit(as_json, resume_run(resume, console).result)
@@ -174,7 +185,9 @@ def predict(
     run: RunFolder,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT ...]", help="texts to answer")] = None,
     data: Annotated[str | None, typer.Option(help="rows to answer, a file")] = None,
-    out: Annotated[Path | None, typer.Option(help="write the answers as JSON lines or, for .csv, as CSV")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write the answers as JSON lines or, for .csv, as CSV")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answers of a run for texts or for the rows of a file."""
@@ -209,13 +222,17 @@ def export(
     _emit(as_json, done)
     if not as_json:
         print(f"written: {done['to']} ({', '.join(done['files'])})")
-        print(f"compared on {done['rows_compared']} rows: largest difference of a logit {done['largest_difference']:.2g}")
+        print(
+            f"compared on {done['rows_compared']} rows: largest difference of a logit {done['largest_difference']:.2g}"
+        )
         print(f"load it with: {done['load_with']}")
 
 
 @app.command()
 def recipe(
-    schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema of a recipe, for editors")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON Schema of a recipe, for editors")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what can stand in a recipe."""
@@ -248,28 +265,35 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["tune"] and "--help" in words:
         tune_command.epilog = _methods_help()
+    as_json = "--json" in words
     try:
         result = app(args=arguments, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except UserError as error:
-        _fail(str(error))
-    except click.ClickException as error:
-        hint = f" See `{error.ctx.command_path} --help`." if getattr(error, "ctx", None) else ""
-        _fail(error.format_message() + hint)
+        _stop(1, f"error: {error}", as_json)
+    except UsageMistake as error:  # type: ignore[misc]
+        _stop(1, _usage(error), as_json)
     except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        sys.exit(130)
-    except (KeyboardInterrupt, click.Abort):
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        _stop(130, f"\n{stop}", as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop(130, "\nstopped", as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+def _usage(error: Any) -> str:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error.format_message()
+    hint = f" See `{error.ctx.command_path} --help`." if getattr(error, "ctx", None) else ""
+    return f"error: {error.format_message()}{hint}"
+
+
+def _stop(status: int, message: str, as_json: bool) -> None:
+    """Say why on standard error, with --json also as the one object on standard output."""
+    print(message, file=sys.stderr)
+    _emit(as_json, {"error": message.strip().removeprefix("error: ")})
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from graftkit.backbone.load import find_source
 from graftkit.data.read import read_table
 from graftkit.engine.frozen import pooled_head
 from graftkit.errors import UserError
@@ -35,6 +36,9 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
         if not (to / "config.json").is_file():
             raise UserError(f"{str(to)!r} holds something other than a model, so it is not overwritten.")
     loaded = load_run(Path(folder), exact=True)
+    base = find_source(loaded.recipe.model).folder
+    if base is not None and to.resolve() == base.resolve():
+        raise UserError(f"{str(to)!r} is the model that the run started from; name another folder.")
     texts, pairs = _real_rows(loaded)
     before = logits_of(loaded, texts, pairs)
     loaded.graft.fold()
@@ -100,7 +104,9 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
 
 
 @torch.no_grad()
-def _reload(folder: Path, head: PooledHead | None, loaded: Loaded, texts: list[str], pairs: list[str] | None) -> torch.Tensor:
+def _reload(
+    folder: Path, head: PooledHead | None, loaded: Loaded, texts: list[str], pairs: list[str] | None
+) -> torch.Tensor:
     """Logits of what was written, loaded with plain transformers."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

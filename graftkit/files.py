@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. What was there before is untouched; "
             "make room or check the permissions and try again."
@@ -54,6 +55,20 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file (UTF-8) atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Put lines at the end of a text file (UTF-8): all of them, or none where the disk is full."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Make room or check the permissions and try again."
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.errors import UserError, listing
+from graftkit.backbone.anatomy import Added, base_modules
+from graftkit.backbone.attention import release
+from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.base import Addition, Chain, Group, Labels, Method, as_chain
 from graftkit.methods.head import Head
 
@@ -25,13 +28,21 @@ class Graft:
     """
 
     def __init__(
-        self, backbone: Backbone, method: Chain, labels: Labels, name: str, originals: dict[str, Tensor] | None
+        self,
+        backbone: Backbone,
+        method: Chain,
+        labels: Labels,
+        name: str,
+        originals: dict[str, Tensor] | None,
+        before: Before,
     ) -> None:
         self.backbone = backbone
         self.method = method
         self.labels = labels
         self.name = name
         self._originals = originals
+        self._before = before
+        self._replaced = before.replaced(backbone.model)
         self._folded: dict[str, Tensor] | None = None
         self.active = True
 
@@ -44,10 +55,10 @@ class Graft:
         """The trained parameters by name, in model order."""
         return {name: p for name, p in self.model.named_parameters() if name in self.labels}
 
-    def additions(self) -> Iterator[tuple[str, nn.Module]]:
+    def additions(self) -> Iterator[tuple[str, Added]]:
         """(name, module) of each module that this graft added."""
         for name, module in self.model.named_modules():
-            if name.rpartition(".")[2].endswith(f"_{self.name}") and hasattr(module, "active"):
+            if isinstance(module, Added) and module.graft == self.name:
                 yield name, module
 
     def param_groups(self, lr: float | None = None, weight_decay: float = 0.01) -> list[dict[str, Any]]:
@@ -64,6 +75,7 @@ class Graft:
         """Make the model compute what the base computed, until `enable`. Trained values are kept."""
         if not self.active:
             return
+        self.unfold()
         self._swap_base()
         self._set_active(False)
 
@@ -90,12 +102,16 @@ class Graft:
         """
         if self._folded is not None:
             return self.model
+        self.enable()
         values: dict[str, Tensor] = {}
         for method in self.method.methods:
             for name, value in method.fold(self.backbone, self.name).items():
                 if not torch.isfinite(value).all():
-                    raise UserError(f"folding gives values in {name!r} that are not finite; nothing was changed.")
+                    raise UserError(
+                        f"folding gives values in {name!r} that are not finite; nothing was changed."
+                    )
                 values[name] = value
+        self._refuse_shared(values)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._folded = {}
         for name, value in values.items():
@@ -118,27 +134,88 @@ class Graft:
         """Write the graft folder: a PEFT adapter where PEFT can express it. See `graftkit.graft_files`."""
         from graftkit.graft_files import write
 
-        return write(self, Path(path), about)
+        if self.active:
+            return write(self, Path(path), about)
+        self.enable()
+        try:
+            return write(self, Path(path), about)
+        finally:
+            self.disable()
 
     def _set_active(self, active: bool, keep_head: bool = False) -> None:
         for _, module in self.additions():
-            if not (keep_head and getattr(module, "survives_fold", False)):
-                module.active = active  # type: ignore[assignment]
+            if not (keep_head and module.survives_fold):
+                module.active = active
         self.active = active if not keep_head else self.active
 
+    def _refuse_shared(self, values: dict[str, Tensor]) -> None:
+        """A weight that two modules share cannot take an update that belongs to one of them."""
+        owners: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        for names in owners.values():
+            if len(names) > 1 and set(names) & set(values):
+                raise NotFoldable(
+                    f"{self.method} cannot be folded: {listing(names)} are one tied weight, and an update of "
+                    "one of them would change the others. Untie them, or leave them out of the selection."
+                )
+
     def _swap_base(self) -> None:
-        """Exchange the trained base parameters with their original values."""
-        trained = {n: p for n, p in self.parameters.items() if self.labels[n].role == "base"}
-        if trained and self._originals is None:
+        """Exchange the trained base parameters, and modules that were replaced, with the originals."""
+        kept = _own_trained(self.backbone, self.labels, self._replaced)
+        if kept and self._originals is None:
             raise UserError(
                 f"{self.method} trains the backbone's own parameters and their original values were not kept; "
                 "attach with keep_base=True to be able to disable the graft."
             )
-        for name, parameter in trained.items():
+        parameters = self.parameters
+        for name in kept:
             assert self._originals is not None
-            kept = self._originals[name]
+            parameter, original = parameters[name], self._originals[name]
             self._originals[name] = parameter.data
-            parameter.data = kept.to(parameter.device)
+            parameter.data = original.to(parameter.device)
+        for name, other in self._replaced.items():
+            self._replaced[name] = self.model.get_submodule(name)
+            self.model.set_submodule(name, other)
+
+
+class Before:
+    """A model as it was before `attach`, so that it can be made so again."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        model = backbone.model
+        self.sites = backbone.sites
+        self.modules = dict(base_modules(model))
+        self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.config = getattr(model, "config", None)
+        names = ("id2label", "label2id", "_attn_implementation")
+        self.settings = {n: copy.copy(getattr(self.config, n)) for n in names if hasattr(self.config, n)}
+        self.attributes = {n: vars(model).get(n) for n in ("num_labels", "accepts_loss_kwargs")}
+
+    def replaced(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that are no longer in their places, by name."""
+        now = dict(model.named_modules())
+        return {name: module for name, module in self.modules.items() if now.get(name) is not module}
+
+    def restore(self, backbone: Backbone, graft: str) -> None:
+        """Remove what a graft added and put back what it replaced."""
+        model = backbone.model
+        backbone.sites = self.sites
+        remove_additions(model, graft)
+        for name, module in self.replaced(model).items():
+            model.set_submodule(name, module)
+        for name, parameter in model.named_parameters():
+            if name in self.requires_grad:
+                parameter.requires_grad_(self.requires_grad[name])
+        for name in ("id2label", "label2id"):
+            if name in self.settings:
+                setattr(self.config, name, self.settings[name])
+        for name, value in self.attributes.items():
+            if value is None:
+                vars(model).pop(name, None)
+            else:
+                setattr(model, name, value)
+        release(model, self.settings.get("_attn_implementation"))
 
 
 def attach(
@@ -153,35 +230,70 @@ def attach(
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     if not name.isidentifier():
         raise UserError(f"graft name {name!r} must be a plain word (letters, digits, underscores).")
+    present = set(backbone.model.modules())
+    if any(isinstance(module, Added) and module.graft == name for module in present):
+        raise UserError(
+            f"a graft named {name!r} is attached to {backbone.source} already; give this one another name, "
+            "or detach that one first."
+        )
     chain = as_chain(method)
     chain = Chain(tuple(m.resolve(backbone) if isinstance(m, Head) else m for m in chain.methods))
     backbone.base_parameters  # noqa: B018  (the names as they are before anything is added)
+    before = Before(backbone)
     try:
         labels = chain.attach(backbone, name)
-        if not labels:
-            raise UserError(f"{chain} trains nothing; add a method such as lora() or head().")
-    except Exception:
-        remove_additions(backbone.model, name)
+        _refuse_untrainable(backbone, chain, labels, before)
+    except BaseException:
+        _claim(backbone.model, present, name)
+        before.restore(backbone, name)
         raise
+    _claim(backbone.model, present, name)
     for parameter_name, parameter in backbone.model.named_parameters():
-        trained = parameter_name in labels
-        if trained and not parameter.dtype.is_floating_point:
-            raise UserError(f"{parameter_name!r} is stored as {parameter.dtype} and cannot be trained; use lora().")
-        parameter.requires_grad_(trained)
+        parameter.requires_grad_(parameter_name in labels)
     originals = None
     if keep_base:
+        own = _own_trained(backbone, labels, before.replaced(backbone.model))
         originals = {
-            n: p.detach().clone()
-            for n, p in backbone.model.named_parameters()
-            if n in labels and labels[n].role == "base" and not p.is_meta
+            n: p.detach().clone() for n, p in backbone.model.named_parameters() if n in own and not p.is_meta
         }
-    return Graft(backbone, chain, labels, name, originals)
+    return Graft(backbone, chain, labels, name, originals, before)
+
+
+def _claim(model: nn.Module, present: set[nn.Module], name: str) -> None:
+    """Write the graft's name on the modules that were not there before."""
+    for module in model.modules():
+        if isinstance(module, Added) and module not in present:
+            module.graft = name
+
+
+def _refuse_untrainable(backbone: Backbone, chain: Chain, labels: Labels, before: Before) -> None:
+    if not labels:
+        raise UserError(f"{chain} trains nothing; add a method such as lora() or head().")
+    new = tuple(f"{name}." for name in before.replaced(backbone.model))
+    random = [
+        n for n, _ in backbone.model.named_parameters() if new and n.startswith(new) and n not in labels
+    ]
+    if random:
+        raise UserError(f"{listing(random)} are new and would stay random; leave them out of freeze().")
+    for name, parameter in backbone.model.named_parameters():
+        if name in labels and not parameter.dtype.is_floating_point:
+            raise UserError(f"{name!r} is stored as {parameter.dtype} and cannot be trained; use lora().")
+
+
+def _own_trained(backbone: Backbone, labels: Labels, replaced: dict[str, nn.Module]) -> set[str]:
+    """The base's own parameters that are trained in place, its own head's among them."""
+    return {
+        name
+        for name in labels
+        if name in backbone.base_parameters and not any(name.startswith(f"{module}.") for module in replaced)
+    }
 
 
 def remove_additions(model: nn.Module, name: str) -> None:
+    """Delete the modules of the graft of that name, and their hooks."""
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
-            if child_name.endswith(f"_{name}") and hasattr(child, "active"):
+            if isinstance(child, Added) and child.graft == name:
                 for handle in getattr(child, "handles", []):
                     handle.remove()
                 delattr(module, child_name)
@@ -189,10 +301,8 @@ def remove_additions(model: nn.Module, name: str) -> None:
 
 def detach(graft: Graft) -> nn.Module:
     """Remove what the graft added and give the base its own values back; returns the plain model."""
-    graft.unfold()
-    if graft.active:
-        graft.disable()
-    remove_additions(graft.model, graft.name)
+    graft.disable()
+    graft._before.restore(graft.backbone, graft.name)
     return graft.model
 
 
@@ -210,25 +320,36 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
             f"the graft in {path} was trained on another backbone ({stored.backbone or 'unknown'}, fingerprint "
             f"{stored.fingerprint}); {backbone.source} has {backbone.fingerprint}. Load that backbone instead."
         )
+    backbone.missing = tuple(sorted({*backbone.missing, *map(str, stored.about.get("missing", ()))}))
     graft = attach(backbone, stored.method_for(backbone), name=name)
     tensors = stored.tensors_for(graft)
     parameters = graft.parameters
+    try:
+        _refuse_misfits(path, backbone, parameters, tensors)
+    except UserError:
+        detach(graft)
+        raise
+    with torch.no_grad():
+        for parameter_name, parameter in parameters.items():
+            parameter.copy_(tensors[parameter_name])
+    return graft
+
+
+def _refuse_misfits(
+    path: str | Path, backbone: Backbone, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
     missing, unexpected = set(parameters) - set(tensors), set(tensors) - set(parameters)
     if missing or unexpected:
         raise UserError(
             f"the graft in {path} does not fit {backbone.source}: "
             f"missing {listing(sorted(missing), 5) or 'nothing'}; unexpected {listing(sorted(unexpected), 5) or 'nothing'}."
         )
-    with torch.no_grad():
-        for parameter_name, parameter in parameters.items():
-            value = tensors[parameter_name]
-            if value.shape != parameter.shape:
-                raise UserError(
-                    f"the graft in {path}: {parameter_name!r} has shape {tuple(value.shape)}, "
-                    f"but {tuple(parameter.shape)} is needed."
-                )
-            parameter.copy_(value)
-    return graft
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"the graft in {path}: {name!r} has shape {tuple(tensors[name].shape)}, "
+                f"but {tuple(parameter.shape)} is needed."
+            )
 
 
 def group_of(graft: Graft, name: str) -> Group:

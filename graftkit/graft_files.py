@@ -1,13 +1,14 @@
 """The graft folder.
 
-    adapter_config.json, adapter_model.safetensors   a PEFT adapter, where PEFT can express a part of the graft
-    graft.safetensors                                 every trained tensor that is not in the PEFT file
-    graft.json                                        the method, the backbone's fingerprint, and for each
-                                                      trained tensor the file and key that hold it
+adapter_config.json, adapter_model.safetensors   a PEFT adapter, where PEFT can express a part of the graft
+graft.safetensors                                 every trained tensor that is not in the PEFT file
+graft.json                                        the method, the backbone's fingerprint, and for each
+                                                  trained tensor the file and key that hold it
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.errors import UserError
+from graftkit.backbone.anatomy import is_linear
+from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors, write_json, write_tensors
 from graftkit.methods.base import Chain, PeftForm
 from graftkit.methods.base import read as read_method
@@ -60,11 +62,15 @@ def write(graft: Graft, folder: Path, about: dict[str, Any]) -> Path:
         "method": str(graft.method),
         "backbone": graft.backbone.source,
         "fingerprint": graft.backbone.fingerprint,
+        "missing": list(graft.backbone.missing),
         "trained_parameters": sum(p.numel() for p in graft.parameters.values()),
         "tensors": where,
         **about,
     }
     write_json(folder / DESCRIPTION, description)
+    for name, is_used in ((PEFT_CONFIG, form), (PEFT_TENSORS, form), (OWN_TENSORS, own)):
+        if not is_used:  # of an earlier graft in this folder
+            (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -88,18 +94,31 @@ def _peft_form(graft: Graft) -> PeftForm | None:
     config = {
         **form.config,
         "base_model_name_or_path": graft.backbone.source,
-        "task_type": "SEQ_CLS" if head else "FEATURE_EXTRACTION",
+        "task_type": _task_type(graft, bool(head)),
         "inference_mode": True,
     }
-    if head and config["peft_type"] == "LORA":
-        config["modules_to_save"] = sorted({name.split(".")[0] for name in head})
-    tensors |= {f"base_model.model.{name}": parameter for name, parameter in head.items()}
+    if head:
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in head})
+    # PEFT wraps the model once for LoRA, and not at all for prefixes
+    wrapper = "base_model.model" if config["peft_type"] == "LORA" else "base_model"
+    tensors |= {f"{wrapper}.{name}": parameter for name, parameter in head.items()}
     return PeftForm(config, tensors)
+
+
+def _task_type(graft: Graft, head: bool) -> str:
+    """The wrapper class that PEFT is to use."""
+    if head:
+        return "SEQ_CLS"
+    generates = getattr(graft.model, "can_generate", bool)()
+    return "CAUSAL_LM" if generates else "FEATURE_EXTRACTION"
 
 
 @dataclass
 class Stored:
-    """A graft folder that was read: what to attach, and the tensors to put there."""
+    """A graft folder that was read: what to attach, and the tensors to put there.
+
+    `saved`: names of the base's own parameters that PEFT keeps beside an adapter (`modules_to_save`).
+    """
 
     folder: Path
     method: str
@@ -107,14 +126,47 @@ class Stored:
     fingerprint: str | None = None
     backbone: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
 
     def method_for(self, backbone: Backbone) -> Chain:
-        return read_method(self.method)
+        """The method; modules that PEFT saved are the backbone's own head, or are unfrozen."""
+        text = self.method
+        maps = [site.name for site in backbone.sites if site.role == "head" and is_linear(site.module)]
+        output = f"{maps[-1]}.weight" if maps else ""
+        if output in self.saved:
+            text += f" + head(classes={self.tensors[output].shape[0]}, pooling='own')"
+        heads = {site.name for site in backbone.sites if site.role == "head"}
+        others = [n.rpartition(".")[0] for n in self.saved if n not in backbone.missing]
+        others = [re.escape(owner) for owner in dict.fromkeys(others) if owner not in heads]
+        if others:
+            text += f" + unfreeze({'re:' + '|'.join(others)!r})"
+        return read_method(text)
 
     def tensors_for(self, graft: Graft) -> dict[str, Tensor]:
         """Tensors by the parameter names that the graft has on its backbone."""
         names = {stored_name(graft, name): name for name in graft.parameters}
         return {names.get(stored, stored): tensor for stored, tensor in self.tensors.items()}
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """The description, its shape checked: what it says is used to open files."""
+    description = read_json(path)
+    if not isinstance(description, dict) or "format" not in description:
+        raise UserError(f"{path} is not the description of a graft; restore it from a copy.")
+    if description["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {description['format']!r}; this graftkit reads {FORMAT}. Update graftkit."
+        )
+    kinds = {"method": str, "backbone": str, "fingerprint": str, "tensors": dict, "missing": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(description.get(key), kind)]
+    if not wrong and not all(
+        isinstance(entry, dict) and isinstance(entry.get("file"), str) and isinstance(entry.get("key"), str)
+        for entry in description["tensors"].values()
+    ):
+        wrong = ["tensors"]
+    if wrong:
+        raise UserError(f"{path}: {listing(wrong)} is missing or not as written; restore it from a copy.")
+    return description
 
 
 def read(folder: Path) -> Stored:
@@ -127,11 +179,7 @@ def read(folder: Path) -> Stored:
 
             return read_peft(folder)
         raise UserError(f"{folder} has neither {DESCRIPTION} nor {PEFT_CONFIG}, so it is not a graft folder.")
-    description = read_json(folder / DESCRIPTION)
-    if description.get("format") != FORMAT:
-        raise UserError(
-            f"{folder / DESCRIPTION} has format {description.get('format')!r}; this graftkit reads {FORMAT}. Update graftkit."
-        )
+    description = _description(folder / DESCRIPTION)
     files = {entry["file"] for entry in description["tensors"].values()}
     if not files <= {PEFT_TENSORS, OWN_TENSORS}:
         raise UserError(f"{folder / DESCRIPTION} names files that are not part of a graft: {sorted(files)}.")
@@ -142,5 +190,10 @@ def read(folder: Path) -> Stored:
             raise UserError(f"{folder / entry['file']} lacks {entry['key']!r}, which {DESCRIPTION} names.")
         tensors[name] = contents[entry["file"]][entry["key"]]
     return Stored(
-        folder, description["method"], tensors, description["fingerprint"], description["backbone"], description
+        folder,
+        description["method"],
+        tensors,
+        description["fingerprint"],
+        description["backbone"],
+        description,
     )

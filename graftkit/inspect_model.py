@@ -95,7 +95,9 @@ def _tree(found: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     drawn: dict[tuple, list[int]] = {}
     for block in range(len(found["blocks"])):
-        drawn.setdefault(tuple(_row(site, found) for site in found["sites"] if site["block"] == block), []).append(block)
+        drawn.setdefault(
+            tuple(_row(site, found) for site in found["sites"] if site["block"] == block), []
+        ).append(block)
     done = False
     for site in found["sites"]:
         if site["block"] is None:
@@ -103,7 +105,9 @@ def _tree(found: dict[str, Any]) -> list[str]:
         elif not done:
             done = True
             for rows, blocks in drawn.items():
-                span = f"blocks[{blocks[0]}]" + (f" to blocks[{blocks[-1]}], {len(blocks)} alike" if len(blocks) > 1 else "")
+                span = f"blocks[{blocks[0]}]" + (
+                    f" to blocks[{blocks[-1]}], {len(blocks)} alike" if len(blocks) > 1 else ""
+                )
                 lines.append(f"├─ {span}  ({found['blocks'][blocks[0]]})")
                 lines += [f"│  ├─ {row}" for row in rows]
     return lines

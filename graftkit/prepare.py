@@ -41,6 +41,12 @@ class Rows:
     eval: Examples | None
     test: Examples | None
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """A message for each bad row that was left out, in all files."""
+        parts = [part.skipped for part in (self.train, self.eval, self.test) if part is not None]
+        return tuple(dict.fromkeys(message for part in parts for message in part))
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -124,7 +130,9 @@ def prepare_backbone(
     native = False
     if head is not None and source.module is None:
         says = pooling_of(source.folder)
-        native = head.pooling == "own" or (head.pooling == "auto" and says is None and has_native_head(source))
+        native = head.pooling == "own" or (
+            head.pooling == "auto" and says is None and has_native_head(source)
+        )
         if head.pooling == "own" and not has_native_head(source):
             raise UserError(
                 f"transformers has no classification head for {model!r}; use head(pooling='mean'), 'cls' or 'last'."
@@ -147,8 +155,9 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     if not meta:
         precision.cast(graft.model, graft.labels, kind)
         graft.model.to(device)
-    if hasattr(graft.model, "config"):
-        graft.model.config.use_cache = False
+    config: Any = getattr(graft.model, "config", None)
+    if config is not None:
+        config.use_cache = False
     train = recipe.train
     per_epoch = steps_per_epoch(len(rows.train), train.batch_size, train.accumulate * parallel.processes()[1])
     steps = train.steps or math.ceil(train.epochs * per_epoch)
@@ -162,7 +171,16 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
         train.clip, train.label_smoothing, recipe.seed,
     )  # fmt: skip
     return Prepared(
-        recipe, rows, backbone, graft, settings, plan, device, kind, depth, max_length(recipe.data.max_length, backbone)
+        recipe,
+        rows,
+        backbone,
+        graft,
+        settings,
+        plan,
+        device,
+        kind,
+        depth,
+        max_length(recipe.data.max_length, backbone),
     )
 
 
@@ -173,5 +191,7 @@ def max_length(wanted: int | None, backbone: Backbone) -> int:
     if wanted is None:
         return min(limit, MAX_DEFAULT_LENGTH)
     if wanted > max(limit, positions):
-        raise UserError(f"data.max_length is {wanted}, but {backbone.source} takes {max(limit, positions)} tokens at most.")
+        raise UserError(
+            f"data.max_length is {wanted}, but {backbone.source} takes {max(limit, positions)} tokens at most."
+        )
     return wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +32,12 @@ class DataRecipe(Section):
         default_factory=dict, description="which column is what: {text: ..., text_pair: ..., label: ...}"
     )
     encoding: str = Field(default="utf-8", description="encoding of text files, for example gb18030")
-    skip_bad: bool = Field(default=False, description="leave bad rows out and count them, instead of stopping")
-    max_length: int | None = Field(default=None, ge=2, description="tokens of a row at most; null: what the model takes")
+    skip_bad: bool = Field(
+        default=False, description="leave bad rows out and count them, instead of stopping"
+    )
+    max_length: int | None = Field(
+        default=None, ge=2, description="tokens of a row at most; null: what the model takes"
+    )
 
     @field_validator("eval")
     @classmethod
@@ -50,13 +55,17 @@ class TrainRecipe(Section):
     batch_size: int = Field(default=32, ge=1, description="rows in one forward pass")
     accumulate: int = Field(default=1, ge=1, description="forward passes before one optimizer step")
     lr: float | None = Field(
-        default=None, gt=0, description="learning rate of every method that does not name its own; null: their defaults"
+        default=None,
+        gt=0,
+        description="learning rate of every method that does not name its own; null: their defaults",
     )
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, description="decay of trained matrices; norms and biases are not decayed")
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="how the learning rate falls after the warm-up"
+    )
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for no clipping")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a row's target spread over all classes")
     evaluate_every: int | Literal["epoch", "end"] = Field(
         default="epoch", description="steps between evaluations, or 'epoch', or 'end'"
     )
@@ -64,9 +73,13 @@ class TrainRecipe(Section):
         default=None, ge=1, description="stop after so many evaluations without a better one"
     )
     checkpoint_every: int | None = Field(
-        default=None, ge=1, description="steps between checkpoints; null: every two minutes and at each evaluation"
+        default=None,
+        ge=1,
+        description="steps between checkpoints; null: every two minutes and at each evaluation",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="type of the matrix products")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="type of the matrix products"
+    )
 
     @field_validator("evaluate_every")
     @classmethod
@@ -80,11 +93,13 @@ class Recipe(Section):
     """What a run is."""
 
     model: str = Field(description="a folder in transformers format, a hub id, or package.module:function")
-    task: str = Field(default="classify", description="what is learned, for example classify(class_weights='balanced')")
+    task: str = Field(
+        default="classify", description="what is learned, for example classify(class_weights='balanced')"
+    )
     method: str = Field(default="lora() + head()", description="how, for example lora(rank=8) + head()")
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of initial values, held-out rows, order of rows and dropout")
     out: str | None = Field(default=None, description="the run folder; null: a new one under runs/")
 
     @field_validator("method")
@@ -100,9 +115,13 @@ class Recipe(Section):
         if len({"full", "bitfit"} & set(names)) == 2:
             raise UserError("full() already trains what bitfit() would; leave one of them out.")
         if "layerwise_lr" in names and not {"full", "unfreeze", "bitfit", "adapter"} & set(names):
-            raise UserError("layerwise_lr() needs full() or unfreeze(...) beside it: nothing else trains the backbone.")
+            raise UserError(
+                "layerwise_lr() needs full() or unfreeze(...) beside it: nothing else trains the backbone."
+            )
         if "freeze" in names and not {"full", "unfreeze", "bitfit", "adapter"} & set(names):
-            raise UserError("freeze() needs full() or unfreeze(...) beside it: everything else is frozen anyway.")
+            raise UserError(
+                "freeze() needs full() or unfreeze(...) beside it: everything else is frozen anyway."
+            )
         return value
 
     @field_validator("task")
@@ -111,14 +130,14 @@ class Recipe(Section):
         calls = catalogue.parse(value, "task")
         if len(calls) != 1:
             raise UserError(f"task {value!r}: a run has one task.")
-        known = {"text", "text_pair", "label"}
-        assert known
         return value
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
         if self.train.early_stopping and self.data.eval is None:
-            raise UserError("train.early_stopping needs rows to evaluate on: set data.eval to a file or a share.")
+            raise UserError(
+                "train.early_stopping needs rows to evaluate on: set data.eval to a file or a share."
+            )
         if "head" not in [call.name for call in catalogue.parse(self.method, "method")]:
             self.method = f"{self.method} + head()"
         return self
@@ -158,6 +177,8 @@ def read(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"recipe {str(path)!r} cannot be read: {error.strerror}.") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {str(path)!r} must hold keys and values, such as `model: ...`.")
     return values
@@ -169,7 +190,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
     list("-+0123456789."),
 )
 
@@ -206,7 +227,8 @@ def keys() -> dict[str, str]:
     """Every key of a recipe, dotted, with its description."""
     found = {}
     for name, field in Recipe.model_fields.items():
-        section = {"data": DataRecipe, "train": TrainRecipe}.get(name)
+        sections: dict[str, type[BaseModel]] = {"data": DataRecipe, "train": TrainRecipe}
+        section = sections.get(name)
         if section is None:
             found[name] = field.description or ""
         else:
@@ -223,9 +245,12 @@ def _message(error: ValidationError, origin: str) -> str:
     known = keys()
     if first["type"] == "extra_forbidden":
         inner = [k for k in known if k.rpartition(".")[2] == path[-1]]
-        suggestion = f" Did you mean {inner[0]!r}?" if inner else nearest(key, known) or nearest(path[-1], known)
+        suggestion = (
+            f" Did you mean {inner[0]!r}?" if inner else nearest(key, known) or nearest(path[-1], known)
+        )
         return f"{origin}: unknown key {key!r} (keys: {listing(known, 30)}).{suggestion}"
     if first["type"] == "missing":
+        key = "data.train" if key == "data" else key  # the one thing in this section that has no default
         return f"{origin}: {key!r} is missing: {known.get(key, '') or 'it is needed'}."
     given = first.get("input")
     text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
@@ -233,12 +258,16 @@ def _message(error: ValidationError, origin: str) -> str:
     options = [p for p in problems if ".".join(map(str, p["loc"])).startswith(key)]
     if len(options) > 1:
         text = " or ".join(
-            dict.fromkeys(p["msg"].replace("Input should be", "").removeprefix("Value error, ").strip() for p in options)
+            dict.fromkeys(
+                p["msg"].replace("Input should be", "").removeprefix("Value error, ").strip() for p in options
+            )
         )
         text = f"must be {text.removeprefix('must be ')}"
     suggestion = ""
     if first["type"] == "literal_error" and isinstance(given, str):
-        suggestion = nearest(given, str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
+        suggestion = nearest(
+            given, str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        )
     return f"{origin}: {key} is {given!r}, but {text}.{suggestion}"
 
 

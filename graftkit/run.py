@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import resource
+import itertools
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graftkit import recipe as recipes
-from graftkit.engine import checkpoint
 from graftkit.engine.frozen import make_forward
-from graftkit.engine.loop import Loop, Step, predict
+from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes
 from graftkit.errors import Interrupted, UserError
-from graftkit.files import read_json, remove_leftovers, write_json, write_text
+from graftkit.files import TEMPORARY, read_json, remove_leftovers, write_json, write_text
 from graftkit.plan import Plan
 from graftkit.prepare import Prepared, prepare, prepare_rows
 from graftkit.recipe import IN_MEMORY, Recipe
-from graftkit.report.card import model_card
 from graftkit.report.console import Console
-from graftkit.report.summary import show_end, show_found, show_plan
+from graftkit.report.summary import show_found, show_plan
 from graftkit.tasks.base import Dataset
-
-CHECKPOINT_SECONDS = 120.0
-RECIPE, PLAN, METRICS, RESULT, GRAFT, CHECKPOINTS = (
-    "recipe.yaml",
-    "plan.json",
-    "metrics.jsonl",
-    "result.json",
-    "graft",
-    "checkpoints",
-)
+from graftkit.watch import PLAN, RECIPE, RESULT, Watch
 
 
 @dataclass(frozen=True)
@@ -127,19 +112,21 @@ def run_recipe(
     tables = tables or {}
     rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
     prepared = prepare(recipe, rows)
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    resolved = _resolved(recipe, prepared, folder)
+    datasets = _encode(prepared)
+    prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
     if processes()[0] == 0:
-        write_text(folder / RECIPE, resolved.dump())
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        write_text(folder / RECIPE, prepared.recipe.dump())
         write_json(folder / PLAN, prepared.plan.as_dict())
-    return _train(replace(prepared, recipe=resolved), folder, console, resumed=False)
+    return _train(prepared, datasets, folder, console, resumed=False)
 
 
-def resume(
-    folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None
-) -> Run:
+def resume(folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None) -> Run:
     """Go on with an unfinished run to the same end as if it had never stopped."""
+    folder = folder.expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / RECIPE).is_file():
         raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE))
@@ -147,11 +134,18 @@ def resume(
         console.line(f"{folder} is finished already; this is its result.")
         return Run(folder, read_json(folder / RESULT))
     tables = tables or {}
-    if recipe.data.train == IN_MEMORY and "train" not in tables:
-        raise UserError(f"{folder} was trained on rows in memory; resume it from Python with the same rows.")
-    remove_leftovers(folder)
+    for name in ("train", "eval", "test"):
+        if getattr(recipe.data, name) == IN_MEMORY and name not in tables:
+            raise UserError(
+                f"{folder}: the {name} rows were in memory. Resume it from Python with the same rows: "
+                "graftkit.run.resume(folder, console, tables={'train': ...})."
+            )
     rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
-    return _train(prepare(recipe, rows), folder, console, resumed=True)
+    prepared = prepare(recipe, rows)
+    if processes()[0] == 0:
+        remove_leftovers(folder)
+        write_json(folder / PLAN, prepared.plan.as_dict())  # it may have been killed before
+    return _train(prepared, _encode(prepared), folder, console, resumed=True)
 
 
 def plan(recipe: Recipe, console: Console) -> Plan:
@@ -163,10 +157,19 @@ def plan(recipe: Recipe, console: Console) -> Plan:
     return prepared.plan
 
 
-def _train(prepared: Prepared, folder: Path, console: Console, *, resumed: bool) -> Run:
-    """The run itself: steps, and around them logging, evaluation and checkpoints."""
+def _train(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console, *,
+           resumed: bool) -> Run:  # fmt: skip
+    """The run itself. Raises `Interrupted` for Ctrl-C, at whatever moment it comes."""
+    try:
+        return Run(folder, _steps(prepared, datasets, folder, console, resumed))
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped. Go on with: graftkit tune --resume {folder}") from None
+
+
+def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console,
+           resumed: bool) -> dict[str, Any]:  # fmt: skip
+    """The steps, and around them logging, evaluation and checkpoints; the result."""
     train, rows = prepared.recipe.train, prepared.rows
-    datasets = _encode(prepared)
     show_found(console, prepared, datasets)
     show_plan(console, prepared.plan)
     passes = round(prepared.settings.steps / prepared.plan.steps_per_epoch + 0.5)
@@ -175,9 +178,15 @@ def _train(prepared: Prepared, folder: Path, console: Console, *, resumed: bool)
         prepared.graft, prepared.device, prepared.precision, prepared.depth, datasets["train"], passes
     )
     loop = Loop(
-        prepared.graft, datasets["train"], forward, prepared.depth, rows.task, len(rows.labels), prepared.settings
+        prepared.graft,
+        datasets["train"],
+        forward,
+        prepared.depth,
+        rows.task,
+        len(rows.labels),
+        prepared.settings,
     )
-    watch = _Watch(prepared, datasets, folder, loop, start)
+    watch = Watch(prepared, datasets, folder, loop, start)
     if resumed:
         watch.restore(console)
     console.heading("Training")
@@ -188,7 +197,9 @@ def _train(prepared: Prepared, folder: Path, console: Console, *, resumed: bool)
             for step in loop if not watch.ended else ():
                 smooth.add(step)
                 watch.log(step)
-                console.step(step.number, prepared.settings.steps, step.epoch, smooth.loss, smooth.accuracy, step.rows)
+                console.step(
+                    step.number, prepared.settings.steps, step.epoch, smooth.loss, smooth.accuracy, step.rows
+                )
                 if _due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
                     watch.evaluate(step, console)
                 watch.maybe_checkpoint(train.checkpoint_every, force=bool(stopped))
@@ -201,7 +212,10 @@ def _train(prepared: Prepared, folder: Path, console: Console, *, resumed: bool)
                     break
     finally:
         console.stop()
-        watch.flush()
+        with suppress(
+            UserError
+        ):  # `finish` tries again; where the run stops, a resumed one writes these lines anew
+            watch.flush()
     return watch.finish(console)
 
 
@@ -236,155 +250,20 @@ class _Smooth:
         self.accuracy += share * (step.correct / step.rows - self.accuracy)
 
 
-class _Watch:
-    """What happens around the loop of one run, and the part of its state that is not the loop's."""
-
-    def __init__(self, prepared: Prepared, datasets: dict[str, Dataset], folder: Path, loop: Loop, start: float) -> None:
-        self.prepared, self.datasets, self.folder, self.loop = prepared, datasets, folder, loop
-        self.start = start
-        self.seconds_before = 0.0
-        self.last_checkpoint = time.monotonic()
-        self.best: dict[str, Any] | None = None
-        self.waited = 0
-        self.pending: list[dict[str, Any]] = []
-        self.main = processes()[0] == 0
-        evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
-        self.forwards = {
-            name: make_forward(
-                prepared.graft, prepared.device, prepared.precision, prepared.depth, dataset,
-                evaluations if name == "eval" else 1,
-            )
-            for name, dataset in datasets.items() if name != "train"
-        }  # fmt: skip
-
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.start
-
-    @property
-    def ended(self) -> bool:
-        patience = self.prepared.recipe.train.early_stopping
-        return patience is not None and self.waited >= patience
-
-    def log(self, step: Step) -> None:
-        self.pending.append({
-            "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss,
-            "accuracy": step.correct / step.rows, "gradient_norm": step.gradient_norm,
-            "lr_factor": step.lr_factor, "rows": step.rows, "tokens": step.tokens, "seconds": round(self.seconds, 3),
-        })  # fmt: skip
-
-    def flush(self) -> None:
-        if self.main and self.pending:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.pending)
-        self.pending = []
-
-    def metrics(self, name: str) -> dict[str, Any]:
-        dataset = self.datasets[name]
-        logits = predict(self.prepared.graft, dataset, self.forwards[name], 2 * self.prepared.settings.batch_size)
-        rows = self.prepared.rows
-        assert dataset.examples.targets is not None
-        return rows.task.metrics(logits, dataset.examples.targets, rows.labels)
-
-    def evaluate(self, step: Step, console: Console) -> None:
-        """Metrics of the evaluation rows; the best weights so far are kept in a file of their own."""
-        if "eval" not in self.datasets:
-            return
-        metrics = self.metrics("eval")
-        self.pending.append({"kind": "evaluation", "step": step.number, **metrics})
-        better = self.best is None or (metrics["accuracy"], -metrics["loss"]) > (self.best["accuracy"], -self.best["loss"])
-        if better:
-            self.best, self.waited = {"step": step.number, **metrics}, 0
-            if self.main:
-                checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.parameters)
-        else:
-            self.waited += 1
-        console.line(
-            f"step {step.number}: evaluation accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "
-            f"loss {metrics['loss']:.4f}{' (best so far)' if better else ''}"
-        )
-        self.checkpoint()
-
-    def maybe_checkpoint(self, every: int | None, force: bool) -> None:
-        due = self.loop.step % every == 0 if every else time.monotonic() - self.last_checkpoint > CHECKPOINT_SECONDS
-        if due or force:
-            self.checkpoint()
-
-    def checkpoint(self) -> None:
-        self.flush()
-        if self.main:
-            position = {"best": self.best, "waited": self.waited, "seconds": self.seconds}
-            self.loop.save(self.folder / CHECKPOINTS, position)
-        self.last_checkpoint = time.monotonic()
-
-    def restore(self, console: Console) -> None:
-        position = self.loop.restore(self.folder / CHECKPOINTS)
-        step = position["step"] if position is not None else 0
-        if position is not None:
-            self.best, self.waited = position["best"], position["waited"]
-            self.seconds_before = position["seconds"]
-        console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
-        path = self.folder / METRICS
-        if path.is_file():  # lines after the checkpoint will be written again
-            lines = path.read_text(encoding="utf-8").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
-
-    def finish(self, console: Console) -> Run:
-        prepared, folder = self.prepared, self.folder
-        if self.best is not None:
-            checkpoint.load_best(folder / CHECKPOINTS, self.loop.parameters)
-        seconds = self.seconds
-        found = {"eval": {k: v for k, v in self.best.items() if k != "step"}} if self.best else {}
-        if "test" in self.datasets:
-            found["test"] = self.metrics("test")
-        result = {
-            "run": str(folder),
-            "metrics": found.get("test") or found.get("eval") or {},
-            "evaluation": self.best,
-            "trained_parameters": prepared.plan.trained_parameters,
-            "total_parameters": prepared.plan.total_parameters,
-            "seconds": round(seconds, 2),
-            "peak_memory_bytes": peak_memory(prepared.device),
-            "steps": self.loop.step,
-            "precision": prepared.precision,
-            "device": str(prepared.device),
-            "method": str(prepared.graft.method),
-        }
-        if self.main:
-            rows = prepared.rows
-            prepared.graft.save(
-                folder / GRAFT, task=str(rows.task), labels=list(rows.labels), columns=rows.columns,
-                max_length=prepared.max_length, precision=prepared.precision,
-            )  # fmt: skip
-            for name, metrics in found.items():
-                self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
-            self.flush()
-            write_text(folder / "README.md", model_card(prepared, result, found))
-            write_json(folder / RESULT, result)
-            for path in checkpoint.existing(folder / CHECKPOINTS):
-                path.unlink()
-        show_end(console, prepared, result, found)
-        return Run(folder, result)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # cut short when the process was killed
-
-
 def _run_folder(recipe: Recipe, overwrite: bool) -> Path:
     """Where the run goes. Raises `UserError` where a run is there already."""
     if recipe.out is None:
         name = "-".join([recipe.task.partition("(")[0], time.strftime("%Y%m%d-%H%M%S")])
-        return Path("runs", name).absolute()
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        return next(path for path in (Path("runs", n).absolute() for n in names) if not path.exists())
     folder = Path(recipe.out).expanduser().absolute()
     if folder.is_file():
         raise UserError(f"run folder {recipe.out!r} is a file; name a folder with --out.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.suffix != TEMPORARY for path in folder.iterdir()):
         if not (folder / RECIPE).is_file():
-            raise UserError(f"folder {recipe.out!r} holds files that are not a run's; name another with --out.")
+            raise UserError(
+                f"folder {recipe.out!r} holds files that are not a run's; name another with --out."
+            )
         if not overwrite:
             raise UserError(
                 f"run folder {recipe.out!r} exists. Go on with it by `graftkit tune --resume {recipe.out}`, "
@@ -397,7 +276,9 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     """The recipe with what was chosen filled in and with absolute paths, so that it runs again anywhere."""
 
     def absolute(path: Any) -> Any:
-        return str(Path(path).expanduser().absolute()) if isinstance(path, str) and path != IN_MEMORY else path
+        return (
+            str(Path(path).expanduser().absolute()) if isinstance(path, str) and path != IN_MEMORY else path
+        )
 
     data = recipe.data.model_copy(update={
         "train": absolute(recipe.data.train), "eval": absolute(recipe.data.eval), "test": absolute(recipe.data.test),
@@ -408,14 +289,6 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     return recipe.model_copy(update={
         "model": model, "data": data, "train": train, "method": str(prepared.graft.method), "out": str(folder),
     })  # fmt: skip
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory of the device, or of this process on a CPU, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager
@@ -440,4 +313,3 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 __all__: Sequence[str] = ["Run", "plan", "resume", "run_recipe", "tune"]
-

@@ -1,11 +1,11 @@
 """The small language that says which parts of a model are meant. No torch here.
 
-    attention   ffn   norms   embeddings   all-linear   head   pooler      a kind of part, everywhere
-    q   k   v   o   up   gate   down                                       one map of every block
-    blocks   blocks[-2:]   blocks[0]   blocks[-4:].attention               whole blocks, or parts of them
-    re:.*\\.dense                                                          module names, full match
-    q_proj   output.dense                                                  how a module's name ends
-    q,v                                                                    several, by commas
+attention   ffn   norms   embeddings   all-linear   head   pooler      a kind of part, everywhere
+q   k   v   o   up   gate   down                                       one map of every block
+blocks   blocks[-2:]   blocks[0]   blocks[-4:].attention               whole blocks, or parts of them
+re:.*\\.dense                                                          module names, full match
+q_proj   output.dense                                                  how a module's name ends
+q,v                                                                    several, by commas
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROLES_OF_WORD = {
 }
 WORDS = (*ROLES_OF_WORD, "blocks")
 _BLOCKS = re.compile(r"^blocks(?:\[(?P<index>[^\]]*)\])?(?:\.(?P<rest>.+))?$")
-_INDEX = re.compile(r"^\s*(-?\d*)\s*(:\s*(-?\d*)\s*)?$")
+_INDEX = re.compile(r"^\s*(-?\d+)?\s*(:\s*(-?\d+)?\s*)?$")
 
 
 @dataclass(frozen=True)

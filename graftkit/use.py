@@ -58,8 +58,9 @@ def load_run(folder: Path, *, exact: bool = False) -> Loaded:
     precision.cast(graft.model, graft.labels, kind)
     graft.model.to(device)
     graft.model.eval()
-    if hasattr(graft.model, "config"):
-        graft.model.config.use_cache = False
+    config: Any = getattr(graft.model, "config", None)
+    if config is not None:
+        config.use_cache = False
     forward = Forward(graft, device, kind)
     task = make_task(about["task"])
     return Loaded(recipe, backbone, graft, task, labels, about["columns"], about["max_length"], forward)
@@ -74,10 +75,17 @@ def evaluate(folder: str | Path, data: Any) -> dict[str, Any]:
     columns = find_columns(table, loaded.task.columns, named)
     examples = loaded.task.examples(table, columns, loaded.labels, settings.skip_bad)
     dataset = loaded.task.dataset(examples, loaded.backbone, loaded.max_length)
-    logits = run_predict(loaded.graft, dataset, loaded.forward, BATCH)
+    logits = run_predict(
+        loaded.graft, dataset, loaded.forward, 2 * loaded.recipe.train.batch_size
+    )  # as `tune` does
     assert examples.targets is not None
     metrics = loaded.task.metrics(logits, examples.targets, loaded.labels)
-    return {"run": str(folder), "metrics": metrics, "truncated": dataset.encoded.truncated, "skipped": len(examples.skipped)}
+    return {
+        "run": str(folder),
+        "metrics": metrics,
+        "truncated": dataset.encoded.truncated,
+        "skipped": len(examples.skipped),
+    }
 
 
 def predict(folder: str | Path, given: Any) -> list[dict[str, Any]]:
@@ -86,7 +94,9 @@ def predict(folder: str | Path, given: Any) -> list[dict[str, Any]]:
     if isinstance(given, list) and all(isinstance(text, str) for text in given):
         given = [{loaded.columns["text"]: text} for text in given]
         if "text_pair" in loaded.columns:
-            raise UserError("this run was trained on pairs of texts; give --data FILE, or a list of pairs in Python.")
+            raise UserError(
+                "this run was trained on pairs of texts; give --data FILE, or a list of pairs in Python."
+            )
     elif isinstance(given, list) and all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in given):
         names = loaded.columns["text"], loaded.columns.get("text_pair", "")
         given = [dict(zip(names, pair)) for pair in given]
@@ -94,8 +104,12 @@ def predict(folder: str | Path, given: Any) -> list[dict[str, Any]]:
     table = read_table(given, encoding=settings.encoding, skip_bad=settings.skip_bad, name="data")
     if len(table) == 0:
         raise UserError("there is no text to answer; give one or more, or --data FILE.")
-    named = {name: column for name, column in loaded.columns.items() if column in table.columns and name != "label"}
-    wanted = [column for column in loaded.task.columns if column.name in loaded.columns and column.name != "label"]
+    named = {
+        name: column for name, column in loaded.columns.items() if column in table.columns and name != "label"
+    }
+    wanted = [
+        column for column in loaded.task.columns if column.name in loaded.columns and column.name != "label"
+    ]
     columns = find_columns(table, wanted, named)
     examples = loaded.task.examples(table, columns, loaded.labels, settings.skip_bad, targets=False)
     dataset = loaded.task.dataset(examples, loaded.backbone, loaded.max_length)

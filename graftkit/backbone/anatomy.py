@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Q_NAMES = {"q", "query", "q_proj", "q_lin", "to_q", "wq", "query_proj", "q_linear"}
 K_NAMES = {"k", "key", "k_proj", "k_lin", "to_k", "wk", "key_proj", "k_linear"}
@@ -19,6 +20,17 @@ QKV_NAMES = {"qkv", "qkv_proj", "c_attn", "query_key_value", "in_proj", "wqkv", 
 O_NAMES = {"o", "o_proj", "out_proj", "out_lin", "wo", "to_out"}
 GATE_NAMES = {"gate", "gate_proj", "w1", "wi_0"}
 HEAD_NAMES = {"classifier", "score", "lm_head", "qa_outputs", "head", "fc", "cls", "projector"}
+
+
+class Added(nn.Module):
+    """What a method adds below a module of a model: no part of the base, so its anatomy passes it by.
+
+    `graft`: name of the graft that it belongs to, set by `attach`. Inactive, it leaves the model as it was.
+    """
+
+    active = True
+    survives_fold = False
+    graft = ""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,12 @@ class Site:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a map x W + b: `nn.Linear`, or the `Conv1D` of GPT-2 with W transposed."""
+    """Whether a module is a map x W + b: `nn.Linear`, or the `Conv1D` of GPT-2 with W transposed.
+
+    The output map of `nn.MultiheadAttention` is none: its weight is used, but it is never called.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -47,7 +64,9 @@ def is_transposed(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear map."""
-    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    if isinstance(module, nn.Linear):  # not the shape of its weight, which may be packed
+        return module.in_features, module.out_features
+    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
     return (int(rows), int(columns)) if is_transposed(module) else (int(columns), int(rows))  # type: ignore[arg-type]
 
 
@@ -80,8 +99,12 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
     owner = {name: index for index, (name, _) in enumerate(blocks)}
     attention = [_attention_child(block) for _, block in blocks]
     sites = []
-    for name, module in _own_modules(model):
-        block = next((i for prefix, i in owner.items() if name == prefix or name.startswith(prefix + ".")), None)
+    for name, module in base_modules(model):
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        block = next(
+            (i for prefix, i in owner.items() if name == prefix or name.startswith(prefix + ".")), None
+        )
         if block is None:
             role = _outside_role(model, name, module)
         else:
@@ -94,9 +117,13 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
     return tuple(sites), tuple(name for name, _ in blocks)
 
 
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of each module that no method added."""
+    added: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if isinstance(module, Added):
+            added |= set(module.modules())
+        if module not in added:
             yield name, module
 
 

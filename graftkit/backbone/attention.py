@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftkit.backbone.anatomy import Added
 from graftkit.backbone.backbone import Backbone
 from graftkit.errors import UserError
 
@@ -34,10 +35,8 @@ def attention_forward(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-class AddedKeysValues(nn.Module):
+class AddedKeysValues(Added):
     """An addition on an attention module that offers keys and values; each (kv heads, tokens, d)."""
-
-    active = True
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -78,6 +77,15 @@ def adopt(backbone: Backbone) -> None:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+
+
+def release(model: nn.Module, implementation: str | None) -> None:
+    """Give a model its own attention back, unless an addition still needs ours."""
+    config = getattr(model, "config", None)
+    if implementation is None or getattr(config, "_attn_implementation", None) != NAME:
+        return
+    if implementation != NAME and not any(isinstance(module, AddedKeysValues) for module in model.modules()):
+        model.set_attn_implementation(implementation)  # type: ignore[operator]
 
 
 def attention_modules(backbone: Backbone) -> list[tuple[int, str, nn.Module]]:

@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from graftkit.backbone.anatomy import find_sites
 from graftkit.backbone.backbone import Backbone
 from graftkit.errors import UserError, listing, nearest
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,7 @@ def load_backbone(
         if meta:
             with torch.device("meta"):
                 model = auto.from_config(config)
+            missing = _missing(model, source.folder)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -180,7 +190,8 @@ def load_backbone(
                     folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
                     ignore_mismatched_sizes=labels is not None, output_loading_info=True,
                 )  # fmt: skip
-                missing = tuple(sorted(info["missing_keys"]))
+                misshapen = {entry[0] for entry in info["mismatched_keys"]}  # these were drawn at random
+                missing = tuple(sorted({*info["missing_keys"], *misshapen}))
     except Exception as error:
         raise UserError(f"model {source.name!r} cannot be loaded: {_first_line(error)}") from None
     model.eval()
@@ -192,13 +203,35 @@ def load_backbone(
     return backbone
 
 
+def _missing(model: nn.Module, folder: Path) -> tuple[str, ...]:
+    """Parameters of a model that no weights file names, read from the files' headers alone.
+
+    Names in a file may lack the prefix of the bare model (`bert.`), or have it where the model has none.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names.update(key.removeprefix(prefix) for key in file.keys())  # noqa: SIM118
+    tied = {
+        id(p)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name.removeprefix(prefix) in names
+    }
+    lacking = (name for name, p in model.named_parameters() if id(p) not in tied)
+    heads = {site.name for site in find_sites(model)[0] if site.role in ("head", "pooler")}
+    return tuple(sorted(name for name in lacking if name.rpartition(".")[0] in heads))
+
+
 def _refuse_holes(backbone: Backbone) -> None:
     """A base parameter that the weights lack would be random, and another one after each load."""
     roles = {site.name: site.role for site in backbone.sites}
-    holes = [name for name in backbone.missing if roles.get(name.rpartition(".")[0]) not in ("head", "pooler")]
+    holes = [
+        name for name in backbone.missing if roles.get(name.rpartition(".")[0]) not in ("head", "pooler")
+    ]
     if holes:
         raise UserError(
-            f"the weights of {backbone.source!r} lack {len(holes)} parameters of its architecture "
+            f"the weights of {backbone.source!r} lack {len(holes)} parameters of its architecture, or have them in another shape "
             f"({listing(holes, 4)}); the file is incomplete or belongs to another config.json."
         )
 

@@ -44,7 +44,9 @@ def encode_texts(
 ) -> Encoded:
     """Tokenize texts, or pairs of texts, with the model's special tokens; longer ones are truncated and counted."""
     given = (list(texts),) if pairs is None else (list(texts), list(pairs))
-    encoding = tokenizer(*given, truncation=True, max_length=max_length, return_attention_mask=True, verbose=False)
+    encoding = tokenizer(
+        *given, truncation=True, max_length=max_length, return_attention_mask=True, verbose=False
+    )
     names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoding]
     if pairs is None and "token_type_ids" in names:
         names.remove("token_type_ids")  # all zeros, which models take as given

@@ -46,7 +46,11 @@ def restore(
     if not paths:
         return None
     tensors, metadata = read_tensors(paths[-1])
-    load_parameters(parameters, {k.removeprefix("parameters/"): v for k, v in tensors.items() if k.startswith("parameters/")}, paths[-1])
+    load_parameters(
+        parameters,
+        {k.removeprefix("parameters/"): v for k, v in tensors.items() if k.startswith("parameters/")},
+        paths[-1],
+    )
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == "optimizer":

@@ -89,7 +89,9 @@ class Forward:
 class CachedForward(Forward):
     """The same from kept outputs of the frozen prefix: features of a head alone, or the input of a block."""
 
-    def __init__(self, graft: Graft, device: torch.device, precision: str, depth: int, dataset: Dataset) -> None:
+    def __init__(
+        self, graft: Graft, device: torch.device, precision: str, depth: int, dataset: Dataset
+    ) -> None:
         super().__init__(graft, device, precision)
         backbone = graft.backbone
         self.blocks = [backbone.module(name) for name in backbone.blocks]
@@ -158,11 +160,25 @@ def make_forward(
     graft: Graft, device: torch.device, precision: str, depth: int, dataset: Dataset, passes: int
 ) -> Forward:
     """A forward function for one dataset that is read `passes` times: cached where that is possible and pays."""
-    if depth == 0 or passes < 2 or not _fits(graft, dataset, depth) or not _blocks_give_tensors(graft, dataset, device, precision):
-        return Forward(graft, device, precision)
-    if depth == len(graft.backbone.blocks) and pooled_head(graft) is None:
+    if depth == len(graft.backbone.blocks) and not _only_head_trains(graft):
+        depth -= 1  # what follows the last block is trained: its output is computed anew from its kept input
+    if (
+        depth == 0
+        or passes < 2
+        or not _fits(graft, dataset, depth)
+        or not _blocks_give_tensors(graft, dataset, device, precision)
+    ):
         return Forward(graft, device, precision)
     return CachedForward(graft, device, precision, depth, dataset)
+
+
+def _only_head_trains(graft: Graft) -> bool:
+    """Whether all that is trained comes after the pooled features, which then never change."""
+    head = pooled_head(graft)
+    if head is None or head.pooling == "attention":
+        return False
+    own = {id(parameter) for parameter in head.parameters()}
+    return all(id(parameter) in own for parameter in graft.parameters.values())
 
 
 def _fits(graft: Graft, dataset: Dataset, depth: int) -> bool:
@@ -175,7 +191,9 @@ def _blocks_give_tensors(graft: Graft, dataset: Dataset, device: torch.device, p
     """Whether a block returns its states alone, so that it can be passed by."""
     kinds: list[bool] = []
     block = graft.backbone.module(graft.backbone.blocks[0])
-    handle = block.register_forward_hook(lambda module, args, output: kinds.append(isinstance(output, Tensor)))
+    handle = block.register_forward_hook(
+        lambda module, args, output: kinds.append(isinstance(output, Tensor))
+    )
     try:
         with torch.no_grad():
             Forward(graft, device, precision)(dataset.batch(np.array([0])))

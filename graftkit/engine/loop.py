@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftkit.data.batches import epoch_batches, ordered_batches, steps_per_epoch
 from graftkit.engine import checkpoint
-from graftkit.engine.audit import Audit
+from graftkit.engine.audit import STEPS, Audit
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.frozen import Forward, set_training
 from graftkit.engine.parallel import processes, sum_gradients
@@ -83,14 +83,15 @@ class Loop:
         self._order: tuple[int, list[np.ndarray]] | None = None
 
     def __iter__(self) -> Iterator[Step]:
-        audit = Audit(self.graft.model, self.graft.labels) if self.step < self.settings.steps else None
+        audit = Audit(self.graft.model, self.graft.labels) if self.step < STEPS else None
         set_training(self.graft, self.depth)
         while self.step < self.settings.steps:
             result = self._take_step(audit)
             if audit is not None and audit.done:
                 audit = None
             yield result
-            set_training(self.graft, self.depth)  # an evaluation may have changed it
+            if not self.graft.model.training:  # an evaluation came between
+                set_training(self.graft, self.depth)
         self.graft.model.eval()
 
     def batches(self, step: int) -> list[np.ndarray]:
@@ -120,7 +121,7 @@ class Loop:
         self.optimizer.zero_grad()
         self.step += 1
         if audit is not None:
-            audit.after_step()
+            audit.after_step(rising=self.step < settings.warmup * settings.steps)
         rows = sum(map(len, batches))
         return Step(self.step, self.step / self.per_epoch, loss, norm, scale, rows, correct, tokens)
 

@@ -63,7 +63,11 @@ def _measure(dtype: torch.dtype) -> float:
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        wanted = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "model\t", "flags"))]
+        wanted = [
+            line.split(":", 1)[1].strip()
+            for line in lines
+            if line.startswith(("model name", "model\t", "flags"))
+        ]
         import hashlib
 
         return f"{wanted[0]} {hashlib.sha256(' '.join(wanted[:3]).encode()).hexdigest()[:8]}"

@@ -44,8 +44,10 @@ class Adapter(Method):
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         group = Group("added", self.lr or 1e-3, self.name, self.lr is not None)
         labels: Labels = {}
+        device = next(backbone.model.parameters()).device  # a dropout, where most are placed, has none
         for name, module, width in self.targets(backbone):
-            place(module, f"adapter_{graft}", Bottleneck(width, self.bottleneck))
+            bottleneck = Bottleneck(width, self.bottleneck).to(device)
+            place(module, f"adapter_{graft}", bottleneck)
             labels |= labels_of(backbone, f"{name}.adapter_{graft}", group)
         if self.norms:
             base = Group("base", group.lr, self.name, group.fixed_lr)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.anatomy import Added
 from graftkit.catalogue import as_expression, build, check_values, parse
 from graftkit.errors import NotFoldable, UserError, listing
 
@@ -40,14 +41,11 @@ class Group:
 Labels = dict[str, Group]
 
 
-class Addition(nn.Module):
+class Addition(Added):
     """New parameters at one site. `after` sees the site's output, `before` its input; both may change them.
 
     Subclasses override one of the two. An inactive addition leaves the site as it was.
     """
-
-    active = True
-    survives_fold = False
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         return None
@@ -119,7 +117,9 @@ class Chain(Method):
         names = [method.name for method in self.methods]
         twice = {name for name in names if names.count(name) > 1}
         for name in sorted(twice - {"unfreeze", "freeze"}):
-            raise UserError(f"{name}() stands twice in {' + '.join(names)}; write it once with both selections.")
+            raise UserError(
+                f"{name}() stands twice in {' + '.join(names)}; write it once with both selections."
+            )
 
     def __add__(self, other: Method) -> Chain:
         return Chain(self.methods + (other.methods if isinstance(other, Chain) else (other,)))
@@ -162,7 +162,9 @@ def as_chain(method: Method | str) -> Chain:
 def place(site: nn.Module, name: str, addition: nn.Module) -> None:
     """Make `addition` a child of the module at a site, in the site's device and mode, and register its hooks."""
     if hasattr(site, name):
-        raise UserError(f"{type(site).__name__} already has {name!r}: a graft of this name is attached there.")
+        raise UserError(
+            f"{type(site).__name__} already has {name!r}: a graft of this name is attached there."
+        )
     device = next((p.device for p in site.parameters()), None)
     if device is not None:
         addition.to(device)

@@ -72,19 +72,27 @@ class Head(Method):
             assert self.classes is not None
             old = last.module
             new = nn.Linear(inputs, self.classes, getattr(old, "bias", None) is not None)
-            new.to(device=old.weight.device)  # type: ignore[arg-type, union-attr]
+            new.to(device=old.weight.device, dtype=old.weight.dtype)  # type: ignore[arg-type, union-attr, call-overload]
             nn.init.normal_(new.weight, std=0.02)
+            if new.bias is not None:
+                nn.init.zeros_(new.bias)
             parent, _, leaf = last.name.rpartition(".")
             setattr(backbone.module(parent), leaf, new)
+            backbone.sites = tuple(
+                dataclasses.replace(site, module=new) if site is last else site for site in backbone.sites
+            )
             config = getattr(backbone.model, "config", None)
             if config is not None:
                 config.num_labels = self.classes
             if hasattr(backbone.model, "num_labels"):
-                backbone.model.num_labels = self.classes
+                backbone.model.num_labels = self.classes  # type: ignore[assignment]
+        # transformers' classification losses are means of what they are given: Trainer has to average them
+        backbone.model.accepts_loss_kwargs = False  # type: ignore[assignment]
         labels: Labels = {}
         for site in sites:
             labels |= labels_of(backbone, site.name, group)
-        labels |= {name: group for name in backbone.missing}  # a pooler that the weights lack is random: train it
+        # a pooler that the weights lack is random: train it
+        labels |= {name: group for name in backbone.missing if name in backbone.base_parameters}
         return labels
 
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:

@@ -21,7 +21,9 @@ class LayerwiseLR(Method):
     as in ELECTRA's fine-tuning. The last block has the full rate, the embeddings lr * decay^blocks.
     """
 
-    decay: float = option(0.9, "factor from one block to the one below it", above=0, at_least=0.01, below=1.0001)
+    decay: float = option(
+        0.9, "factor from one block to the one below it", above=0, at_least=0.01, below=1.0001
+    )
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         return {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_linear, is_transposed
 from graftkit.catalogue import option
+from graftkit.errors import NotFoldable
 from graftkit.methods.base import (
     Addition,
     Group,
@@ -63,6 +64,11 @@ class LoRA(Method):
             added = getattr(site.module, f"lora_{graft}")
             update = added.update()
             weight: Tensor = site.module.weight  # type: ignore[assignment]
+            if not weight.dtype.is_floating_point:
+                raise NotFoldable(
+                    f"lora() cannot be folded into {site.name!r}, which is stored as {weight.dtype}. "
+                    "Keep the graft folder, or fold it into the model before it is quantized."
+                )
             update = update.T if is_transposed(site.module) else update
             values[f"{site.name}.weight"] = (weight.float() + update).to(weight.dtype)
         return values

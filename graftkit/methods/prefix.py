@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.anatomy import Added
 from graftkit.backbone.attention import AddedKeysValues, adopt, attention_modules
 from graftkit.catalogue import option
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Addition, Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+
+PLAIN_ROTATIONS = ("default", "linear", "llama3")  # same for every text length, and rotations only
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,16 @@ class Prefix(Method):
         name = f"prefix_{graft}"
         labels: Labels = {}
         shapes = [kv_shape(backbone, module) for _, _, module in modules]
+        encoder, start = None, 0
         if self.hidden:
             width = sum(2 * heads * size for heads, size in shapes)
             encoder = PrefixEncoder(self.tokens, backbone.hidden_size, self.hidden, width)
             place(backbone.model, name, encoder)
             labels |= labels_of(backbone, name, group)
         for (_, path, module), (heads, size) in zip(modules, shapes):
-            slot = PrefixSlot(self.tokens, heads, size, stored=not self.hidden)
+            slot = PrefixSlot(self.tokens, heads, size, encoder, start)
             place(module, name, slot)
-            if self.hidden:
-                encoder.slots.append(slot)
+            start += 2 * heads * size
             labels |= labels_of(backbone, f"{path}.{name}", group)
         return labels
 
@@ -57,19 +61,27 @@ class Prefix(Method):
             "Keep the graft folder and load it with graftkit.load, or use lora() where folding matters."
         )
 
-    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm:
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         """PEFT keeps all layers in one matrix (tokens, layers * 2 * kv width), ordered k0, v0, k1, v1 ...
 
-        It does not keep the reparameterisation: what is written is its result.
+        It does not keep the reparameterisation: what is written is its result. PEFT puts the prefix at positions
+        0 ... and the text behind it, where here the text keeps its own. With rotary positions only distances
+        count, so that keys turned by `tokens` positions mean the same; other models cannot be expressed.
         """
-        name = f"prefix_{graft}"
-        if self.hidden:
-            getattr(backbone.model, name).fill()
-        columns = []
         modules = attention_modules(backbone)
+        rotary = next((m for m in backbone.model.modules() if hasattr(m, "inv_freq")), None)
+        turn = getattr(sys.modules[type(modules[0][2]).__module__], "apply_rotary_pos_emb", None)
+        if turn is None or getattr(rotary, "rope_type", None) not in PLAIN_ROTATIONS:
+            return None
+        assert rotary is not None
+        name = f"prefix_{graft}"
+        columns = []
         for _, _, module in modules:
             key, value = getattr(module, name).keys_values()
-            columns += [part.transpose(0, 1).reshape(self.tokens, -1) for part in (key, value)]
+            _, turned = turn(
+                key[None], key[None], *rotary(key, torch.tensor([[self.tokens]], device=key.device))
+            )
+            columns += [part.transpose(0, 1).reshape(self.tokens, -1) for part in (turned[0], value)]
         heads, size = kv_shape(backbone, modules[0][2])
         config: dict[str, Any] = {
             "peft_type": "PREFIX_TUNING",
@@ -86,51 +98,50 @@ class Prefix(Method):
 
 def kv_shape(backbone: Backbone, module: nn.Module) -> tuple[int, int]:
     """(kv heads, head width) of an attention module."""
-    config = getattr(module, "config", None) or backbone.model.config
+    config: Any = getattr(module, "config", None) or backbone.model.config
     heads = config.num_attention_heads
-    size = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
+    size: Any = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
     size = size or backbone.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, int(size)
+    return int(getattr(config, "num_key_value_heads", None) or heads), int(size)
 
 
 class PrefixSlot(AddedKeysValues):
-    """Keys and values of one layer, (kv heads, tokens, head width): stored here, or filled by the encoder."""
+    """Keys and values of one layer, (kv heads, tokens, head width): stored here, or columns of the encoder's output."""
 
-    def __init__(self, tokens: int, heads: int, size: int, stored: bool) -> None:
+    encoder: PrefixEncoder | None
+
+    def __init__(
+        self, tokens: int, heads: int, size: int, encoder: PrefixEncoder | None = None, start: int = 0
+    ) -> None:
         super().__init__()
         self.shape = (tokens, heads, size)
-        if stored:
+        self.start = start
+        self.__dict__["encoder"] = encoder  # not a child: it belongs to the model
+        if encoder is None:
             self.keys = new_parameter(tokens, heads * size, std=0.02)
             self.values = new_parameter(tokens, heads * size, std=0.02)
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         tokens, heads, size = self.shape
-        return (
-            self.keys.view(tokens, heads, size).transpose(0, 1),
-            self.values.view(tokens, heads, size).transpose(0, 1),
-        )
+        if self.encoder is None:
+            parts: tuple[Tensor, ...] = (self.keys, self.values)
+        else:
+            parts = self.encoder.columns(self.start, 2 * heads * size).split(heads * size, dim=1)
+        keys, values = (part.view(tokens, heads, size).transpose(0, 1) for part in parts)
+        return keys, values
 
 
-class PrefixEncoder(Addition):
-    """The reparameterisation: fills the slots of all layers before each forward pass of the model."""
+class PrefixEncoder(Added):
+    """The reparameterisation of all layers: W2 tanh(W1 E + b1) + b2."""
 
     def __init__(self, tokens: int, width: int, hidden: int, outputs: int) -> None:
         super().__init__()
         self.embedding = new_parameter(tokens, width, std=0.02)
         self.trunk = nn.Linear(width, hidden)
         self.out = nn.Linear(hidden, outputs)
-        self.__dict__["slots"] = []  # not children: they belong to their attention modules
 
-    def fill(self) -> None:
-        table = self.out(torch.tanh(self.trunk(self.embedding)))
-        start = 0
-        for slot in self.slots:
-            _, heads, size = slot.shape
-            step = heads * size
-            slot.keys = table[:, start : start + step]
-            slot.values = table[:, start + step : start + 2 * step]
-            start += 2 * step
-
-    def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        self.fill()
-        return None
+    def columns(self, start: int, count: int) -> Tensor:
+        """Columns of the output (tokens, outputs), from `start`. Nothing is kept from one layer to the next."""
+        hidden = torch.tanh(self.trunk(self.embedding))
+        rows = slice(start, start + count)
+        return nn.functional.linear(hidden, self.out.weight[rows], self.out.bias[rows])

@@ -25,7 +25,8 @@ def model_card(prepared: Prepared, result: dict[str, Any], found: dict[str, Any]
     )
     skipped = f" {len(rows.train.skipped)} bad rows were left out." if rows.train.skipped else ""
     labels = ", ".join(rows.labels[:20]) + (" ..." if len(rows.labels) > 20 else "")
-    tables = f"""
+    tables = (
+        f"""
 ## Figures
 
 Intervals are 95% bootstrap intervals over the rows.
@@ -41,24 +42,27 @@ Intervals are 95% bootstrap intervals over the rows.
 {classes}
 
 </details>
-""" if found else "\nThe run had no rows to evaluate on.\n"
+"""
+        if found
+        else "\nThe run had no rows to evaluate on.\n"
+    )
     return f"""# {recipe.task} with {prepared.graft.method}
 
-A graft on [{recipe.model}]: {count(result['trained_parameters'])} trained parameters
-of {count(result['total_parameters'])}.
+A graft on [{recipe.model}]: {count(result["trained_parameters"])} trained parameters
+of {count(result["total_parameters"])}.
 
 - data: `{recipe.data.train}`, {len(rows.train):,} training rows, columns {rows.columns}.{skipped}
 - labels ({len(rows.labels)}): {labels}
-- training: {count(result['steps'])} steps of {prepared.plan.batch_size} rows, {result['precision']}, seed {recipe.seed};
-  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])} on {result['device']}
+- training: {count(result["steps"])} steps of {prepared.plan.batch_size} rows, {result["precision"]}, seed {recipe.seed};
+  {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}
 {tables}
 ## Use
 
 ```
-graftkit predict {result['run']} "a text"
-graftkit evaluate {result['run']} --data FILE
-graftkit export {result['run']} --to FOLDER
-graftkit tune {result['run']}/recipe.yaml --out AGAIN    # the same run once more
+graftkit predict {result["run"]} "a text"
+graftkit evaluate {result["run"]} --data FILE
+graftkit export {result["run"]} --to FOLDER
+graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # the same run once more
 ```
 
 In Python:
@@ -68,6 +72,6 @@ import graftkit
 from transformers import AutoModel   # AutoModelForSequenceClassification for a head(pooling='own')
 
 model = AutoModel.from_pretrained({recipe.model!r})
-graft = graftkit.load(model, {result['run'] + '/graft'!r})
+graft = graftkit.load(model, {result["run"] + "/graft"!r})
 ```
 """

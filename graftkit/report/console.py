@@ -66,7 +66,9 @@ class Console:
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for i, column in enumerate(columns):
-            numeric = bool(rows) and all(row[i].replace(",", "").replace(".", "").replace("%", "").isdigit() for row in rows)
+            numeric = bool(rows) and all(
+                row[i].replace(",", "").replace(".", "").replace("%", "").isdigit() for row in rows
+            )
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)

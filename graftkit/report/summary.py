@@ -22,21 +22,28 @@ def show_found(console: Console, prepared: Prepared, datasets: dict[str, Dataset
     parts += [f"{len(part):,} {name}" for name, part in (("eval", rows.eval), ("test", rows.test)) if part]
     columns = ", ".join(f"{name} = {column!r}" for name, column in rows.columns.items())
     lines = [
-        ("backbone", f"{backbone.source} ({type(backbone.model).__name__}, {len(backbone.blocks)} blocks, width {backbone.hidden_size})"),
+        (
+            "backbone",
+            f"{backbone.source} ({type(backbone.model).__name__}, {len(backbone.blocks)} blocks, width {backbone.hidden_size})",
+        ),
         ("sites", ", ".join(f"{number} {role}" for role, number in roles.items())),
         ("rows", f"{', '.join(parts)}; columns {columns}"),
-        ("labels", f"{len(rows.labels)}: {', '.join(rows.labels[:4])}{' ...' if len(rows.labels) > 4 else ''}"),
+        (
+            "labels",
+            f"{len(rows.labels)}: {', '.join(rows.labels[:4])}{' ...' if len(rows.labels) > 4 else ''}",
+        ),
     ]
-    skipped = rows.train.skipped + (rows.eval.skipped if rows.eval and rows.eval.table.source != rows.train.table.source else ())
-    if skipped:
-        lines.append(("left out", f"{len(skipped)} bad rows, the first: {skipped[0]}"))
+    if rows.skipped:
+        lines.append(("left out", f"{len(rows.skipped)} bad rows, the first: {rows.skipped[0]}"))
     if datasets:
         cut = sum(dataset.encoded.truncated for dataset in datasets.values())
         total = sum(map(len, datasets.values()))
         lengths = datasets["train"].encoded.lengths
         text = f"{lengths.sum():,} tokens, {lengths.mean():.1f} a row, longest {lengths.max()}"
         if cut:
-            text += f"; {cut:,} of {total:,} rows are longer than {prepared.max_length} tokens and were truncated"
+            text += (
+                f"; {cut:,} of {total:,} rows are longer than {prepared.max_length} tokens and were truncated"
+            )
         lines.append(("texts", text))
     console.pairs(lines)
 
@@ -88,7 +95,9 @@ def show_metrics(console: Console, found: dict[str, Any]) -> None:
 def _metric_lines(name: str, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     low, high = metrics["accuracy_interval"]
     worst = sorted((m["f1"], label) for label, m in metrics["per_class"].items() if m["rows"])[:3]
-    accuracy = f"{metrics['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, {count(metrics['rows'])} rows)"
+    accuracy = (
+        f"{metrics['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, {count(metrics['rows'])} rows)"
+    )
     return [
         (f"{name} accuracy".strip(), accuracy),
         (f"{name} macro F1".strip(), f"{metrics['macro_f1']:.4f}"),

@@ -19,9 +19,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return
     if kind not in (".csv", ".tsv"):
-        raise UserError(f"answers cannot be written as {path.name!r}; use a name that ends in .jsonl, .csv or .tsv.")
+        raise UserError(
+            f"answers cannot be written as {path.name!r}; use a name that ends in .jsonl, .csv or .tsv."
+        )
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), delimiter="," if kind == ".csv" else "\t", lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(rows[0]), delimiter="," if kind == ".csv" else "\t", lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,19 +18,27 @@ from graftkit.data.encode import Encoded
 from graftkit.data.read import Table
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """Model inputs by name, (rows, length); targets (rows,); and the row numbers they came from."""
+    """Some rows of a dataset: `targets` (rows,), and `inputs`, tensors (rows, length), padded when first asked for."""
 
-    inputs: dict[str, Tensor]
-    targets: Tensor | None
+    encoded: Encoded
     rows: np.ndarray
+    targets: Tensor | None
+    device: torch.device | None = None
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        padded = self.encoded.pad(self.rows.tolist())
+        if self.device is None:
+            return padded
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in padded.items()}
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(inputs, None if self.targets is None else self.targets.to(device), self.rows)
+        targets = None if self.targets is None else self.targets.to(device)
+        return Batch(self.encoded, self.rows, targets, device)
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,7 @@ class Dataset:
 
     def batch(self, rows: np.ndarray) -> Batch:
         targets = self.examples.targets
-        return Batch(
-            self.encoded.pad(rows.tolist()),
-            None if targets is None else torch.from_numpy(targets[rows]),
-            rows,
-        )
+        return Batch(self.encoded, rows, None if targets is None else torch.from_numpy(targets[rows]))
 
 
 class Task:
@@ -88,7 +93,12 @@ class Task:
         raise NotImplementedError
 
     def examples(
-        self, table: Table, columns: dict[str, str], labels: Sequence[str], skip_bad: bool, targets: bool = True
+        self,
+        table: Table,
+        columns: dict[str, str],
+        labels: Sequence[str],
+        skip_bad: bool,
+        targets: bool = True,
     ) -> Examples:
         """Rows checked one by one; a bad row is a `UserError`, or left out where `skip_bad` says so."""
         raise NotImplementedError

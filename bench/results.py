@@ -1,0 +1,165 @@
+"""Every method on banking77: test accuracy, trained parameters, seconds and peak memory; writes docs/results.md.
+
+    python bench/results.py run [--jobs 2] [--seeds 0,1,2] [--only full,ten,thirty]   each missing run, one process each
+    python bench/results.py write                                                     the page, from bench/results/
+
+A run's figures are kept in bench/results/, so that an interrupted measurement goes on. `--jobs 2` runs two
+processes of one thread each; seconds and memory on the page come only from runs that had the machine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import MODEL, ROOT, child_arguments, machine
+
+FOLDER = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "results.md"
+SEEDS = (0, 1, 2)
+FULL, TOP = "full(lr=1e-4) + layerwise_lr(decay=0.85)", "unfreeze('blocks[-2:]', lr=2e-4)"
+COMMON = {"train.label_smoothing": 0.1}
+SMALL = {**COMMON, "train.batch_size": 16}
+# name: (method, epochs); epochs are what each needs, cheap ones get more
+ALL_ROWS = {
+    "head": ("head()", 10),
+    "head + unfreeze": (f"{TOP} + head()", 4),
+    "full + layerwise_lr": (f"{FULL} + head()", 4),
+    "lora": ("lora() + head()", 4),
+    "adapter": ("adapter() + head()", 4),
+    "prefix": ("prefix() + head()", 4),
+    "bitfit": ("bitfit() + head()", 4),
+}
+FEW_ROWS = {
+    "head": ("head()", 40),
+    "head + unfreeze": (f"{TOP} + head()", 12),
+    "full + layerwise_lr": (f"{FULL} + head()", 8),
+}
+PARTS = {
+    "full": (None, ALL_ROWS, COMMON),
+    "thirty": (30, FEW_ROWS, SMALL),
+    "ten": (10, FEW_ROWS, SMALL),
+}
+
+
+def rows(shots: int | None, seed: int) -> list[dict]:
+    """The training rows, or `shots` of each class drawn by the seed."""
+    path = ROOT / "graftkit" / "demo" / "train.csv"
+    table = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+    if shots is None:
+        return table
+    draw = random.Random(seed)
+    classes: dict[str, list[dict]] = {}
+    for row in table:
+        classes.setdefault(row["category"], []).append(row)
+    return [row for name in sorted(classes) for row in draw.sample(classes[name], shots)]
+
+
+def measure(part: str, name: str, seed: int, alone: bool) -> dict:
+    """One run, in this process."""
+    import graftkit
+
+    shots, methods, settings = PARTS[part]
+    method, epochs = methods[name]
+    with tempfile.TemporaryDirectory() as folder:
+        run = graftkit.tune(
+            model=MODEL, train=rows(shots, seed), test=ROOT / "graftkit" / "demo" / "test.csv", method=method,
+            out=f"{folder}/run", settings={"data.eval": None, "train.epochs": epochs, "seed": seed, **settings},
+        )  # fmt: skip
+    kept = ("trained_parameters", "total_parameters", "seconds", "peak_memory_bytes", "steps", "precision", "method")
+    return {
+        "part": part, "name": name, "seed": seed, "epochs": epochs, "alone": alone, "machine": machine(),
+        "accuracy": run.metrics["accuracy"], "macro_f1": run.metrics["macro_f1"],
+        **{key: run.result[key] for key in kept},
+    }  # fmt: skip
+
+
+def path_of(part: str, name: str, seed: int) -> Path:
+    return FOLDER / f"{part}-{name.replace(' ', '')}-{seed}.json"
+
+
+def run_all(jobs: int, seeds: list[int], parts: list[str]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    work = [(p, n, s) for p in parts for s in seeds for n in PARTS[p][1] if not path_of(p, n, s).exists()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+
+    def one(item: tuple[str, str, int]) -> None:
+        part, name, seed = item
+        given = json.dumps({"part": part, "name": name, "seed": seed, "alone": jobs == 1})
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", given], env=environment, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            print(f"{item} failed: {done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            return
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        path_of(part, name, seed).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(item, round(result["accuracy"], 4), result["seconds"], flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, work))
+
+
+def write() -> None:
+    """The page, from the kept figures."""
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
+    text = (ROOT / "bench" / "results_head.md").read_text(encoding="utf-8")
+    titles = {
+        "full": "All 10,003 training rows",
+        "thirty": "30 rows of each class (2,310 rows)",
+        "ten": "10 rows of each class (770 rows)",
+    }
+    for part, title in titles.items():
+        methods = PARTS[part][1]
+        text += f"\n## {title}\n\n| method | test accuracy, mean | lowest to highest | trained parameters | epochs | seconds | peak memory |\n"
+        text += "| --- | --- | --- | --- | --- | --- | --- |\n"
+        for name in methods:
+            runs = [run for run in kept if run["part"] == part and run["name"] == name]
+            if runs:
+                text += line(runs)
+    alone = next((run["machine"] for run in kept if run["alone"]), kept[0]["machine"])
+    PAGE.write_text(text + f"\nMachine: {alone}.\n", encoding="utf-8")
+    print(PAGE)
+
+
+def line(runs: list[dict]) -> str:
+    accuracies = [run["accuracy"] for run in runs]
+    timed = [run for run in runs if run["alone"]]
+    seconds = f"{statistics.median(run['seconds'] for run in timed):.0f}" if timed else "not timed"
+    memory = f"{max(run['peak_memory_bytes'] for run in timed) / 1e9:.2f} GB" if timed else "not measured"
+    spread = f"{min(accuracies):.4f} to {max(accuracies):.4f} ({len(runs)} seeds)"
+    return (
+        f"| `{runs[0]['method']}` | {statistics.mean(accuracies):.4f} | {spread} | {runs[0]['trained_parameters']:,} "
+        f"| {runs[0]['epochs']} | {seconds} | {memory} |\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "write"))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--only", default=",".join(PARTS))
+    options = parser.parse_args()
+    if options.command == "run":
+        run_all(options.jobs, [int(s) for s in options.seeds.split(",")], options.only.split(","))
+    write()
+
+
+if __name__ == "__main__":
+    given = child_arguments()
+    if given is None:
+        main()
+    else:
+        print(json.dumps(measure(**given)))

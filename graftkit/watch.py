@@ -1,0 +1,210 @@
+"""What happens around the loop of one run: its log, evaluations, checkpoints and end."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftkit.engine import checkpoint
+from graftkit.engine.frozen import make_forward
+from graftkit.engine.loop import Loop, Step, predict
+from graftkit.engine.parallel import processes
+from graftkit.errors import UserError
+from graftkit.files import append_lines, write_json, write_text
+from graftkit.prepare import Prepared
+from graftkit.report.card import model_card
+from graftkit.report.console import Console
+from graftkit.report.summary import show_end
+from graftkit.tasks.base import Dataset
+
+CHECKPOINT_SECONDS = 120.0
+RECIPE, PLAN, METRICS, RESULT, GRAFT, CHECKPOINTS = (
+    "recipe.yaml",
+    "plan.json",
+    "metrics.jsonl",
+    "result.json",
+    "graft",
+    "checkpoints",
+)
+
+
+class Watch:
+    """What happens around the loop of one run, and the part of its state that is not the loop's."""
+
+    def __init__(
+        self, prepared: Prepared, datasets: dict[str, Dataset], folder: Path, loop: Loop, start: float
+    ) -> None:
+        self.prepared, self.datasets, self.folder, self.loop = prepared, datasets, folder, loop
+        self.start = start
+        self.seconds_before = 0.0
+        self.last_checkpoint = time.monotonic()
+        self.best: dict[str, Any] | None = None
+        self.waited = 0
+        self.pending: list[dict[str, Any]] = []
+        self.main = processes()[0] == 0
+        evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
+        self.forwards = {
+            name: make_forward(
+                prepared.graft, prepared.device, prepared.precision, prepared.depth, dataset,
+                evaluations if name == "eval" else 1,
+            )
+            for name, dataset in datasets.items() if name != "train"
+        }  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.start
+
+    @property
+    def ended(self) -> bool:
+        patience = self.prepared.recipe.train.early_stopping
+        return patience is not None and self.waited >= patience
+
+    def log(self, step: Step) -> None:
+        self.pending.append({
+            "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss,
+            "accuracy": step.correct / step.rows, "gradient_norm": step.gradient_norm,
+            "lr_factor": step.lr_factor, "rows": step.rows, "tokens": step.tokens, "seconds": round(self.seconds, 3),
+        })  # fmt: skip
+
+    def flush(self) -> None:
+        """Write the lines that wait. Raises `UserError` where that fails; they wait on then."""
+        if self.main and self.pending:
+            append_lines(self.folder / METRICS, map(json.dumps, self.pending))
+        self.pending = []
+
+    def metrics(self, name: str) -> dict[str, Any]:
+        dataset = self.datasets[name]
+        logits = predict(
+            self.prepared.graft, dataset, self.forwards[name], 2 * self.prepared.settings.batch_size
+        )
+        rows = self.prepared.rows
+        assert dataset.examples.targets is not None
+        return rows.task.metrics(logits, dataset.examples.targets, rows.labels)
+
+    def evaluate(self, step: Step, console: Console) -> None:
+        """Metrics of the evaluation rows; the best weights so far are kept in a file of their own."""
+        if "eval" not in self.datasets:
+            return
+        metrics = self.metrics("eval")
+        self.pending.append({"kind": "evaluation", "step": step.number, **metrics})
+        better = self.best is None or (metrics["accuracy"], -metrics["loss"]) > (
+            self.best["accuracy"],
+            -self.best["loss"],
+        )
+        if better:
+            self.best, self.waited = {"step": step.number, **metrics}, 0
+            if self.main:
+                with self._telling_how_to_go_on():
+                    checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.parameters)
+        else:
+            self.waited += 1
+        console.line(
+            f"step {step.number}: evaluation accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "
+            f"loss {metrics['loss']:.4f}{' (best so far)' if better else ''}"
+        )
+        self.checkpoint()
+
+    def maybe_checkpoint(self, every: int | None, force: bool) -> None:
+        due = (
+            self.loop.step % every == 0
+            if every
+            else time.monotonic() - self.last_checkpoint > CHECKPOINT_SECONDS
+        )
+        if due or force:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write the lines that wait and the state of this step. Raises `UserError` where the disk is full."""
+        with self._telling_how_to_go_on():
+            self.flush()
+            if self.main:
+                position = {"best": self.best, "waited": self.waited, "seconds": self.seconds}
+                self.loop.save(self.folder / CHECKPOINTS, position)
+        self.last_checkpoint = time.monotonic()
+
+    @contextmanager
+    def _telling_how_to_go_on(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise UserError(
+                f"{error} The run goes on from its last checkpoint with: graftkit tune --resume {self.folder}"
+            ) from None
+
+    def restore(self, console: Console) -> None:
+        position = self.loop.restore(self.folder / CHECKPOINTS)
+        step = position["step"] if position is not None else 0
+        if position is not None:
+            self.best, self.waited = position["best"], position["waited"]
+            self.seconds_before = position["seconds"]
+        console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
+        path = self.folder / METRICS
+        if path.is_file():  # lines after the checkpoint will be written again
+            lines = path.read_text(encoding="utf-8").splitlines()
+            write_text(path, "".join(f"{line}\n" for line in lines if _stays(line, step)))
+
+    def finish(self, console: Console) -> dict[str, Any]:
+        """Put the best weights back, look at the test rows, and write graft, card and result."""
+        prepared, folder = self.prepared, self.folder
+        if self.best is not None:
+            checkpoint.load_best(folder / CHECKPOINTS, self.loop.parameters)
+        seconds = self.seconds
+        found = {"eval": {k: v for k, v in self.best.items() if k != "step"}} if self.best else {}
+        if "test" in self.datasets:
+            found["test"] = self.metrics("test")
+        result = {
+            "run": str(folder),
+            "metrics": found.get("test") or found.get("eval") or {},
+            "evaluation": self.best,
+            "trained_parameters": prepared.plan.trained_parameters,
+            "total_parameters": prepared.plan.total_parameters,
+            "seconds": round(seconds, 2),
+            "peak_memory_bytes": peak_memory(prepared.device),
+            "steps": self.loop.step,
+            "precision": prepared.precision,
+            "device": str(prepared.device),
+            "method": str(prepared.graft.method),
+            "rows_truncated": sum(dataset.encoded.truncated for dataset in self.datasets.values()),
+            "rows_skipped": len(prepared.rows.skipped),
+        }
+        if self.main:
+            rows = prepared.rows
+            prepared.graft.save(
+                folder / GRAFT, task=str(rows.task), labels=list(rows.labels), columns=rows.columns,
+                max_length=prepared.max_length, precision=prepared.precision,
+            )  # fmt: skip
+            for name, metrics in found.items():
+                self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
+            self.flush()
+            write_text(folder / "README.md", model_card(prepared, result, found))
+            write_json(folder / RESULT, result)
+            for path in checkpoint.existing(folder / CHECKPOINTS):
+                path.unlink()
+        show_end(console, prepared, result, found)
+        return result
+
+
+def _stays(line: str, step: int) -> bool:
+    """Whether a line of the log is of the run up to that step; what the end of a run wrote comes again."""
+    try:
+        value = json.loads(line)
+        return value["step"] <= step and value["kind"] != "final"
+    except (ValueError, KeyError, TypeError):
+        return False  # cut short when the process was killed
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of the device, or of this process on a CPU, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,275 @@
+"""Tiny models and data that all tests share. Nothing is fetched: the models are built here from configs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRAFTKIT_CACHE"] = tempfile.mkdtemp(prefix="graftkit-cache-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+SHARED = Path(os.environ.get("GRAFTKIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+FRUIT = ("apple", "pear", "plum", "cherry", "grape")
+TOOL = ("hammer", "saw", "drill", "wrench", "file")
+ANIMAL = ("cat", "dog", "cow", "hen", "pig")
+FILLER = ("the", "a", "my", "is", "was", "very", "old", "new", "here", "there", "and", "of")
+KINDS = {"fruit": FRUIT, "tool": TOOL, "animal": ANIMAL}
+WORDS = (*FRUIT, *TOOL, *ANIMAL, *FILLER)
+
+
+def make_rows(count: int, seed: int = 0, kinds: tuple[str, ...] = ("fruit", "tool")) -> list[dict[str, str]]:
+    """Rows whose label is the kind of the one word in the text that is not filler."""
+    import random
+
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        kind = kinds[i % len(kinds)]
+        words = draw.choices(FILLER, k=draw.randint(2, 9))
+        words.insert(draw.randrange(len(words) + 1), draw.choice(KINDS[kind]))
+        rows.append({"text": " ".join(words), "label": kind})
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    import csv
+
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _tokenizer(folder: Path, special: tuple[str, ...]):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate((*special, *WORDS))}
+    unknown = special[-1] if "[UNK]" not in special else "[UNK]"
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    if "[CLS]" in special:
+        pieces = {**vocabulary, **{f"##{letter}": len(vocabulary) + i for i, letter in enumerate("abcdes")}}
+        tokenizer = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def _make_bert(folder: Path) -> Path:
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    tokenizer = _tokenizer(folder, special)
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    size = tokenizer.get_vocab_size()
+    BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=size, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = BertModel(config)
+    with torch.no_grad():  # far enough from zero that words can be told apart at once
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+        model.embeddings.word_embeddings.weight.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    """A BERT model folder: 3 blocks, width 32, at most 64 tokens, WordPiece tokenizer."""
+    return _make_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_sentence_bert(tmp_path_factory) -> Path:
+    """The same with a sentence-transformers configuration that says mean pooling."""
+    folder = _make_bert(tmp_path_factory.mktemp("models") / "tiny-sentence-bert")
+    (folder / "1_Pooling").mkdir()
+    pooling = {
+        "word_embedding_dimension": 32,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_cls_token": False,
+    }
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory) -> Path:
+    """A GPT-2 model folder: 3 blocks, width 32, a word tokenizer without a padding token."""
+    import torch
+    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    tokenizer = _tokenizer(folder, ("<|endoftext|>",))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|endoftext|>", model_max_length=64
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=tokenizer.get_vocab_size(), n_embd=32, n_layer=3, n_head=4, n_positions=64,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+        model.wte.weight.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_folder(tmp_path_factory) -> Path:
+    """train.csv (96 rows, fruit or tool), eval.csv (40 rows), pairs.csv (64 rows: same kind or not)."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_csv(folder / "train.csv", make_rows(96, 1))
+    write_csv(folder / "eval.csv", make_rows(40, 2))
+    pairs = zip(make_rows(64, 3), make_rows(64, 4)[1:] + make_rows(1, 5))
+    write_csv(
+        folder / "pairs.csv",
+        [
+            {"text": a["text"], "text_pair": b["text"], "label": "yes" if i % 3 else "no"}
+            for i, (a, b) in enumerate(pairs)
+        ],
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared real data; tests that need it are skipped where it is missing."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no shared data under {SHARED}; set GRAFTKIT_SHARED")
+    return SHARED / "data"
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """Runs `graftkit ...` in this process, from an empty folder: `command("tune", ...)` gives status, out, err."""
+    from graftkit.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> SimpleNamespace:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return SimpleNamespace(status=stop.value.code, out=captured.out, err=captured.err)
+
+    return run
+
+
+def in_process(
+    *words: object, script: str = "from graftkit.cli import main; main()", **more
+) -> subprocess.CompletedProcess:
+    """`graftkit ...` as a real process; `script` may patch something first."""
+    given = {"capture_output": True, "text": True, "timeout": 120, **more}
+    return subprocess.run([sys.executable, "-c", script, *map(str, words)], **given)
+
+
+FAST = ("train.precision=fp32", "train.batch_size=16", "train.lr=0.01")
+
+
+def tune_words(
+    model: Path, rows: Path, out: Path, *more: str, method: str = "lora(rank=4) + head()"
+) -> list[str]:
+    """The words of a `graftkit tune` of a tiny model that takes about a second."""
+    return [
+        "tune", "--model", str(model), "--task", "classify", "--train", str(rows / "train.csv"),
+        "--eval", str(rows / "eval.csv"), "--method", method, "--out", str(out), *FAST, *more,
+    ]  # fmt: skip
+
+
+def graft_tensors(run: Path) -> dict:
+    """All tensors of a run's graft, by file and name."""
+    from safetensors.torch import load_file
+
+    found = {}
+    for path in sorted((run / "graft").glob("*.safetensors")):
+        found |= {f"{path.name}:{name}": tensor for name, tensor in load_file(path).items()}
+    assert found
+    return found
+
+
+def equal_bits(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all((left[name] == right[name]).all() for name in left)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_bert, rows_folder) -> Path:
+    """A finished run: LoRA and the own head of the tiny BERT."""
+    import graftkit
+
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    graftkit.tune(
+        model=str(tiny_bert), task="classify", train=rows_folder / "train.csv", eval=rows_folder / "eval.csv",
+        method="lora(rank=4) + head()", out=out,
+        settings={"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.01, "train.epochs": 10.0},
+    )  # fmt: skip
+    return out
+
+
+def forked(work) -> SimpleNamespace:
+    """`work()` in a child process that is a copy of this one, which saves the seconds that imports take.
+
+    Its exit status (negative: the signal that killed it) and what it printed.
+    """
+    outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the copy
+            for number, output in zip((1, 2), outputs):
+                os.dup2(output.fileno(), number)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            work()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    texts = []
+    for output in outputs:
+        output.seek(0)
+        texts.append(output.read())
+        output.close()
+    return SimpleNamespace(status=status, out=texts[0], err=texts[1])

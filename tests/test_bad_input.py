@@ -1,0 +1,384 @@
+"""Mistakes that users make: each gives one clear message, exit status 1, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import FAST, equal_bits, forked, graft_tensors, make_rows, tune_words, write_csv
+
+
+@pytest.fixture
+def refused(command, tiny_bert, rows_folder, tmp_path):
+    """`refused(*told, key=...)`: tune with these options must fail with all of `told` in one message, and leave no run."""
+
+    def check(*told: str, settings: tuple[str, ...] = (), **options: object) -> str:
+        given = {
+            "model": tiny_bert, "task": "classify", "train": rows_folder / "train.csv",
+            "eval": rows_folder / "eval.csv", "method": "lora(rank=2) + head()", "out": tmp_path / "run", **options,
+        }  # fmt: skip
+        words = [word for name, value in given.items() for word in (f"--{name}", value)]
+        done = command("tune", *words, *FAST, "train.steps=2", *settings)
+        assert done.status == 1
+        assert done.err.startswith("error: ") and "Result" not in done.out
+        assert done.err.count("\n") == 1, "one message"
+        for part in told:
+            assert part in done.err, done.err
+        assert not Path(given["out"]).exists(), "nothing may be left"
+        return done.err
+
+    return check
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# --- data
+
+
+def test_missing_file(refused, rows_folder):
+    refused("trian.csv does not exist", "Did you mean 'train.csv'?", train=rows_folder / "trian.csv")
+    refused("evil.csv does not exist", "Did you mean 'eval.csv'?", eval=rows_folder / "evil.csv")
+
+
+def test_a_folder_where_a_file_should_be(refused, rows_folder):
+    refused("is a folder where a file should be", "train.csv", train=rows_folder)
+
+
+def test_wrong_column(refused):
+    refused(
+        "'lable' is not in",
+        "columns: text, label",
+        "Did you mean 'label'?",
+        settings=("data.columns={label: lable}",),
+    )
+    refused("'tekst'", "Did you mean 'text'?", settings=("data.columns={tekst: text}",))
+
+
+def test_no_column_that_fits(refused, tmp_path):
+    rows = [{"one": f"words {i}", "two": f"other words {i}", "three": i % 2} for i in range(20)]
+    refused(
+        "could be 'one' or 'two'", "data.columns=", train=write_csv(tmp_path / "t.csv", rows), eval="none"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
+def test_empty_file(refused, tmp_path, content):
+    refused("t.csv", "empty", train=written(tmp_path / "t.csv", content))
+
+
+def test_only_a_header(refused, tmp_path):
+    refused("t.csv has no rows", "columns: text, label", train=written(tmp_path / "t.csv", "text,label\n"))
+
+
+@pytest.mark.parametrize(
+    ("row", "column"), [(",fruit", "text"), ("the plum,", "label"), ('"  ",fruit', "text")]
+)
+def test_an_empty_text_or_label(refused, command, tiny_bert, rows_folder, tmp_path, row, column):
+    good = [f"{r['text']},{r['label']}" for r in make_rows(20)]
+    path = written(tmp_path / "t.csv", "\n".join(["text,label", *good[:9], row, *good[9:]]) + "\n")
+    refused("t.csv, line 11", f"column '{column}' is empty", "data.skip_bad=true", train=path)
+    words = tune_words(
+        tiny_bert, rows_folder, tmp_path / "ok", "train.steps=2", "data.skip_bad=true", "--train", str(path)
+    )
+    done = command(*words, "--json")
+    assert done.status == 0 and "1 bad rows" in done.err and "line 11" in done.err
+    assert json.loads(done.out)["rows_skipped"] == 1
+    assert "20 training rows" in (tmp_path / "ok" / "README.md").read_text()
+    assert "1 bad rows were left out" in (tmp_path / "ok" / "README.md").read_text()
+
+
+def test_one_class_only(refused, tmp_path):
+    path = write_csv(tmp_path / "t.csv", [{"text": f"plum {i}", "label": "fruit"} for i in range(9)])
+    refused("one class only ('fruit')", "data.columns={label: ...}", train=path)
+
+
+def test_a_label_that_is_none(refused, tmp_path):
+    path = write_csv(tmp_path / "t.csv", [{"text": f"plum {i}", "label": f"kind {i}"} for i in range(60)])
+    refused("60 different values in 60 rows", "data.columns={label: ...}", train=path)
+
+
+def test_a_label_in_eval_that_training_never_had(refused, tmp_path):
+    path = write_csv(tmp_path / "e.csv", [*make_rows(4), {"text": "a cat", "label": "tol"}])
+    refused("e.csv, line 6", "'tol'", "fruit, tool", "Did you mean 'tool'?", eval=path)
+
+
+def test_not_utf8(refused, command, tiny_bert, rows_folder, tmp_path):
+    rows = "text,label\n" + "".join(
+        f"我的卡丢了{i} {r['text']},{r['label']}\n" for i, r in enumerate(make_rows(20))
+    )
+    path = written(tmp_path / "t.csv", rows.encode("gb18030"))
+    refused("byte 0xce", "line 2", "data.encoding=gb18030", train=path, eval="none")
+    refused(
+        "data.encoding='gb1803'", "Did you mean 'gb18030'?", train=path, settings=("data.encoding=gb1803",)
+    )
+    words = tune_words(tiny_bert, rows_folder, tmp_path / "ok", "train.steps=2", "data.encoding=gb18030")
+    assert command(*words, "--train", path, "--eval", "none").status == 0
+
+
+def test_broken_json_line(refused, tmp_path):
+    lines = [json.dumps(row) for row in make_rows(6)]
+    lines[3] = lines[3][:-4]
+    refused(
+        "t.jsonl, line 4", "not JSON", "data.skip_bad", train=written(tmp_path / "t.jsonl", "\n".join(lines))
+    )
+
+
+def test_a_suffix_that_is_unknown(refused, tmp_path):
+    refused("'.xlsx'", ".csv", train=written(tmp_path / "t.xlsx", "PK"))
+
+
+# --- model
+
+
+def test_model_that_is_not_there(refused, tiny_bert, tmp_path):
+    refused("does not exist", "Did you mean 'tiny-bert'?", model=tiny_bert.parent / "tiny-brt")
+    refused("is a file", "config.json", model=written(tmp_path / "model.safetensors", "x"))
+    refused("'no_such_package'", "Install", model="no_such_package:get")
+    refused("json has no 'lods'", "Did you mean 'loads'?", model="json:lods")
+
+
+def test_hub_id_while_offline(refused):
+    refused("'google/no-such-bert'", "HF_HUB_OFFLINE", "local model folder", model="google/no-such-bert")
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("tokenizer*", ["has no tokenizer", "tokenizer.json"]),
+        ("*.safetensors", ["has no weights", "safetensors"]),
+        ("config.json", ["has no config.json"]),
+    ],
+)
+def test_model_folder_that_lacks_a_part(refused, tiny_bert, tmp_path, missing, told):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    for path in folder.glob(missing):
+        path.unlink()
+    refused(*told, model=folder)
+
+
+def test_weights_that_are_a_pickle(refused, tiny_bert, tmp_path):
+    import torch
+    from transformers import BertModel
+
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "attacked"), "w"))
+
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    torch.save(
+        {**BertModel.from_pretrained(tiny_bert).state_dict(), "x": Attack()}, folder / "pytorch_model.bin"
+    )
+    refused("pickle", "pytorch_model.bin", "save_pretrained", model=folder)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_broken_config_and_weights(refused, tiny_bert, tmp_path):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    whole = (folder / "model.safetensors").read_bytes()
+    for length in (0, 5, 200, len(whole) - 1000):
+        (folder / "model.safetensors").write_bytes(whole[:length])
+        refused(str(folder), model=folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "config.json").write_text('{"model_type": "bert", ')
+    refused("config.json is not valid JSON", model=folder)
+    (folder / "config.json").write_text('{"model_type": "no_such_architecture"}')
+    refused("no_such_architecture", model=folder)
+
+
+def test_weights_of_another_shape(refused, tiny_bert, tmp_path):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    refused("lack", "config.json", model=folder)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    refused(str(folder), model=folder)
+
+
+def test_a_model_without_tokenizer_from_a_function(refused, tmp_path, monkeypatch):
+    written(tmp_path / "made_model.py", "import torch\ndef make():\n    return torch.nn.Linear(3, 3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused("no tokenizer", model="made_model:make", method="full() + head(pooling='own')")
+
+
+def test_a_run_or_an_adapter_instead_of_a_model(refused, finished):
+    refused("run of graftkit", model=finished)
+    refused("adapter", model=finished / "graft")
+
+
+# --- method
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("lorra() + head()", ["'lorra'", "Did you mean 'lora'?"]),
+        ("lora(rnak=8)", ["'rnak'", "Did you mean 'rank'?"]),
+        ("lora(rank=0)", ["rank is 0", "at least 1"]),
+        ("lora(rank=-3)", ["rank is -3", "at least 1"]),
+        ("lora(lr=-0.1)", ["lr is -0.1", "above 0"]),
+        ("lora(sites='quary')", ["'quary' matches nothing", "query", "Did you mean 'query'?"]),
+        ("lora(sites='blocks[-2:')", ["blocks[-2:]"]),
+        ("unfreeze('blocks[7]')", ["matches nothing", "blocks[0] to blocks[2]"]),
+        ("unfreeze('re:nothing.*')", ["matches nothing", "attention"]),
+        ("lora(sites='re:(')", ["regular expression"]),
+        ("lora(sites='norms')", ["none of them are linear maps", "LayerNorm"]),
+        ("head(hidden=-1)", ["hidden is -1"]),
+    ],
+)
+def test_method(refused, method, told):
+    refused(*told, method=method)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("train.lr=-1", ["train.lr", "-1"]),
+        ("train.lrr=1", ["'train.lrr'", "Did you mean 'train.lr'?"]),
+        ("data.max_length=999", ["data.max_length is 999", "64 tokens"]),
+        ("data.max_length=1", ["data.max_length", "1"]),
+        ("train.early_stopping=0", ["train.early_stopping"]),
+    ],
+)
+def test_settings(refused, setting, told):
+    refused(*told, settings=(setting,))
+
+
+def test_a_text_longer_than_the_model_takes_is_truncated_counted_and_reported(
+    command, tiny_bert, rows_folder, tmp_path
+):
+    long = [{"text": " ".join(["the plum"] * 40), "label": "fruit"}, {"text": "plum " * 62, "label": "fruit"}]
+    path = write_csv(tmp_path / "t.csv", [*make_rows(20), *long])
+    done = command(
+        *tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=2", "--json", "--train", str(path))
+    )
+    assert done.status == 0 and "1 of 62 rows are longer than 64 tokens and were truncated" in done.err
+    assert json.loads(done.out)["rows_truncated"] == 1
+    found = json.loads(command("evaluate", tmp_path / "run", "--data", path, "--json").out)
+    assert found["truncated"] == 1
+    assert command("predict", tmp_path / "run", "the plum " * 90).status == 0
+
+
+# --- run folders
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_run_folder_that_exists(command, tiny_bert, rows_folder, finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = content(folder)
+    words = tune_words(tiny_bert, rows_folder, folder, "train.steps=2")
+    done = command(*words)
+    assert done.status == 1 and "--overwrite" in done.err and "--resume" in done.err
+    assert content(folder) == before
+    bad = command(*words, "--overwrite", "--method", "lora(sites='quary')")
+    assert bad.status == 1 and content(folder) == before, "a mistake must not cost the old run"
+    assert command(*words, "--overwrite").status == 0
+    assert json.loads((folder / "result.json").read_text())["steps"] == 2
+
+
+def test_a_folder_with_other_files_is_never_replaced(command, tiny_bert, rows_folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    written(tmp_path / "mine" / "thesis.txt", "years of work")
+    for more in ([], ["--overwrite"]):
+        done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "mine", *more))
+        assert done.status == 1 and "not a run's" in done.err
+    assert content(tmp_path / "mine") == {str(tmp_path / "mine" / "thesis.txt"): b"years of work"}
+
+
+def test_run_folder_that_cannot_be_made(command, tiny_bert, rows_folder, tmp_path):
+    written(tmp_path / "file", "x")
+    done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "file"))
+    assert done.status == 1 and "is a file" in done.err
+    done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "file" / "run"))
+    assert done.status == 1 and "cannot be written" in done.err
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_resume_of_what_is_no_run(command, tmp_path):
+    done = command("tune", "--resume", tmp_path / "none")
+    assert done.status == 1 and "does not exist" in done.err
+    done = command("tune", "--resume", tmp_path)
+    assert done.status == 1 and "not a run folder" in done.err
+
+
+def test_resume_of_a_finished_run_gives_its_result(command, finished):
+    before = content(finished)
+    done = command("tune", "--resume", finished, "--json")
+    assert done.status == 0 and "finished already" in done.err
+    assert json.loads(done.out) == json.loads((finished / "result.json").read_text())
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize("more", [["train.epochs=9"], ["--method", "head()"], ["--overwrite"], ["r.yaml"]])
+def test_resume_takes_no_other_options(command, finished, more):
+    done = command("tune", "--resume", finished, *more)
+    assert done.status == 1 and "no other options" in done.err
+
+
+def test_a_run_that_is_not_finished_cannot_answer(command, finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / "result.json").unlink()
+    for words in (
+        ["predict", folder, "a plum"],
+        ["evaluate", folder, "--data", "x.csv"],
+        ["export", folder, "--to", "m"],
+    ):
+        done = command(*words)
+        assert done.status == 1 and "not finished" in done.err and "--resume" in done.err
+    for words in (["predict", tmp_path / "none", "a plum"], ["predict", tmp_path, "a plum"]):
+        assert command(*words).status == 1
+
+
+def test_a_graft_that_is_broken(command, finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    tensors = next((folder / "graft").glob("*.safetensors"))
+    tensors.write_bytes(tensors.read_bytes()[:-7])
+    done = command("predict", folder, "a plum")
+    assert done.status == 1 and tensors.name in done.err and "broken or cut short" in done.err
+
+
+def test_evaluate_and_predict_on_bad_rows(command, finished, tmp_path):
+    path = write_csv(tmp_path / "t.csv", [*make_rows(3), {"text": "", "label": "tool"}])
+    for name in ("evaluate", "predict"):
+        done = command(name, finished, "--data", path)
+        assert done.status == 1 and "line 5" in done.err and "'text' is empty" in done.err
+    assert command("predict", finished, "").status == 1
+    assert command("evaluate", finished, "--data", tmp_path / "none.csv").status == 1
+
+
+def test_disk_full_while_writing_a_checkpoint(command, tiny_bert, rows_folder, tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    more = ("train.checkpoint_every=2", "train.steps=8", "train.evaluate_every=end")
+
+    def work():
+        import resource
+
+        from graftkit import watch
+        from graftkit.cli import main
+
+        plain = watch.Watch.checkpoint
+
+        def checkpoint(self):
+            if self.loop.step >= 4:  # from here on no file may grow beyond 4 kB, as on a full disk
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            plain(self)
+
+        watch.Watch.checkpoint = checkpoint
+        main(tune_words(tiny_bert, rows_folder, run, *more))
+
+    full = forked(work)
+    assert full.status == 1 and "Traceback" not in full.err
+    assert "cannot be written" in full.err and f"--resume {run}" in full.err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
+    resumed = command("tune", "--resume", run)
+    assert resumed.status == 0 and "resumed at step 2 of 8" in resumed.out
+    assert command(*tune_words(tiny_bert, rows_folder, whole, *more)).status == 0
+    assert equal_bits(graft_tensors(run), graft_tensors(whole))

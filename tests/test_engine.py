@@ -1,0 +1,436 @@
+"""The engine against plain references: batches, steps, audit, frozen prefix, number types."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import equal_bits, make_rows, tune_words, write_csv
+
+from graftkit import recipe as recipes
+from graftkit.data.batches import epoch_batches, ordered_batches, padding_share, steps_per_epoch
+from graftkit.engine import precision
+from graftkit.engine.audit import Audit
+from graftkit.engine.frozen import CachedForward, Forward, make_forward, set_training
+from graftkit.engine.loop import Loop, NotFinite, predict
+from graftkit.errors import UserError
+from graftkit.optim.schedule import factor
+from graftkit.prepare import prepare, prepare_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def ready(tiny_bert, rows_folder):
+    """`ready(method, train={...})`: a prepared run, its training rows, and a loop over them without a cache."""
+
+    def make(method: str, model=None, task: str = "classify", rows=None, **train) -> SimpleNamespace:
+        values = {
+            "model": str(model or tiny_bert), "method": method, "task": task,
+            "data": {"train": str(rows_folder / "train.csv"), "eval": None},
+            "train": {"precision": "fp32", "batch_size": 16, "steps": 6, **train},
+        }  # fmt: skip
+        recipe = recipes.make(values)
+        prepared = prepare(recipe, prepare_rows(recipe, rows))
+        dataset = prepared.rows.task.dataset(prepared.rows.train, prepared.backbone, prepared.max_length)
+        forward = Forward(prepared.graft, CPU, prepared.precision)
+        loop = Loop(
+            prepared.graft, dataset, forward, prepared.depth, prepared.rows.task, len(prepared.rows.labels),
+            prepared.settings,
+        )  # fmt: skip
+        return SimpleNamespace(
+            prepared=prepared, graft=prepared.graft, dataset=dataset, loop=loop, forward=forward
+        )
+
+    return make
+
+
+def gradients(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in run.graft.parameters.items() if p.grad is not None}
+
+
+# --- batches
+
+
+def test_batches_hold_each_row_once_are_the_same_each_time_and_like_in_length():
+    lengths = np.random.default_rng(0).integers(3, 60, 2003)
+    batches = epoch_batches(lengths, 32, 7, 2)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(2003))
+    assert len(batches) == steps_per_epoch(2003, 32, 1) == math.ceil(2003 / 32)
+    assert max(map(len, batches)) == 32
+    again = epoch_batches(lengths, 32, 7, 2)
+    assert all((a == b).all() for a, b in zip(batches, again))
+    for other in (epoch_batches(lengths, 32, 7, 3), epoch_batches(lengths, 32, 8, 2)):
+        assert [b.tolist() for b in other] != [b.tolist() for b in batches]
+    shuffled = np.array_split(np.random.default_rng(1).permutation(2003), len(batches))
+    assert padding_share(lengths, batches) < 0.05 < 0.3 < padding_share(lengths, shuffled)
+    means = [lengths[batch].mean() for batch in batches]
+    assert means != sorted(means), "short rows must not come first in every epoch"
+    ordered = ordered_batches(lengths, 64)
+    assert (
+        sorted(np.concatenate(ordered).tolist()) == list(range(2003))
+        and lengths[ordered[0][0]] == lengths.max()
+    )
+
+
+def test_steps_of_an_epoch_with_accumulation(ready):
+    run = ready("head(pooling='mean')", accumulate=4, epochs=2.0, steps=None)
+    assert run.loop.per_epoch == 2 and run.prepared.settings.steps == 4
+    seen = [row for step in range(2) for batch in run.loop.batches(step) for row in batch]
+    assert sorted(seen) == list(range(96))
+
+
+# --- schedule, clipping, accumulation, rates
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedule(schedule):
+    values = [factor(step, 100, 0.1, schedule) for step in range(100)]
+    assert all(0 < value <= 1 for value in values) and values[10] == 1
+    assert values[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    for step in range(10, 100):
+        done = (step - 10) / 90
+        expected = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1}[schedule]
+        assert values[step] == pytest.approx(expected)
+    assert factor(0, 10, 0.0, schedule) == 1 and factor(0, 1, 0.5, schedule) > 0
+
+
+def test_clipping(ready):
+    norms, moved = [], []
+    for clip in (0.0, 0.01):
+        run = ready("full(lr=0.001) + head()", clip=clip, steps=1)
+        seen = []
+        run.loop.optimizer.register_step_pre_hook(
+            lambda optimizer, args, kwargs, run=run, seen=seen: seen.append(
+                torch.stack([g.norm() for g in gradients(run).values()]).norm().item()
+            )
+        )
+        norms.append(next(iter(run.loop)).gradient_norm)
+        moved.append(seen[0])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5), "what is told is the norm before clipping"
+    assert moved == [pytest.approx(norms[0], rel=1e-4), pytest.approx(0.01, rel=1e-3)]
+
+
+def test_accumulation_equals_one_big_batch(ready):
+    found = []
+    for size, accumulate in ((32, 1), (8, 4)):
+        run = ready("full() + head(dropout=0)", batch_size=size, accumulate=accumulate)
+        run.graft.model.eval()
+        rows = np.arange(32)
+        loss, _, tokens = run.loop._gradients(np.array_split(rows, accumulate))
+        found.append((loss, tokens, gradients(run)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6) and found[0][1] == found[1][1]
+    for name, gradient in found[0][2].items():
+        assert torch.allclose(gradient, found[1][2][name], atol=1e-6), name
+
+
+def test_the_gradient_is_that_of_the_mean_loss(ready):
+    run = ready("full() + head(dropout=0)", label_smoothing=0.1)
+    run.graft.model.eval()
+    batch = run.dataset.batch(np.arange(16))
+    loss = run.loop._gradients([np.arange(16)])[0]
+    ours = gradients(run)
+    run.graft.model.zero_grad()
+    plain = torch.nn.functional.cross_entropy(run.forward(batch), batch.targets, label_smoothing=0.1)
+    plain.backward()
+    assert loss == pytest.approx(plain.item(), rel=1e-6)
+    for name, gradient in gradients(run).items():
+        assert torch.allclose(gradient, ours[name], atol=1e-6), name
+
+
+def test_memory_that_runs_out_halves_the_parts_and_changes_nothing_else(ready):
+    whole, small = (ready("full() + head(dropout=0)") for _ in range(2))
+    for run in (whole, small):
+        run.graft.model.eval()
+    plain = small.loop.forward
+
+    def forward(batch):
+        if len(batch.rows) > 5:
+            raise torch.OutOfMemoryError("no room")
+        return plain(batch)
+
+    forward.device = CPU
+    small.loop.forward = forward
+    losses = [run.loop._gradients([np.arange(16)])[0] for run in (whole, small)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and small.loop.split == 4
+    for name, gradient in gradients(whole).items():
+        assert torch.allclose(gradient, gradients(small)[name], atol=1e-6)
+    never = type(
+        "Never", (), {"device": CPU, "__call__": lambda self, batch: forward(SimpleNamespace(rows=range(9)))}
+    )
+    small.loop.forward = never()
+    with pytest.raises(UserError, match="one row alone does not fit"):
+        small.loop._gradients([np.arange(16)])
+
+
+# --- audit and numbers that are not finite
+
+
+def test_the_audit_names_a_parameter_without_gradient(ready):
+    run = ready("full() + head(pooling='mean')")
+    group = next(iter(run.graft.labels.values()))
+    name = next(n for n, _ in run.graft.model.named_parameters() if "pooler" in n)
+    run.graft.model.get_parameter(name).requires_grad_(True)
+    run.graft.labels[name] = replace(group)
+    with pytest.raises(UserError, match=r"got no gradient: .*pooler"):
+        list(run.loop)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_the_audit_names_a_frozen_tensor_that_changes(ready, kind):
+    run = ready("head(pooling='mean')")
+    run.graft.model.register_buffer("counter", torch.zeros(2))
+    target = (
+        run.graft.model.get_parameter("encoder.layer.1.output.dense.bias")
+        if kind == "parameter"
+        else run.graft.model.counter
+    )
+
+    def leak(*_):
+        target.data[0] += 1e-3
+
+    run.loop.optimizer.register_step_post_hook(leak)
+    with pytest.raises(
+        UserError, match=r"1 frozen tensors changed: (encoder.layer.1.output.dense.bias|counter)"
+    ):
+        list(run.loop)
+
+
+def test_the_audit_names_a_parameter_that_does_not_move(ready):
+    run = ready("full(lr=1e-30) + head()", warmup=0.0)
+    with pytest.raises(UserError, match=r"got a gradient but did not move: .*LayerNorm"):
+        list(run.loop)
+
+
+def test_the_audit_names_a_frozen_parameter_with_a_gradient(ready):
+    run = ready("head(pooling='cls')")
+    run.graft.model.get_parameter("embeddings.LayerNorm.bias").requires_grad_(True)
+    with pytest.raises(UserError, match=r"frozen parameters got a gradient: embeddings.LayerNorm.bias"):
+        list(run.loop)
+
+
+def test_the_audit_waits_for_a_long_warm_up():
+    """The first steps of a long warm-up are smaller than the distance of floats near 1: that is no fault."""
+    model = torch.nn.LayerNorm(4)
+    for at_last, fails in ((1e-3, False), (0.0, True)):
+        audit = Audit(model, {"weight", "bias"})
+        model.weight.grad, model.bias.grad = torch.ones(4), torch.ones(4)
+        with torch.no_grad():
+            for _ in range(3):
+                audit.after_backward()
+                model.bias += 1e-12
+                model.weight += 1e-12
+                audit.after_step(rising=True)
+            assert not audit.done and audit.still == {"weight"}
+            model.weight += at_last
+            audit.after_backward()
+            if fails:
+                with pytest.raises(UserError, match=r"after 4 steps.*did not move: weight"):
+                    audit.after_step()
+            else:
+                audit.after_step()
+                assert audit.done
+
+
+@pytest.mark.parametrize("method", ["lora(rank=2) + head()", "head(pooling='mean')"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    ready, command, tiny_bert, rows_folder, tmp_path, monkeypatch, method
+):
+    from graftkit.tasks.classify import Classify
+
+    plain = Classify.row_losses
+    calls = {"n": 0}
+
+    def poisoned(self, logits, targets, label_smoothing, weights):
+        calls["n"] += 1
+        losses = plain(self, logits, targets, label_smoothing, weights)
+        return (
+            losses if calls["n"] <= 3 else losses * torch.where(torch.arange(len(losses)) == 2, math.nan, 1.0)
+        )
+
+    monkeypatch.setattr(Classify, "row_losses", poisoned)
+    run = ready(method)
+    steps = iter(run.loop)
+    for _ in range(3):
+        next(steps)
+    before = {name: p.detach().clone() for name, p in run.graft.parameters.items()}
+    row = run.loop.batches(3)[0][2]
+    with pytest.raises(NotFinite) as caught:
+        next(steps)
+    assert f"{rows_folder / 'train.csv'}, line {row + 2}." in str(caught.value)
+    assert "the loss is nan in step 4" in str(caught.value) and "train.lr" in str(caught.value)
+    assert equal_bits(before, dict(run.graft.parameters)) and run.loop.step == 3
+
+    calls["n"] = 0
+    words = tune_words(
+        tiny_bert, rows_folder, tmp_path / "run", "train.checkpoint_every=1", "train.steps=9", method=method
+    )
+    done = command(*words)
+    assert done.status == 1 and "not finite" in done.err and "train.csv, line" in done.err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "step-00000003.safetensors"
+    ]
+    monkeypatch.setattr(Classify, "row_losses", plain)
+    assert command("tune", "--resume", tmp_path / "run").status == 0
+
+
+def test_a_gradient_that_is_not_finite(ready):
+    run = ready("full() + head()")
+    run.graft.model.get_parameter("bert.encoder.layer.0.output.dense.bias").register_hook(
+        lambda g: g * math.inf
+    )
+    with pytest.raises(
+        NotFinite, match=r"the gradient's norm is (inf|nan) in step 1.*rows of the batch: .*line"
+    ):
+        next(iter(run.loop))
+
+
+# --- the frozen prefix
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_gpt2"])
+@pytest.mark.parametrize(
+    ("method", "depth"),
+    [
+        ("unfreeze('blocks[-1:]') + head(pooling='mean', dropout=0)", 2),
+        ("unfreeze('blocks[-2:]') + head(pooling='cls', dropout=0)", 1),
+        ("lora(rank=2, sites='blocks[2].attention') + head(pooling='own')", 2),
+        ("head(pooling='mean', dropout=0)", 3),
+        ("head(pooling='last', hidden=8, dropout=0)", 3),
+        ("head(pooling='attention', dropout=0)", 3),
+        ("head(pooling='own')", 3),
+        ("full() + head()", 0),
+    ],
+)
+def test_kept_outputs_give_the_same_logits_and_gradients(ready, request, model, method, depth):
+    run = ready(method, model=request.getfixturevalue(model))
+    assert run.prepared.depth == depth
+    kept = make_forward(run.graft, CPU, "fp32", depth, run.dataset, passes=5)
+    assert isinstance(kept, CachedForward) == (depth > 0)
+    set_training(run.graft, depth)
+    for module in run.graft.model.modules():  # compare without randomness, in the modes of training
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_probs_dropout_prob", "attn_pdrop"):
+        setattr(run.graft.model.config, name, 0.0)
+    for module in run.graft.model.modules():
+        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
+            module.attention_dropout = 0.0
+    for rows in epoch_batches(run.dataset.encoded.lengths, 16, 0, 0)[:3]:
+        batch = run.dataset.batch(rows)
+        found = []
+        for forward in (run.forward, kept):
+            run.graft.model.zero_grad()
+            logits = forward(batch)
+            torch.nn.functional.cross_entropy(logits, batch.targets).backward()
+            found.append((logits.detach(), gradients(run)))
+        assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+        assert found[0][1].keys() == found[1][1].keys() == run.graft.parameters.keys()
+        for name, gradient in found[0][1].items():
+            assert torch.allclose(gradient, found[1][1][name], atol=1e-5), name
+
+
+def test_a_norm_behind_the_blocks_is_trained_although_all_blocks_are_frozen(ready, tiny_gpt2):
+    run = ready("unfreeze('re:ln_f', lr=0.01) + head(pooling='mean')", model=tiny_gpt2)
+    assert run.prepared.depth == 3
+    run.loop.forward = make_forward(run.graft, CPU, "fp32", 3, run.dataset, passes=3)
+    assert isinstance(run.loop.forward, CachedForward)
+    assert len(list(run.loop)) == 6  # the audit is content
+
+
+def test_no_randomness_and_no_statistics_in_what_is_frozen(ready):
+    run = ready("unfreeze('blocks[-1:]') + head(pooling='mean')")
+    set_training(run.graft, run.prepared.depth)
+    modules = dict(run.graft.model.named_modules())
+    assert (
+        not modules["embeddings.dropout"].training and not modules["encoder.layer.1.output.dropout"].training
+    )
+    assert modules["encoder.layer.2.output.dropout"].training
+
+
+def test_prediction_keeps_the_order_and_does_not_depend_on_the_batch(ready):
+    run = ready("lora() + head()")
+    whole = predict(run.graft, run.dataset, run.forward, 96)
+    one = predict(run.graft, run.dataset, run.forward, 1)
+    assert np.allclose(whole, one, atol=1e-5)
+
+
+# --- number types
+
+
+def test_the_measured_choice_is_kept_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFTKIT_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(
+        precision, "_measure", lambda dtype: calls.append(dtype) or (2.0 if dtype == torch.float32 else 1.0)
+    )
+    assert precision.choose("auto", CPU) == "bf16" and len(calls) == 2
+    assert precision.choose("auto", CPU) == "bf16" and len(calls) == 2
+    kept = json.loads((tmp_path / "machine.json").read_text())
+    assert list(kept.values()) == [2.0]
+    (tmp_path / "machine.json").write_text(json.dumps({key: 1.0 for key in kept}))
+    assert precision.choose("auto", CPU) == "fp32" and len(calls) == 2
+    for broken in ("[", "[1]", json.dumps({key: "x" for key in kept})):
+        (tmp_path / "machine.json").write_text(broken)
+        assert precision.choose("auto", CPU) == "bf16"
+    assert precision.choose("fp32", CPU) == "fp32"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRAFTKIT_CACHE", str(tmp_path / "file" / "folder"))
+    assert precision.choose("auto", CPU) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "method", ["lora() + head()", "bitfit() + head(pooling='mean')", "unfreeze('blocks[-1:]')", "full()"]
+)
+def test_what_is_trained_is_fp32_and_the_plan_counts_the_bytes_that_are_held(ready, method, kind):
+    run = ready(method, precision=kind)
+    for name, parameter in run.graft.model.named_parameters():
+        if name in run.graft.labels:
+            assert parameter.dtype == torch.float32, name
+        elif "LayerNorm" not in name:
+            assert parameter.dtype == (torch.float32 if kind == "fp32" else torch.bfloat16), name
+    held = [*run.graft.model.parameters(), *run.graft.model.buffers()]
+    plan = run.prepared.plan
+    assert plan.weight_bytes == sum(t.numel() * t.element_size() for t in held)
+    steps = list(run.loop)
+    assert len(steps) == 6 and all(math.isfinite(step.loss) for step in steps)
+    moments = [
+        t for state in run.loop.optimizer.state.values() for name, t in state.items() if name != "step"
+    ]
+    assert plan.optimizer_bytes == sum(t.numel() * t.element_size() for t in moments)
+    assert plan.gradient_bytes == 4 * sum(p.numel() for p in run.graft.parameters.values())
+
+
+def test_a_poisoned_embedding_names_the_rows_that_use_it(command, tiny_bert, rows_folder, tmp_path):
+    """The same in a real run: the model itself gives NaN for one word."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(tiny_bert), AutoTokenizer.from_pretrained(tiny_bert)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids("cow")] = math.nan
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [*make_rows(40), {"text": "the old cow", "label": "tool"}]
+    path = write_csv(tmp_path / "t.csv", rows)
+    for method in ("full() + head()", "head(pooling='mean')"):
+        words = tune_words(
+            tmp_path / "model",
+            rows_folder,
+            tmp_path / "run",
+            "--train",
+            str(path),
+            "--overwrite",
+            method=method,
+        )
+        done = command(*words)
+        assert done.status == 1 and f"rows whose own loss is not finite: {path}, line 42." in done.err
+    assert not (tmp_path / "run" / "graft").exists()

@@ -1,0 +1,113 @@
+"""Exported models load without graftkit and give the run's answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tune_words
+
+import graftkit
+
+TEXTS = ["the old hammer", "a very new plum", "my cherry is here", "of the drill"]
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    rows = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].max(0) for text in sys.argv[2:]]
+print(json.dumps([[model.config.id2label[int(best)], float(p)] for p, best in rows]))
+assert "graftkit" not in sys.modules and "peft" not in sys.modules
+"""
+
+
+def elsewhere(folder: Path, *words: str) -> str:
+    """A Python process that cannot import graftkit."""
+    blocked = folder / "blocked" / "graftkit"
+    blocked.mkdir(parents=True, exist_ok=True)
+    (blocked / "__init__.py").write_text("raise ImportError('graftkit must not be needed')")
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, cwd=folder,
+        env={"PYTHONPATH": str(blocked.parent), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_own_head_loads_with_plain_transformers(command, finished, tmp_path):
+    done = command("export", finished, "--to", tmp_path / "model", "--json")
+    assert done.status == 0
+    found = json.loads(done.out)
+    assert found["native"] and found["same_answers"] and found["rows_compared"] == 64
+    assert found["largest_difference"] < 1e-4 and "text-classification" in found["load_with"]
+    answers = json.loads(elsewhere(tmp_path, "-c", PLAIN, str(tmp_path / "model"), *TEXTS))
+    for (label, probability), ours in zip(answers, graftkit.Run(finished, {}).predict(TEXTS)):
+        assert label == ours["label"] and probability == pytest.approx(ours["probability"], abs=1e-3)
+    assert not list(tmp_path.glob("*.part"))
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("head", ["pooling='mean'", "pooling='attention'", "pooling='last', hidden=8"])
+def test_pooled_head_comes_with_a_script(command, tiny_bert, rows_folder, tmp_path, head):
+    method = f"lora(rank=2) + head({head})"
+    run = tmp_path / "run"
+    assert command(*tune_words(tiny_bert, rows_folder, run, "train.epochs=3", method=method)).status == 0
+    done = command("export", run, "--to", tmp_path / "model")
+    assert done.status == 0 and "classifier.py" in done.out and "largest difference" in done.out
+    out = elsewhere(tmp_path, str(tmp_path / "model" / "classifier.py"), *TEXTS)
+    assert out.splitlines() == [f"{a['label']}\t{a['text']}" for a in graftkit.Run(run, {}).predict(TEXTS)]
+
+
+@pytest.mark.parametrize("method", ["adapter()", "prefix(tokens=2)"])
+def test_what_cannot_be_folded_is_not_written(command, tiny_bert, rows_folder, tmp_path, method):
+    run = tmp_path / "run"
+    assert (
+        command(*tune_words(tiny_bert, rows_folder, run, "train.steps=2", method=f"{method} + head()")).status
+        == 0
+    )
+    done = command("export", run, "--to", tmp_path / "model")
+    assert done.status == 1 and "cannot be folded" in done.err and done.out == ""
+    assert not (tmp_path / "model").exists() and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "method", ["full() + head()", "bitfit() + head()", "unfreeze('blocks[-1:]') + head()"]
+)
+def test_trained_base_weights_are_exported(command, tiny_bert, rows_folder, tmp_path, method):
+    run = tmp_path / "run"
+    assert command(*tune_words(tiny_bert, rows_folder, run, "train.steps=4", method=method)).status == 0
+    found = json.loads(command("export", run, "--to", tmp_path / "model", "--json").out)
+    assert found["same_answers"] and found["largest_difference"] < 1e-4
+
+
+def test_pairs_and_rows_that_have_gone(command, tiny_bert, rows_folder, tmp_path):
+    rows = Path(shutil.copy(rows_folder / "pairs.csv", tmp_path / "p.csv"))
+    words = tune_words(
+        tiny_bert, rows_folder, tmp_path / "run", "train.steps=2", "--train", str(rows), "--eval", "0.2"
+    )
+    assert command(*words).status == 0
+    assert json.loads(command("export", tmp_path / "run", "--to", "a", "--json").out)["rows_compared"] == 64
+    rows.unlink()
+    assert json.loads(command("export", tmp_path / "run", "--to", "b", "--json").out)["rows_compared"] == 2
+
+
+def test_a_folder_that_exists(command, finished, tiny_bert, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    assert "--overwrite" in command("export", finished, "--to", "mine").err
+    done = command("export", finished, "--to", "mine", "--overwrite")
+    assert (
+        done.status == 1 and "other than a model" in done.err and (tmp_path / "mine" / "notes.txt").exists()
+    )
+    assert command("export", finished, "--to", "m").status == 0
+    assert command("export", finished, "--to", "m").status == 1
+    assert command("export", finished, "--to", "m", "--overwrite").status == 0
+    before = (tiny_bert / "model.safetensors").read_bytes()
+    done = command("export", finished, "--to", tiny_bert, "--overwrite")
+    assert done.status == 1 and "started from" in done.err
+    assert (tiny_bert / "model.safetensors").read_bytes() == before

@@ -1,0 +1,96 @@
+"""Figures of classification against scikit-learn, and what their intervals are worth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from graftkit.tasks.metrics import classification
+
+LABELS = ("a", "b", "c", "d")
+
+
+def drawn(count: int, seed: int, right: float = 0.7, classes: int = 4):
+    random = np.random.default_rng(seed)
+    targets = random.integers(0, classes, count)
+    logits = random.normal(size=(count, classes))
+    logits[np.arange(count), targets] += 4.0 * (random.random(count) < right)
+    return logits.astype(np.float32), targets
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("count", [7, 200])
+def test_figures_equal_scikit_learn(count, classes):
+    logits, targets = drawn(count, count + classes, classes=classes)
+    found = classification(logits, targets, LABELS[:classes])
+    predicted = logits.argmax(1)
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(targets, predicted))
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(targets, predicted, average="macro"))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert found["loss"] == pytest.approx(
+        sk.log_loss(targets, probabilities, labels=range(classes)), rel=1e-5
+    )
+    table = sk.classification_report(
+        targets,
+        predicted,
+        labels=range(classes),
+        target_names=LABELS[:classes],
+        output_dict=True,
+        zero_division=0,
+    )
+    for label in LABELS[:classes]:
+        ours, theirs = found["per_class"][label], table[label]
+        assert [ours["precision"], ours["recall"], ours["f1"]] == pytest.approx(
+            [theirs["precision"], theirs["recall"], theirs["f1-score"]]
+        )
+        assert ours["rows"] == theirs["support"]
+
+
+def test_a_class_without_rows_is_left_out_of_macro_f1_as_in_scikit_learn():
+    logits = np.eye(4, dtype=np.float32)[[0, 1, 1, 0]]
+    targets = np.array([0, 1, 0, 0])
+    found = classification(logits, targets, LABELS)
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(targets, logits.argmax(1), average="macro"))
+    assert found["per_class"]["d"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
+
+
+def test_intervals_hold_their_point_and_are_the_same_each_time():
+    logits, targets = drawn(300, 1)
+    found = classification(logits, targets, LABELS)
+    for name in ("accuracy", "macro_f1"):
+        low, high = found[f"{name}_interval"]
+        assert 0 <= low < found[name] < high <= 1
+    assert found == classification(logits, targets, LABELS)
+    normal = 1.96 * (found["accuracy"] * (1 - found["accuracy"]) / 300) ** 0.5
+    low, high = found["accuracy_interval"]
+    assert (high - low) / 2 == pytest.approx(normal, rel=0.12)
+
+
+def test_the_interval_covers_the_true_accuracy_about_95_times_in_100():
+    true, covered = 0.8, 0
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        right = random.random(250) < true
+        logits = np.eye(2, dtype=np.float32)[np.where(right, 0, 1)]
+        low, high = classification(logits, np.zeros(250, dtype=int), ("a", "b"))["accuracy_interval"]
+        covered += low <= true <= high
+    assert 180 <= covered <= 199
+
+
+def test_the_interval_of_macro_f1_is_that_of_a_plain_bootstrap():
+    logits, targets = drawn(150, 5)
+    predicted, random = logits.argmax(1), np.random.default_rng(9)
+    plain = []
+    for _ in range(400):
+        rows = random.integers(0, 150, 150)
+        plain.append(sk.f1_score(targets[rows], predicted[rows], average="macro"))
+    low, high = classification(logits, targets, LABELS)["macro_f1_interval"]
+    assert [low, high] == pytest.approx(np.percentile(plain, [2.5, 97.5]).tolist(), abs=0.02)
+
+
+def test_large_logits_give_a_finite_loss():
+    found = classification(
+        np.array([[1e4, -1e4], [1e4, -1e4]], dtype=np.float32), np.array([0, 0]), LABELS[:2]
+    )
+    assert found["loss"] == 0.0

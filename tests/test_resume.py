@@ -1,0 +1,280 @@
+"""A run that is killed at any moment and resumed ends with the same graft, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import equal_bits, forked, graft_tensors, tune_words
+from safetensors.torch import load_file
+
+# each case: method, settings, and the step of the early stop, if there is one
+CASES = {
+    "lora": ("lora(rank=4, dropout=0.1) + head()", ["train.steps=9"]),
+    "full": ("full(lr=0.001) + head()", ["train.steps=7"]),
+    "accumulate": ("lora(rank=2) + head()", ["train.steps=6", "train.accumulate=2", "train.batch_size=8"]),
+    "head": ("head(pooling='mean')", ["train.steps=14"]),
+    "unfreeze": ("unfreeze('blocks[-1:]', lr=0.001) + head(pooling='mean')", ["train.steps=14"]),
+    "prefix": ("prefix(tokens=3, hidden=8) + head(pooling='cls')", ["train.steps=7"]),
+    "best": (
+        "full(lr=0.02) + head(lr=0.1)",
+        ["train.steps=40", "train.early_stopping=3", "train.evaluate_every=2", "train.schedule=constant"],
+    ),
+}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(moment: str, number: int, words: list[str]) -> None:
+    """Run a command in a process that dies while it writes its file number `number`, or between two files."""
+    import safetensors.torch
+
+    from graftkit import watch
+    from graftkit.cli import main
+
+    plain_save, plain_replace, plain_append = safetensors.torch.save_file, os.replace, watch.append_lines
+    written = 0
+
+    def save_file(tensors, path, metadata=None):
+        nonlocal written
+        plain_save(tensors, path, metadata=metadata)
+        if "step-" in str(path):
+            written += 1
+            if moment == "mid-write" and written == number:
+                os.truncate(path, os.path.getsize(path) // 2)
+                die()
+
+    def replace(source, target):
+        name, now = Path(target).name, written == number
+        if (
+            (moment == "before-rename" and "step-" in name and now)
+            or (moment == "before-result" and name == "result.json")
+            or (moment == "before-plan" and name == "plan.json")
+        ):
+            die()
+        plain_replace(source, target)
+        if (moment == "after-rename" and "step-" in name and now) or (
+            moment == "after-best" and "best" in name and written >= number
+        ):
+            die()
+
+    def append_lines(path, lines):
+        lines = list(lines)
+        if moment == "mid-log" and written == number:
+            with path.open("a") as file:
+                file.write("\n".join(lines)[:-20])
+            die()
+        plain_append(path, lines)
+
+    def work():
+        safetensors.torch.save_file, os.replace, watch.append_lines = save_file, replace, append_lines
+        main(words)
+
+    done = forked(work)
+    assert done.status == -signal.SIGKILL, done.err
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_bert, rows_folder, tmp_path_factory):
+    """The run of a case that nothing stops, made once."""
+    made: dict[str, Path] = {}
+
+    def run(case: str) -> Path:
+        if case not in made:
+            made[case] = tmp_path_factory.mktemp("whole") / case
+            tune(tiny_bert, rows_folder, made[case], case)
+        return made[case]
+
+    return run
+
+
+def words_of(model: Path, rows: Path, out: Path, case: str) -> list[str]:
+    method, settings = CASES[case]
+    return tune_words(model, rows, out, "train.checkpoint_every=1", *settings, method=method)
+
+
+def tune(model: Path, rows: Path, out: Path, case: str) -> None:
+    from graftkit.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(words_of(model, rows, out, case))
+    assert stop.value.code == 0
+
+
+def resume(folder: Path) -> dict:
+    from graftkit.report.console import Console
+    from graftkit.run import resume as resume_run
+
+    return resume_run(folder, Console(quiet=True)).result
+
+
+def lines(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in found:
+        line.pop("seconds", None)
+    return found
+
+
+def assert_same(left: Path, right: Path) -> None:
+    assert equal_bits(graft_tensors(left), graft_tensors(right))
+    assert lines(left) == lines(right)
+    steps = [line["step"] for line in lines(left) if line["kind"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
+    results = [json.loads((folder / "result.json").read_text()) for folder in (left, right)]
+    for name in ("metrics", "evaluation", "steps", "trained_parameters", "method"):
+        assert results[0][name] == results[1][name]
+    assert (left / "plan.json").read_text() == (right / "plan.json").read_text()
+    assert not list(left.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("case", "moment", "number"),
+    [
+        ("lora", "mid-write", 1),  # before there is any checkpoint
+        ("lora", "mid-write", 5),
+        ("lora", "before-rename", 3),
+        ("lora", "after-rename", 1),
+        ("lora", "mid-log", 4),
+        ("lora", "before-plan", 0),
+        ("lora", "before-result", 0),
+        ("full", "mid-write", 4),
+        ("accumulate", "after-rename", 3),
+        ("head", "mid-write", 8),
+        ("unfreeze", "after-rename", 5),
+        ("prefix", "before-rename", 4),
+        ("best", "after-best", 1),
+        ("best", "mid-write", 9),
+    ],
+)
+def test_killed_and_resumed(uninterrupted, tiny_bert, rows_folder, tmp_path, case, moment, number):
+    run = tmp_path / "run"
+    words = words_of(tiny_bert, rows_folder, run, case)
+    killed(moment, number, words)
+    assert not (run / "result.json").exists()
+    resume(run)
+    assert_same(run, uninterrupted(case))
+
+
+def test_killed_again_and_again_at_any_moment(uninterrupted, tiny_bert, rows_folder, tmp_path):
+    """No patch: a real process, killed from outside as soon as it has come one checkpoint further."""
+    run = tmp_path / "run"
+    words = [sys.executable, "-c", "from graftkit.cli import main; main()"]
+    seen: set[str] = set()
+    for start in (words_of(tiny_bert, rows_folder, run, "lora"), ["tune", "--resume", str(run)]):
+        process = subprocess.Popen([*words, *start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            new = {path.name for path in (run / "checkpoints").glob("step-*")} - seen
+            if new:
+                seen |= new
+                break
+        process.kill()
+        process.wait()
+    resume(run)
+    assert_same(run, uninterrupted("lora"))
+
+
+def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path):
+    run = tmp_path / "run"
+
+    def work():
+        from graftkit import watch
+        from graftkit.cli import main
+
+        plain = watch.Watch.log
+
+        def log(self, step):
+            plain(self, step)
+            if step.number == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        watch.Watch.log = log
+        main(words)
+
+    words = [
+        w for w in words_of(tiny_bert, rows_folder, run, "lora") if not w.startswith("train.checkpoint_every")
+    ]
+    stopped = forked(work)
+    assert stopped.status == 130 and "Traceback" not in stopped.err
+    assert "the checkpoint is written" in stopped.err and f"graftkit tune --resume {run}" in stopped.err
+    assert [path.name for path in (run / "checkpoints").glob("step*")] == ["step-00000004.safetensors"]
+    resume(run)
+    assert_same(run, uninterrupted("lora"))
+
+
+@pytest.mark.parametrize("moment", ["make_forward", "model_card"])
+def test_control_c_before_and_after_the_steps(
+    uninterrupted, tiny_bert, rows_folder, tmp_path, monkeypatch, command, moment
+):
+    import graftkit.run
+    import graftkit.watch
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(graftkit.run if moment == "make_forward" else graftkit.watch, moment, interrupt)
+        stopped = command(*words_of(tiny_bert, rows_folder, run, "lora"))
+    assert stopped.status == 130 and f"graftkit tune --resume {run}" in stopped.err
+    resume(run)
+    assert_same(run, uninterrupted("lora"))
+
+
+def test_checkpoints_hold_no_base_weights(tiny_bert, rows_folder, tmp_path):
+    run = tmp_path / "run"
+    words = words_of(tiny_bert, rows_folder, run, "lora")
+    killed("after-rename", 3, words)
+    path = max((run / "checkpoints").glob("step-*"))
+    tensors = load_file(path)
+    parameters = {name for name in tensors if name.startswith("parameters/")}
+    assert all(".lora_default." in name or "classifier" in name for name in parameters)
+    moments = {name for name in tensors if name.startswith(("optimizer/exp_avg/", "optimizer/exp_avg_sq/"))}
+    assert {name.split("/", 2)[2] for name in moments} == {name.split("/", 1)[1] for name in parameters}
+    trained = json.loads((run / "plan.json").read_text())["trained_parameters"]
+    assert path.stat().st_size < 3 * 4 * trained + 40_000
+    resume(run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["best.safetensors"]
+    for path in run.rglob("*.safetensors"):
+        assert not [
+            name for name in load_file(path) if name.endswith("query.weight") or "word_embeddings" in name
+        ]
+
+
+def test_a_checkpoint_that_is_damaged_is_refused(tiny_bert, rows_folder, tmp_path, command):
+    run = tmp_path / "run"
+    words = words_of(tiny_bert, rows_folder, run, "lora")
+    killed("after-rename", 2, words)
+    path = max((run / "checkpoints").glob("step-*"))
+    path.write_bytes(path.read_bytes()[:-9])
+    done = command("tune", "--resume", run)
+    assert done.status == 1 and path.name in done.err and "broken or cut short" in done.err
+
+
+def test_early_stopping_keeps_the_best_weights(uninterrupted):
+    """The case 'best' does stop early, and its graft is that of its best evaluation."""
+    run = uninterrupted("best")
+    evaluations = [line for line in lines(run) if line["kind"] == "evaluation"]
+    best = max(evaluations, key=lambda line: (line["accuracy"], -line["loss"]))
+    result = json.loads((run / "result.json").read_text())
+    assert result["steps"] < 40 and result["steps"] == evaluations[-1]["step"]
+    assert result["evaluation"]["step"] == best["step"] < result["steps"]
+    assert evaluations[-4]["step"] == best["step"], "three evaluations without a better one"
+    import graftkit
+
+    found = graftkit.Run(run, result).evaluate(json_path(run))
+    assert found["accuracy"] == best["accuracy"] and found["loss"] == pytest.approx(best["loss"], rel=1e-5)
+
+
+def json_path(run: Path) -> str:
+    import yaml
+
+    return yaml.safe_load((run / "recipe.yaml").read_text())["data"]["eval"]
