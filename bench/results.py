@@ -32,12 +32,12 @@ SMALL = {**COMMON, "train.batch_size": 16}
 # name: (method, epochs); epochs are what each needs, cheap ones get more
 ALL_ROWS = {
     "head": ("head()", 10),
-    "head + unfreeze": (f"{TOP} + head()", 4),
+    "head + unfreeze": (f"{TOP} + head()", 6),
     "full + layerwise_lr": (f"{FULL} + head()", 4),
-    "lora": ("lora() + head()", 4),
-    "adapter": ("adapter() + head()", 4),
-    "prefix": ("prefix() + head()", 4),
-    "bitfit": ("bitfit() + head()", 4),
+    "lora": ("lora() + head()", 3),
+    "adapter": ("adapter() + head()", 3),
+    "prefix": ("prefix() + head()", 3),
+    "bitfit": ("bitfit() + head()", 3),
 }
 FEW_ROWS = {
     "head": ("head()", 40),
@@ -75,7 +75,15 @@ def measure(part: str, name: str, seed: int, alone: bool) -> dict:
             model=MODEL, train=rows(shots, seed), test=ROOT / "graftkit" / "demo" / "test.csv", method=method,
             out=f"{folder}/run", settings={"data.eval": None, "train.epochs": epochs, "seed": seed, **settings},
         )  # fmt: skip
-    kept = ("trained_parameters", "total_parameters", "seconds", "peak_memory_bytes", "steps", "precision", "method")
+    kept = (
+        "trained_parameters",
+        "total_parameters",
+        "seconds",
+        "peak_memory_bytes",
+        "steps",
+        "precision",
+        "method",
+    )
     return {
         "part": part, "name": name, "seed": seed, "epochs": epochs, "alone": alone, "machine": machine(),
         "accuracy": run.metrics["accuracy"], "macro_f1": run.metrics["macro_f1"],
@@ -146,7 +154,9 @@ def line(runs: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("run", "write"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))

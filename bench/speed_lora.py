@@ -111,7 +111,9 @@ def main() -> None:
         training = statistics.median(r["training"] for r in runs)
         accuracy = statistics.mean(r["accuracy"] for r in runs)
         memory = max(r["memory"] for r in runs) / 1e9
-        print(f"| {name} | {seconds:.1f} | {training:.1f} | {accuracy:.4f} | {memory:.2f} | {base / seconds:.2f} x |")
+        print(
+            f"| {name} | {seconds:.1f} | {training:.1f} | {accuracy:.4f} | {memory:.2f} | {base / seconds:.2f} x |"
+        )
     print(f"\n{rounds} rounds in turn, each in a process of its own. {machine()}; ", end="")
     print(f"matrix products: fp32 {gflops('float32'):.0f}, bf16 {gflops('bfloat16'):.0f} GFLOP/s.")
 

@@ -59,13 +59,17 @@ class TrainRecipe(Section):
         gt=0,
         description="learning rate of every method that does not name its own; null: their defaults",
     )
-    weight_decay: float = Field(default=0.01, ge=0, description="decay of trained matrices; norms and biases are not decayed")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="decay of trained matrices; norms and biases are not decayed"
+    )
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="how the learning rate falls after the warm-up"
     )
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for no clipping")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a row's target spread over all classes")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of a row's target spread over all classes"
+    )
     evaluate_every: int | Literal["epoch", "end"] = Field(
         default="epoch", description="steps between evaluations, or 'epoch', or 'end'"
     )
@@ -99,7 +103,9 @@ class Recipe(Section):
     method: str = Field(default="lora() + head()", description="how, for example lora(rank=8) + head()")
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
-    seed: int = Field(default=0, ge=0, description="of initial values, held-out rows, order of rows and dropout")
+    seed: int = Field(
+        default=0, ge=0, description="of initial values, held-out rows, order of rows and dropout"
+    )
     out: str | None = Field(default=None, description="the run folder; null: a new one under runs/")
 
     @field_validator("method")
