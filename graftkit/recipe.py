@@ -70,8 +70,8 @@ class TrainRecipe(Section):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of a row's target spread over all classes"
     )
-    evaluate_every: int | Literal["epoch", "end"] = Field(
-        default="epoch", description="steps between evaluations, or 'epoch', or 'end'"
+    evaluate_every: int | str = Field(
+        default="epoch", description="steps between evaluations, or 'epoch', '2 epochs' and so on, or 'end'"
     )
     early_stopping: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better one"
@@ -87,9 +87,14 @@ class TrainRecipe(Section):
 
     @field_validator("evaluate_every")
     @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1, or 'epoch', or 'end'")
+    def _interval(cls, value: int | str) -> int | str:
+        words = isinstance(value, str) and (
+            value in ("epoch", "end") or re.fullmatch(r"[1-9]\d* epochs?", value)
+        )
+        if not words and (isinstance(value, str) or value < 1):
+            raise ValueError(
+                "must be at least 1, or 'epoch', a number of epochs such as '2 epochs', or 'end'"
+            )
         return value
 
 

@@ -234,7 +234,9 @@ def _due(every: int | str, step: Step, per_epoch: int, total: int) -> bool:
         return True
     if every == "end":
         return False
-    return step.number % (per_epoch if every == "epoch" else int(every)) == 0
+    if isinstance(every, str):  # 'epoch', or '2 epochs'
+        every = per_epoch * int("".join(filter(str.isdigit, every)) or 1)
+    return step.number % every == 0
 
 
 class _Smooth:

@@ -63,6 +63,7 @@ def test_every_way_of_writing_a_learning_rate(text, tmp_path):
         ({"train": {"precision": "fp16"}}, ["train.precision", "'bf16'"]),
         ({"train": {"evaluate_every": "never"}}, ["train.evaluate_every", "'never'", "epoch"]),
         ({"train": {"evaluate_every": 0}}, ["train.evaluate_every", "at least 1"]),
+        ({"train": {"evaluate_every": "0 epochs"}}, ["train.evaluate_every", "2 epochs"]),
         ({"train": {"label_smoothing": 1.0}}, ["train.label_smoothing", "less than 1"]),
         ({"data": {"train": "t.csv", "eval": 1.5}}, ["data.eval", "1.5", "between 0 and 1"]),
         ({"data": {"train": "t.csv", "skip_bad": "yes please"}}, ["data.skip_bad", "boolean"]),

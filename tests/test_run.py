@@ -9,6 +9,8 @@ import yaml
 from conftest import equal_bits, graft_tensors, make_rows, tune_words
 
 import graftkit
+from graftkit.engine.loop import Step
+from graftkit.run import _due
 
 
 def test_the_folder_holds_what_it_should(finished):
@@ -191,3 +193,12 @@ def test_real_data_and_a_real_model(shared, tmp_path):
         method="head()", out=tmp_path / "run", settings={"train.steps": 2, "data.eval": None, "data.max_length": 16},
     )  # fmt: skip
     assert run.result["trained_parameters"] == 77 * 385
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [("epoch", [5, 10, 15, 17]), ("2 epochs", [10, 17]), (4, [4, 8, 12, 16, 17]), ("end", [17])],
+)
+def test_evaluations_come_when_the_recipe_says(every: int | str, steps: list[int]) -> None:
+    taken = [Step(n, n / 5, 0.0, 0.0, 1.0, 1, 0, 1) for n in range(1, 18)]
+    assert [step.number for step in taken if _due(every, step, per_epoch=5, total=17)] == steps

@@ -17,7 +17,7 @@ Q_NAMES = {"q", "query", "q_proj", "q_lin", "to_q", "wq", "query_proj", "q_linea
 K_NAMES = {"k", "key", "k_proj", "k_lin", "to_k", "wk", "key_proj", "k_linear"}
 V_NAMES = {"v", "value", "v_proj", "v_lin", "to_v", "wv", "value_proj", "v_linear"}
 QKV_NAMES = {"qkv", "qkv_proj", "c_attn", "query_key_value", "in_proj", "wqkv", "attn_qkv"}
-O_NAMES = {"o", "o_proj", "out_proj", "out_lin", "wo", "to_out"}
+O_NAMES = {"o", "o_proj", "out_proj", "out_lin", "wo", "to_out", "dense", "c_proj", "proj", "out", "fc_out"}
 GATE_NAMES = {"gate", "gate_proj", "w1", "wi_0"}
 HEAD_NAMES = {"classifier", "score", "lm_head", "qa_outputs", "head", "fc", "cls", "projector"}
 
@@ -97,7 +97,7 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
     """All sites of a model in definition order, and the names of its blocks."""
     blocks = find_blocks(model)
     owner = {name: index for index, (name, _) in enumerate(blocks)}
-    attention = [_attention_child(block) for _, block in blocks]
+    attention = [_attention_part(block) for _, block in blocks]
     sites = []
     for name, module in base_modules(model):
         if not any(True for _ in module.parameters(recurse=False)):
@@ -127,12 +127,18 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _attention_child(block: nn.Module) -> str | None:
-    """Relative name of the block's child that holds the query map."""
-    for name, module in block.named_modules():
-        leaf = name.rsplit(".", 1)[-1].lower()
-        if is_linear(module) and leaf in Q_NAMES | QKV_NAMES:
-            return name.split(".", 1)[0] if "." in name else None
+def _attention_part(block: nn.Module) -> str | None:
+    """Relative name of the part of a block that is attention: the outermost such module around the query map."""
+    modules = dict(block.named_modules())
+    for name, module in modules.items():
+        if not (is_linear(module) and name.rpartition(".")[2].lower() in Q_NAMES | QKV_NAMES):
+            continue
+        part = name.rpartition(".")[0]
+        while outer := part.rpartition(".")[0]:
+            if not any(word in type(modules[outer]).__name__.lower() for word in ("attention", "attn")):
+                break
+            part = outer
+        return part or None
     return None
 
 
@@ -148,8 +154,8 @@ def _inside_role(relative: str, module: nn.Module, attention: str | None) -> str
         if leaf in names:
             return role
     if attention is not None and relative.startswith(attention + "."):
-        return "o"
-    if attention is None and leaf in O_NAMES:
+        return "o" if leaf in O_NAMES else "linear"
+    if attention is None and leaf in O_NAMES and leaf not in ("dense", "c_proj", "proj", "out"):
         return "o"
     if leaf in GATE_NAMES:
         return "gate"

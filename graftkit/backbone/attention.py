@@ -76,7 +76,13 @@ def adopt(backbone: Backbone) -> None:
         )
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:  # attention that sdpa has no equal for, such as soft-capped scores
+        raise UserError(
+            f"{type(model).__name__} cannot compute its attention as sdpa ({str(error).split('.')[0]}), so keys and "
+            "values cannot be added to it. Use lora or adapter instead."
+        ) from None
 
 
 def release(model: nn.Module, implementation: str | None) -> None:

@@ -65,12 +65,20 @@ class Adapter(Method):
 
 
 def _behind_dropout(backbone: Backbone, site: Site) -> tuple[str, nn.Module]:
-    """The dropout that follows a map in the same parent, or the map itself."""
+    """The dropout that follows a map in the same parent, or the map itself.
+
+    Where the parent also holds the query map, a dropout is taken for that of the attention's probabilities
+    unless its name tells otherwise (`resid_dropout`).
+    """
     parent_name, _, leaf = site.name.rpartition(".")
     children = list(backbone.module(parent_name).named_children())
+    with_query = any(
+        other.name.rpartition(".")[0] == parent_name and other.role in ("q", "qkv")
+        for other in backbone.sites
+    )
     later = children[[name for name, _ in children].index(leaf) + 1 :]
     for name, child in later:
-        if isinstance(child, nn.Dropout) and "attn" not in name and "attention" not in name:
+        if isinstance(child, nn.Dropout) and (not with_query or "resid" in name):
             return f"{parent_name}.{name}", child
     return site.name, site.module
 
