@@ -96,7 +96,7 @@ def _console(as_json: bool) -> Console:
 
 
 def _emit(as_json: bool, value: dict[str, Any]) -> None:
-    if as_json:
+    if as_json and os.environ.get("RANK", "0") == "0":  # the first of several processes
         print(json.dumps(value, ensure_ascii=False))
 
 

@@ -107,7 +107,14 @@ def _gather(recipe: Any, model: Any, task: Any, train: Any, evaluation: Any, tes
 def run_recipe(
     recipe: Recipe, console: Console, *, tables: Mapping[str, Any] | None = None, overwrite: bool = False
 ) -> Run:
-    """Train what a recipe says, from the start, into its run folder."""
+    """Train what a recipe says, from the start, into its run folder.
+
+    Started by `torchrun` or `accelerate launch`, all processes train together: the batches of
+    `train.accumulate` times the number of processes make one step.
+    """
+    console.quiet_unless(processes()[0] == 0)
+    if recipe.out is None and processes()[1] > 1:
+        raise UserError("several processes need to know their run folder beforehand: name it with --out.")
     folder = _run_folder(recipe, overwrite)
     tables = tables or {}
     rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
@@ -124,6 +131,7 @@ def run_recipe(
 
 def resume(folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None) -> Run:
     """Go on with an unfinished run to the same end as if it had never stopped."""
+    console.quiet_unless(processes()[0] == 0)
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")

@@ -16,7 +16,7 @@ import torch
 from graftkit.engine import checkpoint
 from graftkit.engine.frozen import make_forward
 from graftkit.engine.loop import Loop, Step, predict
-from graftkit.engine.parallel import processes
+from graftkit.engine.parallel import processes, wait
 from graftkit.errors import UserError
 from graftkit.files import append_lines, write_json, write_text
 from graftkit.prepare import Prepared
@@ -155,6 +155,7 @@ class Watch:
     def finish(self, console: Console) -> dict[str, Any]:
         """Put the best weights back, look at the test rows, and write graft, card and result."""
         prepared, folder = self.prepared, self.folder
+        wait()  # for the best weights to be written
         if self.best is not None:
             checkpoint.load_best(folder / CHECKPOINTS, self.loop.parameters)
         seconds = self.seconds
@@ -189,6 +190,7 @@ class Watch:
             write_json(folder / RESULT, result)
             for path in checkpoint.existing(folder / CHECKPOINTS):
                 path.unlink()
+        wait()  # for the folder to be whole
         show_end(console, prepared, result, found)
         return result
 

@@ -17,7 +17,7 @@ from graftkit.engine import checkpoint
 from graftkit.engine.audit import STEPS, Audit
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.frozen import Forward, set_training
-from graftkit.engine.parallel import processes, sum_gradients
+from graftkit.engine.parallel import processes, sum_gradients, sum_numbers
 from graftkit.errors import UserError
 from graftkit.graft import Graft
 from graftkit.optim.schedule import factor
@@ -147,7 +147,7 @@ class Loop:
         correct = tokens = 0
         device = self.forward.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+            torch.manual_seed(self.settings.seed * 1_000_003 + self.step * self.world + self.index)
             with fast_dropout(device, self.settings.seed, self.step, self.index):
                 for whole in batches[self.index :: self.world]:
                     for part in np.array_split(whole, min(self.split, len(whole))):
@@ -160,7 +160,8 @@ class Loop:
                         total += losses.detach().sum().double().cpu()
                         correct += int((logits.detach().argmax(-1) == targets).sum())
                         tokens += int(self.dataset.encoded.lengths[part].sum())
-        return float(total) / rows, correct, tokens
+        loss, hits, read = sum_numbers([float(total) / rows, correct, tokens])
+        return loss, int(hits), int(read)
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self.task.row_losses(logits, targets, self.settings.label_smoothing, self.weights)

@@ -51,6 +51,10 @@ class Console:
         self._started = self._last = 0.0
         self._rows = 0
 
+    def quiet_unless(self, speaks: bool) -> None:
+        """Print nothing from here on unless `speaks`: of several processes one is enough."""
+        self.rich.quiet = self.rich.quiet or not speaks
+
     def line(self, text: str = "") -> None:
         self.rich.print(text, markup=False)
 

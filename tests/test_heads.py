@@ -1,0 +1,117 @@
+"""Heads against plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from shaken import ALL_KINDS, message, shaken
+from torch.nn import functional as F
+
+from graftkit import Backbone, attach, load
+
+W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last", "attention"])
+@pytest.mark.parametrize("hidden", [0, 6])
+def test_head_pooling(side, pooling, hidden):
+    model = tiny.bare("bert")
+    graft = shaken(model, f"head(classes=4, pooling={pooling!r}, hidden={hidden})")
+    given = tiny.batch(side=side)
+    with torch.no_grad():
+        got = model(**given).logits
+        last = tiny.bare("bert")(**given).last_hidden_state
+        values = {name.removeprefix("head_default."): p for name, p in graft.parameters.items()}
+        pooled = []
+        for row, mask in zip(last, given["attention_mask"]):
+            real = row[mask.bool()]
+            if pooling == "attention":
+                weights = (real @ values["query.weight"][0]).softmax(0)
+                pooled.append(weights @ real)
+            else:
+                pooled.append({"cls": real[0], "last": real[-1], "mean": real.mean(0)}[pooling])
+        features = torch.stack(pooled)
+        if hidden:
+            features = F.gelu(F.linear(features, values["hidden.weight"], values["hidden.bias"]))
+        wanted = F.linear(features, values["output.weight"], values["output.bias"])
+    torch.testing.assert_close(got, wanted)
+
+
+def test_head_takes_a_positional_mask_and_none():
+    model = tiny.bare("bert")
+    attach(model, "head(classes=2, pooling='mean')")
+    given = tiny.batch()
+    with torch.no_grad():
+        named = model(**given).logits
+        torch.testing.assert_close(model(given["input_ids"], given["attention_mask"]).logits, named)
+        ones = model(given["input_ids"], torch.ones_like(given["input_ids"])).logits
+        torch.testing.assert_close(model(given["input_ids"]).logits, ones)
+
+
+def test_head_loss_is_cross_entropy():
+    model = tiny.bare("bert")
+    attach(model, "head(classes=4, pooling='mean')")
+    labels = torch.tensor([0, 3, 1, 2])
+    with torch.no_grad():
+        output = model(**tiny.batch(), labels=labels)
+        torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+        again = model(**tiny.batch(), labels=labels, num_items_in_batch=8)
+        torch.testing.assert_close(again.loss, output.loss / 2)
+        assert model(**tiny.batch()).loss is None
+
+
+def test_head_chooses_its_pooling():
+    def pooling(model) -> str:
+        return attach(model, "head(classes=3)").method.methods[0].pooling
+
+    assert pooling(tiny.with_head("bert")) == "own"
+    assert pooling(tiny.bare("bert")) == "cls"
+    assert pooling(tiny.bare("gpt2")) == pooling(tiny.bare("llama")) == "last"
+    assert pooling(Backbone(tiny.bare("bert"), pooling="mean")) == "mean"
+
+
+@ALL_KINDS
+@pytest.mark.parametrize("classes", [3, 5])
+def test_own_head(kind, classes):
+    model = tiny.with_head(kind)
+    leaf = "classifier" if kind == "bert" else "score"
+    old = getattr(model, leaf)
+    graft = attach(model, f"head(classes={classes})")
+    new = getattr(model, leaf)
+    assert set(graft.labels) == {f"{leaf}.{name}" for name, _ in new.named_parameters()}
+    assert (new is old) == (classes == 3)
+    assert new.weight.shape == (classes, W) and (new.bias is None) == (old.bias is None)
+    assert model.config.num_labels == model.num_labels == classes
+    given = tiny.batch()
+    output = model(**given, labels=torch.tensor([0, 1, 2, 1]))
+    assert output.logits.shape == (4, classes)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, torch.tensor([0, 1, 2, 1])))
+
+
+def test_own_head_where_there_is_none():
+    assert "no head of its own" in message(tiny.bare("bert"), "head(classes=2, pooling='own')")
+
+
+def test_a_pooler_that_the_weights_lack_is_trained_with_its_head():
+    missing = ("bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight")
+    graft = attach(Backbone(tiny.with_head("bert"), missing=missing), "lora(rank=2) + head(classes=3)")
+    assert set(missing) <= set(graft.labels)
+
+
+def test_head_needs_classes():
+    assert "head(classes=3)" in message(tiny.bare("bert"), "head()")
+
+
+def test_a_pooler_that_the_head_passes_by_is_not_trained():
+    graft = attach(tiny.bare("bert"), "full() + head(classes=2, pooling='mean')")
+    assert not any("pooler" in name for name in graft.labels)
+
+
+def test_a_trained_pooler_is_loaded_on_a_plain_model(tmp_path):
+    missing = ("bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight")
+    graft = shaken(Backbone(tiny.with_head("bert"), missing=missing), "lora(rank=2) + head(classes=3)")
+    graft.save(tmp_path)
+    again = load(tiny.with_head("bert"), tmp_path)
+    assert torch.equal(tiny.outputs(again.model), tiny.outputs(graft.model))

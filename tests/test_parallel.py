@@ -1,0 +1,63 @@
+"""Several processes train one graft: the same steps as one process that accumulates their batches."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import graft_tensors, tune_words
+
+SETTINGS = ("train.steps=6", "train.batch_size=8", "train.checkpoint_every=2", "train.weight_decay=0.0")
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch has no distributed package"
+)
+
+
+def launch(*words: str) -> subprocess.CompletedProcess:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    return subprocess.run([*command, "-m", "graftkit", *words], capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture
+def still_bert(tiny_bert: Path, tmp_path: Path) -> Path:
+    """The tiny BERT without dropout, whose random numbers differ from process to process."""
+    folder = shutil.copytree(tiny_bert, tmp_path / "still-bert")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_two_processes_equal_one_that_accumulates(tmp_path, still_bert, rows_folder, command):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    done = launch(*tune_words(still_bert, rows_folder, together, *SETTINGS), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == str(together)  # one object, from one of them
+    assert command(*tune_words(still_bert, rows_folder, alone, *SETTINGS, "train.accumulate=2")).status == 0
+    ours, theirs = graft_tensors(together), graft_tensors(alone)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()][:6]
+        for folder in (together, alone)
+    ]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4)
+
+
+def test_their_folder_must_be_named(still_bert, rows_folder):
+    words = tune_words(still_bert, rows_folder, Path("unused"), *SETTINGS)
+    at = words.index("--out")
+    done = launch(*words[:at], *words[at + 2 :])
+    assert done.returncode != 0
+    assert "name it with --out" in done.stderr
