@@ -77,7 +77,7 @@ def _docstring(entry: Entry) -> str:
 
 
 def _bounds(option: Option) -> str:
-    words = {"at_least": "at least", "above": "above", "below": "below"}
+    words = {"at_least": "at least", "at_most": "at most", "above": "above", "below": "below"}
     limits = [f"{words[key]} {option.bounds[key]}" for key in words if option.bounds[key] is not None]
     kind = option.type.replace("None", "null").replace(" | ", " or ")
     if option.bounds["choices"]:

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _FRONT = {
     "tune": "graftkit.run",
+    "resume": "graftkit.run",
     "Run": "graftkit.run",
     "attach": "graftkit.graft",
     "detach": "graftkit.graft",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from graftkit.graft import load as load
     from graftkit.recipe import Recipe as Recipe
     from graftkit.run import Run as Run
+    from graftkit.run import resume as resume
     from graftkit.run import tune as tune
 
 

@@ -28,12 +28,13 @@ def option(
     help: str = "",
     *,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A dataclass field with what the command line, the recipe and the documentation need to know of it."""
-    bounds = {"at_least": at_least, "above": above, "below": below, "choices": choices}
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
@@ -75,6 +76,7 @@ class Option:
     def _check_bounds(self, value: float, owner: str) -> None:
         tests = {
             "at_least": ("at least", lambda bound: value >= bound),
+            "at_most": ("at most", lambda bound: value <= bound),
             "above": ("above", lambda bound: value > bound),
             "below": ("below", lambda bound: value < bound),
         }
@@ -151,7 +153,7 @@ def _option(item: ast.AnnAssign) -> Option:
         k.arg: k.value for k in item.value.keywords if k.arg
     }
     values = {key: ast.literal_eval(value) for key, value in given.items()}
-    bounds = {key: values.get(key) for key in ("at_least", "above", "below", "choices")}
+    bounds = {key: values.get(key) for key in ("at_least", "at_most", "above", "below", "choices")}
     return Option(
         item.target.id, ast.unparse(item.annotation), values.get("default"), values.get("help", ""), bounds
     )
@@ -167,12 +169,21 @@ def parse(expression: str, family: str) -> tuple[Call, ...]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the backslash of a regular expression in a plain string
             tree = ast.parse(expression.strip(), mode="eval").body
+        return tuple(_call(node, family, expression) for node in _terms(tree, family, expression))
+    except (RecursionError, MemoryError):
+        raise UserError(
+            f"{family} {expression[:60] + ' ...'!r} cannot be read: it is nested too deeply or has too many parts."
+        ) from None
     except (SyntaxError, ValueError) as error:
+        if "positional argument follows keyword" in str(error):
+            raise UserError(
+                f"{family} {expression!r} cannot be read: a value with a comma stands in quotes, "
+                "for example lora(sites='q,v')."
+            ) from None
         example = "lora(rank=8) + head()" if family == "method" else "classify(class_weights='balanced')"
         raise UserError(
             f"{family} {expression!r} cannot be read: {error}. Write it as, for example, {example}"
         ) from None
-    return tuple(_call(node, family, expression) for node in _terms(tree, family, expression))
 
 
 def _terms(node: ast.expr, family: str, expression: str) -> list[ast.expr]:
@@ -232,7 +243,9 @@ def check_values(value: Any, family: str) -> None:
     """The same checks for a value made in Python, from its `__post_init__`."""
     name = type(value).__module__.rsplit(".", 1)[-1]
     for field in dataclasses.fields(value):
-        bounds = {key: field.metadata.get(key) for key in ("at_least", "above", "below", "choices")}
+        bounds = {
+            key: field.metadata.get(key) for key in ("at_least", "at_most", "above", "below", "choices")
+        }
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "object")
         Option(field.name, kind, None, "", bounds).check(getattr(value, field.name), f"{name}()")
 

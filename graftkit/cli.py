@@ -68,6 +68,8 @@ def _recipe_values(arguments: list[str] | None, given: dict[str, Any]) -> dict[s
     if files:
         raise UserError(f"{files[0]!r} is neither the recipe (which comes first) nor a key=value setting.")
     for key, value in given.items():
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{key.removeprefix('data.')} is empty.")
         if value is not None:
             recipes.place(values, key, _share(value) if key == "data.eval" else value)
     return recipes.override(values, arguments)
@@ -119,7 +121,7 @@ def tune(
             raise UserError(
                 "--resume goes on with a run as it is; give no other options or settings with it."
             )
-        from graftkit.run import resume as resume_run
+        from graftkit.run import resume_run
 
         _emit(as_json, resume_run(resume, console).result)
         return
@@ -169,6 +171,7 @@ def evaluate(
     run: RunFolder, data: Annotated[str, typer.Option(help="labelled rows")], as_json: Json = False
 ) -> None:
     """Metrics of a run on labelled rows."""
+    _refuse_empty(data)
     from graftkit.use import evaluate as run_evaluate
 
     found = run_evaluate(run, data)
@@ -180,6 +183,11 @@ def evaluate(
     show_metrics(_console(False), found)
 
 
+def _refuse_empty(data: str | None) -> None:
+    if data is not None and not data.strip():
+        raise UserError("--data is empty; name a file of rows.")
+
+
 @app.command()
 def predict(
     run: RunFolder,
@@ -188,20 +196,32 @@ def predict(
     out: Annotated[
         Path | None, typer.Option(help="write the answers as JSON lines or, for .csv, as CSV")
     ] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace the file of answers if it exists")] = False,
     as_json: Json = False,
 ) -> None:
     """Answers of a run for texts or for the rows of a file."""
     if bool(texts) == (data is not None):
         raise UserError("give either texts or --data FILE to predict.")
-    from graftkit.use import predict as run_predict
+    _refuse_empty(data)
+    from graftkit.report.table import check_path, write_rows
 
-    predictions = run_predict(run, data if data is not None else texts)
     if out is not None:
-        from graftkit.report.table import write_rows
+        check_path(out, data, overwrite)
+    from graftkit.use import answer
 
+    found = answer(run, data if data is not None else texts)
+    predictions = found["predictions"]
+    if out is not None:
         write_rows(out, predictions)
+    if found["skipped"]:
+        print(
+            f"{found['skipped']} bad rows were left out:",
+            *found["skipped_rows"][:20],
+            sep="\n",
+            file=sys.stderr,
+        )
     if as_json:
-        _emit(True, {"run": str(run), "predictions": predictions})
+        _emit(True, {"run": str(run), **found})
     elif out is not None:
         print(f"{len(predictions)} answers are in {out}", file=sys.stderr)
     else:
@@ -222,8 +242,9 @@ def export(
     _emit(as_json, done)
     if not as_json:
         print(f"written: {done['to']} ({', '.join(done['files'])})")
+        which = "rows" if done["rows_real"] else "made-up rows (no data file of the run could be read)"
         print(
-            f"compared on {done['rows_compared']} rows: largest difference of a logit {done['largest_difference']:.2g}"
+            f"compared on {done['rows_compared']} {which}: largest difference of a logit {done['largest_difference']:.2g}"
         )
         print(f"load it with: {done['load_with']}")
 

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 from graftkit.backbone.load import find_source
+from graftkit.data.columns import find_again
 from graftkit.data.read import read_table
 from graftkit.engine.frozen import pooled_head
-from graftkit.errors import UserError
-from graftkit.files import TEMPORARY, write_json, write_tensors, write_text
+from graftkit.errors import UserError, listing
+from graftkit.files import TEMPORARY, read_json, write_json, write_tensors, write_text
 from graftkit.graft import remove_additions
 from graftkit.methods.head import PooledHead
 from graftkit.use import Loaded, load_run, logits_of
 
 ROWS = 64  # real rows on which export and run are compared
+MARKER = "graftkit_export.json"  # the files that an export wrote: no others may be overwritten
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -28,18 +30,20 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
 
     With the architecture's own head it is an `AutoModelForSequenceClassification` folder. With a pooled head
     the backbone is an `AutoModel` folder, and `head.safetensors` and `classifier.py` beside it hold the head
-    and the code that loads both with plain transformers. Raises `NotFoldable` where the method cannot be folded.
+    and the code that loads both with plain transformers. `overwrite` replaces an earlier export, and never a
+    folder with other files. Raises `NotFoldable` where the method cannot be folded.
     """
-    if to.exists() and (to.is_file() or any(to.iterdir())):
-        if not overwrite:
-            raise UserError(f"{str(to)!r} exists; name another folder or use --overwrite.")
-        if not (to / "config.json").is_file():
-            raise UserError(f"{str(to)!r} holds something other than a model, so it is not overwritten.")
+    try:
+        to = to.expanduser().resolve()
+        _refuse(to, "the run itself", Path(folder).resolve())
+        _refuse_others(to, overwrite)
+    except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
+        raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
     loaded = load_run(Path(folder), exact=True)
     base = find_source(loaded.recipe.model).folder
-    if base is not None and to.resolve() == base.resolve():
-        raise UserError(f"{str(to)!r} is the model that the run started from; name another folder.")
-    texts, pairs = _real_rows(loaded)
+    if base is not None:
+        _refuse(to, "the model that the run started from", base.resolve())
+    texts, pairs, real = _real_rows(loaded)
     before = logits_of(loaded, texts, pairs)
     loaded.graft.fold()
     head = pooled_head(loaded.graft)
@@ -53,28 +57,88 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
                 f"the exported model differs from the run by {difference:.2g} in its logits on {len(texts)} rows, "
                 "so nothing was written. Please report this with the recipe."
             )
-        if to.exists():
-            shutil.rmtree(to)
-        temporary.replace(to)
+        _put(temporary, to, written)
+    except OSError as error:
+        raise UserError(f"{str(to)!r} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {
         "run": str(folder), "to": str(to), "files": written, "native": head is None,
-        "rows_compared": len(texts), "largest_difference": difference,
+        "rows_compared": len(texts), "rows_real": real, "largest_difference": difference,
         "same_answers": bool((after.argmax(-1) == before.argmax(-1)).all()), "load_with": _how(to, head),
     }  # fmt: skip
 
 
-def _real_rows(loaded: Loaded) -> tuple[list[str], list[str] | None]:
-    data = loaded.recipe.data
+def _refuse(to: Path, what: str, kept: Path) -> None:
+    if kept.is_relative_to(to):
+        holds = "is" if kept == to else "holds"
+        raise UserError(f"{str(to)!r} {holds} {what}; name another folder.")
+
+
+def _refuse_others(to: Path, overwrite: bool) -> None:
+    """Raise `UserError` where `to` is in use by anything, with `overwrite` by anything but an export."""
+    file = next((path for path in (to, *to.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise UserError(f"{str(file)!r} is a file; name a folder to write the model to.")
+    if not to.exists() or not any(to.iterdir()):
+        return
+    files = _written_before(to)
+    folders = {str(parent) for name in files for parent in Path(name).parents}
+    there = ((path, str(path.relative_to(to))) for path in sorted(to.rglob("*")))
+    others = [
+        name for path, name in there
+        if name not in (folders if path.is_dir() and not path.is_symlink() else files)
+    ]  # fmt: skip
+    if others:
+        raise UserError(
+            f"{str(to)!r} holds something other than an exported model ({listing(others, 4)}), so it is not "
+            "overwritten; name another folder."
+        )
+    if not overwrite:
+        raise UserError(f"{str(to)!r} exists; name another folder or use --overwrite.")
+
+
+def _written_before(to: Path) -> set[str]:
+    """The files that exports wrote to a folder, as they noted there."""
     try:
-        table = read_table(data.train, encoding=data.encoding, skip_bad=True)
-        columns = {name: column for name, column in loaded.columns.items() if name != "label"}
-        examples = loaded.task.examples(table, columns, loaded.labels, True, targets=False)
-        return examples.texts[:ROWS], examples.pairs[:ROWS] if examples.pairs else None
-    except UserError:  # the training file has moved, or was in memory
-        texts = [f"{label}: how does this compare?" for label in loaded.labels][:ROWS]
-        return texts, texts[::-1] if "text_pair" in loaded.columns else None
+        return {str(name) for name in read_json(to / MARKER)["files"]}
+    except (UserError, KeyError, TypeError):
+        return set()
+
+
+def _put(temporary: Path, to: Path, written: list[str]) -> None:
+    """Give a whole export its place. In a folder that is there the files are exchanged one by one: it may be
+    someone's working folder. All of them are noted first, so that a half-done exchange can be done again.
+    """
+    if not to.exists():
+        temporary.replace(to)
+        return
+    old = _written_before(to)
+    write_json(to / MARKER, {"files": sorted({*old, *written})})
+    for name in written:
+        if name != MARKER:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / name, to / name)
+    for name in old - set(written):
+        (to / name).unlink(missing_ok=True)
+    os.replace(temporary / MARKER, to / MARKER)
+
+
+def _real_rows(loaded: Loaded) -> tuple[list[str], list[str] | None, bool]:
+    """Rows of the first data file of the run that can be read, else made-up ones; and whether they are real."""
+    data = loaded.recipe.data
+    for source in (data.train, data.eval, data.test):
+        if not isinstance(source, str):
+            continue
+        try:
+            table = read_table(source, encoding=data.encoding, skip_bad=True)
+            columns = find_again(table, loaded.task.columns, loaded.columns, leave_out=("label",))
+            examples = loaded.task.examples(table, columns, loaded.labels, True, targets=False)
+        except UserError:  # it has moved, or was in memory
+            continue
+        return examples.texts[:ROWS], examples.pairs[:ROWS] if examples.pairs else None, True
+    texts = [f"{label}: how does this compare?" for label in loaded.labels][:ROWS]
+    return texts, texts[::-1] if "text_pair" in loaded.columns else None, False
 
 
 def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
@@ -100,7 +164,10 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
     model.config.use_cache = True  # type: ignore[union-attr, assignment]
     model.save_pretrained(folder)  # type: ignore[operator, union-attr]
     loaded.backbone.processor.save_pretrained(folder)
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    written = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    written = sorted([*written, MARKER])
+    write_json(folder / MARKER, {"files": written})
+    return written
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.attention import release
 from graftkit.errors import NotFoldable, UserError, listing
-from graftkit.methods.base import Addition, Chain, Group, Labels, Method, as_chain
+from graftkit.methods.base import Chain, Labels, Method, as_chain
 from graftkit.methods.head import Head
 
 
@@ -204,8 +204,9 @@ class Before:
         remove_additions(model, graft)
         for name, module in self.replaced(model).items():
             model.set_submodule(name, module)
+        alone = not any(isinstance(module, Added) for module in model.modules())
         for name, parameter in model.named_parameters():
-            if name in self.requires_grad:
+            if alone and name in self.requires_grad:  # beside another graft, the base stays frozen
                 parameter.requires_grad_(self.requires_grad[name])
         for name in ("id2label", "label2id"):
             if name in self.settings:
@@ -352,11 +353,6 @@ def _refuse_misfits(
             )
 
 
-def group_of(graft: Graft, name: str) -> Group:
-    """The label of a parameter."""
-    return graft.labels[name]
-
-
 def with_classes(method: Chain, classes: int) -> Chain:
     """The method with the number of classes filled into its head."""
     return Chain(
@@ -365,6 +361,3 @@ def with_classes(method: Chain, classes: int) -> Chain:
             for m in method.methods
         )
     )
-
-
-__all__ = ["Addition", "Graft", "attach", "detach", "load"]

@@ -10,9 +10,8 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_linear
 from graftkit.backbone.load import find_source
 from graftkit.errors import UserError
-from graftkit.graft import attach
 from graftkit.methods.base import read
-from graftkit.prepare import prepare_backbone
+from graftkit.prepare import attach_new, prepare_backbone
 from graftkit.report.console import Console, count
 
 EXAMPLE_CLASSES = 2  # a head needs a number of classes before the data is known
@@ -21,7 +20,9 @@ EXAMPLE_CLASSES = 2  # a head needs a number of classes before the data is known
 def inspect_model(model: str, method: str | None) -> dict[str, Any]:
     """The anatomy as plain values; with a method also the modules it uses and what it trains. No weights are read."""
     chain = read(method) if method else read("head(pooling='auto')")
-    labels = tuple(str(i) for i in range(EXAMPLE_CLASSES))
+    given = (getattr(m, "classes", None) for m in chain.methods if m.name == "head")
+    classes = next(given, None) or EXAMPLE_CLASSES
+    labels = tuple(map(str, range(classes)))
     backbone, chain = prepare_backbone(model, chain, labels, meta=find_source(model).module is None)
     found: dict[str, Any] = {
         "model": model,
@@ -33,7 +34,7 @@ def inspect_model(model: str, method: str | None) -> dict[str, Any]:
         "selections": _selections(backbone),
     }
     if method is not None:
-        graft = attach(backbone, chain, keep_base=False)
+        graft = attach_new(backbone, chain, meta=True)
         parameters = graft.parameters
         found["method"] = str(graft.method)
         found["trained_parameters"] = sum(p.numel() for p in parameters.values())

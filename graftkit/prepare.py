@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.load import find_source, has_native_head, load_backbone, pooling_of
+from graftkit.backbone.load import find_source, has_native_head, load_backbone, pooling_of, positions_of
 from graftkit.catalogue import build, parse
 from graftkit.data.batches import steps_per_epoch
-from graftkit.data.columns import find_columns
+from graftkit.data.columns import find_again, find_columns
 from graftkit.data.read import Table, read_table
 from graftkit.data.split import hold_out
 from graftkit.engine import parallel, precision
@@ -97,12 +98,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
 def _examples(
     task: Task, table: Table, columns: dict[str, str], labels: tuple[str, ...], skip_bad: bool
 ) -> Examples:
-    return task.examples(table, find_columns(table, task.columns, _in(table, columns)), labels, skip_bad)
-
-
-def _in(table: Table, columns: dict[str, str]) -> dict[str, str]:
-    """The training table's columns, as far as this table has them too; the others are found anew."""
-    return {name: column for name, column in columns.items() if column in table.columns}
+    return task.examples(table, find_again(table, task.columns, columns), labels, skip_bad)
 
 
 def _targets(examples: Examples) -> list[int]:
@@ -124,20 +120,49 @@ def prepare_backbone(
     model: str, method: Chain, labels: tuple[str, ...], *, meta: bool = False, seed: int = 0
 ) -> tuple[Backbone, Chain]:
     """Load the backbone as the method's head needs it; the method with its classes and pooling filled in."""
+    head = next((m for m in method.methods if isinstance(m, Head)), None)
+    if head is not None and head.classes not in (None, len(labels)):
+        raise UserError(
+            f"head(classes={head.classes}) does not fit the {len(labels)} labels of the training rows; "
+            "leave classes out, they are counted."
+        )
     source = find_source(model)
     method = with_classes(method, len(labels))
-    head = next((m for m in method.methods if isinstance(m, Head)), None)
     native = False
     if head is not None and source.module is None:
         says = pooling_of(source.folder)
         native = head.pooling == "own" or (
-            head.pooling == "auto" and says is None and has_native_head(source)
+            head.pooling == "auto" and not head.hidden and says is None and has_native_head(source)
         )
         if head.pooling == "own" and not has_native_head(source):
             raise UserError(
                 f"transformers has no classification head for {model!r}; use head(pooling='mean'), 'cls' or 'last'."
             )
     return load_backbone(source, labels=labels if native else None, meta=meta, seed=seed), method
+
+
+def without_classes(method: Chain) -> Chain:
+    """The method without the number of classes in its head, which is counted anew in other data."""
+    return Chain(
+        tuple(dataclasses.replace(m, classes=None) if isinstance(m, Head) else m for m in method.methods)
+    )
+
+
+def attach_new(backbone: Backbone, method: Chain, *, meta: bool) -> Graft:
+    """Attach a method to train it. `meta`: shapes only, nothing is allocated. Raises `UserError` for want of memory."""
+    try:
+        if not meta:
+            return attach(backbone, method, keep_base=False)
+        backbone.model.to("meta")
+        with torch.device("meta"):
+            return attach(backbone, method, keep_base=False)
+    except (RuntimeError, MemoryError, TypeError) as error:
+        told = str(error).lower()
+        if isinstance(error, MemoryError) or any(word in told for word in ("alloc", "memory", "overflow")):
+            raise UserError(
+                f"{method} does not fit into memory; lower its sizes, such as rank, bottleneck, tokens or hidden."
+            ) from None
+        raise
 
 
 def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
@@ -147,9 +172,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        graft = attach(backbone, method, keep_base=False)
-    if meta:
-        graft.model.to("meta")
+        graft = attach_new(backbone, method, meta=meta)
     device = parallel.device()
     kind = precision.choose(recipe.train.precision, device)
     if not meta:
@@ -187,7 +210,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
 def max_length(wanted: int | None, backbone: Backbone) -> int:
     """Tokens of a row at most. Raises `UserError` where the recipe asks for more than the model takes."""
     limit = backbone.max_length or MAX_DEFAULT_LENGTH
-    positions = getattr(getattr(backbone.model, "config", None), "max_position_embeddings", None) or limit
+    positions = positions_of(backbone.model) or limit
     if wanted is None:
         return min(limit, MAX_DEFAULT_LENGTH)
     if wanted > max(limit, positions):

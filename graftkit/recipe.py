@@ -17,7 +17,7 @@ IN_MEMORY = "(in memory)"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class DataRecipe(Section):
@@ -109,7 +109,7 @@ class Recipe(Section):
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     seed: int = Field(
-        default=0, ge=0, description="of initial values, held-out rows, order of rows and dropout"
+        default=0, ge=0, lt=2**32, description="of initial values, held-out rows, order of rows and dropout"
     )
     out: str | None = Field(default=None, description="the run folder; null: a new one under runs/")
 
@@ -161,19 +161,9 @@ class Recipe(Section):
 def make(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
     """A recipe from nested values. Raises `UserError` for the first thing that is wrong, named with its key."""
     try:
-        return Recipe.model_validate(_as_written(dict(values)))
+        return Recipe.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(_message(error, origin)) from None
-
-
-def _as_written(values: dict[str, Any]) -> dict[str, Any]:
-    """Whole numbers stand for fractions where one is meant; labels and columns may be any scalar."""
-    train = values.get("train")
-    if isinstance(train, dict):
-        for key in ("epochs", "lr", "weight_decay", "warmup", "clip", "label_smoothing"):
-            if isinstance(train.get(key), int) and not isinstance(train[key], bool):
-                values = {**values, "train": (train := {**train, key: float(train[key])})}
-    return values
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -264,6 +254,9 @@ def _message(error: ValidationError, origin: str) -> str:
         key = "data.train" if key == "data" else key  # the one thing in this section that has no default
         return f"{origin}: {key!r} is missing: {known.get(key, '') or 'it is needed'}."
     given = first.get("input")
+    if first["type"] == "model_type":
+        inner = [name.rpartition(".")[2] for name in known if name.startswith(f"{key}.")]
+        return f"{origin}: {key} is {given!r}, but must be a section with keys ({listing(inner, 4)})."
     text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     text = text[0].lower() + text[1:]
     options = [p for p in problems if ".".join(map(str, p["loc"])).startswith(key)]

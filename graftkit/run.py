@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import shutil
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from graftkit import recipe as recipes
+from graftkit import run_folder
 from graftkit.engine.frozen import make_forward
 from graftkit.engine.loop import Loop, Step
-from graftkit.engine.parallel import processes
+from graftkit.engine.parallel import processes, sum_numbers
 from graftkit.errors import Interrupted, UserError
-from graftkit.files import TEMPORARY, read_json, remove_leftovers, write_json, write_text
+from graftkit.files import read_json, remove_leftovers, write_json, write_text
 from graftkit.plan import Plan
-from graftkit.prepare import Prepared, prepare, prepare_rows
+from graftkit.prepare import Prepared, prepare, prepare_rows, without_classes
 from graftkit.recipe import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan
+from graftkit.run_folder import PLAN, RECIPE, RESULT, how_to_resume
 from graftkit.tasks.base import Dataset
-from graftkit.watch import PLAN, RECIPE, RESULT, Watch
+from graftkit.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def tune(
     model: str | None = None,
     task: str | None = None,
     train: Any = None,
-    eval: Any = None,
+    eval: Any = ...,
     test: Any = None,
     method: Any = None,
     out: str | Path | None = None,
@@ -74,7 +75,8 @@ def tune(
 
     `recipe` is a recipe, nested values or a YAML file; the other arguments are put over it. `train`, `eval`
     and `test` may be paths, or tables in memory (list of dicts, dict of lists, `datasets.Dataset`, data frame);
-    `settings` holds dotted keys such as `{"train.epochs": 3}`. Raises `UserError` for a mistake in any of them.
+    `eval=None` trains on all rows; left out, the recipe says, and by default a tenth is held out. `settings` holds
+    dotted keys such as `{"train.epochs": 3}`. Raises `UserError` for a mistake in any of them.
     """
     values, tables = _gather(recipe, model, task, train, eval, test, method, out, settings)
     return run_recipe(recipes.make(values), Console(quiet=quiet), tables=tables, overwrite=overwrite)
@@ -90,9 +92,9 @@ def _gather(recipe: Any, model: Any, task: Any, train: Any, evaluation: Any, tes
         values = dict(recipe or {})
     tables: dict[str, Any] = {}
     for name, given in (("train", train), ("eval", evaluation), ("test", test)):
-        if given is None:
+        if given is (... if name == "eval" else None):
             continue
-        if not isinstance(given, str | Path | float):
+        if given is not None and not isinstance(given, str | Path | int | float):
             tables[name] = given
             given = IN_MEMORY
         recipes.place(values, f"data.{name}", str(given) if isinstance(given, Path) else given)
@@ -115,7 +117,7 @@ def run_recipe(
     console.quiet_unless(processes()[0] == 0)
     if recipe.out is None and processes()[1] > 1:
         raise UserError("several processes need to know their run folder beforehand: name it with --out.")
-    folder = _run_folder(recipe, overwrite)
+    folder = run_folder.choose(recipe, overwrite)
     tables = tables or {}
     rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
     prepared = prepare(recipe, rows)
@@ -123,14 +125,26 @@ def run_recipe(
     prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
     if processes()[0] == 0:
         if overwrite and folder.exists():
-            shutil.rmtree(folder)
+            run_folder.clear(folder)
         write_text(folder / RECIPE, prepared.recipe.dump())
-        write_json(folder / PLAN, prepared.plan.as_dict())
+        write_json(folder / PLAN, _planned(prepared, datasets))
     return _train(prepared, datasets, folder, console, resumed=False)
 
 
-def resume(folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None) -> Run:
-    """Go on with an unfinished run to the same end as if it had never stopped."""
+def resume(
+    folder: str | Path, *, train: Any = None, eval: Any = None, test: Any = None, quiet: bool = True
+) -> Run:
+    """Go on with an unfinished run to the same end as if it had never stopped: `graftkit tune --resume`.
+
+    `train`, `eval` and `test` are the rows that the run had in memory, handed over once more.
+    """
+    given = {"train": train, "eval": eval, "test": test}
+    tables = {name: table for name, table in given.items() if table is not None}
+    return resume_run(Path(folder), Console(quiet=quiet), tables=tables)
+
+
+def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None) -> Run:
+    """Go on with an unfinished run. Raises `UserError` where its rows are not those that it began with."""
     console.quiet_unless(processes()[0] == 0)
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
@@ -145,15 +159,17 @@ def resume(folder: Path, console: Console, *, tables: Mapping[str, Any] | None =
     for name in ("train", "eval", "test"):
         if getattr(recipe.data, name) == IN_MEMORY and name not in tables:
             raise UserError(
-                f"{folder}: the {name} rows were in memory. Resume it from Python with the same rows: "
-                "graftkit.run.resume(folder, console, tables={'train': ...})."
+                f"{folder}: the {name} rows were in memory. Go on with: {how_to_resume(recipe, folder)}."
             )
     rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
     prepared = prepare(recipe, rows)
+    datasets = _encode(prepared)
+    planned = _planned(prepared, datasets)
+    run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
     if processes()[0] == 0:
         remove_leftovers(folder)
-        write_json(folder / PLAN, prepared.plan.as_dict())  # it may have been killed before
-    return _train(prepared, _encode(prepared), folder, console, resumed=True)
+        write_json(folder / PLAN, planned)  # it may have been killed before
+    return _train(prepared, datasets, folder, console, resumed=True)
 
 
 def plan(recipe: Recipe, console: Console) -> Plan:
@@ -171,7 +187,7 @@ def _train(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     try:
         return Run(folder, _steps(prepared, datasets, folder, console, resumed))
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped. Go on with: graftkit tune --resume {folder}") from None
+        raise Interrupted(f"stopped. Go on with: {how_to_resume(prepared.recipe, folder)}") from None
 
 
 def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console,
@@ -180,7 +196,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     train, rows = prepared.recipe.train, prepared.rows
     show_found(console, prepared, datasets)
     show_plan(console, prepared.plan)
-    passes = round(prepared.settings.steps / prepared.plan.steps_per_epoch + 0.5)
+    passes = math.ceil(prepared.settings.steps / prepared.plan.steps_per_epoch)
     start = time.monotonic()
     forward = make_forward(
         prepared.graft, prepared.device, prepared.precision, prepared.depth, datasets["train"], passes
@@ -210,11 +226,14 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                 )
                 if _due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
                     watch.evaluate(step, console)
-                watch.maybe_checkpoint(train.checkpoint_every, force=bool(stopped))
-                if stopped:
+                stop = bool(stopped)
+                if loop.world > 1:  # all stop where one of them is told to
+                    stop = sum_numbers([float(stop)])[0] > 0
+                watch.maybe_checkpoint(train.checkpoint_every, force=stop)
+                if stop:
                     raise Interrupted(
                         f"stopped after step {step.number}; the checkpoint is written. "
-                        f"Go on with: graftkit tune --resume {folder}"
+                        f"Go on with: {how_to_resume(prepared.recipe, folder)}"
                     )
                 if watch.ended:
                     break
@@ -234,6 +253,14 @@ def _encode(prepared: Prepared) -> dict[str, Dataset]:
         name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
         for name, examples in parts.items()
         if examples is not None
+    }
+
+
+def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]:
+    """The plan as it is written, with digests by which other rows are known when the run is resumed."""
+    return {
+        **prepared.plan.as_dict(),
+        run_folder.ROWS: run_folder.digests(datasets, prepared.rows.labels),
     }
 
 
@@ -260,28 +287,6 @@ class _Smooth:
         self.accuracy += share * (step.correct / step.rows - self.accuracy)
 
 
-def _run_folder(recipe: Recipe, overwrite: bool) -> Path:
-    """Where the run goes. Raises `UserError` where a run is there already."""
-    if recipe.out is None:
-        name = "-".join([recipe.task.partition("(")[0], time.strftime("%Y%m%d-%H%M%S")])
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        return next(path for path in (Path("runs", n).absolute() for n in names) if not path.exists())
-    folder = Path(recipe.out).expanduser().absolute()
-    if folder.is_file():
-        raise UserError(f"run folder {recipe.out!r} is a file; name a folder with --out.")
-    if folder.is_dir() and any(path.suffix != TEMPORARY for path in folder.iterdir()):
-        if not (folder / RECIPE).is_file():
-            raise UserError(
-                f"folder {recipe.out!r} holds files that are not a run's; name another with --out."
-            )
-        if not overwrite:
-            raise UserError(
-                f"run folder {recipe.out!r} exists. Go on with it by `graftkit tune --resume {recipe.out}`, "
-                "replace it with --overwrite, or name another with --out."
-            )
-    return folder
-
-
 def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     """The recipe with what was chosen filled in and with absolute paths, so that it runs again anywhere."""
 
@@ -296,8 +301,9 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     })  # fmt: skip
     train = recipe.train.model_copy(update={"precision": prepared.precision})
     model = absolute(recipe.model) if Path(recipe.model).expanduser().is_dir() else recipe.model
+    method = str(without_classes(prepared.graft.method))  # other data may have other labels
     return recipe.model_copy(update={
-        "model": model, "data": data, "train": train, "method": str(prepared.graft.method), "out": str(folder),
+        "model": model, "data": data, "train": train, "method": method, "out": str(folder),
     })  # fmt: skip
 
 
@@ -320,6 +326,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-__all__: Sequence[str] = ["Run", "plan", "resume", "run_recipe", "tune"]

@@ -4,7 +4,7 @@ attention   ffn   norms   embeddings   all-linear   head   pooler      a kind of
 q   k   v   o   up   gate   down                                       one map of every block
 blocks   blocks[-2:]   blocks[0]   blocks[-4:].attention               whole blocks, or parts of them
 re:.*\\.dense                                                          module names, full match
-q_proj   output.dense                                                  how a module's name ends
+q_proj   output.dense                                                  a part of a module's name
 q,v                                                                    several, by commas
 """
 

@@ -23,17 +23,10 @@ from graftkit.prepare import Prepared
 from graftkit.report.card import model_card
 from graftkit.report.console import Console
 from graftkit.report.summary import show_end
+from graftkit.run_folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, how_to_resume
 from graftkit.tasks.base import Dataset
 
 CHECKPOINT_SECONDS = 120.0
-RECIPE, PLAN, METRICS, RESULT, GRAFT, CHECKPOINTS = (
-    "recipe.yaml",
-    "plan.json",
-    "metrics.jsonl",
-    "result.json",
-    "graft",
-    "checkpoints",
-)
 
 
 class Watch:
@@ -137,7 +130,8 @@ class Watch:
             yield
         except UserError as error:
             raise UserError(
-                f"{error} The run goes on from its last checkpoint with: graftkit tune --resume {self.folder}"
+                f"{error} The run goes on from its last checkpoint with: "
+                f"{how_to_resume(self.prepared.recipe, self.folder)}"
             ) from None
 
     def restore(self, console: Console) -> None:
@@ -186,7 +180,7 @@ class Watch:
             for name, metrics in found.items():
                 self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
             self.flush()
-            write_text(folder / "README.md", model_card(prepared, result, found))
+            write_text(folder / CARD, model_card(prepared, result, found))
             write_json(folder / RESULT, result)
             for path in checkpoint.existing(folder / CHECKPOINTS):
                 path.unlink()

@@ -195,6 +195,37 @@ def in_process(
     return subprocess.run([sys.executable, "-c", script, *map(str, words)], **given)
 
 
+@pytest.fixture
+def ready(tiny_bert, rows_folder):
+    """`ready(method, train={...})`: a prepared run, its training rows, and a loop over them without a cache."""
+    import torch
+
+    from graftkit import recipe as recipes
+    from graftkit.engine.frozen import Forward
+    from graftkit.engine.loop import Loop
+    from graftkit.prepare import prepare, prepare_rows
+
+    def make(method: str, model=None, task: str = "classify", rows=None, **train) -> SimpleNamespace:
+        values = {
+            "model": str(model or tiny_bert), "method": method, "task": task,
+            "data": {"train": str(rows_folder / "train.csv"), "eval": None},
+            "train": {"precision": "fp32", "batch_size": 16, "steps": 6, **train},
+        }  # fmt: skip
+        recipe = recipes.make(values)
+        prepared = prepare(recipe, prepare_rows(recipe, rows))
+        dataset = prepared.rows.task.dataset(prepared.rows.train, prepared.backbone, prepared.max_length)
+        forward = Forward(prepared.graft, torch.device("cpu"), prepared.precision)
+        loop = Loop(
+            prepared.graft, dataset, forward, prepared.depth, prepared.rows.task, len(prepared.rows.labels),
+            prepared.settings,
+        )  # fmt: skip
+        return SimpleNamespace(
+            prepared=prepared, graft=prepared.graft, dataset=dataset, loop=loop, forward=forward
+        )
+
+    return make
+
+
 FAST = ("train.precision=fp32", "train.batch_size=16", "train.lr=0.01")
 
 

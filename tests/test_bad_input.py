@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import FAST, equal_bits, forked, graft_tensors, make_rows, tune_words, write_csv
+from conftest import FAST, make_rows, tune_words, write_csv
 
 
 @pytest.fixture
@@ -206,6 +206,40 @@ def test_a_model_without_tokenizer_from_a_function(refused, tmp_path, monkeypatc
     refused("no tokenizer", model="made_model:make", method="full() + head(pooling='own')")
 
 
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("json:loads", "calling loads() without arguments failed"),
+        ("json:decoder", "is a module, not a function"),
+        (":x", "cannot be imported"),
+        (".x:y", "cannot be imported"),
+        ("os.path:join", "calling join() without arguments failed"),
+    ],
+)
+def test_a_function_that_makes_no_model(refused, model, told):
+    refused(f"model '{model}'", told, model=model)
+
+
+def test_roberta_counts_positions_behind_the_padding(refused, command, tiny_bert, rows_folder, tmp_path):
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert, model_max_length=1000)
+    model = RobertaModel(
+        RobertaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=34, pad_token_id=1, type_vocab_size=2,
+        )
+    )  # fmt: skip
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+    model.save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    refused("33", "32 tokens", model=tmp_path / "roberta", settings=("data.max_length=33",))
+    path = write_csv(tmp_path / "t.csv", [*make_rows(20), {"text": "the plum " * 40, "label": "fruit"}])
+    words = tune_words(tmp_path / "roberta", rows_folder, tmp_path / "run", "train.steps=2", method="head()")
+    done = command(*words, "--train", path)
+    assert done.status == 0 and "longer than 32 tokens" in done.out
+
+
 def test_a_run_or_an_adapter_instead_of_a_model(refused, finished):
     refused("run of graftkit", model=finished)
     refused("adapter", model=finished / "graft")
@@ -229,6 +263,9 @@ def test_a_run_or_an_adapter_instead_of_a_model(refused, finished):
         ("lora(sites='re:(')", ["regular expression"]),
         ("lora(sites='norms')", ["none of them are linear maps", "LayerNorm"]),
         ("head(hidden=-1)", ["hidden is -1"]),
+        ("head(classes=3)", ["head(classes=3)", "2 labels", "leave classes out"]),
+        ("head(classes=1, pooling='mean')", ["head(classes=1)", "2 labels"]),
+        ("lora(rank=999999999999)", ["does not fit into memory"]),
     ],
 )
 def test_method(refused, method, told):
@@ -242,6 +279,7 @@ def test_method(refused, method, told):
         ("train.lrr=1", ["'train.lrr'", "Did you mean 'train.lr'?"]),
         ("data.max_length=999", ["data.max_length is 999", "64 tokens"]),
         ("data.max_length=1", ["data.max_length", "1"]),
+        ("seed=4294967296", ["seed", "4294967296"]),
         ("train.early_stopping=0", ["train.early_stopping"]),
     ],
 )
@@ -262,123 +300,3 @@ def test_a_text_longer_than_the_model_takes_is_truncated_counted_and_reported(
     found = json.loads(command("evaluate", tmp_path / "run", "--data", path, "--json").out)
     assert found["truncated"] == 1
     assert command("predict", tmp_path / "run", "the plum " * 90).status == 0
-
-
-# --- run folders
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def test_run_folder_that_exists(command, tiny_bert, rows_folder, finished, tmp_path):
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    before = content(folder)
-    words = tune_words(tiny_bert, rows_folder, folder, "train.steps=2")
-    done = command(*words)
-    assert done.status == 1 and "--overwrite" in done.err and "--resume" in done.err
-    assert content(folder) == before
-    bad = command(*words, "--overwrite", "--method", "lora(sites='quary')")
-    assert bad.status == 1 and content(folder) == before, "a mistake must not cost the old run"
-    assert command(*words, "--overwrite").status == 0
-    assert json.loads((folder / "result.json").read_text())["steps"] == 2
-
-
-def test_a_folder_with_other_files_is_never_replaced(command, tiny_bert, rows_folder, tmp_path):
-    (tmp_path / "mine").mkdir()
-    written(tmp_path / "mine" / "thesis.txt", "years of work")
-    for more in ([], ["--overwrite"]):
-        done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "mine", *more))
-        assert done.status == 1 and "not a run's" in done.err
-    assert content(tmp_path / "mine") == {str(tmp_path / "mine" / "thesis.txt"): b"years of work"}
-
-
-def test_run_folder_that_cannot_be_made(command, tiny_bert, rows_folder, tmp_path):
-    written(tmp_path / "file", "x")
-    done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "file"))
-    assert done.status == 1 and "is a file" in done.err
-    done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "file" / "run"))
-    assert done.status == 1 and "cannot be written" in done.err
-    assert (tmp_path / "file").read_text() == "x"
-
-
-def test_resume_of_what_is_no_run(command, tmp_path):
-    done = command("tune", "--resume", tmp_path / "none")
-    assert done.status == 1 and "does not exist" in done.err
-    done = command("tune", "--resume", tmp_path)
-    assert done.status == 1 and "not a run folder" in done.err
-
-
-def test_resume_of_a_finished_run_gives_its_result(command, finished):
-    before = content(finished)
-    done = command("tune", "--resume", finished, "--json")
-    assert done.status == 0 and "finished already" in done.err
-    assert json.loads(done.out) == json.loads((finished / "result.json").read_text())
-    assert content(finished) == before
-
-
-@pytest.mark.parametrize("more", [["train.epochs=9"], ["--method", "head()"], ["--overwrite"], ["r.yaml"]])
-def test_resume_takes_no_other_options(command, finished, more):
-    done = command("tune", "--resume", finished, *more)
-    assert done.status == 1 and "no other options" in done.err
-
-
-def test_a_run_that_is_not_finished_cannot_answer(command, finished, tmp_path):
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    (folder / "result.json").unlink()
-    for words in (
-        ["predict", folder, "a plum"],
-        ["evaluate", folder, "--data", "x.csv"],
-        ["export", folder, "--to", "m"],
-    ):
-        done = command(*words)
-        assert done.status == 1 and "not finished" in done.err and "--resume" in done.err
-    for words in (["predict", tmp_path / "none", "a plum"], ["predict", tmp_path, "a plum"]):
-        assert command(*words).status == 1
-
-
-def test_a_graft_that_is_broken(command, finished, tmp_path):
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    tensors = next((folder / "graft").glob("*.safetensors"))
-    tensors.write_bytes(tensors.read_bytes()[:-7])
-    done = command("predict", folder, "a plum")
-    assert done.status == 1 and tensors.name in done.err and "broken or cut short" in done.err
-
-
-def test_evaluate_and_predict_on_bad_rows(command, finished, tmp_path):
-    path = write_csv(tmp_path / "t.csv", [*make_rows(3), {"text": "", "label": "tool"}])
-    for name in ("evaluate", "predict"):
-        done = command(name, finished, "--data", path)
-        assert done.status == 1 and "line 5" in done.err and "'text' is empty" in done.err
-    assert command("predict", finished, "").status == 1
-    assert command("evaluate", finished, "--data", tmp_path / "none.csv").status == 1
-
-
-def test_disk_full_while_writing_a_checkpoint(command, tiny_bert, rows_folder, tmp_path):
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    more = ("train.checkpoint_every=2", "train.steps=8", "train.evaluate_every=end")
-
-    def work():
-        import resource
-
-        from graftkit import watch
-        from graftkit.cli import main
-
-        plain = watch.Watch.checkpoint
-
-        def checkpoint(self):
-            if self.loop.step >= 4:  # from here on no file may grow beyond 4 kB, as on a full disk
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-            plain(self)
-
-        watch.Watch.checkpoint = checkpoint
-        main(tune_words(tiny_bert, rows_folder, run, *more))
-
-    full = forked(work)
-    assert full.status == 1 and "Traceback" not in full.err
-    assert "cannot be written" in full.err and f"--resume {run}" in full.err
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
-    resumed = command("tune", "--resume", run)
-    assert resumed.status == 0 and "resumed at step 2 of 8" in resumed.out
-    assert command(*tune_words(tiny_bert, rows_folder, whole, *more)).status == 0
-    assert equal_bits(graft_tensors(run), graft_tensors(whole))

@@ -81,6 +81,8 @@ def test_what_expressions_mean(text, calls):
     "text,said",
     [
         ("", "cannot be read"),
+        ("lora(sites=q,v)", "lora(sites='q,v')"),
+        ("lora()" + " + lora()" * 20000, "too many parts"),
         ("lora(", "cannot be read"),
         ("lora(rank=)", "cannot be read"),
         ("lora\x00", "cannot be read"),
@@ -131,6 +133,16 @@ def test_every_entry_round_trips(family):
         str(LoRA(rank=3, alpha=0.1, sites=r"re:a'b\.c")) == r"""lora(rank=3, sites="re:a'b\\.c", alpha=0.1)"""
     )
     assert read(str(LoRA(alpha=0.1))) == Chain((LoRA(alpha=0.1),))
+
+
+def test_only_methods_join_with_plus():
+    for method in (LoRA(), read("lora()")):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            method + 3
+    with pytest.raises(UserError, match="write it once with both selections"):
+        read("lora() + lora()")
+    with pytest.raises(UserError, match=r"write it once\."):
+        read("bitfit() + bitfit()")
 
 
 def test_methods_join_with_plus():

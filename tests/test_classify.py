@@ -129,10 +129,9 @@ def test_every_kind_of_table_in_memory_gives_the_run_of_the_file(tiny_bert, tmp_
     ]
     with pytest.raises(UserError, match="in memory"):
         (run.path / "result.json").unlink()
-        from graftkit.report.console import Console
         from graftkit.run import resume
 
-        resume(run.path, Console(quiet=True))
+        resume(run.path)
 
 
 def test_integer_labels_in_json_lines_and_parquet(tiny_bert, tmp_path):
@@ -207,3 +206,54 @@ def test_class_weights_in_a_run(tiny_bert, tmp_path):
         for i, task in enumerate(("classify", "classify(class_weights='balanced')"))
     )  # fmt: skip
     assert weighed >= plain
+
+
+def test_labels_that_are_no_numbers_have_an_order():
+    for values in (["nan", "b", "10", "inf", "9", "a"], ["a", "9", "inf", "nan", "10", "b"]):
+        table = read_table({"text": ["x"] * 12, "label": values * 2})
+        assert Classify().label_names(table, COLUMNS, False) == ("9", "10", "a", "b", "inf", "nan")
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "expected"),
+    [
+        (("0", "1"), ["1.0", 1.0, 0, "0.00"], [1, 1, 0, 0]),
+        (("0.0", "1.0"), [1, 0.0, "1.0", "0"], [1, 0, 1, 0]),
+        (("False", "True"), ["true", True, "FALSE"], [1, 1, 0]),
+        (("1", "1.0"), ["1.0", "1"], [1, 0]),
+        (("True", "true"), ["true", True], [1, 0]),
+    ],
+)
+def test_labels_of_other_kinds_of_files(labels, values, expected):
+    table = read_table({"text": ["x"] * len(values), "label": values})
+    assert Classify().examples(table, COLUMNS, labels, False).targets.tolist() == expected
+
+
+def test_a_label_that_could_be_two_is_neither():
+    table = read_table({"text": ["x"], "label": ["TRUE"]})
+    with pytest.raises(UserError, match="not among"):
+        Classify().examples(table, COLUMNS, ("True", "true"), False)
+
+
+def test_a_run_keeps_its_columns(tiny_bert, rows_folder, tmp_path):
+    rows = make_rows(24)
+    paired = [{**row, "pair": "the saw"} for row in rows]
+    given = {"model": str(tiny_bert), "method": "head()", "settings": SETTINGS}
+    single = graftkit.tune(train=rows, eval=paired, out=tmp_path / "single", **given)
+    assert single.evaluate(paired) == single.evaluate(rows) == single.metrics
+    answers = single.predict(paired)
+    assert "text_pair" not in answers[0] and answers[0]["row"] == 1
+    with pytest.raises(UserError, match="single texts"):
+        single.predict([("a plum", "the saw")])
+    with pytest.raises(UserError, match="list of them"):
+        single.predict("where is my card?")
+    named = {**SETTINGS, "data.columns": {"text": "text"}}
+    run = graftkit.tune(train=paired, eval=rows, out=tmp_path / "named", **{**given, "settings": named})
+    assert run.evaluate(rows)["rows"] == 24
+
+    with pytest.raises(UserError, match="no column 'text_pair'"):
+        graftkit.tune(train=paired, eval=rows, out=tmp_path / "none", **given)
+    pairs = graftkit.tune(train=paired, eval=None, out=tmp_path / "pairs", **given)
+    for work in (pairs.evaluate, pairs.predict):
+        with pytest.raises(UserError, match=r"no column 'text_pair'.*as 'pair'"):
+            work([{**row, "notes": f"a long note {i}"} for i, row in enumerate(rows)])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -99,7 +101,8 @@ def test_plan_trains_nothing_and_counts_what_tune_counts(
     assert planned["trained_parameters"] == formula
     assert planned["gradient_bytes"] == 4 * formula and planned["optimizer_bytes"] == 8 * formula
     tuned = only_object(command(*words).out)
-    assert planned == json.loads((tmp_path / "run" / "plan.json").read_text())
+    written = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert written.pop("rows_sha256") and planned == written
     assert tuned["trained_parameters"] == formula and tuned["total_parameters"] == planned["total_parameters"]
     if "prefix" not in method:  # PEFT keeps all layers of a prefix in one matrix beside ours
         assert sum(t.numel() for t in graft_tensors(tmp_path / "run").values()) == formula
@@ -114,7 +117,8 @@ def test_plan_counts_a_pooler_that_the_weights_lack(command, tiny_bert, rows_fol
         words = tune_words(tmp_path / "model", rows_folder, tmp_path / "run", "train.steps=2", method=method)
         planned = only_object(command("plan", *words[1:], "--json").out)
         assert command(*words, "--overwrite").status == 0
-        assert planned == json.loads((tmp_path / "run" / "plan.json").read_text())
+        written = json.loads((tmp_path / "run" / "plan.json").read_text())
+        assert written.pop("rows_sha256") and planned == written
 
 
 def test_plan_for_a_person(command, tiny_bert, rows_folder, tmp_path):
@@ -188,6 +192,10 @@ def test_recipe_lists_every_key_and_method(command):
         (["tune", "--model", "x"], "'data.train' is missing"),
         (["tune", "seed=0", "other"], "'other' is neither"),
         (["predict", "x"], "texts or --data"),
+        (["predict", "x", "--data", ""], "--data is empty"),
+        (["evaluate", "x", "--data", ""], "--data is empty"),
+        (["tune", "--model", "x", "--train", ""], "--train is empty"),
+        (["tune", "--model", "x", "--train", "t.csv", "--eval", ""], "--eval is empty"),
         (["predict", "x", "text", "--data", "f.csv"], "texts or --data"),
     ],
 )
@@ -226,3 +234,78 @@ def test_a_reader_that_goes_away_is_no_error():
     path = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, env=path)
     assert "Traceback" not in done.stderr
+
+
+def test_predict_overwrites_no_file_unasked(command, finished, rows_folder, tmp_path, monkeypatch):
+    mine = tmp_path / "my.csv"
+    mine.write_bytes(before := (rows_folder / "eval.csv").read_bytes())
+    (tmp_path / "link.csv").symlink_to(mine)
+    (tmp_path / "old.csv").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "graftkit.use.answer", lambda *given: pytest.fail("nothing is answered before the check")
+        )
+        for out, more, told in (
+            ("my.csv", (), "rows to answer"),
+            ("link.csv", ("--overwrite",), "rows to answer"),
+            ("old.csv", (), "--overwrite"),
+            ("new.xlsx", (), ".jsonl"),
+            ("old.csv/new.csv", (), "not a folder"),
+        ):
+            done = command("predict", finished, "--data", mine, "--out", tmp_path / out, *more)
+            assert done.status == 1 and told in done.err
+    assert mine.read_bytes() == before and (tmp_path / "old.csv").read_text() == "old"
+    done = command("predict", finished, "--data", mine, "--out", tmp_path / "old.csv", "--overwrite")
+    assert done.status == 0 and "probability" in (tmp_path / "old.csv").read_text()
+
+
+def test_predict_names_its_rows_and_those_left_out(command, finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    bad = tmp_path / "t.csv"
+    bad.write_text("text,label\na plum,fruit\n,tool\nthe saw,tool\n")
+    done = command("predict", run, "--data", bad)
+    assert done.status == 1 and "line 3" in done.err and str(run / "recipe.yaml") in done.err
+    recipe["data"]["skip_bad"] = True
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = command("predict", run, "--data", bad, "--json")
+    found = only_object(done.out)
+    assert [row["row"] for row in found["predictions"]] == [2, 4]
+    assert found["skipped"] == 1 and "line 3" in found["skipped_rows"][0]
+    assert "1 bad rows were left out" in done.err and "line 3" in done.err
+    assert "row" not in only_object(command("predict", run, "a plum", "--json").out)["predictions"][0]
+    assert "text 2 of 2 is empty" in command("predict", run, "a plum", " ").err
+
+
+def test_predict_does_not_answer_the_labels(command, finished, tmp_path):
+    for column in ("label", "intent"):
+        (tmp_path / "t.csv").write_text(f"{column},id\nfruit salad,1\ntool box,2\n")
+        done = command("predict", finished, "--data", tmp_path / "t.csv")
+        assert done.status == 1 and "looks like the text" in done.err and "Rename" in done.err
+    (tmp_path / "t.csv").write_text("words,intent\nthe saw,tool\na plum,fruit\n")
+    assert "the saw" in command("predict", finished, "--data", tmp_path / "t.csv").out
+
+
+def test_a_run_whose_description_has_gone(command, finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "graft" / "graft.json").unlink()
+    done = command("predict", run, "a plum")
+    assert done.status == 1 and "graft.json" in done.err and done.err.startswith("error: ")
+
+
+def test_cells_and_lines_are_shown_as_they_are(capsys):
+    from graftkit.report.console import Console
+
+    console = Console()
+    console.table(["[/red]", "F1"], [["[/red]", "1"], [":smile: [b]x[/b]", "2"]])
+    console.line(":smile: [/red]")
+    console.pairs([("labels", "[/red], :smile:")])
+    console.heading("[/b]")
+    out = capsys.readouterr().out
+    assert out.count("[/red]") == 4 and out.count(":smile:") == 3 and "[b]x[/b]" in out
+
+
+def test_a_label_stays_in_its_cell_of_the_card():
+    from graftkit.report.card import _plain
+
+    assert _plain("a|b\nc") == "a\\|b c"

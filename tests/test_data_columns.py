@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graftkit.data.columns import Column, find_columns
+from graftkit.data.columns import Column, find_again, find_columns
 from graftkit.data.read import Table, read_table
 from graftkit.errors import UserError
 
@@ -137,3 +137,23 @@ def test_none_would_do():
 def test_an_optional_column_is_never_found_by_type():
     given = table(text=UTTERANCES, label=INTENTS, q=UTTERANCES)
     assert find_columns(given, WANTED, {}) == {"text": "text", "label": "label"}
+
+
+def test_who_names_the_text_wants_no_pair():
+    given = table(a=UTTERANCES, hypothesis=UTTERANCES, label=INTENTS)
+    assert find_columns(given, WANTED, {"text": "a"}) == {"text": "a", "label": "label"}
+    assert find_columns(given, WANTED, {"label": "label"})["text_pair"] == "hypothesis"
+
+
+def test_the_columns_of_a_run_in_another_table():
+    again = find_again(
+        table(hypothesis=UTTERANCES, sentence=UTTERANCES, class_=INTENTS),
+        WANTED,
+        {"text": "a", "label": "class_"},
+    )
+    assert again == {"text": "sentence", "label": "class_"}
+    with pytest.raises(UserError, match="Rename the columns"):
+        find_again(table(label=INTENTS), WANTED, {"text": "a", "label": "label"}, leave_out=("label",))
+    pair = {"text": "a", "text_pair": "b", "label": "label"}
+    with pytest.raises(UserError, match="no column 'text_pair'"):
+        find_again(table(a=UTTERANCES, other=UTTERANCES, label=INTENTS), WANTED, pair)

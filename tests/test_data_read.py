@@ -350,7 +350,7 @@ def test_hold_out_is_stratified_and_the_same_for_a_seed():
 
 @pytest.mark.parametrize(
     "labels",
-    [[0, 0], [0, 1], [0, 0, 1], [1.5, 2.5, 3.5, 0.1], [[1], [2]], [None, None, "a"], list("aabbccdd")],
+    [[0, 0], [0, 0, 1], [1.5, 2.5, 3.5, 0.1], [[1], [2]], [None, None, "a"], list("aabbccdd")],
 )
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_hold_out_leaves_rows_on_both_sides(labels, share):
@@ -366,7 +366,15 @@ def test_hold_out_takes_the_share_of_many_small_classes():
     assert max(hold_out(labels, 0.1, seed=0)[1]) > 200
 
 
-@pytest.mark.parametrize("labels, share", [([], 0.5), ([1], 0.5), ([1, 1], 0.0), ([1, 1], 1), ([1, 1], -1)])
+def test_hold_out_never_takes_the_only_row_of_a_class():
+    train, held = hold_out(["a", "b", "c", "d", "e", "e"], 0.5, seed=0)
+    assert len(held) == 1 and held[0] in (4, 5) and len(train) == 5
+
+
+@pytest.mark.parametrize(
+    "labels, share",
+    [([], 0.5), ([1], 0.5), ([0, 1], 0.5), (list("abcd"), 0.1), ([1, 1], 0.0), ([1, 1], 1), ([1, 1], -1)],
+)
 def test_hold_out_refuses(labels, share):
     with pytest.raises(UserError):
         hold_out(labels, share, seed=0)

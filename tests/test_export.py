@@ -93,21 +93,65 @@ def test_pairs_and_rows_that_have_gone(command, tiny_bert, rows_folder, tmp_path
     assert command(*words).status == 0
     assert json.loads(command("export", tmp_path / "run", "--to", "a", "--json").out)["rows_compared"] == 64
     rows.unlink()
-    assert json.loads(command("export", tmp_path / "run", "--to", "b", "--json").out)["rows_compared"] == 2
+    found = json.loads(command("export", tmp_path / "run", "--to", "b", "--json").out)
+    assert found["rows_compared"] == 2 and found["rows_real"] is False
+    assert "made-up rows" in command("export", tmp_path / "run", "--to", "c").out
+
+
+def test_evaluation_rows_where_the_training_rows_have_gone(command, tiny_bert, rows_folder, tmp_path):
+    rows = Path(shutil.copy(rows_folder / "train.csv", tmp_path / "t.csv"))
+    words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=2", "--train", str(rows))
+    assert command(*words).status == 0
+    rows.unlink()
+    found = json.loads(command("export", tmp_path / "run", "--to", "m", "--json").out)
+    assert found["rows_compared"] == 40 and found["rows_real"] is True
 
 
 def test_a_folder_that_exists(command, finished, tiny_bert, tmp_path):
     (tmp_path / "mine").mkdir()
+    shutil.copy(tiny_bert / "config.json", tmp_path / "mine")
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    assert "--overwrite" in command("export", finished, "--to", "mine").err
-    done = command("export", finished, "--to", "mine", "--overwrite")
-    assert (
-        done.status == 1 and "other than a model" in done.err and (tmp_path / "mine" / "notes.txt").exists()
-    )
+    for more in ([], ["--overwrite"]):
+        done = command("export", finished, "--to", "mine", *more)
+        assert done.status == 1 and "other than an exported model (config.json, notes.txt)" in done.err
     assert command("export", finished, "--to", "m").status == 0
-    assert command("export", finished, "--to", "m").status == 1
+    assert "--overwrite" in command("export", finished, "--to", "m").err
     assert command("export", finished, "--to", "m", "--overwrite").status == 0
+    (tmp_path / "m" / "deeper").mkdir()
+    (tmp_path / "m" / "deeper" / "notes.txt").write_text("x")
+    done = command("export", finished, "--to", "m", "--overwrite")
+    assert done.status == 1 and "deeper" in done.err and (tmp_path / "m" / "deeper" / "notes.txt").exists()
     before = (tiny_bert / "model.safetensors").read_bytes()
     done = command("export", finished, "--to", tiny_bert, "--overwrite")
-    assert done.status == 1 and "started from" in done.err
+    assert done.status == 1 and "other than an exported model" in done.err
     assert (tiny_bert / "model.safetensors").read_bytes() == before
+    for to in (finished, finished.parent):
+        done = command("export", finished, "--to", to, "--overwrite")
+        assert done.status == 1 and "the run itself" in done.err
+
+
+def test_an_export_is_not_written_over_the_model_it_came_from(command, finished, rows_folder, tmp_path):
+    assert command("export", finished, "--to", "m").status == 0
+    words = tune_words(tmp_path / "m", rows_folder, tmp_path / "run", "train.steps=2", method="head()")
+    assert command(*words).status == 0
+    done = command("export", tmp_path / "run", "--to", "m", "--overwrite")
+    assert done.status == 1 and "started from" in done.err
+
+
+def test_the_present_folder_a_link_and_a_file(command, finished, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for to in ("file", "file/sub"):
+        done = command("export", finished, "--to", to)
+        assert done.status == 1 and "is a file" in done.err
+    (tmp_path / "loop").symlink_to("loop")
+    assert command("export", finished, "--to", "loop").status == 1
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert command("export", finished, "--to", "link").status == 0
+    assert command("export", finished, "--to", "link", "--overwrite").status == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert command("export", finished, "--to", ".").status == 0
+    assert command("export", finished, "--to", ".", "--overwrite").status == 0
+    assert Path("config.json").is_file() and not list(tmp_path.rglob("*.part"))

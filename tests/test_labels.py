@@ -169,3 +169,16 @@ def test_a_backbone_is_used_again_after_its_head_was_replaced():
 @pytest.mark.parametrize("name", ["", "a b", "x.y", "1st"])
 def test_graft_names(name):
     assert "plain word" in message(tiny.bare("bert"), "lora()", name=name)
+
+
+def test_the_base_stays_frozen_while_another_graft_is_attached():
+    model = tiny.bare("bert")
+    first, second = (attach(model, "lora(rank=2)", name=name) for name in ("first", "second"))
+    detach(first)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(second.labels)
+
+
+def test_layers_are_not_added_to_a_head_that_has_its_own():
+    model = tiny.with_head("bert")
+    assert "hidden has no part in it" in message(model, "head(classes=2, pooling='own', hidden=4)")
+    assert any("hidden" in name for name in attach(model, "head(classes=2, hidden=4)").labels)

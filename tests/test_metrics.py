@@ -94,3 +94,21 @@ def test_large_logits_give_a_finite_loss():
         np.array([[1e4, -1e4], [1e4, -1e4]], dtype=np.float32), np.array([0, 0]), LABELS[:2]
     )
     assert found["loss"] == 0.0
+
+
+@pytest.mark.parametrize(("classes", "rows", "megabytes"), [(77, 3000, 20), (1000, 5000, 100)])
+def test_many_classes_take_little_memory(classes, rows, megabytes):
+    import tracemalloc
+
+    from graftkit.tasks.metrics import _bootstrap
+
+    random = np.random.default_rng(0)
+    targets = random.integers(0, classes, rows)
+    predictions = np.where(random.random(rows) < 0.9, targets, random.integers(0, classes, rows))
+    tracemalloc.start()
+    accuracies, macro_f1s = _bootstrap(targets, predictions, classes, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < megabytes * 1e6
+    assert accuracies.mean() == pytest.approx((targets == predictions).mean(), abs=0.005)
+    assert macro_f1s.shape == (1000,) and 0.5 < macro_f1s.min() <= macro_f1s.max() <= 1

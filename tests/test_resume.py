@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import equal_bits, forked, graft_tensors, tune_words
+from conftest import equal_bits, forked, graft_tensors, make_rows, tune_words
 from safetensors.torch import load_file
+
+from graftkit.errors import Interrupted
 
 # each case: method, settings, and the step of the early stop, if there is one
 CASES = {
@@ -111,7 +114,7 @@ def tune(model: Path, rows: Path, out: Path, case: str) -> None:
 
 def resume(folder: Path) -> dict:
     from graftkit.report.console import Console
-    from graftkit.run import resume as resume_run
+    from graftkit.run import resume_run
 
     return resume_run(folder, Console(quiet=True)).result
 
@@ -257,6 +260,47 @@ def test_a_checkpoint_that_is_damaged_is_refused(tiny_bert, rows_folder, tmp_pat
     path.write_bytes(path.read_bytes()[:-9])
     done = command("tune", "--resume", run)
     assert done.status == 1 and path.name in done.err and "broken or cut short" in done.err
+
+
+def test_other_rows_are_refused(tiny_bert, rows_folder, tmp_path, command):
+    rows = Path(shutil.copytree(rows_folder, tmp_path / "rows"))
+    words = words_of(tiny_bert, rows, tmp_path / "run", "lora")
+    killed("after-rename", 2, words)
+    for name in ("train", "eval"):
+        text = (rows / f"{name}.csv").read_text()
+        first, *others = text.splitlines(keepends=True)
+        (rows / f"{name}.csv").write_text("".join([first, *reversed(others)]))
+        done = command("tune", "--resume", tmp_path / "run")
+        assert done.status == 1 and f"{name}.csv: the {name} rows are not those" in done.err
+        (rows / f"{name}.csv").write_text(text)
+    assert command("tune", "--resume", tmp_path / "run").status == 0
+
+
+def test_a_run_on_rows_in_memory_goes_on_from_python(tiny_bert, tmp_path, monkeypatch):
+    import graftkit
+    import graftkit.watch
+
+    rows = make_rows(24)
+    plain = graftkit.watch.Watch.log
+
+    def log(self, step):
+        plain(self, step)
+        if step.number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    given = {"model": str(tiny_bert), "train": rows, "eval": None, "method": "head()"}
+    settings = {"train.steps": 4, "train.precision": "fp32"}
+    with monkeypatch.context() as patch:
+        patch.setattr(graftkit.watch.Watch, "log", log)
+        with pytest.raises(Interrupted, match=r"graftkit\.resume\('.*run', train=\.\.\.\)"):
+            graftkit.tune(**given, out=tmp_path / "run", settings=settings)
+    with pytest.raises(graftkit.UserError, match=r"graftkit\.resume\("):
+        graftkit.resume(tmp_path / "run")
+    with pytest.raises(graftkit.UserError, match="are not those"):
+        graftkit.resume(tmp_path / "run", train=rows[::-1])
+    assert graftkit.resume(tmp_path / "run", train=rows).result["steps"] == 4
+    whole = graftkit.tune(**given, out=tmp_path / "whole", settings=settings)
+    assert_same(tmp_path / "run", whole.path)
 
 
 def test_early_stopping_keeps_the_best_weights(uninterrupted):

@@ -125,6 +125,50 @@ def test_new_run_folders_do_not_collide(tiny_bert, rows_folder, tmp_path, monkey
     assert runs[0].path != runs[1].path and runs[0].path.parent == tmp_path / "runs"
 
 
+def test_no_evaluation_and_the_default(tiny_bert, tmp_path):
+    settings = {"train.steps": 1, "train.precision": "fp32"}
+    given = {"model": str(tiny_bert), "train": make_rows(24), "method": "head()", "settings": settings}
+    none = graftkit.tune(**given, eval=None, out=tmp_path / "none")
+    assert none.result["evaluation"] is None
+    assert graftkit.tune(**given, out=tmp_path / "default").result["evaluation"] is not None
+    with pytest.raises(
+        graftkit.UserError, match=r"data\.eval is 1, but must be a file, a share between 0 and 1"
+    ):
+        graftkit.tune(**given, eval=1)
+
+
+def test_the_saved_recipe_runs_on_other_labels(finished, tiny_bert, tmp_path):
+    saved = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert "classes" not in saved["method"] and "pooling='own'" in saved["method"]
+    rows = make_rows(36, kinds=("fruit", "tool", "animal"))
+    run = graftkit.tune(saved, train=rows, eval=None, out=tmp_path / "run", settings={"train.steps": 1})
+    assert "classes=3" in run.result["method"]
+
+
+def test_a_plan_allocates_nothing(command, tiny_bert, rows_folder, tmp_path):
+    words = tune_words(tiny_bert, rows_folder, tmp_path / "run", method="lora(rank=99999999999) + head()")
+    assert command("plan", *words[1:]).status == 0
+    assert command("inspect", tiny_bert, "--method", "lora(rank=99999999999) + head(classes=5)").status == 0
+
+
+def test_padding_is_that_of_the_config(tiny_gpt2, tmp_path):
+    import shutil
+
+    from graftkit.backbone.load import find_source, load_backbone
+
+    folder = shutil.copytree(tiny_gpt2, tmp_path / "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    for named, expected in ((3, 3), (None, 0)):
+        (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": named}))
+        backbone = load_backbone(find_source(str(folder)), labels=("a", "b"))
+        assert backbone.processor.pad_token_id == backbone.model.config.pad_token_id == expected
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": None}))
+    with pytest.raises(graftkit.UserError, match="no padding token"):
+        load_backbone(find_source(str(folder)), labels=("a", "b"))
+    assert load_backbone(find_source(str(folder))).processor.pad_token_id is None
+
+
 @pytest.mark.parametrize("pooling", ["auto", "last", "mean"])
 def test_a_decoder(tiny_gpt2, rows_folder, tmp_path, pooling):
     run = graftkit.tune(

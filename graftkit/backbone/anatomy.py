@@ -1,6 +1,6 @@
 """What the parts of a model are, found from its modules rather than from a table of model names.
 
-A *block* is one element of the longest outermost `nn.ModuleList` of like modules. Inside a block the
+A *block* is one element of the largest outermost `nn.ModuleList` of like modules. Inside a block the
 attention part is the child that holds a query map; what else is linear there is feed-forward. Names of maps
 (`query`, `q_proj`, `c_attn` ...) are the vocabulary of the field, not of one model.
 """

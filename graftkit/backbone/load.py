@@ -67,14 +67,27 @@ def _call(name: str) -> Any:
     module_name, _, function = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # what a module runs into when it is imported can be anything
         raise UserError(
-            f"model {name!r}: module {module_name!r} cannot be imported ({error}). "
+            f"model {name!r}: module {module_name!r} cannot be imported ({_first_line(error)}). "
             "Install the package that holds it, or put its folder on PYTHONPATH."
         ) from None
     if not hasattr(module, function):
         raise UserError(f"model {name!r}: {module_name} has no {function!r}.{nearest(function, dir(module))}")
-    made = getattr(module, function)()
+    called = getattr(module, function)
+    if not callable(called):
+        raise UserError(
+            f"model {name!r}: {function} is a {type(called).__name__}, not a function that makes a model."
+        )
+    try:
+        made = called()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"model {name!r}: calling {function}() without arguments failed "
+            f"({type(error).__name__}: {_first_line(error)})."
+        ) from None
     if not isinstance(made, nn.Module | str | Path):
         raise UserError(
             f"model {name!r} gave a {type(made).__name__}; it must return an nn.Module or a model folder's path."
@@ -172,10 +185,7 @@ def load_backbone(
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
+    _agree_on_padding(tokenizer, config)
     auto = AutoModel if labels is None else AutoModelForSequenceClassification
     missing: tuple[str, ...] = ()
     try:
@@ -197,10 +207,26 @@ def load_backbone(
     model.eval()
     backbone = Backbone(
         model, tokenizer, source.name, pooling_of(source.folder),
-        _max_length(source.folder, config, tokenizer), missing=missing,
+        _max_length(source.folder, model, tokenizer), missing=missing,
     )  # fmt: skip
+    if labels is not None and tokenizer.pad_token_id is None and backbone.is_decoder:
+        raise UserError(
+            f"the tokenizer of {source.name!r} has no padding token and no end token, and the model's own head needs "
+            "one to find the end of a row; use head(pooling='mean'), or 'last'."
+        )
     _refuse_holes(backbone)
     return backbone
+
+
+def _agree_on_padding(tokenizer: Any, config: Any) -> None:
+    """Give tokenizer and model one padding token: the tokenizer's, else the config's, else the end token."""
+    if tokenizer.pad_token is None:
+        named = getattr(config, "pad_token_id", None)
+        known = isinstance(named, int) and 0 <= named < len(tokenizer)
+        token = tokenizer.convert_ids_to_tokens(named) if known else None
+        tokenizer.pad_token = token or tokenizer.eos_token
+    if tokenizer.pad_token_id is not None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _missing(model: nn.Module, folder: Path) -> tuple[str, ...]:
@@ -246,8 +272,17 @@ def has_native_head(source: Source) -> bool:
     return config.get("model_type") in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
-def _max_length(folder: Path, config: Any, tokenizer: Any) -> int:
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens have a position; models in the manner of RoBERTa begin to count behind the padding's."""
+    for name, module in model.named_modules():
+        table = module if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) else None
+        if table is not None and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def _max_length(folder: Path, model: nn.Module, tokenizer: Any) -> int:
+    limits = [tokenizer.model_max_length, positions_of(model)]
     sentence = folder / "sentence_bert_config.json"
     if sentence.is_file():
         limits.append(json.loads(sentence.read_text(encoding="utf-8")).get("max_seq_length"))

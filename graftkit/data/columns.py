@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,24 +36,69 @@ def find_columns(table: Table, wanted: Sequence[Column], named: Mapping[str, str
 
     `named` is the recipe's `data.columns`. What it leaves out is found by name or alias (upper and lower
     case are the same), then, where required, by type: a label has few distinct values, a text is the
-    longest string. An optional column that is not found is left out.
+    longest string. An optional column that is not found is left out, and one is not looked for where `named`
+    has another column of its kind: who names the text wants no pair.
 
     Raises UserError where `named` does not fit the task or the table, where a required column is not found,
     or where more than one column would do.
     """
     found = _check_named(table, wanted, named)
+    kinds = {column.kind for column in wanted if column.name in named}
+    sought = [
+        column for column in wanted if column.required or column.name in named or column.kind not in kinds
+    ]
+    return _find(table, sought, found, _how_to_name)
+
+
+def find_again(
+    table: Table, wanted: Sequence[Column], columns: Mapping[str, str], *, leave_out: Collection[str] = ()
+) -> dict[str, str]:
+    """The columns of a run in another table: exactly `columns` less `leave_out`, and all of them.
+
+    They are found under the name that they had in the training table, then as `find_columns` does. A column
+    that has the name or an alias of one in `leave_out` is not taken for another.
+
+    Raises UserError where one of them is not found.
+    """
+    found = {
+        name: column for name, column in columns.items() if column in table.columns and name not in leave_out
+    }
+    aside = {columns[name].casefold() for name in leave_out if name in columns}
+    for column in wanted:
+        if column.name in leave_out:
+            aside |= {column.name.casefold(), *map(str.casefold, column.aliases)}
+    for name in table.columns:
+        if name.casefold() in aside and name not in found.values():
+            found[f"not {name}"] = name  # no column that is wanted has this key
+    sought = [column for column in wanted if column.name in columns and column.name not in leave_out]
+    again = _find(table, sought, found, _how_to_rename)
+    for column in sought:
+        if column.name not in again:
+            raise UserError(
+                f"{table.source} has no column {column.name!r}, which the training rows had "
+                f"(as {columns[column.name]!r}; columns here: {listing(table.columns)}). Add it"
+            )
+    return again
+
+
+def _find(
+    table: Table,
+    wanted: Sequence[Column],
+    found: dict[str, str],
+    remedy: Callable[[Mapping[str, str], Sequence[Column]], str],
+) -> dict[str, str]:
     names = [(column, column.name) for column in wanted]
     names += [(column, alias) for column in wanted for alias in column.aliases]
     for column, name in names:
         if column.name not in found:
-            match = _match(table, name, found, wanted)
+            match = _match(table, name, found, remedy(found, wanted))
             if match is not None:
                 found[column.name] = match
     missing = [column for column in wanted if column.required and column.name not in found]
     for column in sorted(missing, key=lambda column: column.kind != "label"):
         candidates = _candidates(table, column, found, wanted)
         if len(candidates) != 1:
-            raise UserError(_not_found(table, column, candidates, found, wanted))
+            raise UserError(_not_found(table, column, candidates, remedy(found, wanted)))
         found[column.name] = candidates[0]
     return {column.name: found[column.name] for column in wanted if column.name in found}
 
@@ -81,7 +126,7 @@ def _check_named(table: Table, wanted: Sequence[Column], named: Mapping[str, str
     return found
 
 
-def _match(table: Table, name: str, found: Mapping[str, str], wanted: Sequence[Column]) -> str | None:
+def _match(table: Table, name: str, found: Mapping[str, str], remedy: str) -> str | None:
     left = [column for column in table.columns if column not in found.values()]
     if name in left:
         return name
@@ -89,7 +134,7 @@ def _match(table: Table, name: str, found: Mapping[str, str], wanted: Sequence[C
     if len(matches) > 1:
         raise UserError(
             f"{table.source} has columns '{matches[0]}' and '{matches[1]}', which differ only in upper and "
-            f"lower case. {_how_to_name(found, wanted)}"
+            f"lower case. {remedy}"
         )
     return matches[0] if matches else None
 
@@ -133,22 +178,21 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
-def _not_found(
-    table: Table,
-    column: Column,
-    candidates: Sequence[str],
-    found: Mapping[str, str],
-    wanted: Sequence[Column],
-) -> str:
+def _not_found(table: Table, column: Column, candidates: Sequence[str], remedy: str) -> str:
     if candidates:
         choice = " or ".join(f"'{name}'" for name in candidates)
         problem = f"the {column.name} of {table.source} could be {choice}"
     else:
         problem = f"no column of {table.source} looks like the {column.name}"
-    return f"{problem} (columns: {listing(table.columns)}). {_how_to_name(found, wanted)}"
+    return f"{problem} (columns: {listing(table.columns)}). {remedy}"
 
 
 def _how_to_name(found: Mapping[str, str], wanted: Sequence[Column]) -> str:
     shown = [column.name for column in wanted if column.required or column.name in found]
     pairs = ", ".join(f"{name}: {found.get(name, '...')}" for name in shown)
     return f"Name them in the recipe: data.columns={{{pairs}}}"
+
+
+def _how_to_rename(found: Mapping[str, str], wanted: Sequence[Column]) -> str:
+    missing = [column.name for column in wanted if column.name not in found]
+    return f"Rename the columns as those of the training rows, or to: {listing(missing)}"

@@ -12,11 +12,11 @@ def hold_out(labels: Sequence[object], share: float, seed: int) -> tuple[list[in
     """Split row indices into (train, held out), both sorted and neither empty, the same for the same seed.
 
     Of each class with at least 2 rows about `share` is held out and at least one row is left to train on; a
-    class of one row is trained on. Where most labels occur once (numbers, texts) or cannot be compared
-    (lists), rows are drawn regardless of label. The number held out is `share` of all rows, rounded, or
-    what the classes allow where that is less.
+    class of one row is trained on. Where labels are no classes (fractions, or lists, which cannot be compared),
+    rows are drawn regardless of label. The number held out is `share` of all rows, rounded, or what the
+    classes allow where that is less.
 
-    Raises UserError if `share` is not between 0 and 1 or there are fewer than 2 rows.
+    Raises UserError if `share` is not between 0 and 1, there are fewer than 2 rows, or each class has one row.
     """
     if not 0 < share < 1:
         raise UserError(
@@ -32,6 +32,11 @@ def hold_out(labels: Sequence[object], share: float, seed: int) -> tuple[list[in
     draw.shuffle(groups)
 
     room = sum(len(group) - 1 for group in groups)
+    if not room:
+        raise UserError(
+            "no row can be held out for evaluation: each class has one row, which is needed to train on. "
+            "Set data.eval to a file, or to null for none"
+        )
     total = min(max(1, round(len(labels) * share)), room)
     counts = [min(int(len(group) * share), len(group) - 1) for group in groups]
     by_remainder = sorted(range(len(groups)), key=lambda at: counts[at] - len(groups[at]) * share)
@@ -46,10 +51,9 @@ def hold_out(labels: Sequence[object], share: float, seed: int) -> tuple[list[in
 
 def _groups(labels: Sequence[object]) -> list[list[int]]:
     """Row indices by label, or all in one group where the labels are no classes."""
-    if not all(isinstance(label, Hashable) for label in labels):
+    if not all(isinstance(label, Hashable) and not isinstance(label, float) for label in labels):
         return [list(range(len(labels)))]
     groups: dict[object, list[int]] = {}
     for row, label in enumerate(labels):
         groups.setdefault(label, []).append(row)
-    single = sum(len(group) == 1 for group in groups.values())
-    return list(groups.values()) if single * 2 <= len(labels) else [list(range(len(labels)))]
+    return list(groups.values())

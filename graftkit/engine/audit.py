@@ -18,70 +18,68 @@ STEPS = 2  # the first factor of a low-rank pair has no gradient while the secon
 
 
 class Audit:
-    """Watches the first two steps of a run."""
+    """Watches the first steps of a run: two, and longer only for what may yet turn out well."""
 
     def __init__(self, model: nn.Module, trained: Container[str]) -> None:
         self.model = model
-        self.trained = trained
+        self.labelled = {name for name, _ in model.named_parameters() if name in trained}
         self.steps = 0
+        self.reached: set[str] = set()  # had a gradient, be it zero
         self.with_gradient: set[str] = set()
-        self.still: set[str] = set()
+        self.moved: set[str] = set()
         self.before = {name: digest(tensor) for name, tensor in self._tensors()}
 
     @property
     def done(self) -> bool:
-        return self.steps >= STEPS and not self.still
+        return self.steps >= STEPS and self.labelled <= self.with_gradient & self.moved
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [*self.model.named_parameters(), *self.model.named_buffers()]
 
     def after_backward(self) -> None:
-        """Note which parameters have a gradient that is not zero everywhere."""
+        """Note which parameters have a gradient, and which have one that is not zero everywhere."""
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and name not in self.with_gradient and bool(parameter.grad.any()):
-                self.with_gradient.add(name)
+            if parameter.grad is not None and name not in self.with_gradient:
+                self.reached.add(name)
+                if bool(parameter.grad.any()):
+                    self.with_gradient.add(name)
 
-    def after_step(self, rising: bool = False) -> None:
-        """After the second step, raise `UserError` with the names of all parameters that broke the rule.
+    def after_step(self, rising: bool = False, last: bool = True) -> None:
+        """From the second step on, raise `UserError` with the names of all parameters that broke the rule.
 
-        `rising`: the learning rate has not reached its height yet. A first step of a long warm-up can be too
-        small to change a number near 1, so what has not moved by then is looked at again until the rate is full.
+        `rising`: the learning rate has not reached its height. A first step of a long warm-up can be too small
+        to change a number near 1, so what has not moved is looked at again until the rate is full.
+        `last`: the first epoch ends here. Until then a gradient of exact zeros may be due to the rows: with a
+        single token there is nothing for queries and keys to choose.
         """
         self.steps += 1
         if self.steps < STEPS:
             return
-        if self.steps > STEPS:
-            now = dict(self.model.named_parameters())
-            self.still = {name for name in self.still if digest(now[name]) == self.before[name]}
-            self._stop([] if rising else [_unmoved(self.still)])
-            return
-        moved = {name for name, tensor in self._tensors() if digest(tensor) != self.before[name]}
-        names = {name for name, _ in self.model.named_parameters()}
-        labelled = {name for name in names if name in self.trained}
-        problems = []
-        if silent := sorted(labelled - self.with_gradient):
-            problems.append(f"{len(silent)} parameters got no gradient: {listing(silent, 6)}")
-        self.still = (labelled & self.with_gradient) - moved
-        if not rising:
-            problems.append(_unmoved(self.still))
-        if leaked := sorted(moved - labelled):
-            problems.append(f"{len(leaked)} frozen tensors changed: {listing(leaked, 6)}")
-        if stray := sorted((self.with_gradient - labelled) - moved):
-            problems.append(f"{len(stray)} frozen parameters got a gradient: {listing(stray, 6)}")
-        self._stop(problems)
-
-    def _stop(self, problems: list[str]) -> None:
-        if any(problems):
-            raise UserError(
-                f"the gradient audit failed after {self.steps} steps: {'; '.join(filter(None, problems))}. Take parameters that have no "
-                "part in the output out of training with freeze(...), and see that learning rates are not too small."
+        now = self._tensors() if self.steps == STEPS else list(self.model.named_parameters())
+        changed = {
+            name for name, tensor in now if name not in self.moved and digest(tensor) != self.before[name]
+        }
+        self.moved |= changed
+        silent = self.labelled - (self.with_gradient if last else self.reached)
+        still = set() if rising else (self.labelled & self.with_gradient) - self.moved
+        leaked = changed - self.labelled if self.steps == STEPS else set()
+        stray = self.reached - self.labelled - self.moved if self.steps == STEPS else set()
+        problems = [
+            f"{len(names)} {what}: {listing(sorted(names), 6)}"
+            for names, what in (
+                (silent, "parameters got no gradient"),
+                (still, "parameters got a gradient but did not move"),
+                (leaked, "frozen tensors changed"),
+                (stray, "frozen parameters got a gradient"),
             )
-
-
-def _unmoved(names: set[str]) -> str:
-    if not names:
-        return ""
-    return f"{len(names)} parameters got a gradient but did not move: {listing(sorted(names), 6)}"
+            if names
+        ]
+        if problems:
+            raise UserError(
+                f"the gradient audit failed after {self.steps} steps: {'; '.join(problems)}. Take what has no part in "
+                "the output out of training (freeze(...), or a narrower selection of sites), and see that learning "
+                "rates are not too small."
+            )
 
 
 def digest(tensor: Tensor) -> int:

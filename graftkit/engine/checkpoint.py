@@ -56,8 +56,7 @@ def restore(
         if kind == "optimizer":
             state, _, name = rest.partition("/")
             parameter = parameters[name]
-            device = parameter.device if state != "step" else value.device
-            optimizer.state[parameter][state] = value.to(device)
+            optimizer.state[parameter][state] = value.to(parameter.device)  # a fused optimizer's steps too
     return json.loads(metadata["position"])
 
 

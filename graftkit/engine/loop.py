@@ -121,7 +121,10 @@ class Loop:
         self.optimizer.zero_grad()
         self.step += 1
         if audit is not None:
-            audit.after_step(rising=self.step < settings.warmup * settings.steps)
+            audit.after_step(
+                rising=self.step < settings.warmup * settings.steps,
+                last=self.step >= min(self.per_epoch, settings.steps),
+            )
         rows = sum(map(len, batches))
         return Step(self.step, self.step / self.per_epoch, loss, norm, scale, rows, correct, tokens)
 

@@ -1,1 +1,1 @@
-"""Methods: how parameters are added, frozen and grouped. One file each; see `docs/new-method.md`."""
+"""Methods: how parameters are added, frozen and grouped. One file each; see CONTRIBUTING.md."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.catalogue import as_expression, build, check_values, parse
-from graftkit.errors import NotFoldable, UserError, listing
+from graftkit.errors import NotFoldable, UserError
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Method:
         return None
 
     def __add__(self, other: Method) -> Chain:
-        return Chain((self,)) + other
+        return Chain((self,)) + other if isinstance(other, Method) else NotImplemented
 
     def __str__(self) -> str:
         return as_expression(self)
@@ -117,11 +117,13 @@ class Chain(Method):
         names = [method.name for method in self.methods]
         twice = {name for name in names if names.count(name) > 1}
         for name in sorted(twice - {"unfreeze", "freeze"}):
-            raise UserError(
-                f"{name}() stands twice in {' + '.join(names)}; write it once with both selections."
-            )
+            selects = any(method.name == name and hasattr(method, "sites") for method in self.methods)
+            how = "write it once with both selections" if selects else "write it once"
+            raise UserError(f"{name}() stands twice in {' + '.join(names)}; {how}.")
 
     def __add__(self, other: Method) -> Chain:
+        if not isinstance(other, Method):
+            return NotImplemented
         return Chain(self.methods + (other.methods if isinstance(other, Chain) else (other,)))
 
     def __str__(self) -> str:
@@ -202,8 +204,3 @@ def refuse_unless(labels: Mapping[str, Group], message: str) -> None:
     """Raise `UserError` where a method found nothing to train."""
     if not labels:
         raise UserError(message)
-
-
-def describe_roles(backbone: Backbone) -> str:
-    """What there is to select, for messages."""
-    return listing(sorted({site.role for site in backbone.sites}))

@@ -1,4 +1,4 @@
-"""A classification or regression head."""
+"""A classification head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
 
-
 @dataclass(frozen=True)
 class Head(Method):
     """A new head on pooled features of the last hidden states, or the architecture's own head.
@@ -35,14 +34,14 @@ class Head(Method):
         choices=("auto", "own", "cls", "mean", "last", "attention"),
     )
     hidden: int = option(0, "width of a hidden layer; 0 for none", at_least=0)
-    dropout: float = option(0.1, "dropout on the features", at_least=0, below=1)
+    dropout: float = option(0.1, "dropout on pooled features; 'own' has the model's", at_least=0, below=1)
     lr: float | None = option(None, "learning rate; null means 0.005", above=0)
 
     def resolve(self, backbone: Backbone) -> Head:
         """The same head with its pooling chosen."""
         if self.pooling != "auto":
             return self
-        if any(site.role == "head" for site in backbone.sites):
+        if any(site.role == "head" for site in backbone.sites) and not self.hidden:
             choice = "own"
         else:
             choice = backbone.pooling or ("last" if backbone.is_decoder else "cls")
@@ -53,6 +52,11 @@ class Head(Method):
             raise UserError("head() needs the number of outputs: head(classes=3).")
         group = Group("head", self.lr or 5e-3, self.name, self.lr is not None)
         if self.pooling == "own":
+            if self.hidden:
+                raise UserError(
+                    "head(pooling='own') has the layers that the architecture gives it, so hidden has no part in it; "
+                    "use pooling='mean', 'cls' or 'last' with it."
+                )
             return self._use_own(backbone, group)
         name = f"head_{graft}"
         head = PooledHead(backbone.hidden_size, self.classes, self.pooling, self.hidden, self.dropout)

@@ -15,15 +15,13 @@ from graftkit.methods.base import Labels, Method
 
 @dataclass(frozen=True)
 class LayerwiseLR(Method):
-    """Deeper layers of the backbone learn slower: lr * decay^(blocks above it); what is new learns at its own rate.
+    """Lower blocks of the backbone learn slower: lr * decay^(blocks above it); what is new learns at its own rate.
 
     Howard and Ruder 2018, 'Universal Language Model Fine-tuning', section 3.2, with the decay of each block
     as in ELECTRA's fine-tuning. The last block has the full rate, the embeddings lr * decay^blocks.
     """
 
-    decay: float = option(
-        0.9, "factor from one block to the one below it", above=0, at_least=0.01, below=1.0001
-    )
+    decay: float = option(0.9, "factor from one block to the one below it", at_least=0.01, at_most=1)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         return {}

@@ -20,11 +20,11 @@ def model_card(prepared: Prepared, result: dict[str, Any], found: dict[str, Any]
     )
     metrics = result["metrics"]
     classes = "\n".join(
-        f"| {label} | {m['precision']:.3f} | {m['recall']:.3f} | {m['f1']:.3f} | {m['rows']} |"
+        f"| {_plain(label)} | {m['precision']:.3f} | {m['recall']:.3f} | {m['f1']:.3f} | {m['rows']} |"
         for label, m in (metrics.get("per_class") or {}).items()
     )
     skipped = f" {len(rows.train.skipped)} bad rows were left out." if rows.train.skipped else ""
-    labels = ", ".join(rows.labels[:20]) + (" ..." if len(rows.labels) > 20 else "")
+    labels = ", ".join(map(_plain, rows.labels[:20])) + (" ..." if len(rows.labels) > 20 else "")
     tables = (
         f"""
 ## Figures
@@ -75,3 +75,8 @@ model = AutoModel.from_pretrained({recipe.model!r})
 graft = graftkit.load(model, {result["run"] + "/graft"!r})
 ```
 """
+
+
+def _plain(text: str) -> str:
+    """A label within one cell of a table."""
+    return " ".join(text.splitlines()).replace("|", "\\|")

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal to redraw one
 
@@ -44,8 +45,9 @@ class Console:
         stream = sys.stderr if json else sys.stdout
         terminal = stream.isatty()
         self.rich = RichConsole(
-            file=stream, quiet=quiet, highlight=False, soft_wrap=True, width=None if terminal else 110
-        )
+            file=stream, quiet=quiet, highlight=False, soft_wrap=True, width=None if terminal else 110,
+            markup=False, emoji=False,  # labels and paths are shown as they are
+        )  # fmt: skip
         self._progress: Progress | None = None
         self._task: Any = None
         self._started = self._last = 0.0
@@ -56,16 +58,16 @@ class Console:
         self.rich.quiet = self.rich.quiet or not speaks
 
     def line(self, text: str = "") -> None:
-        self.rich.print(text, markup=False)
+        self.rich.print(text)
 
     def heading(self, text: str) -> None:
-        self.rich.print(f"\n{text}", style="bold", markup=False)
+        self.rich.print(f"\n{text}", style="bold")
 
     def pairs(self, rows: list[tuple[str, str]]) -> None:
         """Names on the left, values on the right."""
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            self.rich.print(f"  {name:<{width}}  {value}", markup=False)
+            self.rich.print(f"  {name:<{width}}  {value}")
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -73,9 +75,9 @@ class Console:
             numeric = bool(rows) and all(
                 row[i].replace(",", "").replace(".", "").replace("%", "").isdigit() for row in rows
             )
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.rich.print(table)
 
     def start(self, total: int, done: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +67,7 @@ class Classify(Task):
         skip_bad: bool,
         targets: bool = True,
     ) -> Examples:
-        index = {label: i for i, label in enumerate(labels)}
+        index = _Index(labels)
         wanted: list[str] = [
             name
             for name in ("text", "text_pair", "label")
@@ -84,7 +86,9 @@ class Classify(Task):
             raise UserError(f"{table.source} has no good rows: {skipped[0]}")
         kept = table.take(good)
         pairs = [str(v) for v in kept.columns[columns["text_pair"]]] if "text_pair" in wanted else None
-        numbers = [index[_name(v)] for v in kept.columns[columns["label"]]] if "label" in wanted else None
+        numbers = (
+            [index.find(_name(v)) for v in kept.columns[columns["label"]]] if "label" in wanted else None
+        )
         return Examples(
             kept,
             [str(value) for value in kept.columns[columns["text"]]],
@@ -94,7 +98,7 @@ class Classify(Task):
         )
 
     def _problem(
-        self, table: Table, columns: dict[str, str], wanted: list[str], row: int, index: dict[str, int]
+        self, table: Table, columns: dict[str, str], wanted: list[str], row: int, index: _Index
     ) -> str | None:
         for name in wanted:
             value = table.columns[columns[name]][row]
@@ -104,10 +108,11 @@ class Classify(Task):
                 return (
                     f"{table.where(row)}: column {columns[name]!r} is a {type(value).__name__}, not a text."
                 )
-            if name == "label" and _name(value) not in index:
+            if name == "label" and index.find(_name(value)) is None:
+                labels = index.labels
                 return (
-                    f"{table.where(row)}: label {_name(value)!r} is not among the {len(index)} labels of the "
-                    f"training data ({listing(index, 8)}).{nearest(_name(value), index)}"
+                    f"{table.where(row)}: label {_name(value)!r} is not among the {len(labels)} labels of the "
+                    f"training data ({listing(labels, 8)}).{nearest(_name(value), labels)}"
                 )
         return None
 
@@ -155,8 +160,31 @@ def _name(value: Any) -> str:
     return str(value).strip()
 
 
+class _Index:
+    """The place of a label. One that is written otherwise in another kind of file ('1.0' in CSV and 1 in Parquet,
+    'true' and True) is found where only one label can be meant."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = labels
+        self._places = {label: i for i, label in enumerate(labels)}
+        forms = Counter(map(_normal, labels))
+        self._normal = {_normal(label): i for i, label in enumerate(labels) if forms[_normal(label)] == 1}
+
+    def find(self, name: str) -> int | None:
+        place = self._places.get(name)
+        return self._normal.get(_normal(name)) if place is None else place
+
+
+def _normal(name: str) -> str:
+    if re.fullmatch(r"-?\d+\.0+", name):
+        return name.partition(".")[0]
+    return name.lower() if name.lower() in ("true", "false") else name
+
+
 def _natural(name: str) -> tuple[int, float, str]:
+    """Numbers in their order, then texts; 'nan' and 'inf' are texts, for nan has no place in an order."""
     try:
-        return 0, float(name), name
+        number = float(name)
     except ValueError:
-        return 1, 0.0, name
+        number = math.nan
+    return (0, number, name) if math.isfinite(number) else (1, 0.0, name)

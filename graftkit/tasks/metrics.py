@@ -26,17 +26,14 @@ def classification(
     precision, recall, f1, support = precision_recall_fscore_support(
         targets, predictions, labels=np.arange(classes), zero_division=0
     )
-    counts = np.bincount(targets * classes + predictions, minlength=classes * classes)
-    draws = np.random.default_rng(seed).multinomial(len(targets), counts / len(targets), size=RESAMPLES)
-    draws = draws.reshape(RESAMPLES, classes, classes)
-    accuracies = np.trace(draws, axis1=1, axis2=2) / len(targets)
+    accuracies, macro_f1s = _bootstrap(targets, predictions, classes, seed)
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return {
         "accuracy": float((predictions == targets).mean()),
         "accuracy_interval": _interval(accuracies),
         "macro_f1": float(f1[present].mean()),
-        "macro_f1_interval": _interval(np.array([_macro_f1(draw) for draw in draws])),
+        "macro_f1_interval": _interval(macro_f1s),
         "loss": float(-log_probabilities[np.arange(len(targets)), targets].mean()),
         "rows": len(targets),
         "per_class": {
@@ -51,10 +48,26 @@ def classification(
     }
 
 
-def _macro_f1(confusion: np.ndarray) -> float:
-    hits = np.diag(confusion)
-    total = confusion.sum(axis=0) + confusion.sum(axis=1)
-    return float((2 * hits[total > 0] / total[total > 0]).mean())
+def _bootstrap(
+    targets: np.ndarray, predictions: np.ndarray, classes: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy and macro F1 of each resample of the rows.
+
+    The rows are drawn as counts of the cells of the confusion matrix that are not empty, at most one for each
+    row, and summed by class: no matrix of all classes is made.
+    """
+    cells, counts = np.unique(targets.astype(np.int64) * classes + predictions, return_counts=True)
+    true, predicted = np.divmod(cells, classes)
+    right = true == predicted
+    random, shares = np.random.default_rng(seed), counts / len(targets)
+    accuracies, macro_f1s = np.empty(RESAMPLES), np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = random.multinomial(len(targets), shares)
+        total = np.bincount(true, drawn, classes) + np.bincount(predicted, drawn, classes)
+        hits = np.bincount(true[right], drawn[right], classes)
+        accuracies[i] = hits.sum() / len(targets)
+        macro_f1s[i] = (2 * hits[total > 0] / total[total > 0]).mean()
+    return accuracies, macro_f1s
 
 
 def _interval(values: np.ndarray) -> list[float]:
