@@ -17,6 +17,7 @@ from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
 
+
 @dataclass(frozen=True)
 class Head(Method):
     """A new head on pooled features of the last hidden states, or the architecture's own head.
