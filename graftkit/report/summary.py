@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from graftkit.data.batches import epoch_batches, padding_share
 from graftkit.report.console import Console, count, duration, size
 
 if TYPE_CHECKING:
@@ -39,7 +40,11 @@ def show_found(console: Console, prepared: Prepared, datasets: dict[str, Dataset
         cut = sum(dataset.encoded.truncated for dataset in datasets.values())
         total = sum(map(len, datasets.values()))
         lengths = datasets["train"].encoded.lengths
-        text = f"{lengths.sum():,} tokens, {lengths.mean():.1f} a row, longest {lengths.max()}"
+        batches = epoch_batches(lengths, prepared.settings.batch_size, prepared.settings.seed, 0)
+        text = (
+            f"{lengths.sum():,} tokens, {lengths.mean():.1f} a row, longest {lengths.max()}, "
+            f"{padding_share(lengths, batches):.1%} padding"
+        )
         if cut:
             text += (
                 f"; {cut:,} of {total:,} rows are longer than {prepared.max_length} tokens and were truncated"
