@@ -4,7 +4,7 @@
     python bench/results.py write                                                     the page, from bench/results/
 
 A run's figures are kept in bench/results/, so that an interrupted measurement goes on. `--jobs 2` runs two
-processes of one thread each; seconds and memory on the page come only from runs that had the machine alone.
+processes of one thread each; seconds and memory on the page come only from runs of two threads.
 """
 
 from __future__ import annotations
