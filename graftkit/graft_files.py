@@ -165,7 +165,9 @@ def _description(path: Path) -> dict[str, Any]:
     ):
         wrong = ["tensors"]
     if wrong:
-        raise UserError(f"{path}: {listing(wrong)} is missing or not as written; restore it from a copy.")
+        raise UserError(
+            f"{path}: the entry {listing(map(repr, wrong))} is absent or not as written; restore it from a copy."
+        )
     return description
 
 
