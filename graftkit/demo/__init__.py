@@ -22,7 +22,7 @@ SENTENCES = (
 def demo_recipe(out: str) -> recipes.Recipe:
     """The recipe of the demo: banking77 (Casanueva et al. 2020, CC BY 4.0) and all-MiniLM-L6-v2."""
     data = {"train": str(FOLDER / "train.csv"), "eval": None, "test": str(FOLDER / "test.csv")}
-    train = {"epochs": 3.0, "evaluate_every": "end"}
+    train = {"epochs": 2.0, "evaluate_every": "end"}
     return recipes.make({"model": MODEL, "method": METHOD, "data": data, "train": train, "out": out})
 
 
