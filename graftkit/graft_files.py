@@ -99,8 +99,8 @@ def _peft_form(graft: Graft) -> PeftForm | None:
     }
     if head:
         config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in head})
-    # PEFT wraps the model once for LoRA, and not at all for prefixes
-    wrapper = "base_model.model" if config["peft_type"] == "LORA" else "base_model"
+    # PEFT wraps the model once for what sits on modules, and not at all for what stands before the text
+    wrapper = "base_model" if "prompt_embeddings" in tensors else "base_model.model"
     tensors |= {f"{wrapper}.{name}": parameter for name, parameter in head.items()}
     return PeftForm(config, tensors)
 

@@ -1,4 +1,8 @@
-"""Adapters that PEFT wrote, read into the methods of this package."""
+"""Adapters that PEFT wrote, read into the methods of this package.
+
+Which method reads a kind of adapter is the method's own affair: `Method.peft_types` names the kinds and
+`Method.from_peft` turns a configuration and its tensors into the method's options and parameters.
+"""
 
 from __future__ import annotations
 
@@ -8,82 +12,111 @@ from typing import Any
 
 from torch import Tensor
 
+from graftkit.catalogue import Call, entries
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors
 from graftkit.graft_files import PEFT_CONFIG, PEFT_TENSORS, Stored
 
-# fields of a LoRA configuration whose non-default values change the result and are not read yet
-UNREAD = {
-    "use_dora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "bias": "none",
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "lora_bias": False,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-}
-CHANGES_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # ways to start that rewrite the base's weights
+# fields that say where an adapter comes from or how it was trained, not what it computes
+HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "megatron_config", "megatron_core", "runtime_config", "ensure_weight_tying", "qalora_group_size",
+}  # fmt: skip
+
+
+class PeftReading:
+    """A PEFT folder while a method reads it: what it does not ask for and does not take is an error.
+
+    `tensors`: those that no one has taken yet, by key without `base_model.model.`.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.folder = folder
+        self.kind = str(config.get("peft_type"))
+        self.tensors = tensors
+        self._config = config
+        self._read = set(HARMLESS)
+
+    def field(self, name: str, default: Any = None, kind: type | tuple[type, ...] | None = None) -> Any:
+        """A field of the configuration; `default` is PEFT's, for configurations that leave it out.
+
+        Raises `UserError` where the value is not of `kind`.
+        """
+        self._read.add(name)
+        value = self._config.get(name, default)
+        if value is None and kind is None:
+            value = default
+        if kind is not None and (
+            not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        ):
+            raise self.error(f"{name} is {self._config.get(name)!r}, which cannot be.")
+        return value
+
+    def ignore(self, *names: str) -> None:
+        """Fields that had a part in training only."""
+        self._read.update(names)
+
+    def take(self, pattern: str) -> dict[re.Match[str], Tensor]:
+        """Take the tensors whose whole key matches a regular expression, in the file's order."""
+        found = {}
+        for key in list(self.tensors):
+            match = re.fullmatch(pattern, key)
+            if match is not None:
+                found[match] = self.tensors.pop(key)
+        return found
+
+    def error(self, what: str) -> UserError:
+        return UserError(f"{self.folder / PEFT_CONFIG}: {what}")
+
+    def refuse_rest(self) -> None:
+        """Raise `UserError` for fields that change the result and that nobody asked for."""
+        unread = [
+            f"{name}={value!r}"
+            for name, value in self._config.items()
+            if name not in self._read and value not in (None, False, "none", "", 0) and value not in ({}, [])
+        ]
+        if unread:
+            raise self.error(f"uses {listing(unread)}, which graftkit does not read.")
 
 
 def read_peft(folder: Path) -> Stored:
-    """A LoRA adapter of PEFT as `lora(...)`; its saved modules are the head, or unfrozen."""
+    """An adapter of PEFT as one of our methods; its saved modules are the head, or unfrozen."""
     config = read_json(folder / PEFT_CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{folder / PEFT_CONFIG} is not the configuration of an adapter.")
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(
-            f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; only LORA adapters of PEFT are read."
-        )
-    unread = [name for name, default in UNREAD.items() if config.get(name, default) not in (default, None)]
-    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
-        unread.append(f"init_lora_weights={config['init_lora_weights']!r}")
-    if unread:
-        raise UserError(f"{folder / PEFT_CONFIG} uses {listing(unread)}, which graftkit does not read yet.")
-    contents, _ = read_tensors(folder / PEFT_TENSORS)
-    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(
-            f"{folder / PEFT_CONFIG}: r is {rank!r} and lora_alpha {alpha!r}; both must be numbers."
-        )
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    tensors, modules = _rename(contents, folder)
-    arguments: dict[str, Any] = {
-        "rank": rank,
-        "alpha": float(scale * rank),
-        "sites": "re:" + "|".join(re.escape(module) for module in modules),
-        "dropout": float(config.get("lora_dropout", 0.0)),
+    readers = {
+        name: entry
+        for entry in entries("method").values()
+        for name in entry.load().peft_types  # type: ignore[attr-defined]
     }
-    method = f"lora({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
-    saved = tuple(name for name in tensors if ".lora_default." not in name)
-    return Stored(folder, method, tensors, backbone=config.get("base_model_name_or_path"), saved=saved)
+    if kind not in readers:
+        raise UserError(
+            f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; of PEFT's adapters graftkit reads {listing(sorted(readers))}."
+        )
+    contents, _ = read_tensors(folder / PEFT_TENSORS)
+    wrapped = {
+        key.removeprefix("base_model.model.").removeprefix("base_model."): t for key, t in contents.items()
+    }
+    reading = PeftReading(folder, config, wrapped)
+    arguments, tensors = readers[kind].load().from_peft(reading)  # type: ignore[attr-defined]
+    reading.refuse_rest()
+    strange = [key for key in reading.tensors if key in contents or _is_adapter_key(key)]
+    if strange:
+        raise UserError(
+            f"{folder / PEFT_TENSORS}: {listing(map(repr, strange), 4)} is not a tensor of {kind} that graftkit reads."
+        )
+    name = arguments.pop("method", readers[kind].name)  # a kind of adapter that several methods write
+    saved = tuple(reading.tensors)
+    return Stored(
+        folder, str(Call(name, arguments)), {**tensors, **reading.tensors},
+        backbone=config.get("base_model_name_or_path"), saved=saved,
+    )  # fmt: skip
 
 
-def _rename(contents: dict[str, Tensor], folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    tensors: dict[str, Tensor] = {}
-    modules: list[str] = []
-    for key, tensor in contents.items():
-        name = key.removeprefix("base_model.model.")
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if name == key or (".lora_" in name and match is None):
-            raise UserError(f"{folder / PEFT_TENSORS}: {key!r} is not a LoRA tensor that graftkit reads.")
-        if match is None:
-            tensors[name] = tensor
-        else:
-            tensors[f"{match[1]}.lora_default.{match[2]}"] = tensor
-            if match[1] not in modules:
-                modules.append(match[1])
-    return tensors, modules
+def _is_adapter_key(key: str) -> bool:
+    """Whether a key is of an adapter, and not that of a parameter of the model."""
+    return (
+        re.search(r"\.(lora|ia3|vera|hada|lokr|oft|boft|hra)_|\.base_layer\.|prompt_", f".{key}") is not None
+    )

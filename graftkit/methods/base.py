@@ -8,9 +8,10 @@ their names and values and a base checkpoint loads before or after grafting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from graftkit.backbone.anatomy import Added
 from graftkit.catalogue import as_expression, build, check_values, parse
 from graftkit.errors import NotFoldable, UserError
 
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
 
 @dataclass(frozen=True)
 class Group:
@@ -28,6 +32,7 @@ class Group:
     `role`: 'added' (a method's new parameters), 'base' (the backbone's own) or 'head'.
     `lr`: the method's learning rate; `fixed_lr`: the user wrote it, so `train.lr` does not replace it.
     `lr_scale`: factor on it (layerwise_lr). `weight_decay`: None means the run's; 0.0 for none.
+    `statistics`: the running statistics beside this parameter (BatchNorm's mean and variance) move as well.
     """
 
     role: str
@@ -36,6 +41,7 @@ class Group:
     fixed_lr: bool = False
     lr_scale: float = 1.0
     weight_decay: float | None = None
+    statistics: bool = False
 
 
 Labels = dict[str, Group]
@@ -63,6 +69,7 @@ class Addition(Added):
 class Method:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are declared with `option`."""
 
+    peft_types: ClassVar[tuple[str, ...]] = ()  # kinds of PEFT's adapters that `from_peft` reads
     yields = False  # True: where another method claims the same parameter, that one has it
 
     def __post_init__(self) -> None:
@@ -91,6 +98,15 @@ class Method:
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         """The PEFT configuration and tensors that mean the same; None where PEFT cannot express it."""
         return None
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The options of this method, and its parameters by the names they have in a graft called 'default'.
+
+        Takes its tensors out of `reading` and asks it for each field that changes the result; what is left
+        over is refused. `sites` is best written with `exactly`.
+        """
+        raise NotImplementedError
 
     def __add__(self, other: Method) -> Chain:
         return Chain((self,)) + other if isinstance(other, Method) else NotImplemented
@@ -179,6 +195,11 @@ def place(site: nn.Module, name: str, addition: nn.Module) -> None:
         if type(addition).after is not Addition.after:
             handles.append(site.register_forward_hook(addition._after, with_kwargs=True))
         addition.__dict__["handles"] = handles
+
+
+def exactly(names: Iterable[str]) -> str:
+    """The selection of the modules of these names and no others."""
+    return "re:" + "|".join(re.escape(name) for name in dict.fromkeys(names))
 
 
 def labels_of(backbone: Backbone, module_name: str, group: Group) -> Labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,18 @@ from graftkit.methods.base import (
     Labels,
     Method,
     PeftForm,
+    exactly,
     labels_of,
     multiply,
     new_parameter,
     place,
 )
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+# ways to start that rewrite the base's weights
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class LoRA(Method):
     `nn.Linear` draws its weight, B is zero, so that training starts at the base model exactly.
     Parameters: rank * (in + out) for each map.
     """
+
+    peft_types = ("LORA",)
 
     rank: int = option(8, "rank of the update", at_least=1)
     sites: str = option("all-linear", "linear maps that are adapted, as a selection")
@@ -90,6 +99,31 @@ class LoRA(Method):
             "bias": "none",
         }
         return PeftForm(config, tensors)
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        rank = reading.field("r", 8, int)
+        alpha = reading.field("lora_alpha", 8, (int, float))
+        if rank < 1:
+            raise reading.error(f"r is {rank}; it must be at least 1.")
+        start = reading.field("init_lora_weights", True)
+        if str(start).startswith(CHANGES_BASE):
+            raise reading.error(
+                f"init_lora_weights={start!r} rewrote the base's weights, which graftkit does not read."
+            )
+        reading.ignore("fan_in_fan_out")
+        scale = alpha / (rank**0.5 if reading.field("use_rslora", False) else rank)
+        tensors = {
+            f"{key[1]}.lora_default.{key[2]}": tensor
+            for key, tensor in reading.take(r"(.+)\.lora_([AB])\.weight").items()
+        }
+        options = {
+            "rank": rank,
+            "alpha": float(scale * rank),
+            "sites": exactly(name.partition(".lora_default")[0] for name in tensors),
+            "dropout": float(reading.field("lora_dropout", 0.0, (int, float))),
+        }
+        return options, tensors
 
 
 class LowRank(Addition):
