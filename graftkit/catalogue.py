@@ -20,7 +20,7 @@ from typing import Any
 from graftkit.errors import UserError, listing, nearest
 
 FAMILIES = {"method": "methods", "task": "tasks"}
-NOT_ENTRIES = {"__init__", "base", "metrics"}
+NOT_ENTRIES = {"__init__", "base", "metrics", "updates"}
 
 
 def option(
@@ -128,7 +128,7 @@ def entries(family: str) -> dict[str, Entry]:
 def _read(path: Path, module: str) -> Entry | None:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and any(_called(d) == "dataclass" for d in node.decorator_list):
-            if not any(ast.unparse(base) in ("Method", "Task") for base in node.bases):
+            if not any(ast.unparse(base) in ("Method", "UpdateMethod", "Task") for base in node.bases):
                 continue
             summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
             options = [

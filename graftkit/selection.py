@@ -1,11 +1,14 @@
 """The small language that says which parts of a model are meant. No torch here.
 
 attention   ffn   norms   embeddings   all-linear   head   pooler      a kind of part, everywhere
+convs   experts                                                        convolutions; experts kept as one parameter
 q   k   v   o   up   gate   down                                       one map of every block
 blocks   blocks[-2:]   blocks[0]   blocks[-4:].attention               whole blocks, or parts of them
 re:.*\\.dense                                                          module names, full match
 q_proj   output.dense                                                  a part of a module's name
 q,v                                                                    several, by commas
+
+`all-linear` means the linear maps of the body; in a network that has none, its convolutions.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ ROLES_OF_WORD = {
     "k": ("k", "qkv"),
     "v": ("v", "qkv"),
     "o": ("o",),
-    "ffn": ("up", "gate", "down"),
+    "ffn": ("up", "gate", "down", "experts"),
     "up": ("up",),
     "gate": ("gate",),
     "down": ("down",),
     "norms": ("norm",),
     "embeddings": ("embedding",),
     "all-linear": ("q", "k", "v", "o", "qkv", "up", "gate", "down", "linear"),
+    "convs": ("conv",),
+    "experts": ("experts",),
     "head": ("head",),
     "pooler": ("pooler",),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import graftkit
 
 ROOT = Path(graftkit.__file__).parent
-METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__", "base"}
+METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__", "base", "updates"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,13 @@ def test_only_the_front_imports_run():
 
 
 def test_a_method_imports_base_backbone_and_torch():
-    allowed = ("graftkit.methods.base", "graftkit.backbone", "graftkit.catalogue", "graftkit.errors")
+    allowed = (
+        "graftkit.methods.base",
+        "graftkit.methods.updates",
+        "graftkit.backbone",
+        "graftkit.catalogue",
+        "graftkit.errors",
+    )
     for name in METHODS:
         none([i for i in own(f"methods/{name}.py") if i.of("graftkit") and not i.of(*allowed)])
 

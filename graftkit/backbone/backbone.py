@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from graftkit.backbone.anatomy import Site, find_sites
+from graftkit.backbone.anatomy import Site
+from graftkit.backbone.parts import find_sites
 
 
 @dataclass

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from graftkit.backbone.anatomy import find_sites
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.parts import find_sites
 from graftkit.errors import UserError, listing, nearest
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from graftkit import selection as language
@@ -21,6 +22,9 @@ def select(
     chosen: dict[str, Site] = {}
     for term in language.parse(selection):
         matches = [site for site in backbone.sites if _matches(site, term, backbone)]
+        if not matches and term.roles == language.ROLES_OF_WORD["all-linear"]:
+            convolutions = dataclasses.replace(term, roles=language.ROLES_OF_WORD["convs"])
+            matches = [site for site in backbone.sites if _matches(site, convolutions, backbone)]
         if not matches:
             raise UserError(_nothing(term, selection, backbone))
         usable = [site for site in matches if accepts is None or accepts(site)]

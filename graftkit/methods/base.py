@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
+from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
 from graftkit.catalogue import as_expression, build, check_values, parse
 from graftkit.errors import NotFoldable, UserError
 
@@ -52,6 +53,10 @@ class Addition(Added):
 
     Subclasses override one of the two. An inactive addition leaves the site as it was.
     """
+
+    replaces = (
+        False  # something of the site during its call: `after` sets it right again, also after an error
+    )
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         return None
@@ -193,7 +198,9 @@ def place(site: nn.Module, name: str, addition: nn.Module) -> None:
         if type(addition).before is not Addition.before:
             handles.append(site.register_forward_pre_hook(addition._before, with_kwargs=True))
         if type(addition).after is not Addition.after:
-            handles.append(site.register_forward_hook(addition._after, with_kwargs=True))
+            handles.append(
+                site.register_forward_hook(addition._after, with_kwargs=True, always_call=addition.replaces)
+            )
         addition.__dict__["handles"] = handles
 
 
@@ -212,13 +219,6 @@ def new_parameter(*shape: int, std: float | None = None) -> nn.Parameter:
     """A fp32 parameter of zeros, or drawn from a normal distribution."""
     values = torch.zeros(shape) if std is None else torch.randn(shape) * std
     return nn.Parameter(values)
-
-
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b in the type that autocast chooses; without autocast, in the type of W."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(weight.dtype)
-    return nn.functional.linear(x, weight, bias)
 
 
 def refuse_unless(labels: Mapping[str, Group], message: str) -> None:

@@ -6,25 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from graftkit.backbone import Backbone, Site, select
-from graftkit.backbone.anatomy import features, is_linear, is_transposed
+from graftkit.backbone import Backbone
+from graftkit.backbone.weights import Weight
 from graftkit.catalogue import option
-from graftkit.errors import NotFoldable
-from graftkit.methods.base import (
-    Addition,
-    Group,
-    Labels,
-    Method,
-    PeftForm,
-    exactly,
-    labels_of,
-    multiply,
-    new_parameter,
-    place,
-)
+from graftkit.methods.base import Group, PeftForm, exactly, multiply, new_parameter
+from graftkit.methods.updates import Update, UpdateMethod
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
@@ -34,7 +22,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(UpdateMethod):
     """Low-rank update s B A beside each chosen linear map: W x + s B (A x), with s = alpha / rank.
 
     Hu et al. 2021, 'LoRA: Low-Rank Adaptation of Large Language Models', equation 3. A is drawn as
@@ -43,6 +31,7 @@ class LoRA(Method):
     """
 
     peft_types = ("LORA",)
+    kinds = ("linear", "transposed")
 
     rank: int = option(8, "rank of the update", at_least=1)
     sites: str = option("all-linear", "linear maps that are adapted, as a selection")
@@ -54,39 +43,17 @@ class LoRA(Method):
     def scale(self) -> float:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
-    def targets(self, backbone: Backbone) -> list[Site]:
-        return select(backbone, self.sites, lambda site: is_linear(site.module), "linear maps")
+    def group(self) -> Group:
+        return Group("added", self.lr or 1e-3, self.name, self.lr is not None)
 
-    def attach(self, backbone: Backbone, graft: str) -> Labels:
-        labels: Labels = {}
-        group = Group("added", self.lr or 1e-3, self.name, self.lr is not None)
-        for site in self.targets(backbone):
-            inputs, outputs = features(site.module)
-            name = f"lora_{graft}"
-            place(site.module, name, LowRank(inputs, outputs, self.rank, self.scale, self.dropout))
-            labels |= labels_of(backbone, f"{site.name}.{name}", group)
-        return labels
-
-    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
-        values = {}
-        for site in self.targets(backbone):
-            added = getattr(site.module, f"lora_{graft}")
-            update = added.update()
-            weight: Tensor = site.module.weight  # type: ignore[assignment]
-            if not weight.dtype.is_floating_point:
-                raise NotFoldable(
-                    f"lora() cannot be folded into {site.name!r}, which is stored as {weight.dtype}. "
-                    "Keep the graft folder, or fold it into the model before it is quantized."
-                )
-            update = update.T if is_transposed(site.module) else update
-            values[f"{site.name}.weight"] = (weight.float() + update).to(weight.dtype)
-        return values
+    def make(self, weight: Weight, name: str) -> LowRank:
+        return LowRank(weight, self.rank, self.scale, self.dropout)
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm:
-        sites = self.targets(backbone)
+        sites = [site for site, _ in self.targets(backbone)]
         tensors = {}
-        for site in sites:
-            added = getattr(site.module, f"lora_{graft}")
+        for site, weight in self.targets(backbone):
+            added: Any = self.update_at(weight, graft)
             tensors[f"base_model.model.{site.name}.lora_A.weight"] = added.A
             tensors[f"base_model.model.{site.name}.lora_B.weight"] = added.B
         config: dict[str, Any] = {
@@ -95,7 +62,7 @@ class LoRA(Method):
             "lora_alpha": self.scale * self.rank,
             "lora_dropout": self.dropout,
             "target_modules": [site.name for site in sites],
-            "fan_in_fan_out": any(is_transposed(site.module) for site in sites),
+            "fan_in_fan_out": any(weight.kind == "transposed" for _, weight in self.targets(backbone)),
             "bias": "none",
         }
         return PeftForm(config, tensors)
@@ -126,21 +93,20 @@ class LoRA(Method):
         return options, tensors
 
 
-class LowRank(Addition):
+class LowRank(Update):
     """A (rank, in) and B (out, rank), both fp32."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
+    def __init__(self, weight: Weight, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(weight)
+        outputs, inputs = weight.shape
         self.A = new_parameter(rank, inputs)
         self.B = new_parameter(outputs, rank)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def update(self) -> Tensor:
-        """s B A, (out, in)."""
-        with torch.no_grad():
-            return self.scale * (self.B.float() @ self.A.float())
+    def delta(self, weight: Weight) -> Tensor:
+        return self.scale * (self.B.float() @ self.A.float())
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         low = multiply(self.dropout(args[0]), self.A)

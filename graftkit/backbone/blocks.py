@@ -1,0 +1,87 @@
+"""The blocks of a model: the modules that repeat and hold most of it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from graftkit.backbone.anatomy import base_modules, holds_query, is_map
+
+Members = list[tuple[str, nn.Module]]
+LISTS = (nn.ModuleList, nn.Sequential)
+SHARE = 1 / 3  # of the largest class: an encoder's blocks beside a decoder's
+
+
+def find_blocks(model: nn.Module) -> Members:
+    """(name, module) of each block in order.
+
+    Of the classes of modules that stand in lists (`nn.ModuleList`, `nn.Sequential`) and hold at least two maps, the
+    one with most parameters is that of the blocks; another beside it of a like size (encoder and decoder) is too.
+    Where such modules are stages, which only hold lists of their own and no attention outside of these, the blocks
+    are the members of those lists.
+    """
+    classes = _listed(model)
+    if not classes:
+        return []
+    sizes = {kind: sum(_size(module) for _, module in members) for kind, members in classes.items()}
+    largest = max(sizes, key=lambda kind: sizes[kind])  # the first, and so outermost, of equals
+    chosen: Members = []
+    for kind, members in classes.items():
+        beside = not any(_nested(name, other) for name, _ in members for other, _ in classes[largest])
+        if kind is largest or (beside and sizes[kind] >= SHARE * sizes[largest]):
+            chosen += members
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    blocks = [block for member in chosen for block in _within(*member)]
+    return sorted(blocks, key=lambda block: order[block[0]])
+
+
+def _listed(model: nn.Module) -> dict[type, Members]:
+    """Modules of at least two maps that stand in lists, by class; one inside another of its class is left out.
+
+    One alone in a sequence is no block: sequences also hold parts that do not repeat.
+    """
+    found: dict[type, Members] = {}
+    repeats: set[type] = set()
+    for name, container in base_modules(model):
+        if not isinstance(container, LISTS):
+            continue
+        for child_name, child in container.named_children():
+            if isinstance(child, LISTS) or not _is_composite(child):
+                continue
+            members = found.setdefault(type(child), [])
+            path = f"{name}.{child_name}" if name else child_name
+            if not any(path.startswith(f"{other}.") for other, _ in members):
+                if members or isinstance(container, nn.ModuleList):
+                    repeats.add(type(child))
+                members.append((path, child))
+    return {kind: members for kind, members in found.items() if kind in repeats}
+
+
+def _within(name: str, block: nn.Module) -> Members:
+    """The block itself, or the blocks of the list in it where it is a stage."""
+    for list_name, container in block.named_modules():
+        children = list(container.named_children()) if isinstance(container, LISTS) else []
+        alike = len({type(child) for _, child in children}) == 1
+        if not alike or not all(_is_composite(child) for _, child in children):
+            continue
+        outside = [
+            module
+            for path, module in block.named_modules()
+            if not _nested(path, list_name) and holds_query(path, module)
+        ]
+        if 2 * _size(container) > _size(block) and not outside:
+            path = f"{name}.{list_name}"
+            return [inner for leaf, child in children for inner in _within(f"{path}.{leaf}", child)]
+    return [(name, block)]
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return sum(is_map(part) for part in module.modules()) >= 2
+
+
+def _nested(name: str, other: str) -> bool:
+    """Whether one of two modules is the other, or lies in it."""
+    return name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.")
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,128 @@
+"""What the parts of a model are, found from its modules rather than from a table of model names.
+
+Inside a block (see `graftkit.backbone.blocks`) an attention part is the child that holds a query map; what else
+is linear there is feed-forward. Names of maps (`query`, `q_proj`, `c_attn` ...) are the vocabulary of the field,
+not of one model.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from graftkit.backbone.anatomy import (
+    Q_NAMES,
+    QKV_NAMES,
+    Site,
+    base_modules,
+    features,
+    holds_experts,
+    holds_query,
+    is_conv,
+    is_linear,
+    is_map,
+    is_norm,
+)
+from graftkit.backbone.blocks import find_blocks
+
+K_NAMES = {"k", "key", "k_proj", "k_lin", "to_k", "wk", "key_proj", "k_linear"}
+V_NAMES = {"v", "value", "v_proj", "v_lin", "to_v", "wv", "value_proj", "v_linear"}
+O_NAMES = {"o", "o_proj", "out_proj", "out_lin", "wo", "to_out", "dense", "c_proj", "proj", "out", "fc_out"}
+GATE_NAMES = {"gate", "gate_proj", "w1", "wi_0"}
+HEAD_NAMES = {"classifier", "score", "lm_head", "qa_outputs", "head", "fc", "cls", "projector"}
+
+
+def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+    """All sites of a model in definition order, and the names of its blocks."""
+    blocks = find_blocks(model)
+    owner = {name: index for index, (name, _) in enumerate(blocks)}
+    attention = [_attention_parts(block) for _, block in blocks]
+    sites = []
+    for name, module in base_modules(model):
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        block = next(
+            (i for prefix, i in owner.items() if name == prefix or name.startswith(prefix + ".")), None
+        )
+        if block is None:
+            role = _outside_role(model, name, module)
+        else:
+            role = _inside_role(name[len(blocks[block][0]) + 1 :], module, attention[block])
+        sites.append(Site(name, module, role, block))
+    return tuple(_with_last_as_head(model, sites)), tuple(name for name, _ in blocks)
+
+
+def _with_last_as_head(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """In a user's own module the last map behind the blocks is its head."""
+    if any(site.role == "head" for site in sites) or hasattr(model, "base_model_prefix"):
+        return sites
+    maps = [i for i, site in enumerate(sites) if is_map(site.module)]
+    if maps and sites[maps[-1]].block is None:
+        last = sites[maps[-1]]
+        sites[maps[-1]] = Site(last.name, last.module, "head", None)
+    return sites
+
+
+def _attention_parts(block: nn.Module) -> tuple[str, ...]:
+    """Relative names of the attention in a block: the outermost such module around each query map."""
+    modules = dict(block.named_modules())
+    parts: list[str] = []
+    for name, module in modules.items():
+        if not holds_query(name, module) or any(name.startswith(f"{part}.") for part in parts):
+            continue
+        part = name if isinstance(module, nn.MultiheadAttention) else name.rpartition(".")[0]
+        while outer := part.rpartition(".")[0]:
+            if not any(word in type(modules[outer]).__name__.lower() for word in ("attention", "attn")):
+                break
+            part = outer
+        if part:
+            parts.append(part)
+    return tuple(parts)
+
+
+def _inside_role(relative: str, module: nn.Module, attention: tuple[str, ...]) -> str:
+    leaf = relative.rsplit(".", 1)[-1].lower()
+    if is_norm(module):
+        return "norm"
+    if isinstance(module, nn.MultiheadAttention):
+        return "qkv"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "o"
+    if holds_experts(module):
+        return "experts"
+    if not is_linear(module) and not is_conv(module):
+        return "other"
+    for names, role in ((Q_NAMES, "q"), (K_NAMES, "k"), (V_NAMES, "v"), (QKV_NAMES, "qkv")):
+        if leaf in names:
+            return role
+    if is_conv(module):
+        return "conv"
+    if any(relative.startswith(f"{part}.") for part in attention):
+        return "o" if leaf in O_NAMES else "linear"
+    if not attention and leaf in O_NAMES and leaf not in ("dense", "c_proj", "proj", "out"):
+        return "o"
+    if leaf in GATE_NAMES:
+        return "gate"
+    inputs, outputs = features(module)
+    if inputs == outputs:
+        return "linear"
+    return "up" if outputs > inputs else "down"
+
+
+def _outside_role(model: nn.Module, name: str, module: nn.Module) -> str:
+    parts = name.lower().split(".")
+    prefix = getattr(model, "base_model_prefix", "")
+    has_base = bool(prefix) and hasattr(model, prefix)
+    if "pooler" in parts:
+        return "pooler"
+    if has_base and not name.startswith(f"{prefix}."):
+        return "head"
+    if isinstance(module, nn.Embedding) or any("embed" in part for part in parts):
+        return "norm" if is_norm(module) else "embedding"
+    if is_norm(module):
+        return "norm"
+    if not has_base and parts[-1] in HEAD_NAMES and is_linear(module):
+        return "head"
+    if is_conv(module):
+        return "conv"
+    return "linear" if is_linear(module) else "other"

@@ -1,0 +1,109 @@
+"""The weight matrices of a model, whatever kind of module holds them, as maps W (out, in)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from graftkit.backbone.anatomy import Site, features, holds_experts, is_conv, is_linear, is_transposed
+from graftkit.backbone.backbone import Backbone
+
+CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight: the parameter of that dotted name below `module`, which is the module that is called.
+
+    `kind`: 'linear' (out, in), 'transposed' (Conv1D of GPT-2, stored (in, out)), 'conv' (out, in / groups, *kernel),
+    'embedding' (a map of one-hot rows, stored (in, out)), 'packed' (in a `nn.MultiheadAttention`, which multiplies by
+    it without calling a module) or 'experts' (experts, out, in), of which the last two can only be replaced.
+    """
+
+    module: nn.Module
+    parameter: str
+    kind: str
+
+    @property
+    def value(self) -> Tensor:
+        path, _, name = self.parameter.rpartition(".")
+        parameter = self.module.get_submodule(path)._parameters[name]  # also while something stands in for it
+        assert parameter is not None
+        return parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of W: (out, in), (out, in / groups, *kernel) or (experts, out, in)."""
+        if self.kind in ("linear", "transposed"):
+            return features(self.module)[::-1]
+        stored = tuple(self.value.shape)
+        return stored[::-1] if self.kind == "embedding" else stored
+
+    @property
+    def replaced(self) -> bool:
+        """Whether an update has to stand in for the parameter, as no module multiplies by it alone."""
+        return self.kind in ("packed", "experts")
+
+    @property
+    def is_quantized(self) -> bool:
+        return not self.value.dtype.is_floating_point
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix in the layout of W as the parameter is stored; its own inverse."""
+        return matrix.T if self.kind in ("transposed", "embedding") else matrix
+
+
+def weights_at(backbone: Backbone, site: Site) -> list[Weight]:
+    """The weights that a site holds; none where a method has nothing to multiply with."""
+    module = site.module
+    if isinstance(module, nn.MultiheadAttention):
+        names = [name for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
+        return [Weight(module, name, "packed") for name in names]
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        parent, _, leaf = site.name.rpartition(".")
+        return [Weight(backbone.module(parent), f"{leaf}.weight", "packed")]
+    if is_linear(module):
+        return [Weight(module, "weight", "transposed" if is_transposed(module) else "linear")]
+    if is_conv(module):
+        return [Weight(module, "weight", "conv")]
+    if isinstance(module, nn.Embedding):
+        return [Weight(module, "weight", "embedding")]
+    if holds_experts(module):
+        return [
+            Weight(module, name, "experts")
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3
+        ]
+    return []
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in the type that autocast chooses; without autocast, in the type of W."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    return nn.functional.linear(x, weight, bias)
+
+
+def convolve(module: Any, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
+    """The convolution of a module with another weight, without bias: same stride, padding and dilation."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = 0
+    function = CONVOLUTIONS[weight.dim() - 2]
+    return function(x, weight, None, module.stride, padding, module.dilation, groups or module.groups)
+
+
+def apply(weight: Weight, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+    """What `module`, which holds `weight`, would give for x with `matrix` (in the layout of W) and no bias."""
+    if weight.kind == "conv":
+        return convolve(module, x, matrix)
+    if weight.kind == "embedding":
+        return nn.functional.embedding(x, matrix.T)
+    return multiply(x, matrix)

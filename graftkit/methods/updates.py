@@ -1,0 +1,148 @@
+"""What methods share that update weight matrices: W becomes W + dW, with few parameters for dW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone, Site, select
+from graftkit.backbone.weights import Weight, apply, weights_at
+from graftkit.errors import NotFoldable, UserError
+from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
+
+KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")
+
+
+class Update(Addition):
+    """An update of one weight. Subclasses give `delta`; a cheaper `after` where the whole of it is not needed.
+
+    `weight` says which it updates, without the module itself: that comes with each call.
+    """
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self.parameter = weight.parameter
+        self.kind = weight.kind
+        self.replaces = weight.replaced
+
+    def delta(self, weight: Weight) -> Tensor:
+        """dW in the layout of W: (out, in), (out, in / groups, *kernel) or (experts, out, in)."""
+        raise NotImplementedError
+
+    def updated(self, weight: Weight) -> Tensor:
+        """W + dW in the layout and type of the parameter."""
+        value = weight.value
+        return (value.float() + weight.stored(self.delta(weight))).to(value.dtype)
+
+    def of(self, site: nn.Module) -> Weight:
+        """The weight, found again in the module that is called."""
+        return Weight(site, self.parameter, self.kind)
+
+    def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Where no module multiplies by the weight alone: let the updated one stand in for it during the call."""
+        if self.replaces:
+            owner, name = self._owner(site)
+            standing = owner.__dict__.get(name)
+            owner.__dict__[name] = (
+                self.updated(self.of(site)) if standing is None else self._added(site, standing)
+            )
+        return None
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.replaces:
+            return output
+        weight = self.of(site)
+        return output + apply(weight, site, args[0], self.delta(weight)).to(output.dtype)
+
+    def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.replaces:
+            owner, name = self._owner(site)
+            owner.__dict__.pop(name, None)
+        return super()._after(site, args, kwargs, output)
+
+    def _owner(self, site: nn.Module) -> tuple[nn.Module, str]:
+        path, _, name = self.parameter.rpartition(".")
+        return site.get_submodule(path) if path else site, name
+
+    def _added(self, site: nn.Module, standing: Tensor) -> Tensor:
+        """The weight that another graft lets stand in, with this update too."""
+        weight = self.of(site)
+        return standing + weight.stored(self.delta(weight)).to(standing.dtype)
+
+
+class UpdateMethod(Method):
+    """A method that places an `Update` at each weight of its `sites`. Subclasses are dataclasses with `sites`."""
+
+    sites: str
+    kinds: tuple[str, ...] = KINDS  # of weights that the method can update
+
+    def make(self, weight: Weight, name: str) -> Update:
+        """The update of the weight of that dotted name. Raises `UserError` where it cannot be."""
+        raise NotImplementedError
+
+    def group(self) -> Group:
+        """The label of the new parameters."""
+        raise NotImplementedError
+
+    def accepts(self, weight: Weight) -> bool:
+        return weight.kind in self.kinds
+
+    def targets(self, backbone: Backbone) -> list[tuple[Site, Weight]]:
+        """Each weight that is updated, with the site that holds it."""
+
+        def usable(site: Site) -> bool:
+            return any(self.accepts(weight) for weight in weights_at(backbone, site))
+
+        sites = select(backbone, self.sites, usable, f"weights that {self.name}() can update")
+        return [(s, w) for s in sites for w in weights_at(backbone, s) if self.accepts(w)]
+
+    def added_name(self, weight: Weight, graft: str) -> str:
+        """Name of the new module below the module that is called."""
+        if weight.parameter == "weight":
+            return f"{self.name}_{graft}"
+        return f"{self.name}_{weight.parameter.removesuffix('.weight').replace('.', '_')}_{graft}"
+
+    def update_at(self, weight: Weight, graft: str) -> Update:
+        """The update that `attach` placed."""
+        return getattr(weight.module, self.added_name(weight, graft))
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        labels: Labels = {}
+        names = {id(module): name for name, module in backbone.model.named_modules()}
+        for _, weight in self.targets(backbone):
+            owner = names[id(weight.module)]
+            name = self.added_name(weight, graft)
+            update = self.make(weight, f"{owner}.{weight.parameter}" if owner else weight.parameter)
+            place(weight.module, name, update)
+            labels |= labels_of(backbone, f"{owner}.{name}" if owner else name, self.group())
+        return labels
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        values = {}
+        names = {id(module): name for name, module in backbone.model.named_modules()}
+        for _, weight in self.targets(backbone):
+            name = f"{names[id(weight.module)]}.{weight.parameter}".lstrip(".")
+            refuse_quantized(self, weight, name)
+            with torch.no_grad():
+                values[name] = self.update_at(weight, graft).updated(weight)
+        return values
+
+
+def refuse_quantized(method: Method, weight: Weight, name: str) -> None:
+    """Raise `NotFoldable` for a weight that is stored as integers."""
+    if weight.is_quantized:
+        raise NotFoldable(
+            f"{method.name}() cannot be folded into {name!r}, which is stored as {weight.value.dtype}. "
+            "Keep the graft folder, or fold it into the model before it is quantized."
+        )
+
+
+def refuse_kinds(method: Method, weight: Weight, name: str, kinds: Iterable[str], instead: str) -> None:
+    """Raise `UserError` for a weight of a kind that a method cannot update."""
+    if weight.kind in kinds:
+        raise UserError(
+            f"{method.name}() cannot update {name!r} ({type(weight.module).__name__}); {instead}."
+        )
