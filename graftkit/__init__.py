@@ -16,7 +16,7 @@ _FRONT = {
     "Run": "graftkit.run",
     "attach": "graftkit.graft",
     "detach": "graftkit.graft",
-    "load": "graftkit.graft",
+    "load": "graftkit.graft_files",
     "Graft": "graftkit.graft",
     "Backbone": "graftkit.backbone",
     "Recipe": "graftkit.recipe",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from graftkit.graft import Graft as Graft
     from graftkit.graft import attach as attach
     from graftkit.graft import detach as detach
-    from graftkit.graft import load as load
+    from graftkit.graft_files import load as load
     from graftkit.recipe import Recipe as Recipe
     from graftkit.run import Run as Run
     from graftkit.run import resume as resume

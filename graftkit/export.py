@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from graftkit.backbone.load import find_source
+from graftkit.before import remove_additions
 from graftkit.data.columns import find_again
 from graftkit.data.read import read_table
 from graftkit.engine.frozen import pooled_head
 from graftkit.errors import UserError, listing
 from graftkit.files import TEMPORARY, read_json, write_json, write_tensors, write_text
-from graftkit.graft import remove_additions
 from graftkit.methods.head import PooledHead
 from graftkit.use import Loaded, load_run, logits_of
 

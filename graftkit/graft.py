@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added, base_modules
-from graftkit.backbone.attention import release
+from graftkit.before import Before, KeepStatistics, grafts_of, has_statistics
 from graftkit.errors import NotFoldable, UserError, listing
-from graftkit.methods.base import Chain, Labels, Method, as_chain
+from graftkit.methods.base import Chain, Labels, Method, as_chain, place
 from graftkit.methods.head import Head
 
 
@@ -45,6 +45,7 @@ class Graft:
         self._replaced = before.replaced(backbone.model)
         self._folded: dict[str, Tensor] | None = None
         self.active = True
+        self.statistics = tuple(dict.fromkeys(_statistics(backbone, labels)))
 
     @property
     def model(self) -> nn.Module:
@@ -54,6 +55,20 @@ class Graft:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in model order."""
         return {name: p for name, p in self.model.named_parameters() if name in self.labels}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a graft folder and a checkpoint hold, by name.
+
+        The trained parameters; the running statistics that move with them; what its additions keep beside, as frozen
+        parameters or persistent buffers.
+        """
+        tensors: dict[str, Tensor] = dict(self.parameters)
+        buffers = dict(self.model.named_buffers())
+        tensors |= {name: buffers[name] for name in self.statistics}
+        for prefix, module in self.additions():
+            tensors |= module.state_dict(prefix=f"{prefix}.", keep_vars=True)
+        return tensors
 
     def additions(self) -> Iterator[tuple[str, Added]]:
         """(name, module) of each module that this graft added."""
@@ -71,6 +86,16 @@ class Graft:
 
         return param_groups(self.parameters, self.labels, lr, weight_decay)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Graft:
+        """Let this graft be trained, and no other on its model; False freezes it. Returns the graft."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(requires_grad and name in self.labels)
+        if requires_grad:
+            for module in self.model.modules():
+                if isinstance(module, KeepStatistics):
+                    module.active = module.graft == self.name
+        return self
+
     def disable(self) -> None:
         """Make the model compute what the base computed, until `enable`. Trained values are kept."""
         if not self.active:
@@ -80,9 +105,10 @@ class Graft:
         self._set_active(False)
 
     def enable(self) -> None:
-        """Undo `disable`."""
+        """Undo `disable`. Raises `UserError` beside an active graft that trains the same part of the base."""
         if self.active:
             return
+        refuse_conflict(self.backbone, self.name, self.changes)
         self._swap_base()
         self._set_active(True)
 
@@ -112,6 +138,7 @@ class Graft:
                     )
                 values[name] = value
         self._refuse_shared(values)
+        _folded_on(self.model).append(self)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._folded = {}
         for name, value in values.items():
@@ -121,14 +148,33 @@ class Graft:
         return self.model
 
     def unfold(self) -> None:
-        """Undo `fold`."""
+        """Undo `fold`; what was folded later stays folded."""
         if self._folded is None:
             return
+        order = _folded_on(self.model)
+        later = order[order.index(self) + 1 :]
+        for graft in reversed([self, *later]):
+            graft._unfold()
+        for graft in later:
+            graft.fold()
+
+    def _unfold(self) -> None:
+        assert self._folded is not None
+        _folded_on(self.model).remove(self)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, value in self._folded.items():
             parameters[name].data = value
         self._folded = None
         self._set_active(True)
+
+    @property
+    def changes(self) -> set[str]:
+        """Names of the base's own tensors and modules that the graft puts its own in place of."""
+        return (
+            _own_trained(self.backbone, self.labels, self._replaced)
+            | set(self._replaced)
+            | set(self.statistics)
+        )
 
     def save(self, path: str | Path, **about: Any) -> Path:
         """Write the graft folder: a PEFT adapter where PEFT can express it. See `graftkit.graft_files`."""
@@ -162,61 +208,21 @@ class Graft:
 
     def _swap_base(self) -> None:
         """Exchange the trained base parameters, and modules that were replaced, with the originals."""
-        kept = _own_trained(self.backbone, self.labels, self._replaced)
+        kept = _own_trained(self.backbone, self.labels, self._replaced) | set(self.statistics)
         if kept and self._originals is None:
             raise UserError(
                 f"{self.method} trains the backbone's own parameters and their original values were not kept; "
                 "attach with keep_base=True to be able to disable the graft."
             )
-        parameters = self.parameters
+        tensors = {**self.parameters, **dict(self.model.named_buffers())}
         for name in kept:
             assert self._originals is not None
-            parameter, original = parameters[name], self._originals[name]
+            parameter, original = tensors[name], self._originals[name]
             self._originals[name] = parameter.data
             parameter.data = original.to(parameter.device)
         for name, other in self._replaced.items():
             self._replaced[name] = self.model.get_submodule(name)
             self.model.set_submodule(name, other)
-
-
-class Before:
-    """A model as it was before `attach`, so that it can be made so again."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        model = backbone.model
-        self.sites = backbone.sites
-        self.modules = dict(base_modules(model))
-        self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self.config = getattr(model, "config", None)
-        names = ("id2label", "label2id", "_attn_implementation")
-        self.settings = {n: copy.copy(getattr(self.config, n)) for n in names if hasattr(self.config, n)}
-        self.attributes = {n: vars(model).get(n) for n in ("num_labels", "accepts_loss_kwargs")}
-
-    def replaced(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules that are no longer in their places, by name."""
-        now = dict(model.named_modules())
-        return {name: module for name, module in self.modules.items() if now.get(name) is not module}
-
-    def restore(self, backbone: Backbone, graft: str) -> None:
-        """Remove what a graft added and put back what it replaced."""
-        model = backbone.model
-        backbone.sites = self.sites
-        remove_additions(model, graft)
-        for name, module in self.replaced(model).items():
-            model.set_submodule(name, module)
-        alone = not any(isinstance(module, Added) for module in model.modules())
-        for name, parameter in model.named_parameters():
-            if alone and name in self.requires_grad:  # beside another graft, the base stays frozen
-                parameter.requires_grad_(self.requires_grad[name])
-        for name in ("id2label", "label2id"):
-            if name in self.settings:
-                setattr(self.config, name, self.settings[name])
-        for name, value in self.attributes.items():
-            if value is None:
-                vars(model).pop(name, None)
-            else:
-                setattr(model, name, value)
-        release(model, self.settings.get("_attn_implementation"))
 
 
 def attach(
@@ -229,13 +235,18 @@ def attach(
     does not fit the model; the model is then as it was.
     """
     backbone = model if isinstance(model, Backbone) else Backbone(model)
-    if not name.isidentifier():
-        raise UserError(f"graft name {name!r} must be a plain word (letters, digits, underscores).")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"graft name {name!r} must be a plain word (letters, digits, hyphens, underscores).")
     present = set(backbone.model.modules())
-    if any(isinstance(module, Added) and module.graft == name for module in present):
+    others = grafts_of(backbone.model)
+    if name in others:
         raise UserError(
             f"a graft named {name!r} is attached to {backbone.source} already; give this one another name, "
             "or detach that one first."
+        )
+    if _folded_on(backbone.model):
+        raise UserError(
+            f"the graft {_folded_on(backbone.model)[-1].name!r} is folded into {backbone.source}; unfold it first."
         )
     chain = as_chain(method)
     chain = Chain(tuple(m.resolve(backbone) if isinstance(m, Head) else m for m in chain.methods))
@@ -244,20 +255,54 @@ def attach(
     try:
         labels = chain.attach(backbone, name)
         _refuse_untrainable(backbone, chain, labels, before)
+        replaced = before.replaced(backbone.model)
+        statistics = set(_statistics(backbone, labels))
+        refuse_conflict(backbone, name, _own_trained(backbone, labels, replaced) | set(replaced) | statistics)
+        for module_name, module in base_modules(backbone.model):
+            if has_statistics(module) and f"{module_name}.running_mean".lstrip(".") not in statistics:
+                place(module, f"statistics_{name}", KeepStatistics())
     except BaseException:
         _claim(backbone.model, present, name)
         before.restore(backbone, name)
         raise
     _claim(backbone.model, present, name)
-    for parameter_name, parameter in backbone.model.named_parameters():
-        parameter.requires_grad_(parameter_name in labels)
     originals = None
     if keep_base:
-        own = _own_trained(backbone, labels, before.replaced(backbone.model))
-        originals = {
-            n: p.detach().clone() for n, p in backbone.model.named_parameters() if n in own and not p.is_meta
-        }
-    return Graft(backbone, chain, labels, name, originals, before)
+        own = _own_trained(backbone, labels, replaced) | statistics
+        originals = {n: t.detach().clone() for n, t in _tensors(backbone.model) if n in own and not t.is_meta}
+    graft = Graft(backbone, chain, labels, name, originals, before)
+    others[name] = graft
+    return graft.requires_grad_()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _statistics(backbone: Backbone, labels: Labels) -> Iterator[str]:
+    """Names of the running statistics that move while the parameters beside them are trained."""
+    for name, group in labels.items():
+        owner = name.rpartition(".")[0]
+        module = backbone.module(owner)
+        if group.statistics and has_statistics(module):
+            for buffer, _ in module.named_buffers(recurse=False):
+                yield f"{owner}.{buffer}".lstrip(".")
+
+
+def refuse_conflict(backbone: Backbone, name: str, changes: set[str]) -> None:
+    """Raise `UserError` where another active graft puts its own in place of the same part of the base."""
+    for other in grafts_of(backbone.model).values():
+        shared = sorted(changes & other.changes) if other.active and other.name != name else []
+        if shared:
+            raise UserError(
+                f"the grafts {name!r} and {other.name!r} both change {listing(shared, 3)} of {backbone.source}, so only "
+                f"one of them can be active: disable {other.name!r} first, or detach it."
+            )
+
+
+def _folded_on(model: nn.Module) -> list[Graft]:
+    """The grafts that are folded into a model, in the order in which that was done."""
+    return vars(model).setdefault("graftkit_folded", [])
 
 
 def _claim(model: nn.Module, present: set[nn.Module], name: str) -> None:
@@ -290,67 +335,11 @@ def _own_trained(backbone: Backbone, labels: Labels, replaced: dict[str, nn.Modu
     }
 
 
-def remove_additions(model: nn.Module, name: str) -> None:
-    """Delete the modules of the graft of that name, and their hooks."""
-    for module in list(model.modules()):
-        for child_name, child in list(module.named_children()):
-            if isinstance(child, Added) and child.graft == name:
-                for handle in getattr(child, "handles", []):
-                    handle.remove()
-                delattr(module, child_name)
-
-
 def detach(graft: Graft) -> nn.Module:
     """Remove what the graft added and give the base its own values back; returns the plain model."""
     graft.disable()
-    graft._before.restore(graft.backbone, graft.name)
+    graft._before.restore(graft.backbone, graft.name, modules=False)
     return graft.model
-
-
-def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default") -> Graft:
-    """Attach the graft in folder `path` (written by `Graft.save` or by PEFT) to its backbone.
-
-    Raises `UserError` for another backbone, for missing, unexpected or misshapen tensors.
-    """
-    from graftkit.graft_files import read
-
-    stored = read(Path(path))
-    backbone = model if isinstance(model, Backbone) else Backbone(model)
-    if stored.fingerprint is not None and stored.fingerprint != backbone.fingerprint:
-        raise UserError(
-            f"the graft in {path} was trained on another backbone ({stored.backbone or 'unknown'}, fingerprint "
-            f"{stored.fingerprint}); {backbone.source} has {backbone.fingerprint}. Load that backbone instead."
-        )
-    backbone.missing = tuple(sorted({*backbone.missing, *map(str, stored.about.get("missing", ()))}))
-    graft = attach(backbone, stored.method_for(backbone), name=name)
-    tensors = stored.tensors_for(graft)
-    parameters = graft.parameters
-    try:
-        _refuse_misfits(path, backbone, parameters, tensors)
-    except UserError:
-        detach(graft)
-        raise
-    with torch.no_grad():
-        for parameter_name, parameter in parameters.items():
-            parameter.copy_(tensors[parameter_name])
-    return graft
-
-
-def _refuse_misfits(
-    path: str | Path, backbone: Backbone, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
-) -> None:
-    missing, unexpected = set(parameters) - set(tensors), set(tensors) - set(parameters)
-    if missing or unexpected:
-        raise UserError(
-            f"the graft in {path} does not fit {backbone.source}: "
-            f"missing {listing(sorted(missing), 5) or 'nothing'}; unexpected {listing(sorted(unexpected), 5) or 'nothing'}."
-        )
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise UserError(
-                f"the graft in {path}: {name!r} has shape {tuple(tensors[name].shape)}, "
-                f"but {tuple(parameter.shape)} is needed."
-            )
 
 
 def with_classes(method: Chain, classes: int) -> Chain:

@@ -1,9 +1,9 @@
 """The graft folder.
 
 adapter_config.json, adapter_model.safetensors   a PEFT adapter, where PEFT can express a part of the graft
-graft.safetensors                                 every trained tensor that is not in the PEFT file
+graft.safetensors                                 every tensor of the graft that is not in the PEFT file
 graft.json                                        the method, the backbone's fingerprint, and for each
-                                                  trained tensor the file and key that hold it
+                                                  tensor of it the file and key that hold it
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import is_linear
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors, write_json, write_tensors
+from graftkit.graft import Graft, attach, detach
 from graftkit.methods.base import Chain, PeftForm
 from graftkit.methods.base import read as read_method
-
-if TYPE_CHECKING:
-    from graftkit.graft import Graft
 
 FORMAT = 1
 STORED_NAME = "default"
@@ -45,13 +43,13 @@ def write(graft: Graft, folder: Path, about: dict[str, Any]) -> Path:
     where: dict[str, dict[str, str]] = {}
     own: dict[str, Tensor] = {}
     keys = {id(tensor): key for key, tensor in form.tensors.items()} if form else {}
-    for name, parameter in graft.parameters.items():
+    for name, tensor in graft.tensors.items():
         stored = stored_name(graft, name)
-        if id(parameter) in keys:
-            where[stored] = {"file": PEFT_TENSORS, "key": keys[id(parameter)]}
+        if id(tensor) in keys:
+            where[stored] = {"file": PEFT_TENSORS, "key": keys[id(tensor)]}
         else:
             where[stored] = {"file": OWN_TENSORS, "key": stored}
-            own[stored] = parameter
+            own[stored] = tensor
     if form is not None:
         write_tensors(folder / PEFT_TENSORS, form.tensors)
         write_json(folder / PEFT_CONFIG, form.config)
@@ -144,7 +142,7 @@ class Stored:
 
     def tensors_for(self, graft: Graft) -> dict[str, Tensor]:
         """Tensors by the parameter names that the graft has on its backbone."""
-        names = {stored_name(graft, name): name for name in graft.parameters}
+        names = {stored_name(graft, name): name for name in graft.tensors}
         return {names.get(stored, stored): tensor for stored, tensor in self.tensors.items()}
 
 
@@ -199,3 +197,47 @@ def read(folder: Path) -> Stored:
         description["backbone"],
         description,
     )
+
+
+def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default") -> Graft:
+    """Attach the graft in folder `path` (written by `Graft.save` or by PEFT) to its backbone.
+
+    Raises `UserError` for another backbone, for missing, unexpected or misshapen tensors.
+    """
+    stored = read(Path(path))
+    backbone = model if isinstance(model, Backbone) else Backbone(model)
+    if stored.fingerprint is not None and stored.fingerprint != backbone.fingerprint:
+        raise UserError(
+            f"the graft in {path} was trained on another backbone ({stored.backbone or 'unknown'}, fingerprint "
+            f"{stored.fingerprint}); {backbone.source} has {backbone.fingerprint}. Load that backbone instead."
+        )
+    backbone.missing = tuple(sorted({*backbone.missing, *map(str, stored.about.get("missing", ()))}))
+    graft = attach(backbone, stored.method_for(backbone), name=name)
+    tensors = stored.tensors_for(graft)
+    wanted = graft.tensors
+    try:
+        _refuse_misfits(path, backbone, wanted, tensors)
+    except UserError:
+        detach(graft)
+        raise
+    with torch.no_grad():
+        for tensor_name, tensor in wanted.items():
+            tensor.copy_(tensors[tensor_name])
+    return graft
+
+
+def _refuse_misfits(
+    path: str | Path, backbone: Backbone, wanted: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> None:
+    missing, unexpected = set(wanted) - set(tensors), set(tensors) - set(wanted)
+    if missing or unexpected:
+        raise UserError(
+            f"the graft in {path} does not fit {backbone.source}: "
+            f"missing {listing(sorted(missing), 5) or 'nothing'}; unexpected {listing(sorted(unexpected), 5) or 'nothing'}."
+        )
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"the graft in {path}: {name!r} has shape {tuple(tensors[name].shape)}, "
+                f"but {tuple(parameter.shape)} is needed."
+            )

@@ -21,7 +21,8 @@ from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Forward
 from graftkit.engine.loop import predict as run_predict
 from graftkit.errors import UserError
-from graftkit.graft import Graft, load
+from graftkit.graft import Graft
+from graftkit.graft_files import load
 from graftkit.methods.base import read as read_method
 from graftkit.prepare import make_task, prepare_backbone
 from graftkit.recipe import Recipe
@@ -60,7 +61,9 @@ def load_run(folder: Path, *, exact: bool = False) -> Loaded:
             "restore it from a copy."
         )
     labels = tuple(about["labels"])
-    backbone, _ = prepare_backbone(recipe.model, read_method(recipe.method), labels, seed=recipe.seed)
+    backbone, _ = prepare_backbone(
+        recipe.model, read_method(recipe.method), labels, weights=recipe.weights, seed=recipe.seed
+    )
     graft = load(backbone, folder / "graft")
     device = parallel.device()
     kind = "fp32" if exact else about["precision"]

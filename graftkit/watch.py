@@ -97,7 +97,7 @@ class Watch:
             self.best, self.waited = {"step": step.number, **metrics}, 0
             if self.main:
                 with self._telling_how_to_go_on():
-                    checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.parameters)
+                    checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.graft.tensors)
         else:
             self.waited += 1
         console.line(
@@ -151,7 +151,7 @@ class Watch:
         prepared, folder = self.prepared, self.folder
         wait()  # for the best weights to be written
         if self.best is not None:
-            checkpoint.load_best(folder / CHECKPOINTS, self.loop.parameters)
+            checkpoint.load_best(folder / CHECKPOINTS, self.loop.graft.tensors)
         seconds = self.seconds
         found = {"eval": {k: v for k, v in self.best.items() if k != "step"}} if self.best else {}
         if "test" in self.datasets:

@@ -7,7 +7,7 @@ no buffer may.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ STEPS = 2  # the first factor of a low-rank pair has no gradient while the secon
 class Audit:
     """Watches the first steps of a run: two, and longer only for what may yet turn out well."""
 
-    def __init__(self, model: nn.Module, trained: Container[str]) -> None:
+    def __init__(self, model: nn.Module, trained: Container[str], state: Collection[str] = ()) -> None:
         self.model = model
+        self.state = set(
+            state
+        )  # tensors beside the trained parameters that may move, such as running statistics
         self.labelled = {name for name, _ in model.named_parameters() if name in trained}
         self.steps = 0
         self.reached: set[str] = set()  # had a gradient, be it zero
@@ -62,7 +65,7 @@ class Audit:
         self.moved |= changed
         silent = self.labelled - (self.with_gradient if last else self.reached)
         still = set() if rising else (self.labelled & self.with_gradient) - self.moved
-        leaked = changed - self.labelled if self.steps == STEPS else set()
+        leaked = changed - self.labelled - self.state if self.steps == STEPS else set()
         stray = self.reached - self.labelled - self.moved if self.steps == STEPS else set()
         problems = [
             f"{len(names)} {what}: {listing(sorted(names), 6)}"

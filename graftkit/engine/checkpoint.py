@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file each, written to a temporary name, synced and renamed.
 
-A checkpoint holds the trained parameters, the optimizer's state and the step. The order of the data and all
+A checkpoint holds the graft's tensors (`Graft.tensors`), the optimizer's state and the step. The order of the data and all
 randomness are functions of (seed, step), so the step is the whole position; the frozen base is never written.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftkit.errors import UserError
 from graftkit.files import read_tensors, write_tensors
@@ -19,7 +19,7 @@ from graftkit.files import read_tensors, write_tensors
 BEST = "best.safetensors"
 
 
-def save(folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+def save(folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
          position: dict[str, Any]) -> Path:  # fmt: skip
     """Write the checkpoint of a step, then remove the older ones."""
     tensors: dict[str, Tensor] = {f"parameters/{name}": p for name, p in parameters.items()}
@@ -39,7 +39,7 @@ def existing(folder: Path) -> list[Path]:
 
 
 def restore(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
     """Load the newest checkpoint into parameters and optimizer; its position, or None where there is none."""
     paths = existing(folder)
@@ -60,17 +60,17 @@ def restore(
     return json.loads(metadata["position"])
 
 
-def save_best(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
+def save_best(folder: Path, parameters: dict[str, Tensor]) -> None:
     """Keep the present values as the best so far."""
     write_tensors(folder / BEST, parameters)
 
 
-def load_best(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
+def load_best(folder: Path, parameters: dict[str, Tensor]) -> None:
     """Put the best values back."""
     load_parameters(parameters, read_tensors(folder / BEST)[0], folder / BEST)
 
 
-def load_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], path: Path) -> None:
+def load_parameters(parameters: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
     if set(parameters) != set(tensors):
         raise UserError(f"{path} holds other parameters than this run trains; it belongs to another recipe.")
     with torch.no_grad():

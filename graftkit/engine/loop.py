@@ -83,7 +83,7 @@ class Loop:
         self._order: tuple[int, list[np.ndarray]] | None = None
 
     def __iter__(self) -> Iterator[Step]:
-        audit = Audit(self.graft.model, self.graft.labels) if self.step < STEPS else None
+        audit = Audit(self.graft.model, self.graft.labels, self.graft.tensors) if self.step < STEPS else None
         set_training(self.graft, self.depth)
         while self.step < self.settings.steps:
             result = self._take_step(audit)
@@ -188,11 +188,11 @@ class Loop:
 
     def save(self, folder: Path, position: dict[str, Any]) -> None:
         """Write a checkpoint of the present step."""
-        checkpoint.save(folder, self.step, self.parameters, self.optimizer, position)
+        checkpoint.save(folder, self.step, self.graft.tensors, self.optimizer, position)
 
     def restore(self, folder: Path) -> dict[str, Any] | None:
         """Go on from the newest checkpoint; its position, or None where there is none."""
-        position = checkpoint.restore(folder, self.parameters, self.optimizer)
+        position = checkpoint.restore(folder, self.graft.tensors, self.optimizer)
         if position is not None:
             self.step = position["step"]
         return position

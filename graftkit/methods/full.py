@@ -20,7 +20,7 @@ class Full(Method):
     lr: float | None = option(None, "learning rate; null means 0.00005", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
-        group = Group("base", self.lr or 5e-5, self.name, self.lr is not None)
+        group = Group("base", self.lr or 5e-5, self.name, self.lr is not None, statistics=True)
         return {name: group for name in backbone.base_parameters}
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ class Unfreeze(Method):
     lr: float | None = option(None, "learning rate; null means 0.0001", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
-        group = Group("base", self.lr or 1e-4, self.name, self.lr is not None)
+        group = Group("base", self.lr or 1e-4, self.name, self.lr is not None, statistics=True)
         return dict.fromkeys(select_parameters(backbone, self.sites), group)
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
