@@ -38,17 +38,19 @@ if TYPE_CHECKING:
     from graftkit.run import tune as tune
 
 
-def _methods() -> dict[str, str]:
+def _methods() -> dict[str, Any]:
     from graftkit.catalogue import entries
 
-    return {entry.class_name: entry.module for entry in entries("method").values()}
+    return {entry.class_name: entry for entry in entries("method").values()}
 
 
 def __getattr__(name: str) -> Any:
-    module = _FRONT.get(name) or _methods().get(name)
-    if module is None:
+    if name in _FRONT:
+        return getattr(importlib.import_module(_FRONT[name]), name)
+    method = _methods().get(name)
+    if method is None:
         raise AttributeError(f"module 'graftkit' has no attribute {name!r}")
-    return getattr(importlib.import_module(module), name)
+    return method.load()
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,9 @@ A method or a task is one file whose name is its registration: `methods/lora.py`
 dataclass that a recipe writes as `lora(rank=8)`. Its fields are declared with `option`, so that names,
 types, bounds and help can be read here from the syntax tree: a recipe is checked, and `--help` answers,
 before anything heavy is loaded.
+
+Methods of one's own are such files too: the environment variable GRAFTKIT_METHODS names their folders, separated
+as in PATH. See docs/new-method.md.
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ import ast
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import math
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,7 @@ from typing import Any
 from graftkit.errors import UserError, listing, nearest
 
 FAMILIES = {"method": "methods", "task": "tasks"}
+OWN_FOLDERS = {"method": "GRAFTKIT_METHODS"}
 NOT_ENTRIES = {"__init__", "base", "metrics", "updates"}
 
 
@@ -36,6 +43,9 @@ def option(
     """A dataclass field with what the command line, the recipe and the documentation need to know of it."""
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
+
+
+BASES = ("Method", "UpdateMethod", "Task")  # a class is an entry if it derives from one of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +103,30 @@ class Entry:
     name: str
     class_name: str
     module: str
-    summary: str
+    path: Path
+    docstring: str
     options: dict[str, Option]
+
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the docstring, on one line."""
+        return self.docstring.split("\n\n")[0].replace("\n", " ")
 
     def load(self) -> type:
         """The class itself; this is where torch is imported."""
+        if self.module not in sys.modules and not self.module.startswith("graftkit."):
+            self._load_own()
         return getattr(importlib.import_module(self.module), self.class_name)
+
+    def _load_own(self) -> None:
+        spec = importlib.util.spec_from_file_location(self.module, self.path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[self.module] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the user's file runs into
+            del sys.modules[self.module]
+            raise UserError(f"{self.path} cannot be imported ({type(error).__name__}: {error}).") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,25 +140,47 @@ class Call:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
 
 
-@functools.cache
 def entries(family: str) -> dict[str, Entry]:
-    """All entries of a family ('method' or 'task') by name."""
-    folder = Path(__file__).parent / FAMILIES[family]
+    """All entries of a family ('method' or 'task') by name; those in the user's own folders come last."""
+    return _entries(family, os.environ.get(OWN_FOLDERS.get(family, ""), ""))
+
+
+@functools.cache
+def _entries(family: str, own: str) -> dict[str, Entry]:
     found = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted((Path(__file__).parent / FAMILIES[family]).glob("*.py")):
         if path.stem not in NOT_ENTRIES:
             entry = _read(path, f"graftkit.{FAMILIES[family]}.{path.stem}")
+            if entry is not None:
+                found[entry.name] = entry
+    for folder in filter(None, own.split(os.pathsep)):
+        if not Path(folder).is_dir():
+            raise UserError(f"{OWN_FOLDERS[family]} names {folder!r}, which is no folder.")
+        for path in sorted(Path(folder).glob("*.py")):
+            entry = _read_own(path, family)
+            if entry is not None and entry.name in found:
+                raise UserError(
+                    f"{path}: there is a {family} {entry.name!r} already ({found[entry.name].path}); rename the file."
+                )
             if entry is not None:
                 found[entry.name] = entry
     return found
 
 
+def _read_own(path: Path, family: str) -> Entry | None:
+    try:
+        return _read(path, f"graftkit_own_{FAMILIES[family]}.{path.stem}")
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}.") from None
+    except ValueError as error:  # a default or bound that is no literal
+        raise UserError(f"{path}: a default or bound in option(...) is no plain value ({error}).") from None
+
+
 def _read(path: Path, module: str) -> Entry | None:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and any(_called(d) == "dataclass" for d in node.decorator_list):
-            if not any(ast.unparse(base) in ("Method", "UpdateMethod", "Task") for base in node.bases):
+            if not any(ast.unparse(base).split(".")[-1] in BASES for base in node.bases):
                 continue
-            summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
             options = [
                 _option(item)
                 for item in node.body
@@ -138,7 +188,14 @@ def _read(path: Path, module: str) -> Entry | None:
                 and isinstance(item.value, ast.Call)
                 and _called(item.value) == "option"
             ]
-            return Entry(path.stem, node.name, module, summary, {o.name: o for o in options})
+            return Entry(
+                path.stem,
+                node.name,
+                module,
+                path,
+                ast.get_docstring(node) or "",
+                {o.name: o for o in options},
+            )
     return None
 
 

@@ -36,6 +36,9 @@ Arguments = Annotated[
     typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="a recipe, and settings put over it"),
 ]
 Model = Annotated[str | None, typer.Option(help="model folder, hub id, or package.module:function")]
+Weights = Annotated[
+    str | None, typer.Option(help="safetensors file for the module that package.module:function makes")
+]
 TaskName = Annotated[str | None, typer.Option("--task", help="what is learned, for example classify")]
 Train = Annotated[str | None, typer.Option(help="training rows")]
 Eval = Annotated[
@@ -50,10 +53,10 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 def _methods_help() -> str:
     from graftkit.catalogue import entries
 
-    lines = ["Methods, joined by '+':", ""]
-    for entry in entries("method").values():
-        options = ", ".join(f"{o.name}={o.default!r}" for o in entry.options.values())
-        lines += ["\b", f"{entry.name}({options})", f"    {entry.summary}", ""]
+    lines = ["Methods, joined by '+' (`graftkit methods NAME` says more):", "", "\b"]
+    names = entries("method")
+    width = max(map(len, names))
+    lines += [f"{name:<{width}}  {entry.summary}" for name, entry in names.items()]
     return "\n".join(lines)
 
 
@@ -84,9 +87,10 @@ def _share(text: str) -> str | float | None:
         return text
 
 
-def _given(model: Any, task: Any, train: Any, eval: Any, test: Any, method: Any, out: Any) -> dict[str, Any]:
+def _given(model: Any, weights: Any, task: Any, train: Any, eval: Any, test: Any, method: Any,
+           out: Any) -> dict[str, Any]:  # fmt: skip
     return {
-        "model": model, "task": task, "data.train": train, "data.eval": eval, "data.test": test,
+        "model": model, "weights": weights, "task": task, "data.train": train, "data.eval": eval, "data.test": test,
         "method": method, "out": out,
     }  # fmt: skip
 
@@ -104,8 +108,8 @@ def _emit(as_json: bool, value: dict[str, Any]) -> None:
 
 @app.command()
 def tune(
-    arguments: Arguments = None, model: Model = None, task: TaskName = None, train: Train = None, eval: Eval = None,
-    test: Test = None, method: MethodName = None, out: Out = None,
+    arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None,
+    train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, out: Out = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with an unfinished run")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the run folder if it exists")] = False,
     as_json: Json = False,
@@ -114,7 +118,7 @@ def tune(
 
     The recipe is a YAML file, key=value settings, options, or all of them: later ones are put over earlier ones.
     """
-    given = _given(model, task, train, eval, test, method, out)
+    given = _given(model, weights, task, train, eval, test, method, out)
     console = _console(as_json)
     if resume is not None:
         if arguments or any(value is not None for value in given.values()) or overwrite:
@@ -135,13 +139,15 @@ def tune(
 
 @app.command()
 def plan(
-    arguments: Arguments = None, model: Model = None, task: TaskName = None, train: Train = None, eval: Eval = None,
-    test: Test = None, method: MethodName = None, out: Out = None, as_json: Json = False,
+    arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None,
+    train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, out: Out = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Say what a recipe will cost: parameters, bytes and steps. Nothing is trained."""
     from graftkit import recipe as recipes
 
-    recipe = recipes.make(_recipe_values(arguments, _given(model, task, train, eval, test, method, out)))
+    recipe = recipes.make(
+        _recipe_values(arguments, _given(model, weights, task, train, eval, test, method, out))
+    )
     from graftkit.run import plan as run_plan
 
     _emit(as_json, run_plan(recipe, _console(as_json)).as_dict())
@@ -150,7 +156,7 @@ def plan(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="model folder, hub id, or package.module:function")],
-    method: MethodName = None, as_json: Json = False,
+    weights: Weights = None, method: MethodName = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show a model's anatomy, what selections match, and what a method would train."""
     from graftkit.catalogue import parse
@@ -159,11 +165,33 @@ def inspect(
         parse(method, "method")
     from graftkit.inspect_model import inspect_model, show
 
-    found = inspect_model(model, method)
+    found = inspect_model(model, method, weights)
     if as_json:
         _emit(True, found)
     else:
         show(_console(False), found)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, in full")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what methods there are, and what one of them does."""
+    from graftkit.catalogue import entries, parse
+
+    known = entries("method")
+    if name is not None:
+        known = {name: known[parse(name, "method")[0].name]}
+    if as_json:
+        about = {n: {"docstring": e.docstring, "options": {o.name: o.default for o in e.options.values()}}
+                 for n, e in known.items()}  # fmt: skip
+        _emit(True, about)
+    elif name is None:
+        typer.echo(_methods_help().replace("\b\n", ""))
+    else:
+        options = [f"  {o.name} = {o.default!r}  {o.help}" for o in known[name].options.values()]
+        typer.echo("\n".join([name, "", known[name].docstring, "", "Options:", *(options or ["  none"])]))
 
 
 @app.command()
