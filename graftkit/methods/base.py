@@ -154,7 +154,7 @@ class Chain(Method):
         labels: Labels = {}
         yielding: set[str] = set()
         for method in sorted(self.methods, key=lambda m: m.yields):
-            for name, group in method.attach(backbone, graft).items():
+            for name, group in _attach_one(method, backbone, graft).items():
                 if name not in labels:
                     labels[name] = group
                     if method.yields:
@@ -168,6 +168,18 @@ class Chain(Method):
             labels = method.relabel(backbone, labels)
         order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
         return dict(sorted(labels.items(), key=lambda item: order[item[0]]))
+
+
+def _attach_one(method: Method, backbone: Backbone, graft: str) -> Labels:
+    """`attach` of one method; what it refuses is told under its name."""
+    try:
+        return method.attach(backbone, graft)
+    except NotFoldable:
+        raise
+    except UserError as error:
+        if f"{method.name}(" in str(error):
+            raise
+        raise UserError(f"{method.name}(): {error}") from None
 
 
 def read(expression: str) -> Chain:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
-from graftkit.backbone.weights import Weight, apply, weights_at
+from graftkit.backbone.weights import Weight, apply, input_of, weights_at
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
 
@@ -32,9 +32,9 @@ class Update(Addition):
         """dW in the layout of W: (out, in), (out, in / groups, *kernel) or (experts, out, in)."""
         raise NotImplementedError
 
-    def updated(self, weight: Weight) -> Tensor:
-        """W + dW in the layout and type of the parameter."""
-        value = weight.value
+    def updated(self, weight: Weight, value: Tensor | None = None) -> Tensor:
+        """W + dW in the layout and type of the parameter; with `value` in the place of W, to which dW is added."""
+        value = weight.value if value is None else value
         return (value.float() + weight.stored(self.delta(weight))).to(value.dtype)
 
     def of(self, site: nn.Module) -> Weight:
@@ -44,33 +44,24 @@ class Update(Addition):
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Where no module multiplies by the weight alone: let the updated one stand in for it during the call."""
         if self.replaces:
-            owner, name = self._owner(site)
-            standing = owner.__dict__.get(name)
-            owner.__dict__[name] = (
-                self.updated(self.of(site)) if standing is None else self._added(site, standing)
-            )
+            weight = self.of(site)
+            owner, name = weight.owner, weight.parameter.rpartition(".")[2]
+            standing = owner.__dict__.get(name)  # of another graft
+            with torch.autocast(weight.value.device.type, enabled=False):
+                owner.__dict__[name] = self.updated(weight, standing)
         return None
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if self.replaces:
             return output
         weight = self.of(site)
-        return output + apply(weight, site, args[0], self.delta(weight)).to(output.dtype)
+        return output + apply(weight, site, input_of(args, kwargs), self.delta(weight)).to(output.dtype)
 
     def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if self.replaces:
-            owner, name = self._owner(site)
-            owner.__dict__.pop(name, None)
+            weight = self.of(site)
+            weight.owner.__dict__.pop(weight.parameter.rpartition(".")[2], None)
         return super()._after(site, args, kwargs, output)
-
-    def _owner(self, site: nn.Module) -> tuple[nn.Module, str]:
-        path, _, name = self.parameter.rpartition(".")
-        return site.get_submodule(path) if path else site, name
-
-    def _added(self, site: nn.Module, standing: Tensor) -> Tensor:
-        """The weight that another graft lets stand in, with this update too."""
-        weight = self.of(site)
-        return standing + weight.stored(self.delta(weight)).to(standing.dtype)
 
 
 class UpdateMethod(Method):
@@ -96,7 +87,9 @@ class UpdateMethod(Method):
         def usable(site: Site) -> bool:
             return any(self.accepts(weight) for weight in weights_at(backbone, site))
 
-        sites = select(backbone, self.sites, usable, f"weights that {self.name}() can update")
+        others = "unfreeze()" if self.name == "lora" else "lora() or unfreeze()"
+        wanted = f"weights that {self.name}() can update; use {others} there"
+        sites = select(backbone, self.sites, usable, wanted)
         return [(s, w) for s in sites for w in weights_at(backbone, s) if self.accepts(w)]
 
     def added_name(self, weight: Weight, graft: str) -> str:
