@@ -1,10 +1,13 @@
 """Every method on banking77: test accuracy, trained parameters, seconds and peak memory; writes docs/results.md.
 
-    python bench/results.py run [--jobs 2] [--seeds 0,1,2] [--only full,ten,thirty]   each missing run, one process each
+    python bench/results.py run [--jobs 2] [--seeds 0,1,2] [--only full,ten,thirty] [--names lora,dora]
+                                                                 each missing run, one process each
+    python bench/results.py time                                 seconds a step and memory where no run has them
     python bench/results.py write                                                     the page, from bench/results/
 
 A run's figures are kept in bench/results/, so that an interrupted measurement goes on. `--jobs 2` runs two
-processes of one thread each; seconds and memory on the page come only from runs of two threads.
+processes of one thread each; seconds and memory on the page come only from runs of two threads: whole ones, or
+short ones of TIMED_STEPS steps made by `time`, whose seconds are multiplied by the number of steps.
 """
 
 from __future__ import annotations
@@ -39,6 +42,24 @@ ALL_ROWS = {
     "prefix": ("prefix() + head()", 3),
     "bitfit": ("bitfit() + head()", 3),
 }
+# every other method with its default settings
+ALL_ROWS |= {
+    name: (f"{name}() + head()", 2)
+    for name in (
+        "dora", "pissa", "adalora", "vera", "loha", "lokr", "ia3", "norms", "prompt", "ptuning", "full", "unfreeze",
+        "gradual_unfreeze",
+    )
+}  # fmt: skip
+ALL_ROWS |= {
+    "lora stabilised, faster B": ("lora(stabilised=True, b_rate=4) + head()", 2),
+    "adapter pfeiffer": ("adapter(placement='pfeiffer') + head()", 2),
+    "adapter parallel": ("adapter(placement='parallel') + head()", 2),
+    "adapter_fusion": ("adapter_fusion(grafts=['{first}', '{second}']) + head()", 2),
+    "freeze": ("full() + freeze('embeddings') + head()", 2),
+    "layerwise_lr": ("full() + layerwise_lr() + head()", 2),
+    "peft": ("peft('oft') + head()", 2),
+}
+TIMED_STEPS = 60
 FEW_ROWS = {
     "head": ("head()", 40),
     "head + unfreeze": (f"{TOP} + head()", 12),
@@ -64,13 +85,34 @@ def rows(shots: int | None, seed: int) -> list[dict]:
     return [row for name in sorted(classes) for row in draw.sample(classes[name], shots)]
 
 
-def measure(part: str, name: str, seed: int, alone: bool) -> dict:
+def halves(folder: str, seed: int) -> dict[str, str]:
+    """Two adapters to be fused, each trained for an epoch on one half of the classes."""
+    import graftkit
+
+    table = rows(None, seed)
+    classes = sorted({row["category"] for row in table})
+    made = {}
+    for name, part in (("first", classes[::2]), ("second", classes[1::2])):
+        run = graftkit.tune(
+            model=MODEL, train=[row for row in table if row["category"] in set(part)],
+            method="adapter(placement='pfeiffer') + head()", out=f"{folder}/{name}",
+            settings={"data.eval": None, "train.epochs": 1, "seed": seed},
+        )  # fmt: skip
+        made[name] = str(run.path / "graft")
+    return made
+
+
+def measure(part: str, name: str, seed: int, alone: bool, steps: int | None = None) -> dict:
     """One run, in this process."""
     import graftkit
 
     shots, methods, settings = PARTS[part]
     method, epochs = methods[name]
+    if steps is not None:
+        settings = {**settings, "train.steps": steps}
     with tempfile.TemporaryDirectory() as folder:
+        if "{first}" in method:
+            method = method.format(**halves(folder, seed))
         run = graftkit.tune(
             model=MODEL, train=rows(shots, seed), test=ROOT / "graftkit" / "demo" / "test.csv", method=method,
             out=f"{folder}/run", settings={"data.eval": None, "train.epochs": epochs, "seed": seed, **settings},
@@ -84,10 +126,11 @@ def measure(part: str, name: str, seed: int, alone: bool) -> dict:
         "precision",
         "method",
     )
+    result = {**run.result, "method": run.result["method"].replace(folder, "runs")}
     return {
         "part": part, "name": name, "seed": seed, "epochs": epochs, "alone": alone, "machine": machine(),
         "accuracy": run.metrics["accuracy"], "macro_f1": run.metrics["macro_f1"],
-        **{key: run.result[key] for key in kept},
+        **{key: result[key] for key in kept},
     }  # fmt: skip
 
 
@@ -95,9 +138,14 @@ def path_of(part: str, name: str, seed: int) -> Path:
     return FOLDER / f"{part}-{name.replace(' ', '')}-{seed}.json"
 
 
-def run_all(jobs: int, seeds: list[int], parts: list[str]) -> None:
+def timing_of(name: str) -> Path:
+    return FOLDER / f"timed-{name.replace(' ', '')}.json"
+
+
+def run_all(jobs: int, seeds: list[int], parts: list[str], names: list[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
-    work = [(p, n, s) for p in parts for s in seeds for n in PARTS[p][1] if not path_of(p, n, s).exists()]
+    work = [(p, n, s) for p in parts for s in seeds for n in PARTS[p][1]
+            if not path_of(p, n, s).exists() and (not names or n in names)]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = "1"
@@ -119,9 +167,28 @@ def run_all(jobs: int, seeds: list[int], parts: list[str]) -> None:
         list(pool.map(one, work))
 
 
+def time_all() -> None:
+    """A short run of two threads for each method that has no whole one."""
+    for name in ALL_ROWS:
+        runs = [
+            json.loads(path_of("full", name, s).read_text())
+            for s in SEEDS
+            if path_of("full", name, s).exists()
+        ]
+        if any(run["alone"] for run in runs) or timing_of(name).exists():
+            continue
+        given = json.dumps({"part": "full", "name": name, "seed": 0, "alone": True, "steps": TIMED_STEPS})
+        done = subprocess.run([sys.executable, __file__, "--child", given], capture_output=True, text=True)
+        if done.returncode != 0:
+            print(f"{name} failed: {done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            continue
+        timing_of(name).write_text(done.stdout.strip().splitlines()[-1] + "\n", encoding="utf-8")
+        print(name, json.loads(timing_of(name).read_text())["seconds"], flush=True)
+
+
 def write() -> None:
     """The page, from the kept figures."""
-    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*-?.json"))]
     text = (ROOT / "bench" / "results_head.md").read_text(encoding="utf-8")
     titles = {
         "full": "All 10,003 training rows",
@@ -144,6 +211,9 @@ def write() -> None:
 def line(runs: list[dict]) -> str:
     accuracies = [run["accuracy"] for run in runs]
     timed = [run for run in runs if run["alone"]]
+    if not timed and timing_of(runs[0]["name"]).exists():
+        short = json.loads(timing_of(runs[0]["name"]).read_text())
+        timed = [{**short, "seconds": short["seconds"] * runs[0]["steps"] / short["steps"]}]
     seconds = f"{statistics.median(run['seconds'] for run in timed):.0f}" if timed else "not timed"
     memory = f"{max(run['peak_memory_bytes'] for run in timed) / 1e9:.2f} GB" if timed else "not measured"
     spread = f"{min(accuracies):.4f} to {max(accuracies):.4f} ({len(runs)} seeds)"
@@ -157,13 +227,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("run", "write"))
+    parser.add_argument("command", choices=("run", "time", "write"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--names", default="")
     options = parser.parse_args()
     if options.command == "run":
-        run_all(options.jobs, [int(s) for s in options.seeds.split(",")], options.only.split(","))
+        names = [name for name in options.names.split(",") if name]
+        run_all(options.jobs, [int(s) for s in options.seeds.split(",")], options.only.split(","), names)
+    if options.command == "time":
+        time_all()
     write()
 
 
