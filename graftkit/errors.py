@@ -33,3 +33,9 @@ def listing(names: Iterable[str], limit: int = 20) -> str:
     names = list(names)
     shown = ", ".join(names[:limit])
     return f"{shown} ... and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -8,7 +8,6 @@ from typing import Any
 from graftkit import selection
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_linear
-from graftkit.backbone.load import find_source
 from graftkit.errors import UserError
 from graftkit.methods.base import read
 from graftkit.prepare import attach_new, prepare_backbone
@@ -17,13 +16,13 @@ from graftkit.report.console import Console, count
 EXAMPLE_CLASSES = 2  # a head needs a number of classes before the data is known
 
 
-def inspect_model(model: str, method: str | None) -> dict[str, Any]:
+def inspect_model(model: str, method: str | None, weights: str | None = None) -> dict[str, Any]:
     """The anatomy as plain values; with a method also the modules it uses and what it trains. No weights are read."""
     chain = read(method) if method else read("head(pooling='auto')")
     given = (getattr(m, "classes", None) for m in chain.methods if m.name == "head")
     classes = next(given, None) or EXAMPLE_CLASSES
     labels = tuple(map(str, range(classes)))
-    backbone, chain = prepare_backbone(model, chain, labels, meta=find_source(model).module is None)
+    backbone, chain = prepare_backbone(model, chain, labels, weights=weights, meta=True)
     found: dict[str, Any] = {
         "model": model,
         "class": type(backbone.model).__name__,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.load import find_source, has_native_head, load_backbone, pooling_of, positions_of
+from graftkit.backbone.load import find_source, head_class, load_backbone, pooling_of, positions_of
 from graftkit.catalogue import build, parse
 from graftkit.data.batches import steps_per_epoch
 from graftkit.data.columns import find_again, find_columns
@@ -117,7 +117,13 @@ def _take(examples: Examples, rows: list[int]) -> Examples:
 
 
 def prepare_backbone(
-    model: str, method: Chain, labels: tuple[str, ...], *, meta: bool = False, seed: int = 0
+    model: str,
+    method: Chain,
+    labels: tuple[str, ...],
+    *,
+    weights: str | None = None,
+    meta: bool = False,
+    seed: int = 0,
 ) -> tuple[Backbone, Chain]:
     """Load the backbone as the method's head needs it; the method with its classes and pooling filled in."""
     head = next((m for m in method.methods if isinstance(m, Head)), None)
@@ -126,19 +132,22 @@ def prepare_backbone(
             f"head(classes={head.classes}) does not fit the {len(labels)} labels of the training rows; "
             "leave classes out, they are counted."
         )
-    source = find_source(model)
+    source = find_source(model, weights)
     method = with_classes(method, len(labels))
-    native = False
-    if head is not None and source.module is None:
-        says = pooling_of(source.folder)
-        native = head.pooling == "own" or (
-            head.pooling == "auto" and not head.hidden and says is None and has_native_head(source)
-        )
-        if head.pooling == "own" and not has_native_head(source):
+    pooling = None
+    if head is not None and source.made is None:
+        pooling = head.pooling
+        has_own = head_class(source) is not None
+        if pooling == "auto" and not head.hidden and has_own and pooling_of(source.folder) is None:
+            pooling = "own"
+        if pooling in ("own", "stacked") and not has_own:
             raise UserError(
                 f"transformers has no classification head for {model!r}; use head(pooling='mean'), 'cls' or 'last'."
             )
-    return load_backbone(source, labels=labels if native else None, meta=meta, seed=seed), method
+    backbone = load_backbone(
+        source, labels=labels if pooling == "own" else None, stored_head=pooling == "stacked", meta=meta, seed=seed
+    )  # fmt: skip
+    return backbone, method
 
 
 def without_classes(method: Chain) -> Chain:
@@ -168,8 +177,8 @@ def attach_new(backbone: Backbone, method: Chain, *, meta: bool) -> Graft:
 def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     """Load, graft, and count. `meta`: shapes only, for the plan."""
     backbone, method = prepare_backbone(
-        recipe.model, read_method(recipe.method), rows.labels, meta=meta, seed=recipe.seed
-    )
+        recipe.model, read_method(recipe.method), rows.labels, weights=recipe.weights, meta=meta, seed=recipe.seed
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         graft = attach_new(backbone, method, meta=meta)

@@ -102,6 +102,9 @@ class Recipe(Section):
     """What a run is."""
 
     model: str = Field(description="a folder in transformers format, a hub id, or package.module:function")
+    weights: str | None = Field(
+        default=None, description="a safetensors file for the module that package.module:function makes"
+    )
     task: str = Field(
         default="classify", description="what is learned, for example classify(class_weights='balanced')"
     )

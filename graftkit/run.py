@@ -61,6 +61,7 @@ def tune(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     model: str | None = None,
+    weights: str | Path | None = None,
     task: str | None = None,
     train: Any = None,
     eval: Any = ...,
@@ -73,17 +74,18 @@ def tune(
 ) -> Run:
     """Fine-tune and return the run: the Python face of `graftkit tune`.
 
-    `recipe` is a recipe, nested values or a YAML file; the other arguments are put over it. `train`, `eval`
+    `recipe` is a recipe, nested values or a YAML file; the other arguments are put over it. `weights` is a safetensors
+    file for a `model` that is `package.module:function`. `train`, `eval`
     and `test` may be paths, or tables in memory (list of dicts, dict of lists, `datasets.Dataset`, data frame);
     `eval=None` trains on all rows; left out, the recipe says, and by default a tenth is held out. `settings` holds
     dotted keys such as `{"train.epochs": 3}`. Raises `UserError` for a mistake in any of them.
     """
-    values, tables = _gather(recipe, model, task, train, eval, test, method, out, settings)
+    values, tables = _gather(recipe, model, weights, task, train, eval, test, method, out, settings)
     return run_recipe(recipes.make(values), Console(quiet=quiet), tables=tables, overwrite=overwrite)
 
 
-def _gather(recipe: Any, model: Any, task: Any, train: Any, evaluation: Any, test: Any, method: Any, out: Any,
-            settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+def _gather(recipe: Any, model: Any, weights: Any, task: Any, train: Any, evaluation: Any, test: Any, method: Any,
+            out: Any, settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     if isinstance(recipe, Recipe):
         values: dict[str, Any] = recipe.model_dump()
     elif isinstance(recipe, str | Path):
@@ -98,7 +100,8 @@ def _gather(recipe: Any, model: Any, task: Any, train: Any, evaluation: Any, tes
             tables[name] = given
             given = IN_MEMORY
         recipes.place(values, f"data.{name}", str(given) if isinstance(given, Path) else given)
-    for name, given in (("model", model), ("task", task), ("method", method), ("out", out)):
+    named = {"model": model, "weights": weights, "task": task, "method": method, "out": out}
+    for name, given in named.items():
         if given is not None:
             recipes.place(values, name, str(given))
     for key, value in (settings or {}).items():
@@ -303,7 +306,8 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     model = absolute(recipe.model) if Path(recipe.model).expanduser().is_dir() else recipe.model
     method = str(without_classes(prepared.graft.method))  # other data may have other labels
     return recipe.model_copy(update={
-        "model": model, "data": data, "train": train, "method": method, "out": str(folder),
+        "model": model, "weights": absolute(recipe.weights), "data": data, "train": train, "method": method,
+        "out": str(folder),
     })  # fmt: skip
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from graftkit.backbone.anatomy import Site
+from graftkit.backbone.anatomy import Site, features, is_conv, is_linear, is_map, is_norm
 from graftkit.backbone.parts import find_sites
+from graftkit.errors import UserError
+
+WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim", "num_features", "embed_dim")
 
 
 @dataclass
@@ -62,13 +65,52 @@ class Backbone:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states."""
+        """Width of the states that the model gives: channels of a convolutional one.
+
+        Raises `UserError` for a user's own module that does not tell.
+        """
         config = getattr(self.model, "config", None)
-        for name in ("hidden_size", "n_embd", "d_model", "dim"):
-            if isinstance(getattr(config, name, None), int):
-                return getattr(config, name)
-        embedding = next(site.module for site in self.sites if isinstance(site.module, nn.Embedding))
-        return embedding.embedding_dim
+        sizes = getattr(config, "hidden_sizes", None)
+        if isinstance(sizes, list | tuple) and sizes:
+            return int(sizes[-1])
+        for owner in (config, self.model):
+            for name in WIDTH_NAMES:
+                if isinstance(getattr(owner, name, None), int):
+                    return getattr(owner, name)
+        width = self._last_width()
+        if width is None:
+            raise UserError(
+                f"{self.source} does not tell the width of its states; give the module an attribute hidden_size."
+            )
+        return width
+
+    def _last_width(self) -> int | None:
+        """What comes into a module's own head, else what its last part with a known width gives."""
+        for site in self.sites:
+            if site.role == "head" and is_map(site.module):
+                return widths(site.module)[0]
+        for site in reversed(self.sites):
+            if isinstance(site.module, nn.Embedding):
+                return site.module.embedding_dim
+            if is_norm(site.module):
+                return next(p.shape[-1] for p in site.module.parameters(recurse=False))
+            if is_map(site.module):
+                return widths(site.module)[1]
+        return None
+
+    @cached_property
+    def heights(self) -> dict[str, int]:
+        """For each base parameter the block it lies in or directly above, counted from 0; -1 below all blocks.
+
+        Parts between two blocks belong to the lower one. Order is that of definition.
+        """
+        height = -1
+        found: dict[str, int] = {}
+        for site in self.sites:
+            height = height if site.block is None else site.block
+            for name, _ in site.module.named_parameters(recurse=False):
+                found.setdefault(f"{site.name}.{name}" if site.name else name, height)
+        return found
 
     @property
     def is_decoder(self) -> bool:
@@ -85,3 +127,12 @@ class Backbone:
     def module(self, name: str) -> nn.Module:
         """The module of that dotted name."""
         return self.model.get_submodule(name) if name else self.model
+
+
+def widths(module: Any) -> tuple[int, int]:
+    """(in, out) of a map: features of a linear one, channels of a convolution."""
+    if is_linear(module):
+        return features(module)
+    if is_conv(module):
+        return module.in_channels, module.out_channels
+    return module.embed_dim, module.embed_dim

@@ -5,7 +5,6 @@ Weights are safetensors only, no remote code runs, and nothing is fetched unless
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,11 +17,14 @@ from safetensors import safe_open
 from torch import nn
 
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.own import call, load_weights
 from graftkit.backbone.parts import find_sites
-from graftkit.errors import UserError, listing, nearest
+from graftkit.errors import UserError, first_line, listing, nearest
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
-TOKENIZER_FILES = (
+PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILES = (
+    PREPROCESSOR_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
@@ -34,24 +36,42 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from, checked before any weight is read."""
+    """Where a model comes from, checked before any weight is read.
+
+    `folder`: in transformers format; or `made`: what a function of the user's made, with the file of its weights.
+    """
 
     name: str
     folder: Path | None = None
-    module: nn.Module | None = None
+    made: Backbone | None = None
+    weights: Path | None = None
 
     @property
     def location(self) -> str:
         return str(self.folder) if self.folder is not None else self.name
 
 
-def find_source(name: str) -> Source:
-    """Find the model that a recipe names. Raises `UserError` where it cannot be had, and says why."""
+def find_source(name: str, weights: str | None = None) -> Source:
+    """Find the model that a recipe names. Raises `UserError` where it cannot be had, and says why.
+
+    `weights`: a safetensors file for the module that `package.module:function` makes.
+    """
     if ":" in name and not Path(name).exists():
-        made = _call(name)
-        if isinstance(made, nn.Module):
-            return Source(name, module=made)
-        return _folder(name, Path(made))
+        made = call(name)
+        if isinstance(made, Backbone):
+            return Source(name, made=made, weights=None if weights is None else Path(weights).expanduser())
+        source = _folder(name, made)
+    else:
+        source = _named(name)
+    if weights is not None:
+        raise UserError(
+            f"weights {weights!r} go with a module that package.module:function makes, but model {name!r} is a folder "
+            "with weights of its own; leave weights out."
+        )
+    return source
+
+
+def _named(name: str) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(name, path)
@@ -61,38 +81,6 @@ def find_source(name: str) -> Source:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"model folder {name!r} does not exist.{nearest(path.name, siblings)}")
     return _hub(name)
-
-
-def _call(name: str) -> Any:
-    module_name, _, function = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # what a module runs into when it is imported can be anything
-        raise UserError(
-            f"model {name!r}: module {module_name!r} cannot be imported ({_first_line(error)}). "
-            "Install the package that holds it, or put its folder on PYTHONPATH."
-        ) from None
-    if not hasattr(module, function):
-        raise UserError(f"model {name!r}: {module_name} has no {function!r}.{nearest(function, dir(module))}")
-    called = getattr(module, function)
-    if not callable(called):
-        raise UserError(
-            f"model {name!r}: {function} is a {type(called).__name__}, not a function that makes a model."
-        )
-    try:
-        made = called()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"model {name!r}: calling {function}() without arguments failed "
-            f"({type(error).__name__}: {_first_line(error)})."
-        ) from None
-    if not isinstance(made, nn.Module | str | Path):
-        raise UserError(
-            f"model {name!r} gave a {type(made).__name__}; it must return an nn.Module or a model folder's path."
-        )
-    return made
 
 
 def _folder(name: str, folder: Path) -> Source:
@@ -116,10 +104,10 @@ def _folder(name: str, folder: Path) -> Source:
                 "AutoModel.from_pretrained(folder).save_pretrained(folder) writes model.safetensors."
             )
         raise UserError(f"model folder {name!r} has no weights (*.safetensors).")
-    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+    if not any((folder / file).exists() for file in PROCESSOR_FILES):
         raise UserError(
-            f"model folder {name!r} has no tokenizer (tokenizer.json). Save the model's tokenizer there: "
-            "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
+            f"model folder {name!r} has no tokenizer (tokenizer.json) and no {PREPROCESSOR_FILE}. Save the model's "
+            "tokenizer there: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
         )
     return Source(name, folder=folder)
 
@@ -159,63 +147,94 @@ def pooling_of(folder: Path | None) -> str | None:
 
 
 def load_backbone(
-    source: Source, *, labels: Sequence[str] | None = None, meta: bool = False, seed: int = 0
+    source: Source,
+    *,
+    labels: Sequence[str] | None = None,
+    stored_head: bool = False,
+    meta: bool = False,
+    seed: int = 0,
 ) -> Backbone:
     """Load the model and its processor.
 
-    `labels`: build the architecture's own classification head for these labels
-    (`AutoModelForSequenceClassification`); None loads the bare encoder or decoder.
-    `meta`: shapes only, no weights are read; for the plan and for `inspect`.
+    `labels`: build the architecture's own classification head for these labels (`AutoModelForSequenceClassification`,
+    or its equal for images or audio). `stored_head`: load that head as it is in the folder. Without both: the bare
+    encoder or decoder. `meta`: shapes only, no weights are read; for the plan and for `inspect`.
     """
-    if source.module is not None:
-        return Backbone(source.module, source=source.name)
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+    if source.made is not None:
+        if source.weights is not None:
+            load_weights(source.made.model, source.weights, source.name, meta=meta)
+        source.made.model.eval()
+        return source.made
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     assert source.folder is not None
-    folder = str(source.folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"model {source.name!r} cannot be read: {_first_line(error)}") from None
+        config = transformers.AutoConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+        processor = _processor(source.folder)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise UserError(f"model {source.name!r} cannot be read: {first_line(error)}") from None
     if labels is not None:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    _agree_on_padding(tokenizer, config)
-    auto = AutoModel if labels is None else AutoModelForSequenceClassification
-    missing: tuple[str, ...] = ()
+    tokenizer = processor if hasattr(processor, "pad_token_id") else None
+    if tokenizer is not None:
+        _agree_on_padding(tokenizer, config)
+    native = stored_head or labels is not None
+    auto = getattr(transformers, (native and head_class(source)) or "AutoModel")
     try:
         if meta:
             with torch.device("meta"):
                 model = auto.from_config(config)
             missing = _missing(model, source.folder)
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model, info = auto.from_pretrained(
-                    folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                    ignore_mismatched_sizes=labels is not None, output_loading_info=True,
-                )  # fmt: skip
-                misshapen = {entry[0] for entry in info["mismatched_keys"]}  # these were drawn at random
-                missing = tuple(sorted({*info["missing_keys"], *misshapen}))
+            model, missing = _read_model(auto, source.folder, config, seed, ignore_sizes=labels is not None)
     except Exception as error:
-        raise UserError(f"model {source.name!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
     model.eval()
-    backbone = Backbone(
-        model, tokenizer, source.name, pooling_of(source.folder),
-        _max_length(source.folder, model, tokenizer), missing=missing,
-    )  # fmt: skip
-    if labels is not None and tokenizer.pad_token_id is None and backbone.is_decoder:
+    length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None
+    backbone = Backbone(model, processor, source.name, pooling_of(source.folder), length, missing=missing)
+    if native and tokenizer is not None and tokenizer.pad_token_id is None and backbone.is_decoder:
         raise UserError(
             f"the tokenizer of {source.name!r} has no padding token and no end token, and the model's own head needs "
             "one to find the end of a row; use head(pooling='mean'), or 'last'."
         )
-    _refuse_holes(backbone)
+    _refuse_holes(backbone, stored_head)
     return backbone
+
+
+def _read_model(
+    auto: Any, folder: Path, config: Any, seed: int, ignore_sizes: bool
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and the parameters that were drawn at random because the weights lack them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = auto.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=ignore_sizes, output_loading_info=True,
+        )  # fmt: skip
+    misshapen = {entry[0] for entry in info["mismatched_keys"]}
+    return model, tuple(sorted({*info["missing_keys"], *misshapen}))
+
+
+def _processor(folder: Path) -> Any:
+    """The tokenizer of a folder, or its image processor or feature extractor where it is no text model's."""
+    import transformers
+
+    path = folder / PREPROCESSOR_FILE
+    says = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "image_processor_type" in says:
+        auto = transformers.AutoImageProcessor
+    elif says:
+        auto = transformers.AutoFeatureExtractor
+    else:
+        auto = transformers.AutoTokenizer
+    return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _agree_on_padding(tokenizer: Any, config: Any) -> None:
@@ -249,8 +268,13 @@ def _missing(model: nn.Module, folder: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in lacking if name.rpartition(".")[0] in heads))
 
 
-def _refuse_holes(backbone: Backbone) -> None:
+def _refuse_holes(backbone: Backbone, stored_head: bool) -> None:
     """A base parameter that the weights lack would be random, and another one after each load."""
+    if stored_head and backbone.missing:
+        raise UserError(
+            f"the weights of {backbone.source!r} hold no trained head ({listing(backbone.missing, 4)} are missing), so "
+            "nothing can be stacked on it; use head() without pooling='stacked'."
+        )
     roles = {site.name: site.role for site in backbone.sites}
     holes = [
         name for name in backbone.missing if roles.get(name.rpartition(".")[0]) not in ("head", "pooler")
@@ -262,14 +286,18 @@ def _refuse_holes(backbone: Backbone) -> None:
         )
 
 
-def has_native_head(source: Source) -> bool:
-    """Whether transformers has a sequence classification class for this architecture."""
+def head_class(source: Source) -> str | None:
+    """The auto class of transformers that builds this architecture with its own classification head, if it has one."""
     if source.folder is None:
-        return False
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        return None
+    from transformers.models.auto import modeling_auto
 
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("model_type") in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    for kind in ("Sequence", "Image", "Audio"):
+        names = getattr(modeling_auto, f"MODEL_FOR_{kind.upper()}_CLASSIFICATION_MAPPING_NAMES")
+        if config.get("model_type") in names:
+            return f"AutoModelFor{kind}Classification"
+    return None
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -288,8 +316,3 @@ def _max_length(folder: Path, model: nn.Module, tokenizer: Any) -> int:
         limits.append(json.loads(sentence.read_text(encoding="utf-8")).get("max_seq_length"))
     known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 1_000_000]
     return min(known, default=512)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -115,7 +115,7 @@ def _outside_role(model: nn.Module, name: str, module: nn.Module) -> str:
     has_base = bool(prefix) and hasattr(model, prefix)
     if "pooler" in parts:
         return "pooler"
-    if has_base and not name.startswith(f"{prefix}."):
+    if has_base and not f"{name}.".startswith(f"{prefix}."):
         return "head"
     if isinstance(module, nn.Embedding) or any("embed" in part for part in parts):
         return "norm" if is_norm(module) else "embedding"

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.backbone import Backbone
-from graftkit.backbone.anatomy import features as widths
-from graftkit.backbone.anatomy import is_linear
+from graftkit.backbone import Backbone, Site
+from graftkit.backbone.anatomy import is_conv, is_linear, is_norm
+from graftkit.backbone.backbone import widths
+from graftkit.backbone.pooling import (
+    default_pooling,
+    has_class_token,
+    is_convolutional,
+    mask_of_states,
+    pool,
+    takes_decoder_inputs,
+)
 from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
@@ -20,19 +28,25 @@ from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, pl
 
 @dataclass(frozen=True)
 class Head(Method):
-    """A new head on pooled features of the last hidden states, or the architecture's own head.
+    """A new classification head: on pooled states, in place of the architecture's own head, or stacked on that.
 
-    `pooling`: 'own' (the head that the model class brings), 'cls', 'mean' (over tokens that are not padding),
-    'last' (the last token that is not padding), 'attention' (a learned weighted mean), or 'auto': what a
-    sentence-transformers folder says, else 'own', else 'last' for causal models and 'cls' for the others.
-    Parameters: classes * (width + 1), with a hidden layer also hidden * (width + 1).
+    `pooling` says what it stands on. 'own': the head that the model brings, its last map (linear or a convolution)
+    replaced where the number of classes differs. 'stacked': the outputs of the model's own head, which stays as it
+    is, for example 1000 classes of ImageNet. Else on the states below any head: 'cls' (the first token), 'mean' (over
+    tokens that are not padding, or over all places of a feature map), 'last' (the last token that is not padding) or
+    'attention' (a learned weighted mean). 'auto': what a sentence-transformers folder says, else 'own', else 'last'
+    for causal models, 'cls' where a class token stands in front, 'mean' for the others.
+    In a user's own module with a head, 'mean' is the mean of what comes into that head. An encoder with a decoder
+    is pooled over the decoder's states; without decoder inputs it is given its own input, shifted by one.
+    Parameters: classes * (width + 1), with a hidden layer hidden * (width + 1) + classes * (hidden + 1); 'attention'
+    has width more. For 'stacked', width is the number of outputs of the old head.
     """
 
     classes: int | None = option(None, "number of outputs; the task knows it", at_least=1)
     pooling: str = option(
         "auto",
-        "how token states become one vector",
-        choices=("auto", "own", "cls", "mean", "last", "attention"),
+        "what the head stands on",
+        choices=("auto", "own", "stacked", "cls", "mean", "last", "attention"),
     )
     hidden: int = option(0, "width of a hidden layer; 0 for none", at_least=0)
     dropout: float = option(0.1, "dropout on pooled features; 'own' has the model's", at_least=0, below=1)
@@ -42,10 +56,10 @@ class Head(Method):
         """The same head with its pooling chosen."""
         if self.pooling != "auto":
             return self
-        if any(site.role == "head" for site in backbone.sites) and not self.hidden:
+        if own_maps(backbone) and not predicts_tokens(backbone) and not self.hidden:
             choice = "own"
         else:
-            choice = backbone.pooling or ("last" if backbone.is_decoder else "cls")
+            choice = backbone.pooling or default_pooling(backbone)
         return dataclasses.replace(self, pooling=choice)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
@@ -53,34 +67,68 @@ class Head(Method):
             raise UserError("head() needs the number of outputs: head(classes=3).")
         group = Group("head", self.lr or 5e-3, self.name, self.lr is not None)
         if self.pooling == "own":
-            if self.hidden:
-                raise UserError(
-                    "head(pooling='own') has the layers that the architecture gives it, so hidden has no part in it; "
-                    "use pooling='mean', 'cls' or 'last' with it."
-                )
             return self._use_own(backbone, group)
         name = f"head_{graft}"
-        head = PooledHead(backbone.hidden_size, self.classes, self.pooling, self.hidden, self.dropout)
+        if self.pooling == "stacked":
+            last = self._own_map(backbone)
+            if set(backbone.missing) & set(labels_of(backbone, last.name, group)):
+                raise UserError(
+                    f"head(pooling='stacked'): the weights of {backbone.source!r} hold no trained {last.name!r} to stack "
+                    "on; use head() without pooling='stacked'."
+                )
+            head = PooledHead(widths(last.module)[1], self.classes, self.pooling, self.hidden, self.dropout)
+            place(backbone.model, name, head)
+            return labels_of(backbone, name, group)
+        self._refuse_pooling(backbone)
+        module, reads_input = below_head(backbone)
+        width = entering(module) if reads_input else backbone.hidden_size
+        head = PooledHead(width, self.classes, self.pooling, self.hidden, self.dropout)
         place(backbone.model, name, head)
+        head.shifts = takes_decoder_inputs(backbone.model) and hasattr(backbone.model, "_shift_right")
+        if module is not backbone.model:
+            head.read_from(module, reads_input)
         return labels_of(backbone, name, group)
 
-    def _use_own(self, backbone: Backbone, group: Group) -> Labels:
-        sites = [site for site in backbone.sites if site.role == "head"]
-        maps = [site for site in sites if is_linear(site.module)]
+    def _refuse_pooling(self, backbone: Backbone) -> None:
+        """Raise `UserError` for a pooling of tokens where there are none, or no class token."""
+        if self.pooling == "mean":
+            return
+        instead = "use pooling='mean'" + (", 'own' or 'stacked'" if own_maps(backbone) else "")
+        what = f"head(pooling={self.pooling!r}) takes tokens, but {backbone.source}"
+        if is_convolutional(backbone):
+            raise UserError(f"{what} gives feature maps (batch, channels, height, width); {instead}.")
+        if below_head(backbone)[1]:
+            own = next(site.name for site in backbone.sites if site.role == "head")
+            raise UserError(f"{what} gives its head {own!r} one vector a row; {instead}.")
+        images = getattr(backbone.model, "main_input_name", "input_ids") != "input_ids"
+        if self.pooling == "cls" and images and not has_class_token(backbone):
+            raise UserError(f"{what} puts no class token in front; {instead}.")
+
+    def _own_map(self, backbone: Backbone) -> Site:
+        """The last map of the model's own head. Raises `UserError` where there is none for classes."""
+        maps = own_maps(backbone)
         if not maps:
             raise UserError(
-                f"{backbone.source} has no head of its own; use pooling='mean', 'cls', 'last' or 'attention'."
+                f"head(pooling={self.pooling!r}): {backbone.source} has no head of its own; use pooling='mean', 'cls', "
+                "'last' or 'attention'."
             )
-        last = maps[-1]
-        inputs, outputs = widths(last.module)
-        if outputs != self.classes:
-            assert self.classes is not None
-            old = last.module
-            new = nn.Linear(inputs, self.classes, getattr(old, "bias", None) is not None)
-            new.to(device=old.weight.device, dtype=old.weight.dtype)  # type: ignore[arg-type, union-attr, call-overload]
-            nn.init.normal_(new.weight, std=0.02)
-            if new.bias is not None:
-                nn.init.zeros_(new.bias)
+        if predicts_tokens(backbone):
+            raise UserError(
+                f"head(pooling={self.pooling!r}): {maps[-1].name!r} of {backbone.source} predicts tokens and is no head "
+                "for classes; use pooling='last', 'mean' or 'cls', or load the model's class for classification."
+            )
+        return maps[-1]
+
+    def _use_own(self, backbone: Backbone, group: Group) -> Labels:
+        if self.hidden:
+            raise UserError(
+                "head(pooling='own') has the layers that the architecture gives it, so hidden has no part in it; "
+                "use pooling='mean', 'cls' or 'last' with it."
+            )
+        last = self._own_map(backbone)
+        assert self.classes is not None
+        if widths(last.module)[1] != self.classes:
+            new = new_map(last, self.classes)
             parent, _, leaf = last.name.rpartition(".")
             setattr(backbone.module(parent), leaf, new)
             backbone.sites = tuple(
@@ -94,17 +142,19 @@ class Head(Method):
         # transformers' classification losses are means of what they are given: Trainer has to average them
         backbone.model.accepts_loss_kwargs = False  # type: ignore[assignment]
         labels: Labels = {}
-        for site in sites:
-            labels |= labels_of(backbone, site.name, group)
+        for site in backbone.sites:
+            if site.role == "head":
+                labels |= labels_of(backbone, site.name, group)
         # a pooler that the weights lack is random: train it
         labels |= {name: group for name in backbone.missing if name in backbone.base_parameters}
         return labels
 
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
-        """A pooler that this head passes by has no part in the output, so it cannot be trained."""
-        if self.pooling == "own":
+        """What this head passes by, a pooler or the model's own head, has no part in the output: it cannot be trained."""
+        if self.pooling in ("own", "stacked"):
             return labels
-        unused = {site.name for site in backbone.sites if site.role == "pooler"}
+        passed = ("head",) if below_head(backbone)[1] else ("head", "pooler")
+        unused = {site.name for site in backbone.sites if site.role in passed}
         return {name: group for name, group in labels.items() if name.rpartition(".")[0] not in unused}
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
@@ -112,14 +162,70 @@ class Head(Method):
         return {}
 
 
+def own_maps(backbone: Backbone) -> list[Site]:
+    """The linear maps and convolutions of the model's own head, in order."""
+    return [
+        site for site in backbone.sites
+        if site.role == "head" and (is_linear(site.module) or is_conv(site.module))
+    ]  # fmt: skip
+
+
+def predicts_tokens(backbone: Backbone) -> bool:
+    """Whether the model's own head has an output for each token of the vocabulary."""
+    maps = own_maps(backbone)
+    vocabulary = getattr(getattr(backbone.model, "config", None), "vocab_size", None)
+    return bool(maps) and widths(maps[-1].module)[1] == vocabulary
+
+
+def below_head(backbone: Backbone) -> tuple[nn.Module, bool]:
+    """The module whose output the states are; with True: whose input they are, as nothing below it gives them."""
+    model = backbone.model
+    base = model.base_model if hasattr(model, "base_model_prefix") else model
+    heads = [site.module for site in backbone.sites if site.role == "head"]
+    if base is model and heads:
+        return heads[0], True
+    return base, False  # type: ignore[return-value]
+
+
+def entering(module: nn.Module) -> int:
+    """Width of what comes into a norm or a map."""
+    return next(p.shape[-1] for p in module.parameters()) if is_norm(module) else widths(module)[0]
+
+
+def new_map(site: Site, classes: int) -> nn.Module:
+    """A random map like that of a head, with another number of outputs."""
+    old: Any = site.module
+    if is_conv(old):
+        if old.groups != 1:
+            raise UserError(
+                f"head(pooling='own'): {site.name!r} is a convolution in {old.groups} groups, which cannot have {classes} "
+                "outputs; use pooling='mean' or 'stacked'."
+            )
+        new = type(old)(
+            old.in_channels, classes, old.kernel_size, old.stride, old.padding, old.dilation,
+            bias=old.bias is not None, padding_mode=old.padding_mode,
+        )  # fmt: skip
+    else:
+        new = nn.Linear(widths(old)[0], classes, getattr(old, "bias", None) is not None)
+    new.to(device=old.weight.device, dtype=old.weight.dtype)
+    nn.init.normal_(new.weight, std=0.02)
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    return new
+
+
 class PooledHead(Addition):
-    """Turns the last hidden states of the model it is placed on into logits, and labels into a loss."""
+    """Turns the states of the model it is placed on into logits, and labels into a loss.
+
+    The states are the model's output, or those of a module in it (see `read_from`); 'stacked': its logits.
+    """
 
     survives_fold = True
 
     def __init__(self, width: int, classes: int, pooling: str, hidden: int, dropout: float) -> None:
         super().__init__()
         self.pooling = pooling
+        self.width = width
         if pooling == "attention":
             self.query = nn.Linear(width, 1, bias=False)
             nn.init.normal_(self.query.weight, std=0.02)
@@ -131,27 +237,53 @@ class PooledHead(Addition):
         nn.init.zeros_(self.output.bias)
         self.labels: Any = None
         self.items: Any = None
+        self.shifts = False  # the input of an encoder-decoder is its decoder's too
+        self.elsewhere = False
+        self.seen: Tensor | None = None
 
-    def features(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Pooled features (batch, width) of states (batch, length, width), in fp32; mask is 1 on real tokens."""
+    def read_from(self, module: nn.Module, its_input: bool) -> None:
+        """Take the states from a module in the model: its output, or its input."""
+        self.elsewhere = True
+        if its_input:
+            handle: Any = module.register_forward_pre_hook(self._see_input)
+        else:
+            handle = module.register_forward_hook(self._see_output, with_kwargs=True)
+        self.__dict__["handles"].append(handle)
+
+    def _see_input(self, module: nn.Module, args: tuple) -> None:
+        if self.active:
+            self.seen = self.features(module, args[0], {})
+
+    def _see_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self.active:
+            self.seen = self.features(module, output, named(module, args, kwargs))
+
+    def features(self, module: nn.Module, output: Any, given: dict[str, Any]) -> Tensor:
+        """Features (batch, width) in fp32 of what a module gave for the inputs `given`."""
+        states: Tensor = output if isinstance(output, Tensor) else output[0]
+        with torch.autocast(states.device.type, enabled=False):
+            result = self._pooled(module, states, output, given)
+        if result.dim() != 2 or result.shape[1] != self.width:
+            raise UserError(
+                f"head(pooling={self.pooling!r}) was made for {self.width} features a row, but {type(module).__name__} gives "
+                f"{list(states.shape)}; give the module an attribute hidden_size that says its width, or use another "
+                "pooling."
+            )
+        return result
+
+    def _pooled(self, module: nn.Module, states: Tensor, output: Any, given: dict[str, Any]) -> Tensor:
+        if states.dim() == 4:
+            return maps_to_features(states, output)
         states = states.float()
-        if states.dim() == 2:
+        if states.dim() != 3 or self.pooling == "stacked":
             return states
-        if mask is None:
-            mask = states.new_ones(states.shape[:2])
-        if self.pooling == "cls":
-            first = mask.long().argmax(dim=1)  # past the padding, where it is on the left
-            return states[torch.arange(len(states), device=states.device), first]
-        if self.pooling == "last":
-            positions = torch.arange(mask.shape[1], device=mask.device)
-            last = (positions * mask.long()).argmax(dim=1)
-            return states[torch.arange(len(states), device=states.device), last]
-        weights = mask.to(states.dtype)
-        if self.pooling == "attention":
-            scores = self.query(states).squeeze(-1).masked_fill(mask == 0, torch.finfo(states.dtype).min)
-            weights = scores.softmax(dim=1)
-            return (states * weights.unsqueeze(-1)).sum(dim=1)
-        return (states * weights.unsqueeze(-1)).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        mask = mask_of_states(module, states, given)
+        if self.pooling != "attention":
+            return pool(states, mask, self.pooling)
+        scores = self.query(states).squeeze(-1)
+        if mask is not None:
+            scores = scores.masked_fill(mask == 0, torch.finfo(states.dtype).min)
+        return (states * scores.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (batch, classes) of features (batch, width)."""
@@ -162,20 +294,40 @@ class PooledHead(Addition):
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self.labels, self.items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
         kept = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
+        given = named(site, args, kept) if self.shifts else {}
+        if given.get("input_ids") is not None and not any(name.startswith("decoder_") for name in given):
+            kept["decoder_input_ids"] = site._shift_right(given["input_ids"])  # type: ignore[operator]
+            kept["decoder_attention_mask"] = given.get("attention_mask")
         return args, kept
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        mask = kwargs.get("attention_mask")
-        if mask is None and len(args) > 1:
-            mask = inspect.signature(site.forward).bind(*args, **kwargs).arguments.get("attention_mask")
-        states = output if isinstance(output, Tensor) else output[0]
-        with torch.autocast(states.device.type, enabled=False):
-            logits = self.logits(self.features(states, mask))
+        features = self.seen if self.elsewhere else self.features(site, output, named(site, args, kwargs))
+        assert features is not None, "the part of the model that gives the states was not called"
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.logits(features)
         loss = None
         if self.labels is not None:
             summed = nn.functional.cross_entropy(logits, self.labels, reduction="sum")
             loss = summed / (self.items if self.items is not None else len(logits))
-        self.labels = self.items = None
+        self.labels = self.items = self.seen = None
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+
+def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that `forward` gives them."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {**bound, **bound.get("kwargs", {})}
+
+
+def maps_to_features(states: Tensor, output: Any) -> Tensor:
+    """(batch, channels) of feature maps (batch, channels, height, width): the model's own pooled output, which is their
+    mean behind whatever norm belongs to it, or the mean itself.
+    """
+    own = None if isinstance(output, Tensor) or len(output) < 2 else output[1]
+    if isinstance(own, Tensor) and own.shape[:2] == states.shape[:2]:
+        return own.flatten(1).float()
+    return states.float().flatten(2).mean(dim=-1)
