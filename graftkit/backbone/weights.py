@@ -21,7 +21,8 @@ class Weight:
 
     `kind`: 'linear' (out, in), 'transposed' (Conv1D of GPT-2, stored (in, out)), 'conv' (out, in / groups, *kernel),
     'embedding' (a map of one-hot rows, stored (in, out)), 'packed' (in a `nn.MultiheadAttention`, which multiplies by
-    it without calling a module) or 'experts' (experts, out, in), of which the last two can only be replaced.
+    it without calling a module) or 'experts' (experts, out, in), in some models stored (experts, in, out). The last
+    two can only be replaced.
     """
 
     module: nn.Module
@@ -30,8 +31,8 @@ class Weight:
 
     @property
     def value(self) -> Tensor:
-        path, _, name = self.parameter.rpartition(".")
-        parameter = self.module.get_submodule(path)._parameters[name]  # also while something stands in for it
+        name = self.parameter.rpartition(".")[2]
+        parameter = self.owner._parameters[name]  # also while something stands in for it
         assert parameter is not None
         return parameter
 
@@ -41,7 +42,19 @@ class Weight:
         if self.kind in ("linear", "transposed"):
             return features(self.module)[::-1]
         stored = tuple(self.value.shape)
-        return stored[::-1] if self.kind == "embedding" else stored
+        return (*stored[:-2], stored[-1], stored[-2]) if self.is_transposed else stored
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the parameter is stored (in, out)."""
+        if self.kind == "experts":  # a mark of transformers' classes of experts
+            return bool(getattr(self.module, "is_transposed", False))
+        return self.kind in ("transposed", "embedding")
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameter: `module`, or one below it."""
+        return self.module.get_submodule(self.parameter.rpartition(".")[0])
 
     @property
     def replaced(self) -> bool:
@@ -54,7 +67,7 @@ class Weight:
 
     def stored(self, matrix: Tensor) -> Tensor:
         """A matrix in the layout of W as the parameter is stored; its own inverse."""
-        return matrix.T if self.kind in ("transposed", "embedding") else matrix
+        return matrix.transpose(-2, -1) if self.is_transposed else matrix
 
 
 def weights_at(backbone: Backbone, site: Site) -> list[Weight]:
@@ -81,11 +94,25 @@ def weights_at(backbone: Backbone, site: Site) -> list[Weight]:
     return []
 
 
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a map was called with, whether by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in the type that autocast chooses; without autocast, in the type of W."""
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
     return nn.functional.linear(x, weight, bias)
+
+
+def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """y + scale x W^T in the type of y (..., out); one pass over y where the types allow it."""
+    casts = torch.is_autocast_enabled(x.device.type)
+    if y.dtype != x.dtype or (y.dtype != weight.dtype and not casts) or y.is_nested:
+        return y + (multiply(x, weight) * scale).to(y.dtype)
+    rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    return torch.addmm(rows, low, weight.T, alpha=scale).view(y.shape)
 
 
 def convolve(module: Any, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
@@ -100,10 +127,26 @@ def convolve(module: Any, x: Tensor, weight: Tensor, groups: int | None = None) 
     return function(x, weight, None, module.stride, padding, module.dilation, groups or module.groups)
 
 
+def mix_channels(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """A convolution with a kernel of one place."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    return CONVOLUTIONS[weight.dim() - 2](x, weight, groups=groups)
+
+
+def look_up(module: Any, ids: Tensor, table: Tensor) -> Tensor:
+    """The rows of a table (vocabulary, features) as the embedding `module` takes them from its own."""
+    found = nn.functional.embedding(
+        ids, table, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq
+    )
+    scale = getattr(module, "embed_scale", None)  # of embeddings that multiply what they found
+    return found if scale is None else found * scale
+
+
 def apply(weight: Weight, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
     """What `module`, which holds `weight`, would give for x with `matrix` (in the layout of W) and no bias."""
     if weight.kind == "conv":
         return convolve(module, x, matrix)
     if weight.kind == "embedding":
-        return nn.functional.embedding(x, matrix.T)
+        return look_up(module, x, matrix.T)
     return multiply(x, matrix)

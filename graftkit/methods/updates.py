@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
+from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
@@ -74,12 +76,23 @@ class UpdateMethod(Method):
         """The update of the weight of that dotted name. Raises `UserError` where it cannot be."""
         raise NotImplementedError
 
+    def maker(self, backbone: Backbone) -> Callable[[Weight, str], Update]:
+        """What makes the updates: `make`, unless a method has to look at the whole model first."""
+        return self.make
+
     def group(self) -> Group:
         """The label of the new parameters."""
         raise NotImplementedError
 
     def accepts(self, weight: Weight) -> bool:
+        """Whether the method can update a weight; where a selection has others, these are passed by."""
         return weight.kind in self.kinds
+
+    @property
+    def wanted(self) -> str:
+        """What messages call the weights that the method accepts."""
+        others = "unfreeze()" if self.name == "lora" else "lora() or unfreeze()"
+        return f"weights that {self.name}() can update; use {others} there"
 
     def targets(self, backbone: Backbone) -> list[tuple[Site, Weight]]:
         """Each weight that is updated, with the site that holds it."""
@@ -87,10 +100,16 @@ class UpdateMethod(Method):
         def usable(site: Site) -> bool:
             return any(self.accepts(weight) for weight in weights_at(backbone, site))
 
-        others = "unfreeze()" if self.name == "lora" else "lora() or unfreeze()"
-        wanted = f"weights that {self.name}() can update; use {others} there"
-        sites = select(backbone, self.sites, usable, wanted)
+        sites = select(backbone, self.sites, usable, self.wanted)
         return [(s, w) for s in sites for w in weights_at(backbone, s) if self.accepts(w)]
+
+    def named(self, backbone: Backbone) -> dict[str, tuple[Site, Weight]]:
+        """The same by the name of the parameter that the weight is."""
+        names = {id(module): name for name, module in backbone.model.named_modules()}
+        return {
+            f"{names[id(weight.module)]}.{weight.parameter}".lstrip("."): (site, weight)
+            for site, weight in self.targets(backbone)
+        }
 
     def added_name(self, weight: Weight, graft: str) -> str:
         """Name of the new module below the module that is called."""
@@ -104,20 +123,17 @@ class UpdateMethod(Method):
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels: Labels = {}
-        names = {id(module): name for name, module in backbone.model.named_modules()}
-        for _, weight in self.targets(backbone):
-            owner = names[id(weight.module)]
-            name = self.added_name(weight, graft)
-            update = self.make(weight, f"{owner}.{weight.parameter}" if owner else weight.parameter)
-            place(weight.module, name, update)
-            labels |= labels_of(backbone, f"{owner}.{name}" if owner else name, self.group())
+        make = self.maker(backbone)
+        for name, (_, weight) in self.named(backbone).items():
+            owner = name[: -len(weight.parameter)]
+            added = self.added_name(weight, graft)
+            place(weight.module, added, make(weight, name))
+            labels |= labels_of(backbone, f"{owner}{added}", self.group())
         return labels
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         values = {}
-        names = {id(module): name for name, module in backbone.model.named_modules()}
-        for _, weight in self.targets(backbone):
-            name = f"{names[id(weight.module)]}.{weight.parameter}".lstrip(".")
+        for name, (_, weight) in self.named(backbone).items():
             refuse_quantized(self, weight, name)
             with torch.no_grad():
                 values[name] = self.update_at(weight, graft).updated(weight)
@@ -139,3 +155,15 @@ def refuse_kinds(method: Method, weight: Weight, name: str, kinds: Iterable[str]
         raise UserError(
             f"{method.name}() cannot update {name!r} ({type(weight.module).__name__}); {instead}."
         )
+
+
+def peft_targets(backbone: Backbone, names: Iterable[str]) -> list[str] | str:
+    """PEFT's `target_modules` for the modules of these names: a list, or an expression where a list means more.
+
+    PEFT takes a name in a list for each module whose name ends with it.
+    """
+    names = list(dict.fromkeys(names))
+    endings = tuple(f".{name}" for name in names)
+    if any(name.endswith(endings) and name not in names for name, _ in base_modules(backbone.model)):
+        return "|".join(re.escape(name) for name in names)
+    return names
