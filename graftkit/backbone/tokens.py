@@ -1,0 +1,134 @@
+"""Virtual tokens behind what a model has embedded: a picture's patches, a sound's frames, a user's own tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone.anatomy import Added
+
+
+class VirtualTokens(Added):
+    """`tokens` trained positions of a model's input; a child of the model, which `insert` opens for them.
+
+    `positions`: how many of the model's positions they take from the text.
+    """
+
+    tokens: int
+    positions = 0
+
+    def embeddings(self) -> Tensor:
+        """What the model reads, (tokens, width)."""
+        raise NotImplementedError
+
+
+class BehindPatches:
+    """Virtual tokens behind the patches of a picture or the frames of a sound, from the first block to the last.
+
+    The first block that runs takes them in, which is not always the same one where a model drops layers. Behind the
+    last, they are cut off.
+    """
+
+    def __init__(self, added: VirtualTokens) -> None:
+        self.added = added
+        self.length: int | None = None  # of what the model itself reads
+
+    def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.length = None
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not self.added.active:
+            return None
+        given = by_name(module, args, kwargs)
+        states, mask, tokens = given["hidden_states"], given.get("attention_mask"), self.added.tokens
+        self.length = states.shape[1] if self.length is None else self.length
+        if states.shape[1] == self.length:  # also where a block is computed again for its gradients
+            behind = self.added.embeddings().to(states.dtype).expand(len(states), -1, -1)
+            given["hidden_states"] = torch.cat([states, behind], dim=1)
+        if mask is not None and mask.shape[-1] == self.length:  # (rows, 1, length, length), its lines alike
+            mask = nn.functional.pad(mask, (0, tokens), value=mask.dtype == torch.bool)
+            if mask.shape[2] == self.length:
+                mask = torch.cat([mask, mask[:, :, :1].expand(-1, -1, tokens, -1)], dim=2)
+            given["attention_mask"] = mask
+        names = list(given)[: len(args)]  # what came by position stays there: transformers looks for it there
+        return tuple(given.pop(name) for name in names), given
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.length is None:
+            return output
+        return shorten(output, slice(self.length), self.length + self.added.tokens)
+
+
+class BehindTokens:
+    """Virtual tokens behind those that an `nn.TransformerEncoder` is given.
+
+    All tokens attend to them. Where there is an attention mask, which may be causal, they attend to themselves alone, so
+    that nothing of the text passes through them.
+    """
+
+    def __init__(self, added: VirtualTokens) -> None:
+        self.added = added
+        self.axis: int | None = None  # of the positions, in a batch
+
+    def enter(
+        self, module: nn.TransformerEncoder, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict] | None:
+        self.axis = None
+        if not self.added.active:
+            return None
+        given = by_name(module, args, kwargs)
+        source, tokens = given["src"], self.added.tokens
+        behind = self.added.embeddings().to(source.dtype)
+        if source.dim() == 3:
+            rows = 1 if module.layers[0].self_attn.batch_first else 0  # type: ignore[union-attr]
+            self.axis = rows
+            behind = behind.unsqueeze(1 - rows)
+            behind = behind.expand(*(source.shape[i] if i != rows else tokens for i in (0, 1)), -1)
+        else:
+            self.axis = 0
+        given["src"] = torch.cat([source, behind], dim=self.axis)
+        padding, mask = given.get("src_key_padding_mask"), given.get("mask")
+        if padding is not None:
+            given["src_key_padding_mask"] = nn.functional.pad(padding, (0, tokens))
+        if mask is not None:
+            length = mask.shape[-1]
+            mask = nn.functional.pad(mask, (0, tokens, 0, tokens))
+            mask[..., length:, :length] = True if mask.dtype == torch.bool else float("-inf")
+            given |= {"mask": mask, "is_causal": False}
+        return (), given
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if self.axis is None:
+            return output
+        return output.narrow(self.axis, 0, output.shape[self.axis] - self.added.tokens)
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by the names of `forward`."""
+    if not args:
+        return dict(kwargs)
+    return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+
+
+def shorten(output: Any, kept: slice, length: int, start: str = "") -> Any:
+    """The output with all states (rows, length, width) in it cut to the positions kept.
+
+    `start`: how the names of the entries that are cut begin.
+    """
+    if isinstance(output, Tensor):
+        return output[:, kept] if output.dim() == 3 and output.shape[1] == length else output
+    if isinstance(output, dict):
+        for name, value in output.items():
+            if name == "router_logits" and value is not None:  # (rows * length, experts)
+                output[name] = tuple(
+                    part.view(-1, length, part.shape[-1])[:, kept].flatten(0, 1) for part in value
+                )
+            elif name.startswith(start) and name not in ("attentions", "past_key_values"):
+                output[name] = shorten(value, kept, length)
+        return output
+    if type(output) in (tuple, list):
+        return type(output)(shorten(value, kept, length) for value in output)
+    return output

@@ -1,0 +1,144 @@
+"""Prompt tuning: trained embeddings in front of the text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.prompts import Entrance, find_entrance, insert
+from graftkit.backbone.tokens import VirtualTokens
+from graftkit.catalogue import option
+from graftkit.errors import NotFoldable, UserError
+from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+
+@dataclass(frozen=True)
+class Prompt(Method):
+    """`tokens` trained embeddings P in front of the text: the model reads [P; X] instead of X.
+
+    Lester, Al-Rfou and Constant 2021, 'The Power of Scale for Parameter-Efficient Prompt Tuning', section 2. With an
+    encoder and a decoder, the encoder reads them. Models of pictures and sound read them behind their patches or frames
+    (Jia et al. 2022, 'Visual Prompt Tuning', VPT-shallow). The text has that many positions less. What the model gives
+    for the virtual tokens is cut off, so a head pools the text; the architecture's own head pools as it does in PEFT:
+    on the first position of all where it takes the first, on the text's last token where it takes the last.
+    `start`: 'random' draws from a normal distribution as wide as the embedding table, 'vocabulary' takes random rows
+    of the table, 'text' the rows of the words of `text`, repeated or cut to `tokens`.
+    Parameters: tokens * width.
+    """
+
+    peft_types = ("PROMPT_TUNING", "P_TUNING")
+
+    tokens: int = option(20, "number of virtual tokens", at_least=1)
+    start: str = option(
+        "random", "what the virtual tokens are at first", choices=("random", "vocabulary", "text")
+    )
+    text: str = option("", "the text to start from, with start='text'")
+    lr: float | None = option(None, "learning rate; null means 0.03", above=0)
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        if (self.start == "text") != bool(self.text.strip()):
+            raise UserError(
+                "prompt() starts from a text where both are given: prompt(start='text', text='Classify the question')."
+            )
+        entrance = find_entrance(backbone, self.name)
+        name = f"prompt_{graft}"
+        added = TrainedTokens(self._first(backbone, entrance))
+        place(backbone.model, name, added)
+        insert(backbone, entrance, added, self.name)
+        group = Group("added", self.lr or 3e-2, self.name, self.lr is not None)
+        return labels_of(backbone, name, group)
+
+    def _first(self, backbone: Backbone, entrance: Entrance) -> Tensor:
+        """The values to start from, (tokens, width), in fp32."""
+        table = entrance.table
+        if self.start == "random":
+            known = table is not None and not table.weight.is_meta
+            spread = float(table.weight.detach().float().std()) if table is not None and known else 0.02
+            return new_parameter(self.tokens, entrance.width, std=spread).detach()
+        if table is None:
+            raise UserError(
+                f"prompt(start={self.start!r}) needs a vocabulary, and {backbone.source} reads none; use start='random'."
+            )
+        if self.start == "vocabulary":
+            rows = torch.randint(table.num_embeddings, (self.tokens,), device=table.weight.device)
+        else:
+            rows = torch.tensor(self._ids(backbone), device=table.weight.device)
+        return table.weight.detach()[rows].float()
+
+    def _ids(self, backbone: Backbone) -> list[int]:
+        tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
+        if not callable(tokenizer):
+            raise UserError(
+                f"prompt(start='text') needs the tokenizer of {backbone.source}, which was given without one: pass "
+                "Backbone(model, tokenizer) instead of the model alone, or use start='vocabulary'."
+            )
+        ids = list(tokenizer(self.text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise UserError(f"prompt(): the tokenizer finds no tokens in the text {self.text!r}.")
+        return (ids * math.ceil(self.tokens / len(ids)))[: self.tokens]
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        raise NotFoldable(
+            "prompt() cannot be folded: virtual tokens make the input longer, which no weight of the plain architecture "
+            "does. Keep the graft folder and load it with graftkit.load, or use lora() where folding matters."
+        )
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        entrance = find_entrance(backbone, self.name)
+        if entrance.table is None:
+            return None
+        added = getattr(backbone.model, f"prompt_{graft}")
+        config: dict[str, Any] = {
+            "peft_type": "PROMPT_TUNING",
+            "num_virtual_tokens": self.tokens,
+            "token_dim": entrance.width,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": 1,  # PEFT wants these two, and does nothing with them
+            "num_layers": len(backbone.blocks),
+        }
+        return PeftForm(config, {"prompt_embeddings": added.values})
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Of P-tuning too, PEFT keeps the encoder's result alone, which is a trained prompt."""
+        reading.ignore(
+            "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+            "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+            "num_attention_heads", "num_layers",
+        )  # fmt: skip
+        tokens = reading.field("num_virtual_tokens", None, int)
+        width = reading.field("token_dim", None, int)
+        halves = reading.field("num_transformer_submodules") or 1
+        found = reading.take("prompt_embeddings")
+        if len(found) != 1:
+            raise reading.error("prompt_embeddings are not in adapter_model.safetensors.")
+        (values,) = found.values()
+        if tokens < 1 or halves not in (1, 2) or tuple(values.shape) != (tokens * halves, width):
+            raise reading.error(
+                f"num_virtual_tokens={tokens}, num_transformer_submodules={halves} and token_dim={width} do not fit "
+                f"prompt_embeddings of shape {tuple(values.shape)}."
+            )
+        # of those for an encoder and a decoder, PEFT uses the encoder's alone
+        return {"method": "prompt", "tokens": tokens}, {
+            "prompt_default.values": values[:tokens].float().contiguous()
+        }
+
+
+class TrainedTokens(VirtualTokens):
+    """`values` (tokens, width), fp32."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.tokens = len(values)
+        self.values = nn.Parameter(values.clone())
+
+    def embeddings(self) -> Tensor:
+        return self.values

@@ -1,0 +1,93 @@
+"""P-tuning: virtual tokens that an encoder makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.prompts import find_entrance, insert
+from graftkit.backbone.tokens import VirtualTokens
+from graftkit.catalogue import option
+from graftkit.errors import NotFoldable
+from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+
+
+@dataclass(frozen=True)
+class PTuning(Method):
+    """`tokens` embeddings in front of the text that an encoder makes of as many trained ones E, so that they depend on each other.
+
+    Liu et al. 2021, 'GPT Understands, Too' (P-tuning), section 3.2 of the first version: h = MLP(BiLSTM(E)); or
+    h = MLP(E). The MLP has rectified linear units: after the LSTM one hidden layer of 2 * hidden, alone `layers` of
+    `hidden`. Where virtual tokens stand, and what is cut off, is as in `prompt`.
+    Parameters, w the width and h hidden: tokens * w, and
+    for 'mlp' (w + 1) * h + (layers - 1) * (h + 1) * h + (h + 1) * w;
+    for 'lstm' 8 * h * (w + h + 2) + (layers - 1) * 8 * h * (3 * h + 2) + (2 * h + 1) * (2 * h + w).
+    """
+
+    tokens: int = option(20, "number of virtual tokens", at_least=1)
+    encoder: str = option("mlp", "what makes the virtual tokens", choices=("mlp", "lstm"))
+    hidden: int | None = option(None, "width of the encoder; null means the embeddings' width", at_least=1)
+    layers: int = option(2, "layers of the LSTM; hidden layers of the MLP", at_least=1)
+    lr: float | None = option(None, "learning rate; null means 0.001", above=0)
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        entrance = find_entrance(backbone, self.name)
+        width = entrance.width
+        name = f"ptuning_{graft}"
+        added = EncodedTokens(self.tokens, width, self.encoder, self.hidden or width, self.layers)
+        place(backbone.model, name, added)
+        insert(backbone, entrance, added, self.name)
+        group = Group("added", self.lr or 1e-3, self.name, self.lr is not None)
+        return labels_of(backbone, name, group)
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        raise NotFoldable(
+            "ptuning() cannot be folded: virtual tokens make the input longer, which no weight of the plain architecture "
+            "does. Keep the graft folder and load it with graftkit.load, or use lora() where folding matters."
+        )
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        """PEFT keeps what the encoder makes, not the encoder: enough to use it, not to train on."""
+        entrance = find_entrance(backbone, self.name)
+        if entrance.table is None:
+            return None
+        added = getattr(backbone.model, f"ptuning_{graft}")
+        config: dict[str, Any] = {
+            "peft_type": "P_TUNING",
+            "num_virtual_tokens": self.tokens,
+            "token_dim": entrance.width,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": 1,  # PEFT wants these two, and does nothing with them
+            "num_layers": len(backbone.blocks),
+            "encoder_reparameterization_type": self.encoder.upper(),
+            "encoder_hidden_size": self.hidden or entrance.width,
+            "encoder_num_layers": self.layers,
+        }
+        return PeftForm(config, {"prompt_embeddings": added.embeddings().detach().clone()})
+
+
+class EncodedTokens(VirtualTokens):
+    """E (tokens, width) and the encoder that makes virtual tokens of it, all fp32."""
+
+    def __init__(self, tokens: int, width: int, encoder: str, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.embedding = new_parameter(tokens, width, std=1.0)
+        self.lstm = nn.LSTM(width, hidden, layers, bidirectional=True) if encoder == "lstm" else None
+        widths = [2 * hidden] * 2 if encoder == "lstm" else [width] + [hidden] * layers
+        maps: list[nn.Module] = []
+        for inputs, outputs in pairwise(widths):
+            maps += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.mlp = nn.Sequential(*maps, nn.Linear(widths[-1], width))
+
+    def embeddings(self) -> Tensor:
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            states = self.embedding
+            if self.lstm is not None:
+                states, _ = self.lstm(states)
+            return self.mlp(states)
