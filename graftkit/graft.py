@@ -70,6 +70,16 @@ class Graft:
             tensors |= module.state_dict(prefix=f"{prefix}.", keep_vars=True)
         return tensors
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """`tensors`, and what its additions keep for training alone: all that a checkpoint holds, by name."""
+        buffers = [
+            (f"{prefix}.{name}", buffer)
+            for prefix, module in self.additions()
+            for name, buffer in module.named_buffers()
+        ]
+        return self.tensors | dict(buffers)
+
     def additions(self) -> Iterator[tuple[str, Added]]:
         """(name, module) of each module that this graft added."""
         for name, module in self.model.named_modules():
@@ -85,6 +95,18 @@ class Graft:
         from graftkit.optim.groups import param_groups
 
         return param_groups(self.parameters, self.labels, lr, weight_decay)
+
+    def extra_loss(self) -> Tensor | None:
+        """What the method adds to the task's loss in each step, a scalar; None for most methods."""
+        return self.method.extra_loss(self.backbone, self.name)
+
+    def after_step(self, step: int, steps: int) -> None:
+        """To be called after each optimizer step in a loop of your own, before gradients are set to zero.
+
+        `step` counts from 1 to `steps`, the length of the whole training. Methods that follow a schedule of their
+        own, such as adalora, move on here; without the call they stay as they began.
+        """
+        self.method.after_step(self.backbone, self.name, step, steps)
 
     def requires_grad_(self, requires_grad: bool = True) -> Graft:
         """Let this graft be trained, and no other on its model; False freezes it. Returns the graft."""

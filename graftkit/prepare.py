@@ -193,6 +193,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     train = recipe.train
     per_epoch = steps_per_epoch(len(rows.train), train.batch_size, train.accumulate * parallel.processes()[1])
     steps = train.steps or math.ceil(train.epochs * per_epoch)
+    graft.method.check_steps(steps)
     depth = frozen_depth(graft)
     plan = make_plan(
         graft, rows=len(rows.train), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,

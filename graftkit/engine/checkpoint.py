@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file each, written to a temporary name, synced and renamed.
 
-A checkpoint holds the graft's tensors (`Graft.tensors`), the optimizer's state and the step. The order of the data and all
+A checkpoint holds the graft's tensors (`Graft.state`), the optimizer's state and the step. The order of the data and all
 randomness are functions of (seed, step), so the step is the whole position; the frozen base is never written.
 """
 

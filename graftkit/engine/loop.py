@@ -83,7 +83,7 @@ class Loop:
         self._order: tuple[int, list[np.ndarray]] | None = None
 
     def __iter__(self) -> Iterator[Step]:
-        audit = Audit(self.graft.model, self.graft.labels, self.graft.tensors) if self.step < STEPS else None
+        audit = Audit(self.graft.model, self.graft.labels, self.graft.state) if self.step < STEPS else None
         set_training(self.graft, self.depth)
         while self.step < self.settings.steps:
             result = self._take_step(audit)
@@ -118,13 +118,14 @@ class Loop:
             self.optimizer.zero_grad()
             raise NotFinite(self._not_finite(loss, norm, batches))
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
         if audit is not None:
             audit.after_step(
                 rising=self.step < settings.warmup * settings.steps,
                 last=self.step >= min(self.per_epoch, settings.steps),
             )
+        self.graft.after_step(self.step, settings.steps)
+        self.optimizer.zero_grad()
         rows = sum(map(len, batches))
         return Step(self.step, self.step / self.per_epoch, loss, norm, scale, rows, correct, tokens)
 
@@ -163,6 +164,9 @@ class Loop:
                         total += losses.detach().sum().double().cpu()
                         correct += int((logits.detach().argmax(-1) == targets).sum())
                         tokens += int(self.dataset.encoded.lengths[part].sum())
+            extra = self.graft.extra_loss() if self.index == 0 else None  # gradients are summed over processes
+            if extra is not None and extra.requires_grad:
+                extra.backward()
         loss, hits, read = sum_numbers([float(total) / rows, correct, tokens])
         return loss, int(hits), int(read)
 
@@ -188,11 +192,11 @@ class Loop:
 
     def save(self, folder: Path, position: dict[str, Any]) -> None:
         """Write a checkpoint of the present step."""
-        checkpoint.save(folder, self.step, self.graft.tensors, self.optimizer, position)
+        checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position)
 
     def restore(self, folder: Path) -> dict[str, Any] | None:
         """Go on from the newest checkpoint; its position, or None where there is none."""
-        position = checkpoint.restore(folder, self.graft.tensors, self.optimizer)
+        position = checkpoint.restore(folder, self.graft.state, self.optimizer)
         if position is not None:
             self.step = position["step"]
         return position

@@ -93,6 +93,20 @@ class Method:
         """Change the labels of all methods after they are attached; for `freeze` and `layerwise_lr`."""
         return labels
 
+    def check_steps(self, steps: int) -> None:
+        """Raise `UserError` where a run of so many steps is not one that the method can be trained in."""
+
+    def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
+        """What is added to the task's loss in each step, a scalar; None for nothing."""
+        return None
+
+    def after_step(self, backbone: Backbone, graft: str, step: int, steps: int) -> None:
+        """Change what was added once optimizer step number `step` of `steps`, from 1, is taken.
+
+        The gradients of the step are still there. What is remembered from one step to the next is a buffer of an
+        addition, so that checkpoints keep it; one that is not persistent is left out of the graft's folder.
+        """
+
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         """New values of base parameters that melt this method's additions into the plain architecture.
 
@@ -168,6 +182,19 @@ class Chain(Method):
             labels = method.relabel(backbone, labels)
         order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
         return dict(sorted(labels.items(), key=lambda item: order[item[0]]))
+
+    def check_steps(self, steps: int) -> None:
+        for method in self.methods:
+            method.check_steps(steps)
+
+    def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
+        losses = [method.extra_loss(backbone, graft) for method in self.methods]
+        given = [loss for loss in losses if loss is not None]
+        return torch.stack(given).sum() if given else None
+
+    def after_step(self, backbone: Backbone, graft: str, step: int, steps: int) -> None:
+        for method in self.methods:
+            method.after_step(backbone, graft, step, steps)
 
 
 def _attach_one(method: Method, backbone: Backbone, graft: str) -> Labels:
