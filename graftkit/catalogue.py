@@ -27,7 +27,7 @@ from graftkit.errors import UserError, listing, nearest
 
 FAMILIES = {"method": "methods", "task": "tasks"}
 OWN_FOLDERS = {"method": "GRAFTKIT_METHODS"}
-NOT_ENTRIES = {"__init__", "base", "metrics", "updates"}
+NOT_ENTRIES = {"__init__", "base", "low_rank", "metrics", "mixtures", "peft_lora", "updates"}
 
 
 def option(
@@ -45,7 +45,7 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
-BASES = ("Method", "UpdateMethod", "Task")  # a class is an entry if it derives from one of these
+BASES = ("Method", "UpdateMethod", "LowRankMethod", "Task")  # a class is an entry if it derives from one of these
 
 
 @dataclasses.dataclass(frozen=True)

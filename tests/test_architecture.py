@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import graftkit
+from graftkit.catalogue import entries
 
 ROOT = Path(graftkit.__file__).parent
-METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__", "base", "updates"}
+METHODS = set(entries("method"))
+SHARED = (
+    {path.stem for path in (ROOT / "methods").glob("*.py")} - METHODS - {"__init__"}
+)  # what methods share
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,7 @@ def test_only_the_front_imports_run():
 
 def test_a_method_imports_base_backbone_and_torch():
     allowed = (
-        "graftkit.methods.base",
-        "graftkit.methods.updates",
+        *(f"graftkit.methods.{name}" for name in SHARED),
         "graftkit.backbone",
         "graftkit.catalogue",
         "graftkit.errors",

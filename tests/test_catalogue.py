@@ -90,7 +90,7 @@ def test_what_expressions_mean(text, calls):
         ("lora(rnk=4)", "Did you mean 'rank'?"),
         ("lora(rank=4, rank=5)", "given twice"),
         ("lora(4, rank=5)", "given twice"),
-        ("lora(1, 'q', 2, 0, 1, 7)", "takes 5 values, but 6"),
+        ("freeze('q', 'v')", "takes 1 values, but 2"),
         ("lora(**{})", "'**'"),
         ("lora(rank='4')", "rank is '4', but must be int"),
         ("lora(rank=4.0)", "must be int"),

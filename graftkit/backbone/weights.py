@@ -94,6 +94,17 @@ def weights_at(backbone: Backbone, site: Site) -> list[Weight]:
     return []
 
 
+def groups_of(weight: Weight) -> int:
+    """Groups of a convolution; 1 of any other map."""
+    return int(getattr(weight.module, "groups", 1)) if weight.kind == "conv" else 1
+
+
+def has_geometry(weight: Weight) -> bool:
+    """Whether a convolution is dilated, or pads with something other than zeros."""
+    module: Any = weight.module
+    return weight.kind == "conv" and (set(module.dilation) != {1} or module.padding_mode != "zeros")
+
+
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a map was called with, whether by place or by name."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -115,23 +126,27 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Ten
     return torch.addmm(rows, low, weight.T, alpha=scale).view(y.shape)
 
 
-def convolve(module: Any, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
-    """The convolution of a module with another weight, without bias: same stride, padding and dilation."""
+def correlate(
+    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor:
+    """A convolution without bias, in the type that autocast chooses; without autocast, in that of the weight."""
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
+    return CONVOLUTIONS[weight.dim() - 2](x, weight, None, stride, padding, dilation, groups)
+
+
+def convolve(module: Any, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
+    """The convolution of a module with another weight, without bias: same stride, padding and dilation."""
     padding = module.padding
     if module.padding_mode != "zeros":
         x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         padding = 0
-    function = CONVOLUTIONS[weight.dim() - 2]
-    return function(x, weight, None, module.stride, padding, module.dilation, groups or module.groups)
+    return correlate(x, weight, module.stride, padding, module.dilation, groups or module.groups)
 
 
 def mix_channels(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     """A convolution with a kernel of one place."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(weight.dtype)
-    return CONVOLUTIONS[weight.dim() - 2](x, weight, groups=groups)
+    return correlate(x, weight, groups=groups)
 
 
 def look_up(module: Any, ids: Tensor, table: Tensor) -> Tensor:

@@ -2,112 +2,71 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight
 from graftkit.catalogue import option
-from graftkit.methods.base import Group, PeftForm, exactly, multiply, new_parameter
-from graftkit.methods.updates import Update, UpdateMethod
+from graftkit.methods import peft_lora
+from graftkit.methods.low_rank import LowRank, LowRankMethod
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
 
-# ways to start that rewrite the base's weights
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 
 @dataclass(frozen=True)
-class LoRA(UpdateMethod):
-    """Low-rank update s B A beside each chosen linear map: W x + s B (A x), with s = alpha / rank.
+class LoRA(LowRankMethod):
+    """Low-rank update s B A beside each chosen map: W x + s B (A x), with s = alpha / rank.
 
-    Hu et al. 2021, 'LoRA: Low-Rank Adaptation of Large Language Models', equation 3. A is drawn as
-    `nn.Linear` draws its weight, B is zero, so that training starts at the base model exactly.
-    Parameters: rank * (in + out) for each map.
+    Hu et al. 2021, 'LoRA: Low-Rank Adaptation of Large Language Models', equation 3. A is drawn as `nn.Linear` draws
+    its weight, B is zero, so that training starts at the base model exactly (at an embedding A is zero and B is
+    drawn). `stabilised`: s = alpha / sqrt(rank), Kalajdzievski 2023, 'A Rank Stabilization Scaling Factor',
+    theorem 3.2. `b_rate`: Hayou et al. 2024, 'LoRA+', section 4.
+
+    Beside linear maps it updates convolutions, embeddings, the packed maps of `nn.MultiheadAttention` and experts that
+    are kept as one parameter; of the latter two the sum W + s B A stands in for W during a call.
+
+    Parameters: rank * (in + out) for each map, as many times as there are experts; at an embedding in is the
+    vocabulary; at a convolution rank * (in * kernel + out / groups), which `groups` has to divide the rank for. With
+    b_bias out more for each map; bias frees those of the model.
     """
 
     peft_types = ("LORA",)
-    kinds = ("linear", "transposed")
 
     rank: int = option(8, "rank of the update", at_least=1)
-    sites: str = option("all-linear", "linear maps that are adapted, as a selection")
-    alpha: float | None = option(None, "scale times rank; null means 2 * rank, a scale of 2", above=0)
-    dropout: float = option(0.0, "dropout on the input of A", at_least=0, below=1)
+    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    alpha: float | None = option(
+        None, "scale times rank; null means 2 * rank, a scale of 2, and 16 with stabilised", above=0
+    )
+    dropout: float = option(
+        0.0,
+        "dropout on the input of A; embeddings, packed attention and experts have none",
+        at_least=0,
+        below=1,
+    )
     lr: float | None = option(None, "learning rate; null means 0.001", above=0)
+    stabilised: bool = option(False, "a scale of alpha / sqrt(rank), which suits large ranks")
+    ranks: dict | None = option(
+        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
+    )
+    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
+    b_rate: float = option(1.0, "factor on the learning rate of B (LoRA+ takes 2 to 16)", above=0)
+    b_bias: bool = option(False, "a trained bias beside B, scaled as B is")
+    bias: str = option(
+        "none", "the model's own biases that are trained too", choices=("none", "all", "lora_only")
+    )
+    start: str = option("kaiming", "distribution that A is drawn from", choices=("kaiming", "gaussian"))
+    plain_conv: bool = option(
+        False, "A pads with zeros and is not dilated, whatever the site does, as in PEFT"
+    )
 
-    @property
-    def scale(self) -> float:
-        return 2.0 if self.alpha is None else self.alpha / self.rank
-
-    def group(self) -> Group:
-        return Group("added", self.lr or 1e-3, self.name, self.lr is not None)
-
-    def make(self, weight: Weight, name: str) -> LowRank:
-        return LowRank(weight, self.rank, self.scale, self.dropout)
-
-    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm:
-        sites = [site for site, _ in self.targets(backbone)]
-        tensors = {}
-        for site, weight in self.targets(backbone):
-            added: Any = self.update_at(weight, graft)
-            tensors[f"base_model.model.{site.name}.lora_A.weight"] = added.A
-            tensors[f"base_model.model.{site.name}.lora_B.weight"] = added.B
-        config: dict[str, Any] = {
-            "peft_type": "LORA",
-            "r": self.rank,
-            "lora_alpha": self.scale * self.rank,
-            "lora_dropout": self.dropout,
-            "target_modules": [site.name for site in sites],
-            "fan_in_fan_out": any(weight.kind == "transposed" for _, weight in self.targets(backbone)),
-            "bias": "none",
-        }
-        return PeftForm(config, tensors)
+    def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
+        update = super().factors(weight, name, rank, scale)
+        update.draw(self.start)
+        return update
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        rank = reading.field("r", 8, int)
-        alpha = reading.field("lora_alpha", 8, (int, float))
-        if rank < 1:
-            raise reading.error(f"r is {rank}; it must be at least 1.")
-        start = reading.field("init_lora_weights", True)
-        if str(start).startswith(CHANGES_BASE):
-            raise reading.error(
-                f"init_lora_weights={start!r} rewrote the base's weights, which graftkit does not read."
-            )
-        reading.ignore("fan_in_fan_out")
-        scale = alpha / (rank**0.5 if reading.field("use_rslora", False) else rank)
-        tensors = {
-            f"{key[1]}.lora_default.{key[2]}": tensor
-            for key, tensor in reading.take(r"(.+)\.lora_([AB])\.weight").items()
-        }
-        options = {
-            "rank": rank,
-            "alpha": float(scale * rank),
-            "sites": exactly(name.partition(".lora_default")[0] for name in tensors),
-            "dropout": float(reading.field("lora_dropout", 0.0, (int, float))),
-        }
-        return options, tensors
-
-
-class LowRank(Update):
-    """A (rank, in) and B (out, rank), both fp32."""
-
-    def __init__(self, weight: Weight, rank: int, scale: float, dropout: float) -> None:
-        super().__init__(weight)
-        outputs, inputs = weight.shape
-        self.A = new_parameter(rank, inputs)
-        self.B = new_parameter(outputs, rank)
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-
-    def delta(self, weight: Weight) -> Tensor:
-        return self.scale * (self.B.float() @ self.A.float())
-
-    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        low = multiply(self.dropout(args[0]), self.A)
-        return output + (multiply(low, self.B) * self.scale).to(output.dtype)
+        return peft_lora.read(reading)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
+from graftkit.methods.mixtures import MatrixMixture
 
 KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")
 
@@ -38,6 +39,15 @@ class Update(Addition):
         """W + dW in the layout and type of the parameter; with `value` in the place of W, to which dW is added."""
         value = weight.value if value is None else value
         return (value.float() + weight.stored(self.delta(weight))).to(value.dtype)
+
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        weight = members[0].of(site)
+        matrices = [member.delta(weight) for member in members]
+        if len(weights) == 1:
+            return Sum(weight, torch.tensordot(weights[0], torch.stack(matrices), dims=1))
+        refuse_rows(weight)
+        return MatrixMixture(weight, matrices, weights)
 
     def of(self, site: nn.Module) -> Weight:
         """The weight, found again in the module that is called."""
@@ -64,6 +74,23 @@ class Update(Addition):
             weight = self.of(site)
             weight.owner.__dict__.pop(weight.parameter.rpartition(".")[2], None)
         return super()._after(site, args, kwargs, output)
+
+
+class Sum(Update):
+    """The updates of several grafts as one: their weighted sum."""
+
+    def __init__(self, weight: Weight, matrix: Tensor) -> None:
+        super().__init__(weight)
+        self.__dict__["matrix"] = matrix
+
+    def delta(self, weight: Weight) -> Tensor:
+        return self.__dict__["matrix"]
+
+
+def refuse_rows(weight: Weight) -> None:
+    """Raise `NotImplementedError` for a weight that the rows of a batch can only have in common."""
+    if weight.replaced:
+        raise NotImplementedError(f"{type(weight.module).__name__} multiplies all rows by one weight")
 
 
 class UpdateMethod(Method):

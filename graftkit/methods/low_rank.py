@@ -1,0 +1,272 @@
+"""What LoRA and its kin share: two factors beside a weight of any kind, and PEFT's form of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone, select
+from graftkit.backbone.weights import (
+    Weight,
+    add_product,
+    convolve,
+    correlate,
+    groups_of,
+    has_geometry,
+    input_of,
+    look_up,
+    mix_channels,
+    multiply,
+)
+from graftkit.errors import NotFoldable, UserError
+from graftkit.methods.base import Group, Labels, PeftForm, new_parameter
+from graftkit.methods.peft_lora import write
+from graftkit.methods.updates import Update, UpdateMethod
+
+STABLE_ALPHA = 16.0  # Kalajdzievski 2023: the same for every rank
+
+
+class LowRankMethod(UpdateMethod):
+    """A method that places two factors, A and B, at each weight. Subclasses are dataclasses with `rank` and `sites`."""
+
+    rank: int
+    alpha: float | None
+    dropout: float
+    lr: float | None
+    stabilised: bool = False
+    ranks: dict | None = None
+    alphas: dict | None = None
+    b_rate: float = 1.0
+    b_bias: bool = False
+    bias: str = "none"
+    plain_conv: bool = False
+    default_lr = 1e-3
+    default_scale = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "yields", self.bias != "none")  # a head has its own biases
+        for option, kinds, least in (("ranks", int, 1), ("alphas", int | float, 0)):
+            for selection, value in (getattr(self, option) or {}).items():
+                good = isinstance(value, kinds) and not isinstance(value, bool) and value >= least
+                if not isinstance(selection, str) or not good or not math.isfinite(value) or value == 0:
+                    raise UserError(
+                        f"{self.name}(): {option} has {selection!r}: {value!r}; write a selection and a positive "
+                        f"number, for example {option}={{'blocks[-2:]': 16}}."
+                    )
+
+    def group(self) -> Group:
+        return Group("added", self.lr or self.default_lr, self.name, self.lr is not None)
+
+    @property
+    def wanted(self) -> str:
+        return (
+            f"weights that {self.name}(rank={self.rank}) can update; use unfreeze() there, or for a grouped "
+            "convolution a rank that its groups divide"
+        )
+
+    def accepts(self, weight: Weight) -> bool:
+        ranks = (self.rank, *(self.ranks or {}).values())
+        return weight.kind in self.kinds and any(rank % groups_of(weight) == 0 for rank in ranks)
+
+    def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
+        """The update of the weight of that dotted name."""
+        return LowRank(weight, rank, scale, self.dropout, self.b_bias, self.plain_conv)
+
+    def maker(self, backbone: Backbone) -> Callable[[Weight, str], Update]:
+        sizes = self.sizes(backbone)
+
+        def make(weight: Weight, name: str) -> Update:
+            rank, alpha = sizes[name]
+            if self.b_bias and weight.kind not in ("linear", "transposed", "conv"):
+                raise UserError(
+                    f"{self.name}(b_bias=True) cannot update {name!r} ({type(weight.module).__name__}), whose output is "
+                    "not that of one map; leave b_bias out, or narrow sites."
+                )
+            if rank % groups_of(weight):
+                raise UserError(
+                    f"{self.name}(): the rank at {name!r} is {rank}, but must be a multiple of the "
+                    f"{groups_of(weight)} groups of this {type(weight.module).__name__}. Give it one with ranks, "
+                    "leave it out of sites, or use unfreeze() there."
+                )
+            scale = alpha / math.sqrt(rank) if self.stabilised else alpha / rank
+            return self.factors(weight, name, rank, scale)
+
+        return make
+
+    def sizes(self, backbone: Backbone) -> dict[str, tuple[int, float]]:
+        """Rank and alpha of each weight, by the name of its parameter."""
+        ranks = self._by_name(backbone, "ranks")
+        alphas = self._by_name(backbone, "alphas")
+        found = {}
+        for name in self.named(backbone):
+            rank = int(ranks.get(name, self.rank))
+            found[name] = (rank, float(alphas.get(name, self.alpha_at(rank))))
+        return found
+
+    def alpha_at(self, rank: int) -> float:
+        """The alpha that goes with a rank where `alphas` says nothing."""
+        if self.alpha is not None:
+            return self.alpha
+        return STABLE_ALPHA if self.stabilised else self.default_scale * rank
+
+    def _by_name(self, backbone: Backbone, option: str) -> dict[str, float]:
+        """`ranks` or `alphas` by the names of parameters; where two selections meet, the later one counts."""
+        named = self.named(backbone)
+        found: dict[str, float] = {}
+        for selection, value in (getattr(self, option) or {}).items():
+            chosen = {site.name for site in select(backbone, selection)}
+            names = [name for name, (site, _) in named.items() if site.name in chosen]
+            if not names:
+                raise UserError(
+                    f"{self.name}(): {option} has {selection!r}, which is none of sites={self.sites!r}; "
+                    "widen the one or the other."
+                )
+            found |= dict.fromkeys(names, value)
+        return found
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        labels = super().attach(backbone, graft)
+        for name, group in labels.items():
+            if name.endswith(".B"):
+                labels[name] = dataclasses.replace(group, lr_scale=self.b_rate)
+        biases = dict.fromkeys(self.biases(backbone), dataclasses.replace(self.group(), role="base"))
+        return labels | biases
+
+    def biases(self, backbone: Backbone) -> list[str]:
+        """Names of the base's own parameters that `bias` frees."""
+        if self.bias == "all":
+            return [name for name in backbone.base_parameters if name.rpartition(".")[2] == "bias"]
+        if self.bias == "none":
+            return []
+        named = {name.rpartition(".")[0] + ".bias" for name in self.named(backbone)}
+        return [name for name in backbone.base_parameters if name in named or f".{name}" in named]
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        for name, (_, weight) in self.named(backbone).items():
+            kind = type(weight.module).__name__
+            if groups_of(weight) > 1:
+                raise NotFoldable(
+                    f"{self.name}() cannot be folded into {name!r}, a {kind} with groups: A sees all of its channels, "
+                    "and a group of it does not. Keep the graft folder."
+                )
+            if self.plain_conv and has_geometry(weight):
+                raise NotFoldable(
+                    f"{self.name}(plain_conv=True) cannot be folded into {name!r}, a {kind} with a dilation or "
+                    f"padding of its own ({self.name}() can). Keep the graft folder."
+                )
+        return super().fold(backbone, graft)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        return write(self, backbone, graft)
+
+    def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of the LoRA that PEFT would call an update of that rank and alpha."""
+        return rank, alpha
+
+
+class LowRank(Update):
+    """s B A with A (rank, in) and B (out, rank), both fp32, and with `b_bias` a bias b (out) beside B.
+
+    At a convolution A is (rank, in, *kernel) and B (out, rank / groups, 1, ...), and A takes on the stride, padding and
+    dilation of the site (with `plain_conv` zeros for padding and no dilation); at n experts A is (n rank, in), one
+    expert after the other, and B (out, rank n), the experts of each column side by side: PEFT's layouts.
+    `dropout` acts on the input of A, where the map has an input of its own that is no list of ids.
+    """
+
+    def __init__(
+        self,
+        weight: Weight,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        b_bias: bool = False,
+        plain_conv: bool = False,
+    ) -> None:
+        super().__init__(weight)
+        self.rank, self.scale, self.plain_conv = rank, scale, plain_conv
+        if weight.kind == "conv":
+            module: Any = weight.module
+            outputs, _, *kernel = weight.shape
+            self.A = new_parameter(rank, module.in_channels, *kernel)
+            self.B = new_parameter(outputs, rank // module.groups, *(1 for _ in kernel))
+        else:
+            outputs, inputs = weight.shape[-2:]
+            count = weight.shape[0] if weight.kind == "experts" else 1
+            self.A = new_parameter(count * rank, inputs)
+            self.B = new_parameter(outputs, rank * count)
+        self.b = new_parameter(outputs) if b_bias else None
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.draw("kaiming")
+
+    def draw(self, how: str) -> None:
+        """Draw one factor and leave the other zero: A, or B at an embedding, where few columns of A meet a token."""
+        if self.kind == "embedding":
+            nn.init.normal_(self.B)
+        elif how == "gaussian":
+            nn.init.normal_(self.A, std=1 / self.rank)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(B, A) as matrices (out, rank) and (rank, in * kernel), or as stacks of them, one for each expert."""
+        return self.as_matrices(self.B, self.A)
+
+    def as_matrices(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind != "experts":
+            return B.flatten(1), A.flatten(1)
+        return B.unflatten(1, (self.rank, -1)).permute(2, 0, 1), A.unflatten(0, (-1, self.rank))
+
+    def delta(self, weight: Weight) -> Tensor:
+        B, A = self.pair()
+        return (self.scale * (B @ A)).view(weight.shape)
+
+    def updated(self, weight: Weight, value: Tensor | None = None) -> Tensor:
+        value = weight.value if value is None else value
+        if not self.replaces or value.dtype != self.A.dtype:
+            return super().updated(weight, value)
+        left, right = self.pair()
+        if weight.is_transposed:
+            left, right = right.transpose(-2, -1), left.transpose(-2, -1)
+        return (torch.baddbmm if value.dim() == 3 else torch.addmm)(value, left, right, alpha=self.scale)
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.replaces:
+            return output
+        output = self.plus(site, self.low(site, input_of(args, kwargs)), output)
+        return output if self.b is None else output + (self.scale * self.across(self.b)).to(output.dtype)
+
+    def low(self, site: nn.Module, x: Tensor) -> Tensor:
+        """A x, where A is the first of two maps."""
+        return self.down(site, x if self.kind == "embedding" else self.dropout(x), self.A)
+
+    def down(self, site: Any, x: Tensor, A: Tensor) -> Tensor:
+        if self.kind == "embedding":
+            return look_up(site, x, A.T)
+        if self.kind != "conv":
+            return multiply(x, A)
+        if self.plain_conv:
+            return correlate(x, A, site.stride, site.padding)
+        return convolve(site, x, A, groups=1)
+
+    def plus(self, site: Any, low: Tensor, output: Tensor) -> Tensor:
+        """output + s B low."""
+        if self.kind == "conv":
+            return output + (mix_channels(low, self.B, site.groups) * self.scale).to(output.dtype)
+        return add_product(output, low, self.B, self.scale)
+
+    def across(self, values: Tensor) -> Tensor:
+        """One value for each output, in a shape that goes with the outputs of the site."""
+        return values.view(-1, *(1 for _ in self.A.shape[2:])) if self.kind == "conv" else values
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """The tensors by the keys that PEFT gives them below a module."""
+        if self.kind == "embedding":
+            return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
+        tensors: dict[str, Tensor] = {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        return tensors if self.b is None else tensors | {"lora_B.bias": self.b}

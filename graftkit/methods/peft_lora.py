@@ -1,0 +1,221 @@
+"""PEFT's LoRA, read and written: names of tensors, ranks and alphas by pattern, biases, attention and experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.weights import Weight, has_geometry
+from graftkit.methods.base import PeftForm, exactly
+from graftkit.methods.updates import peft_targets
+
+if TYPE_CHECKING:
+    from graftkit.methods.low_rank import LowRankMethod
+    from graftkit.peft_files import PeftReading
+
+# ways to start that rewrite the base's weights
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# order in which modules of experts hold their parameters; PEFT nests them in this order
+EXPERTS_ORDER = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+OUT_PROJ = ".base_layer.out_proj"  # of a `nn.MultiheadAttention`, below its wrapper
+IN_ATTENTION = {"in_proj_weight": "", "out_proj.weight": OUT_PROJ}
+NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "b", "lora_embedding_A": "A",
+         "lora_embedding_B": "B", "lora_magnitude_vector": "m"}  # fmt: skip
+
+
+def write(method: LowRankMethod, backbone: Backbone, graft: str) -> PeftForm | None:
+    """The adapter that computes what the graft does; None where PEFT has none."""
+    named = {name: weight for name, (_, weight) in method.named(backbone).items()}
+    sizes = {name: method.peft_size(*size) for name, size in method.sizes(backbone).items()}
+    rank, alpha = method.peft_size(method.rank, method.alpha_at(method.rank))
+    if not _is_expressible(method, backbone, named, sizes):
+        return None
+    tensors: dict[str, Tensor] = {}
+    modules, parameters, wrapped = [], [], {}
+    ranks, alphas = {}, {}
+    for name, weight in named.items():
+        owner = name[: -len(weight.parameter) - 1]
+        path, key = _path(owner, weight, named), owner
+        if weight.kind == "experts":
+            parameters.append(key := name)
+        else:
+            modules.append(owner)
+            wrapped[name.rpartition(".")[0]] = path
+        update: Any = method.update_at(weight, graft)
+        tensors |= {f"base_model.model.{path}.{k}": tensor for k, tensor in update.peft_tensors().items()}
+        if sizes[name][0] != rank:
+            ranks[f"^{re.escape(key)}"] = sizes[name][0]
+        if sizes[name][1] != alpha:
+            alphas[f"^{re.escape(key)}"] = _whole(sizes[name][1])
+    base = dict(backbone.model.named_parameters())
+    for name in method.biases(backbone):
+        owner = name.rpartition(".")[0]
+        path = f"{wrapped[owner]}.base_layer" if owner in wrapped else owner
+        tensors[f"base_model.model.{path}.bias"] = base[name]
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": 0.0 if parameters else method.dropout,
+        "target_modules": peft_targets(backbone, modules),
+        "fan_in_fan_out": any(weight.kind == "transposed" for weight in named.values()),
+        "bias": method.bias,
+    }
+    more = {
+        "use_rslora": method.stabilised,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "lora_bias": method.b_bias,
+        "target_parameters": parameters,
+    }
+    return PeftForm(config | {key: value for key, value in more.items() if value}, tensors)
+
+
+def _is_expressible(
+    method: LowRankMethod, backbone: Backbone, named: dict[str, Weight], sizes: dict[str, tuple[int, float]]
+) -> bool:
+    kinds = {weight.kind for weight in named.values()}
+    if "experts" in kinds and ("transposed" in kinds or method.b_bias):  # PEFT allows for one of them only
+        return False
+    for name, weight in named.items():
+        if name == weight.parameter:  # PEFT replaces modules, and the model itself has no place of its own
+            return False
+        if has_geometry(weight) and not method.plain_conv:
+            return False
+        if weight.kind == "packed":  # both maps of an attention or none
+            owner = name[: -len(weight.parameter)]
+            both = [sizes.get(owner + parameter) for parameter in IN_ATTENTION]
+            if weight.parameter not in IN_ATTENTION or None in both or both[0] != both[1]:
+                return False
+    return True
+
+
+def _path(owner: str, weight: Weight, named: dict[str, Weight]) -> str:
+    """Where PEFT puts the tensors of a weight: below the module, or below the wrappers around it."""
+    if weight.kind == "packed":
+        return owner + IN_ATTENTION[weight.parameter]
+    if weight.kind == "experts":
+        beside = [p for p, _ in weight.module.named_parameters(recurse=False) if f"{owner}.{p}" in named]
+        return owner + ".base_layer" * (len(beside) - 1 - beside.index(weight.parameter))
+    return owner
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def read(reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The options of lora() or dora() and the parameters that an adapter of PEFT stands for."""
+    rank = reading.field("r", 8, int)
+    alpha = reading.field("lora_alpha", 8, (int, float))
+    if rank < 1 or alpha <= 0:
+        raise reading.error(f"r is {rank} and lora_alpha is {alpha}; both must be above 0.")
+    start = reading.field("init_lora_weights", True)
+    if str(start).lower().startswith(CHANGES_BASE):
+        raise reading.error(
+            f"init_lora_weights={start!r} rewrote the base's weights, which graftkit does not read. Save it with "
+            "PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
+        )
+    reading.ignore("fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+    method = "dora" if reading.field("use_dora", False) else "lora"
+    bias = reading.field("bias", "none", str)
+    found, keys = _tensors(reading, method)
+    options: dict[str, Any] = {
+        "method": method,
+        "rank": rank,
+        "alpha": float(alpha),
+        "sites": exactly(site for sites in keys.values() for site in sites),
+        "dropout": float(reading.field("lora_dropout", 0.0, (int, float))),
+        "stabilised": bool(reading.field("use_rslora", False)),
+        "ranks": _by_site(reading, "rank_pattern", keys),
+        "alphas": _by_site(reading, "alpha_pattern", keys),
+    }
+    if bias != "none":
+        options["bias"] = bias
+        found |= _biases(reading)
+    if reading.field("lora_bias", False):
+        if method == "dora":
+            raise reading.error(
+                "lora_bias together with use_dora is not read by graftkit; train without one."
+            )
+        options["b_bias"] = True
+    if any(name.endswith(".A") and tensor[:1, :1].numel() > 1 for name, tensor in found.items()):
+        options["plain_conv"] = True
+    return {key: value for key, value in options.items() if value is not None and value is not False}, found
+
+
+def _tensors(reading: PeftReading, method: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """The parameters by our names; and for each name that PEFT holds its patterns against the sites it means."""
+    taken = reading.take(rf"(.+)\.({'|'.join(map(re.escape, NAMES))})")
+    outputs = {match[1] for match in taken if match[1].endswith(OUT_PROJ)}
+    parameters = reading.field("target_parameters") or ()
+    found: dict[str, Tensor] = {}
+    keys: dict[str, list[str]] = {}
+    for match, tensor in taken.items():
+        path = match[1]
+        module, depth = re.fullmatch(r"(.+?)((?:\.base_layer)*)", path).groups()  # type: ignore[union-attr]
+        held = _held(module, parameters)
+        key, site, part = module, module, ""
+        if path in outputs:
+            key = module = path.removesuffix(OUT_PROJ)
+            site, part = f"{module}.out_proj", "out_proj_"
+        elif f"{path}{OUT_PROJ}" in outputs:
+            part = "in_proj_weight_"
+        elif held:
+            parameter = held[-1 - depth.count(".")] if depth.count(".") < len(held) else ""
+            key, part = f"{module}.{parameter}", f"{parameter}_".removeprefix("weight_")
+        found[f"{module}.{method}_{part}default.{NAMES[match[2]]}"] = tensor
+        keys.setdefault(key, []).append(site)
+    for match in reading.take(
+        r"(.+)\.base_layer\.weight"
+    ):  # PEFT keeps the whole of an embedding that it targets
+        if match[1] not in keys:
+            raise reading.error(f"{match[0]!r} is of a module that has no adapter.")
+    return found, keys
+
+
+def _held(module: str, parameters: Iterable[str]) -> list[str]:
+    """Names of the parameters of a module that PEFT targets, in the order in which it wraps them."""
+    held = [
+        target.rpartition(".")[2]
+        for target in parameters
+        if f".{module}".endswith(f".{target.rpartition('.')[0]}")
+    ]
+    return sorted(
+        dict.fromkeys(held),
+        key=lambda p: EXPERTS_ORDER.index(p) if p in EXPERTS_ORDER else len(EXPERTS_ORDER),
+    )
+
+
+def _by_site(reading: PeftReading, field: str, keys: dict[str, list[str]]) -> dict[str, float] | None:
+    """`rank_pattern` or `alpha_pattern` as a selection of sites for each value, by PEFT's rules."""
+    patterns = reading.field(field) or {}
+    values: dict[str, float] = {}
+    for key, sites in keys.items():
+        pattern = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", key)), None)
+        if pattern is not None:
+            for site in sites:
+                if values.setdefault(site, patterns[pattern]) != patterns[pattern]:
+                    raise reading.error(f"{field} has two values for {site!r}, which graftkit does not read.")
+    by_value: dict[float, list[str]] = {}
+    for site, value in values.items():
+        by_value.setdefault(value, []).append(site)
+    return {exactly(sites): value for value, sites in by_value.items()} or None
+
+
+def _biases(reading: PeftReading) -> dict[str, Tensor]:
+    """The biases of the base; those of modules that PEFT saves as a whole are left to these."""
+    saved = [rf"(.*\.)?{name}(\..*)?" for name in reading.field("modules_to_save") or ()]
+    reading.take(r"(.+\.)?original_module\..+")  # the untrained twins of the latter
+    found = {}
+    for match, tensor in reading.take(r"(?:(.+)\.)?bias").items():
+        owner = (match[1] or "").replace(".base_layer", "")
+        if any(re.fullmatch(pattern, owner) for pattern in saved):
+            reading.tensors[match[0]] = tensor
+        else:
+            found[f"{owner}.bias".lstrip(".")] = tensor
+    return found
