@@ -2,14 +2,26 @@
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` in a page comes from the code: the methods and tasks from the
 catalogue, the keys of a recipe from its schema. tests/test_docs.py fails where a committed page is not up to date.
+
+The docstring of a method is its entry in docs/methods.md. Its first paragraph says what the method does. Behind it stand
+the paper ('Hu et al. 2021, ...') and two sentences that begin a line with a word of their own and go on to the next
+such word, or to the end of the paragraph:
+
+    When: what it is good for, beside the other methods.
+    Parameters: how many it trains, as a formula.
+
+The matrix of methods and models is in docs/matrix.json. `python docs/generate.py --matrix` makes it by running
+tests/contract.py on each pair; with names behind it (`--matrix lora dora`), on the pairs of these methods alone.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
+import argparse
 import inspect
+import json
 import re
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +31,49 @@ from graftkit.catalogue import Entry, Option, entries
 
 FOLDER = Path(__file__).parent
 PAGES = ("methods.md", "recipe.md")
+MATRIX = FOLDER / "matrix.json"
+NOTES = ("When", "Parameters")
+
+
+def overview() -> str:
+    """A row for each method."""
+    rows = ["| method | what it does | when | parameters | paper |", "| --- | --- | --- | --- | --- |"]
+    for entry in _methods():
+        notes = notes_of(entry)
+        name = f"[`{entry.name}`](#{entry.name})"
+        rows.append(_row(name, entry.summary, notes["When"], notes["Parameters"], papers(entry) or "—"))
+    return "\n".join(rows)
 
 
 def methods() -> str:
     """A section for each method: its docstring, and its options."""
-    return "\n\n".join(_entry(entry) for entry in entries("method").values())
+    return "\n\n".join(_entry(entry) for entry in _methods())
+
+
+def matrix() -> str:
+    """A row for each method, a column for each model, and the reasons of what is refused."""
+    stored = read_matrix()
+    models, pairs = stored["models"], stored["pairs"]
+    reasons: list[str] = []
+    rows = [
+        _row("", *(model["title"] for model in models.values())),
+        _row("---", *(":-:" for _ in models)),
+    ]
+    for method, outcomes in pairs.items():
+        cells = [f"`{method}`"]
+        for name, model in models.items():
+            outcome = outcomes.get(name, "?")
+            if outcome not in ("passes", "?"):
+                reason = outcome.replace(model["class"], "the model").replace("\n", " ")
+                reasons += [] if reason in reasons else [reason]
+                outcome = str(reasons.index(reason) + 1)
+            cells.append("✓" if outcome == "passes" else outcome)
+        rows.append(_row(*cells))
+    passed = sum(list(outcomes.values()).count("passes") for outcomes in pairs.values())
+    count = len(pairs) * len(models)
+    share = f"{passed} of {count} pairs pass ({100 * passed / count:.0f}%)."
+    listed = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([share, "", *rows, "", *listed])
 
 
 def tasks() -> str:
@@ -48,7 +98,13 @@ def keys() -> str:
     return "\n".join(rows)
 
 
-PARTS: dict[str, Callable[[], str]] = {"methods": methods, "tasks": tasks, "keys": keys}
+PARTS: dict[str, Callable[[], str]] = {
+    "overview": overview,
+    "methods": methods,
+    "matrix": matrix,
+    "tasks": tasks,
+    "keys": keys,
+}
 
 
 def page(text: str) -> str:
@@ -59,8 +115,67 @@ def page(text: str) -> str:
     return text
 
 
+def read_matrix() -> dict[str, Any]:
+    """The stored matrix; its methods in order of their names, its models in that of the zoo."""
+    stored = json.loads(MATRIX.read_text(encoding="utf-8"))
+    return {**stored, "pairs": dict(sorted(stored["pairs"].items()))}
+
+
+def run_matrix(names: list[str]) -> list[str]:
+    """Run the pairs of the methods named, of all where none is, and store the outcomes; returns what broke."""
+    sys.path.insert(0, str(FOLDER.parent / "tests"))
+    from test_matrix import contract, expression, outcome, zoo
+
+    stored = read_matrix() if names else {"pairs": {}}
+    broken = []
+    known = [entry.name for entry in _methods()]
+    for name in names or known:
+        outcomes = stored["pairs"][name] = {}
+        for model in zoo.MODELS:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    outcomes[model.name] = outcome(name, model, Path(folder))
+                except contract.Broke as error:
+                    broken.append(str(error))
+    stored["models"] = {
+        model.name: {"title": model.title, "class": type(model.shapes()).__name__} for model in zoo.MODELS
+    }
+    pairs = {name: pairs for name, pairs in sorted(stored["pairs"].items()) if name in known}
+    expressions = {name: expression(name) for name in pairs}
+    content = {"models": stored["models"], "expressions": expressions, "pairs": pairs}
+    MATRIX.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return broken
+
+
+def notes_of(entry: Entry) -> dict[str, str]:
+    """What the docstring says behind each of the words of `NOTES`; empty where it says nothing."""
+    found = dict.fromkeys(NOTES, "")
+    for paragraph in _docstring(entry).split("\n\n"):
+        for note in re.finditer(_NOTE, paragraph):
+            found[note[1]] = " ".join(note[2].split())
+    return found
+
+
+_NOTE = re.compile(rf"^({'|'.join(NOTES)}): (.+?)(?=^(?:{'|'.join(NOTES)}): |\Z)", re.DOTALL | re.MULTILINE)
+
+
+def papers(entry: Entry) -> str:
+    """The papers that a docstring names, as authors and year."""
+    name = r"(?:Ben |Van |De )?[A-Z][\w-]+"
+    names = rf"{name}(?: et al\.| and {name})? (?:19|20)\d\d"
+    text = " ".join(_docstring(entry).split())
+    return "; ".join(dict.fromkeys(re.findall(names, text)))
+
+
+def _methods() -> list[Entry]:
+    """The methods that come with graftkit, without those of the user's own folders."""
+    return [entry for entry in entries("method").values() if entry.module.startswith("graftkit.")]
+
+
 def _entry(entry: Entry) -> str:
-    lines = [f"## {entry.name}", "", _docstring(entry)]
+    text = _NOTE.sub(lambda note: f"\n- **{note[1]}:** {note[2].strip()}\n", _docstring(entry)).strip()
+    text = re.sub(r"\n{3,}", "\n\n", text).replace("\n\n- **Parameters", "\n- **Parameters")
+    lines = [f"## {entry.name}", "", text]
     if entry.options:
         lines += ["", "| option | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [_row(f"`{o.name}`", _bounds(o), f"`{o.default!r}`", o.help) for o in entry.options.values()]
@@ -68,12 +183,7 @@ def _entry(entry: Entry) -> str:
 
 
 def _docstring(entry: Entry) -> str:
-    """The whole docstring of an entry's class, from its source: no torch is imported."""
-    spec = importlib.util.find_spec(entry.module)
-    assert spec is not None and spec.origin is not None
-    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
-    found = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == entry.class_name)
-    return inspect.cleandoc(ast.get_docstring(found) or "")
+    return inspect.cleandoc(entry.docstring)
 
 
 def _bounds(option: Option) -> str:
@@ -105,8 +215,20 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the generated parts of the documentation.")
+    parser.add_argument(
+        "--matrix", nargs="*", metavar="METHOD", help="run the pairs of these methods, or of all"
+    )
+    names = parser.parse_args().matrix
+    broken = run_matrix(names) if names is not None else []
+    if broken:
+        sys.exit("\n".join(["promises that are broken:", *broken]))
     for name in PAGES:
         path = FOLDER / name
         path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(path)
+
+
+if __name__ == "__main__":
+    main()

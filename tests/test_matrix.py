@@ -1,0 +1,53 @@
+"""Every method on every model of the zoo: it keeps all promises, or is refused as docs/matrix.json says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import contract
+import pytest
+import zoo
+from test_contract import EXPRESSIONS, starts_as_base
+
+from graftkit.catalogue import entries
+
+STORED = Path(__file__).parents[1] / "docs" / "matrix.json"
+METHODS = list(entries("method"))
+OWN = {name for name, entry in entries("method").items() if not entry.module.startswith("graftkit.")}
+
+
+def expression(method: str) -> str:
+    """The expression by which a method stands in the matrix; its defaults where it is the user's own."""
+    return EXPRESSIONS[method][0] if method in EXPRESSIONS else f"{method}()"
+
+
+def outcome(method: str, model: zoo.Model, folder: Path) -> str:
+    text = expression(method)
+    return contract.check(model, text, folder, starts_as_base(text))
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    return json.loads(STORED.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("model", zoo.MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("method", METHODS)
+def test_pair(method: str, model: zoo.Model, stored, tmp_path: Path) -> None:
+    got = outcome(method, model, tmp_path)
+    if method not in OWN:
+        assert got == stored["pairs"][method][model.name], "run `python docs/generate.py --matrix`"
+
+
+def test_the_matrix_is_whole(stored) -> None:
+    assert {name: expression(name) for name in METHODS if name not in OWN} == stored["expressions"]
+    assert list(stored["models"]) == [model.name for model in zoo.MODELS]
+    for outcomes in stored["pairs"].values():
+        assert set(outcomes) == set(stored["models"])
+
+
+def test_most_pairs_pass(stored) -> None:
+    every = [outcome for outcomes in stored["pairs"].values() for outcome in outcomes.values()]
+    assert every.count(contract.PASSES) >= 0.85 * len(every)
