@@ -11,7 +11,7 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, has_geometry
 from graftkit.methods.base import PeftForm, exactly
-from graftkit.methods.updates import peft_targets
+from graftkit.methods.updates import by_site, peft_targets
 
 if TYPE_CHECKING:
     from graftkit.methods.low_rank import LowRankMethod
@@ -66,6 +66,7 @@ def write(method: LowRankMethod, backbone: Backbone, graft: str) -> PeftForm | N
         "bias": method.bias,
     }
     more = {
+        "use_dora": method.name == "dora",
         "use_rslora": method.stabilised,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
@@ -80,6 +81,8 @@ def _is_expressible(
 ) -> bool:
     kinds = {weight.kind for weight in named.values()}
     if "experts" in kinds and ("transposed" in kinds or method.b_bias):  # PEFT allows for one of them only
+        return False
+    if method.name == "dora" and kinds & {"packed", "experts"}:
         return False
     for name, weight in named.items():
         if name == weight.parameter:  # PEFT replaces modules, and the model itself has no place of its own
@@ -131,8 +134,8 @@ def read(reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "sites": exactly(site for sites in keys.values() for site in sites),
         "dropout": float(reading.field("lora_dropout", 0.0, (int, float))),
         "stabilised": bool(reading.field("use_rslora", False)),
-        "ranks": _by_site(reading, "rank_pattern", keys),
-        "alphas": _by_site(reading, "alpha_pattern", keys),
+        "ranks": by_site(reading, "rank_pattern", keys),
+        "alphas": by_site(reading, "alpha_pattern", keys),
     }
     if bias != "none":
         options["bias"] = bias
@@ -189,22 +192,6 @@ def _held(module: str, parameters: Iterable[str]) -> list[str]:
         dict.fromkeys(held),
         key=lambda p: EXPERTS_ORDER.index(p) if p in EXPERTS_ORDER else len(EXPERTS_ORDER),
     )
-
-
-def _by_site(reading: PeftReading, field: str, keys: dict[str, list[str]]) -> dict[str, float] | None:
-    """`rank_pattern` or `alpha_pattern` as a selection of sites for each value, by PEFT's rules."""
-    patterns = reading.field(field) or {}
-    values: dict[str, float] = {}
-    for key, sites in keys.items():
-        pattern = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", key)), None)
-        if pattern is not None:
-            for site in sites:
-                if values.setdefault(site, patterns[pattern]) != patterns[pattern]:
-                    raise reading.error(f"{field} has two values for {site!r}, which graftkit does not read.")
-    by_value: dict[float, list[str]] = {}
-    for site, value in values.items():
-        by_value.setdefault(value, []).append(site)
-    return {exactly(sites): value for value, sites in by_value.items()} or None
 
 
 def _biases(reading: PeftReading) -> dict[str, Tensor]:

@@ -1,0 +1,125 @@
+"""DoRA: magnitude and direction of a weight apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.weights import Weight, apply, groups_of, input_of
+from graftkit.catalogue import option
+from graftkit.methods.base import Labels
+from graftkit.methods.low_rank import LowRank, LowRankMethod
+
+TINY = 1e-12  # a row of zeros has no direction; this is its length
+
+
+@dataclass(frozen=True)
+class DoRA(LowRankMethod):
+    """Low-rank update of the direction of each row of a weight, and a trained length: m (W + s B A) / ||W + s B A||.
+
+    Liu et al. 2024, 'DoRA: Weight-Decomposed Low-Rank Adaptation', equation 5, with the norm of each output's row and
+    no gradient through it (section 4.3); s = alpha / rank. m starts as ||W|| and B as zero, so that training starts at
+    the base model exactly. The norm comes from ||W||^2 + 2 s <W A', B> + s^2 <B A A', B> by rows: W + s B A is not
+    formed.
+
+    Parameters: those of lora(), and out more for each map (at experts, for each of them).
+    """
+
+    rank: int = option(8, "rank of the update", at_least=1)
+    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    alpha: float | None = option(
+        None, "scale times rank; null means 2 * rank, a scale of 2, and 16 with stabilised", above=0
+    )
+    dropout: float = option(
+        0.0, "dropout on the input of the update; embeddings, packed attention and experts have none",
+        at_least=0, below=1,
+    )  # fmt: skip
+    lr: float | None = option(None, "learning rate; null means 0.001", above=0)
+    stabilised: bool = option(False, "a scale of alpha / sqrt(rank), which suits large ranks")
+    ranks: dict | None = option(
+        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
+    )
+    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
+    b_rate: float = option(1.0, "factor on the learning rate of B (LoRA+ takes 2 to 16)", above=0)
+    bias: str = option(
+        "none", "the model's own biases that are trained too", choices=("none", "all", "lora_only")
+    )
+    plain_conv: bool = option(
+        False, "A pads with zeros and is not dilated, whatever the site does, as in PEFT"
+    )
+
+    @property
+    def wanted(self) -> str:
+        return f"weights that {self.name}() can update, which are no integers and of no grouped convolution; use lora() there"
+
+    def accepts(self, weight: Weight) -> bool:
+        return weight.kind in self.kinds and groups_of(weight) == 1 and not weight.is_quantized
+
+    def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
+        return Direction(weight, rank, scale, self.dropout, plain_conv=self.plain_conv)
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        labels = super().attach(backbone, graft)
+        for name, group in labels.items():
+            if name.endswith(".m"):  # a length is no matrix, whatever its shape
+                labels[name] = dataclasses.replace(group, weight_decay=0.0)
+        return labels
+
+
+class Direction(LowRank):
+    """The factors, and the lengths m of the rows: (out), at a convolution (1, out, 1, ...), at experts (experts, out)."""
+
+    def __init__(self, weight: Weight, *size: Any, **more: Any) -> None:
+        super().__init__(weight, *size, **more)
+        norm = self.norm(weight)
+        self.m = nn.Parameter(norm.view(1, *self.across(norm).shape) if weight.kind == "conv" else norm)
+
+    def norm(self, weight: Weight) -> Tensor:
+        """||W + s B A|| of each row, fp32, without a gradient."""
+        W = weight.stored(weight.value.detach())
+        W = W.flatten(1) if weight.kind == "conv" else W
+        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+            B, A = (factor.to(W.device) for factor in self.pair())
+            mixed = (W @ A.to(W.dtype).transpose(-2, -1)).to(B.dtype)
+            mixed = 2 * self.scale * mixed + self.scale**2 * (B @ (A @ A.transpose(-2, -1)))
+            squares = torch.linalg.vector_norm(W, dim=-1, dtype=torch.float32).square()
+            return (squares + (mixed * B).sum(-1)).clamp_min(TINY**2).sqrt()
+
+    def ratio(self, weight: Weight) -> Tensor:
+        """m / ||W + s B A|| of each row."""
+        norm = self.norm(weight)
+        return self.m.view(norm.shape) / norm
+
+    def updated(self, weight: Weight, value: Tensor | None = None) -> Tensor:
+        value = weight.value if value is None else value
+        ratio = self.ratio(weight)
+        ratio = ratio.view(*ratio.shape, *(1 for _ in weight.shape[ratio.dim() :]))
+        return weight.stored(ratio * (weight.stored(value.float()) + super().delta(weight))).to(value.dtype)
+
+    def delta(self, weight: Weight) -> Tensor:
+        return weight.stored(self.updated(weight)).float() - weight.stored(weight.value).float()
+
+    def after(self, site: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.replaces:
+            return output
+        weight, x = self.of(site), input_of(args, kwargs)
+        ratio = self.across(self.ratio(weight))
+        if self.kind != "embedding" and self.training and isinstance(self.dropout, nn.Dropout):
+            x = self.dropout(x)
+            base = apply(weight, site, x, weight.stored(weight.value))
+            whole = self.plus(site, self.down(site, x, self.A), base)
+            return (output + (ratio * whole - base)).to(output.dtype)
+        whole = self.plus(site, self.down(site, x, self.A), output)
+        bias = getattr(site, "bias", None)
+        if bias is None:
+            return (ratio * whole).to(output.dtype)
+        bias = self.across(bias)
+        return torch.addcmul(bias - ratio * bias, ratio, whole).to(output.dtype)
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        return super().peft_tensors() | {"lora_magnitude_vector": self.m}
