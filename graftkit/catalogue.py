@@ -45,7 +45,13 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
-BASES = ("Method", "UpdateMethod", "LowRankMethod", "Task")  # a class is an entry if it derives from one of these
+BASES = (
+    "Method",
+    "UpdateMethod",
+    "SizedMethod",
+    "LowRankMethod",
+    "Task",
+)  # a class is an entry if it derives from one of these
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.backbone import Backbone, select
+from graftkit.backbone import Backbone
 from graftkit.backbone.weights import (
     Weight,
     add_product,
@@ -26,39 +26,26 @@ from graftkit.backbone.weights import (
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Group, Labels, PeftForm, new_parameter
 from graftkit.methods.peft_lora import write
-from graftkit.methods.updates import Update, UpdateMethod
+from graftkit.methods.updates import SizedMethod, Update
 
 STABLE_ALPHA = 16.0  # Kalajdzievski 2023: the same for every rank
 
 
-class LowRankMethod(UpdateMethod):
+class LowRankMethod(SizedMethod):
     """A method that places two factors, A and B, at each weight. Subclasses are dataclasses with `rank` and `sites`."""
 
-    rank: int
-    alpha: float | None
     dropout: float
     lr: float | None
     stabilised: bool = False
-    ranks: dict | None = None
-    alphas: dict | None = None
     b_rate: float = 1.0
     b_bias: bool = False
     bias: str = "none"
     plain_conv: bool = False
     default_lr = 1e-3
-    default_scale = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "yields", self.bias != "none")  # a head has its own biases
-        for option, kinds, least in (("ranks", int, 1), ("alphas", int | float, 0)):
-            for selection, value in (getattr(self, option) or {}).items():
-                good = isinstance(value, kinds) and not isinstance(value, bool) and value >= least
-                if not isinstance(selection, str) or not good or not math.isfinite(value) or value == 0:
-                    raise UserError(
-                        f"{self.name}(): {option} has {selection!r}: {value!r}; write a selection and a positive "
-                        f"number, for example {option}={{'blocks[-2:]': 16}}."
-                    )
 
     def group(self) -> Group:
         return Group("added", self.lr or self.default_lr, self.name, self.lr is not None)
@@ -99,36 +86,8 @@ class LowRankMethod(UpdateMethod):
 
         return make
 
-    def sizes(self, backbone: Backbone) -> dict[str, tuple[int, float]]:
-        """Rank and alpha of each weight, by the name of its parameter."""
-        ranks = self._by_name(backbone, "ranks")
-        alphas = self._by_name(backbone, "alphas")
-        found = {}
-        for name in self.named(backbone):
-            rank = int(ranks.get(name, self.rank))
-            found[name] = (rank, float(alphas.get(name, self.alpha_at(rank))))
-        return found
-
     def alpha_at(self, rank: int) -> float:
-        """The alpha that goes with a rank where `alphas` says nothing."""
-        if self.alpha is not None:
-            return self.alpha
-        return STABLE_ALPHA if self.stabilised else self.default_scale * rank
-
-    def _by_name(self, backbone: Backbone, option: str) -> dict[str, float]:
-        """`ranks` or `alphas` by the names of parameters; where two selections meet, the later one counts."""
-        named = self.named(backbone)
-        found: dict[str, float] = {}
-        for selection, value in (getattr(self, option) or {}).items():
-            chosen = {site.name for site in select(backbone, selection)}
-            names = [name for name, (site, _) in named.items() if site.name in chosen]
-            if not names:
-                raise UserError(
-                    f"{self.name}(): {option} has {selection!r}, which is none of sites={self.sites!r}; "
-                    "widen the one or the other."
-                )
-            found |= dict.fromkeys(names, value)
-        return found
+        return STABLE_ALPHA if self.stabilised and self.alpha is None else super().alpha_at(rank)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels = super().attach(backbone, graft)
@@ -240,29 +199,6 @@ class LowRank(Update):
             return output
         output = self.plus(site, self.low(site, input_of(args, kwargs)), output)
         return output if self.b is None else output + (self.scale * self.across(self.b)).to(output.dtype)
-
-    def low(self, site: nn.Module, x: Tensor) -> Tensor:
-        """A x, where A is the first of two maps."""
-        return self.down(site, x if self.kind == "embedding" else self.dropout(x), self.A)
-
-    def down(self, site: Any, x: Tensor, A: Tensor) -> Tensor:
-        if self.kind == "embedding":
-            return look_up(site, x, A.T)
-        if self.kind != "conv":
-            return multiply(x, A)
-        if self.plain_conv:
-            return correlate(x, A, site.stride, site.padding)
-        return convolve(site, x, A, groups=1)
-
-    def plus(self, site: Any, low: Tensor, output: Tensor) -> Tensor:
-        """output + s B low."""
-        if self.kind == "conv":
-            return output + (mix_channels(low, self.B, site.groups) * self.scale).to(output.dtype)
-        return add_product(output, low, self.B, self.scale)
-
-    def across(self, values: Tensor) -> Tensor:
-        """One value for each output, in a shape that goes with the outputs of the site."""
-        return values.view(-1, *(1 for _ in self.A.shape[2:])) if self.kind == "conv" else values
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """The tensors by the keys that PEFT gives them below a module."""

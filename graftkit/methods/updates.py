@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
+from graftkit.methods.base import Addition, Group, Labels, Method, exactly, labels_of, place
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
 from graftkit.methods.mixtures import MatrixMixture
 
 KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")
@@ -167,6 +171,72 @@ class UpdateMethod(Method):
         return values
 
 
+class SizedMethod(UpdateMethod):
+    """A method whose updates have a rank and a scale alpha / rank, for all sites or by site.
+
+    Subclasses are dataclasses with `rank`, `alpha` and `sites`, and with `ranks` and `alphas` where these can differ.
+    """
+
+    rank: int
+    alpha: float | None
+    ranks: dict | None = None
+    alphas: dict | None = None
+    default_scale = 2.0  # where alpha is null
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, kinds, least in (("ranks", int, 1), ("alphas", int | float, 0)):
+            for selection, value in (getattr(self, option) or {}).items():
+                good = isinstance(value, kinds) and not isinstance(value, bool) and value >= least
+                if not isinstance(selection, str) or not good or not math.isfinite(value) or value == 0:
+                    raise UserError(
+                        f"{self.name}(): {option} has {selection!r}: {value!r}; write a selection and a positive "
+                        f"number, for example {option}={{'blocks[-2:]': 16}}."
+                    )
+
+    def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Update:
+        """The update of the weight of that dotted name."""
+        raise NotImplementedError
+
+    def maker(self, backbone: Backbone) -> Callable[[Weight, str], Update]:
+        sizes = self.sizes(backbone)
+
+        def make(weight: Weight, name: str) -> Update:
+            rank, alpha = sizes[name]
+            return self.factors(weight, name, rank, alpha / rank)
+
+        return make
+
+    def sizes(self, backbone: Backbone) -> dict[str, tuple[int, float]]:
+        """Rank and alpha of each weight, by the name of its parameter."""
+        ranks = self._by_name(backbone, "ranks")
+        alphas = self._by_name(backbone, "alphas")
+        found = {}
+        for name in self.named(backbone):
+            rank = int(ranks.get(name, self.rank))
+            found[name] = (rank, float(alphas.get(name, self.alpha_at(rank))))
+        return found
+
+    def alpha_at(self, rank: int) -> float:
+        """The alpha that goes with a rank where `alphas` says nothing."""
+        return self.default_scale * rank if self.alpha is None else self.alpha
+
+    def _by_name(self, backbone: Backbone, option: str) -> dict[str, float]:
+        """`ranks` or `alphas` by the names of parameters; where two selections meet, the later one counts."""
+        named = self.named(backbone)
+        found: dict[str, float] = {}
+        for selection, value in (getattr(self, option) or {}).items():
+            chosen = {site.name for site in select(backbone, selection)}
+            names = [name for name, (site, _) in named.items() if site.name in chosen]
+            if not names:
+                raise UserError(
+                    f"{self.name}(): {option} has {selection!r}, which is none of sites={self.sites!r}; "
+                    "widen the one or the other."
+                )
+            found |= dict.fromkeys(names, value)
+        return found
+
+
 def refuse_quantized(method: Method, weight: Weight, name: str) -> None:
     """Raise `NotFoldable` for a weight that is stored as integers."""
     if weight.is_quantized:
@@ -194,3 +264,22 @@ def peft_targets(backbone: Backbone, names: Iterable[str]) -> list[str] | str:
     if any(name.endswith(endings) and name not in names for name, _ in base_modules(backbone.model)):
         return "|".join(re.escape(name) for name in names)
     return names
+
+
+def by_site(reading: PeftReading, field: str, keys: dict[str, list[str]]) -> dict[str, float] | None:
+    """`rank_pattern` or `alpha_pattern` as a selection of sites for each value, by PEFT's rules.
+
+    `keys`: names that PEFT holds its patterns against, and the sites that each of them means.
+    """
+    patterns = reading.field(field) or {}
+    values: dict[str, float] = {}
+    for key, sites in keys.items():
+        pattern = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", key)), None)
+        if pattern is not None:
+            for site in sites:
+                if values.setdefault(site, patterns[pattern]) != patterns[pattern]:
+                    raise reading.error(f"{field} has two values for {site!r}, which graftkit does not read.")
+    by_value: dict[float, list[str]] = {}
+    for site, value in values.items():
+        by_value.setdefault(value, []).append(site)
+    return {exactly(sites): value for value, sites in by_value.items()} or None
