@@ -1,0 +1,273 @@
+"""AdaLoRA: low-rank updates in the form of a singular value decomposition, whose rank is moved to where it matters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.weights import Weight, input_of, multiply
+from graftkit.catalogue import option
+from graftkit.errors import UserError
+from graftkit.methods.base import Group, PeftForm, exactly, new_parameter
+from graftkit.methods.updates import Update, UpdateMethod
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+DIVISOR = 1e-5  # what the authors' code, and PEFT, add to the rank before they divide by it
+
+
+@dataclass(frozen=True)
+class AdaLoRA(UpdateMethod):
+    """Low-rank update W x + s B (E * (A x)) whose least important triplets are cut while it trains, s = alpha / rank.
+
+    Zhang et al. 2023, 'Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning', equations 3 to 12. A triplet is
+    a row of A, its singular value in E and its column of B. Its importance is that of the singular value plus the means
+    over row and column, of |parameter * gradient| smoothed over steps, times the smoothed deviation from that. Each
+    matrix begins with `rank` triplets. From step `warmup_steps` until `final_steps` before the end their number falls
+    to `target_rank` on average, with the third power of the time that is left, and singular values of the others are
+    set to zero. A and B are held near to orthogonal: the loss is increased by `orthogonality` times the mean of
+    ||A A' - 1|| and ||B' B - 1|| (Frobenius; as in the authors' code, where equation 4 has the squares).
+    E is zero, so that training starts at the base model exactly. A convolution is seen as the map
+    (out, in / groups * kernel).
+
+    In a training loop of your own, add `graft.extra_loss()` to the loss and call
+    `graft.after_step(step, steps)` after each step of the optimizer; without, the rank stays as it is. Where
+    the best weights of a run are those of an earlier evaluation, they have the ranks of that step.
+
+    When: it is not known which maps need how much rank, and the run is long enough to find out.
+    Parameters: rank * (in + out + 1) for each map; for the experts of a layer, as many for each.
+    """
+
+    peft_types = ("ADALORA",)
+
+    rank: int = option(12, "rank of each update at the beginning", at_least=1)
+    target_rank: int = option(8, "mean rank at the end", at_least=1)
+    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    alpha: float | None = option(None, "scale times rank; null means 2 * rank, a scale of 2", above=0)
+    dropout: float = option(0.0, "dropout on the input of A", at_least=0, below=1)
+    warmup_steps: int | None = option(
+        None, "steps before the first cut; null means a tenth of all", at_least=0
+    )
+    final_steps: int | None = option(
+        None, "steps after the last cut; null means three tenths of all", at_least=0
+    )
+    every: int = option(1, "steps from one cut to the next", at_least=1)
+    beta1: float = option(0.85, "smoothing of the importance", above=0, below=1)
+    beta2: float = option(0.85, "smoothing of its deviation", above=0, below=1)
+    orthogonality: float = option(0.5, "weight of the loss that keeps A and B orthogonal", at_least=0)
+    lr: float | None = option(None, "learning rate; null means 0.002", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_rank > self.rank:
+            raise UserError(
+                f"adalora(): target_rank is {self.target_rank}, but must be at most rank ({self.rank}), which is "
+                "where it starts from."
+            )
+
+    def group(self) -> Group:
+        return Group("added", self.lr or 2e-3, self.name, self.lr is not None)
+
+    @property
+    def scale(self) -> float:
+        return (2.0 * self.rank if self.alpha is None else self.alpha) / (self.rank + DIVISOR)
+
+    def make(self, weight: Weight, name: str) -> Triplets:
+        return Triplets(weight, self.rank, self.scale, self.dropout)
+
+    def updates(self, backbone: Backbone, graft: str) -> list[Triplets]:
+        """The updates of all maps."""
+        found = [self.update_at(weight, graft) for _, weight in self.targets(backbone)]
+        return [update for update in found if isinstance(update, Triplets)]
+
+    def span(self, steps: int) -> tuple[int, int]:
+        """The number of the last step before the first cut, and that of the step of the last cut."""
+        first = steps // 10 if self.warmup_steps is None else self.warmup_steps
+        final = steps * 3 // 10 if self.final_steps is None else self.final_steps
+        if first + final >= steps:
+            raise UserError(
+                f"adalora(): warmup_steps ({first}) and final_steps ({final}) leave none of {steps} steps to cut ranks "
+                "in; lower them, or train longer."
+            )
+        return first, steps - final
+
+    def check_steps(self, steps: int) -> None:
+        self.span(steps)
+
+    def budget(self, step: int, steps: int, matrices: int) -> int:
+        """How many triplets all matrices together have after a step, counted from 1: equation 12."""
+        first, last = self.span(steps)
+        left = 1 - min(max((step - first) / (last - first), 0.0), 1.0)
+        return int((self.rank - self.target_rank) * matrices * left**3 + self.target_rank * matrices)
+
+    def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
+        if not self.orthogonality:
+            return None
+        norms = torch.cat([update.deviations() for update in self.updates(backbone, graft)])
+        return self.orthogonality * norms.mean()
+
+    @torch.no_grad()
+    def after_step(self, backbone: Backbone, graft: str, step: int, steps: int) -> None:
+        first, last = self.span(steps)
+        updates = self.updates(backbone, graft)
+        if step < last:
+            for update in updates:
+                update.measure(self.beta1, self.beta2)
+        if step == last or (first < step < last and step % self.every == 0):
+            scores = [update.scores() for update in updates]
+            flat = torch.cat([score.flatten() for score in scores])
+            cut = flat.numel() - self.budget(step, steps, flat.numel() // self.rank)
+            kept = torch.ones_like(flat, dtype=torch.bool)
+            kept[flat.argsort(stable=True)[:cut]] = False
+            for update, part in zip(updates, kept.split([score.numel() for score in scores])):
+                update.kept.copy_(part.view_as(update.kept))
+                update.E.mul_(update.kept)
+        elif step > last:
+            for update in updates:
+                update.E.mul_(update.kept)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        """PEFT has it for linear maps and convolutions in two dimensions and one group.
+
+        Matrices are written with all of their `rank` triplets, those that were cut with a singular value of zero.
+        """
+        targets = self.targets(backbone)
+        tensors = {}
+        for site, weight in targets:
+            plain = (
+                weight.kind == "conv" and len(weight.shape) == 4 and getattr(site.module, "groups", 1) == 1
+            )
+            if weight.kind not in ("linear", "transposed") and not plain:
+                return None
+            added: Any = self.update_at(weight, graft)
+            for name in "ABE":
+                tensors[f"base_model.model.{site.name}.lora_{name}"] = getattr(added, name)
+        first, final = self.warmup_steps or 0, self.final_steps or 0
+        config: dict[str, Any] = {
+            "peft_type": "ADALORA",
+            "init_r": self.rank,
+            "target_r": self.target_rank,
+            "lora_alpha": 2.0 * self.rank if self.alpha is None else self.alpha,
+            "lora_dropout": self.dropout,
+            "tinit": first,
+            "tfinal": final,
+            "deltaT": self.every,
+            "total_step": first + final + 1,  # PEFT asks for one; a run's is not part of a graft
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "orth_reg_weight": self.orthogonality,
+            "target_modules": [site.name for site, _ in targets],
+            "fan_in_fan_out": any(weight.kind == "transposed" for _, weight in targets),
+            "bias": "none",
+        }
+        return PeftForm(config, tensors)
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        rank = reading.field("init_r", 12, int)
+        if rank < 1:
+            raise reading.error(f"init_r is {rank}; it must be at least 1.")
+        target = reading.field("target_r", 8, int)
+        alpha = reading.field("lora_alpha", 8, (int, float))
+        reading.ignore(
+            "r", "total_step", "fan_in_fan_out", "init_lora_weights", "use_rslora", "alpha_pattern"
+        )
+        kept = reading.field("rank_pattern") or {}
+        tensors = {}
+        for key, tensor in reading.take(r"(.+)\.lora_([ABE])").items():
+            pattern = kept.get(f"{key[1]}.lora_E", kept.get(f"base_model.model.{key[1]}.lora_E"))
+            if pattern is not None:
+                tensor = _with_cut(reading, key[0], tensor, pattern, rank, 1 if key[2] == "B" else 0)
+            tensors[f"{key[1]}.adalora_default.{key[2]}"] = tensor
+        options = {
+            "rank": rank,
+            "target_rank": max(1, min(target, rank)),
+            "sites": exactly(name.partition(".adalora_default")[0] for name in tensors),
+            "alpha": float(alpha) if alpha > 0 else float(rank),
+            "dropout": float(reading.field("lora_dropout", 0.0, (int, float))),
+            "warmup_steps": reading.field("tinit", 0, int),
+            "final_steps": reading.field("tfinal", 0, int),
+            "every": reading.field("deltaT", 1, int),
+            "beta1": reading.field("beta1", 0.85, float),
+            "beta2": reading.field("beta2", 0.85, float),
+            "orthogonality": reading.field("orth_reg_weight", 0.5, (int, float)),
+        }
+        return options, tensors
+
+
+def _with_cut(
+    reading: PeftReading, key: str, tensor: Tensor, pattern: Any, rank: int, dimension: int
+) -> Tensor:
+    """A tensor that PEFT wrote without the triplets that were cut, with zeros in their places."""
+    if not isinstance(pattern, list) or len(pattern) != rank:
+        raise reading.error(f"rank_pattern of {key!r} is not a list of {rank} truth values.")
+    places = torch.tensor(pattern, dtype=torch.bool).nonzero().flatten()
+    if tensor.shape[dimension] != len(places):
+        raise reading.error(
+            f"{key!r} has shape {tuple(tensor.shape)}, but rank_pattern keeps {len(places)} triplets of it."
+        )
+    shape = list(tensor.shape)
+    shape[dimension] = rank
+    return tensor.new_zeros(shape).index_copy(dimension, places, tensor)
+
+
+class Triplets(Update):
+    """A (rank, in), E (rank, 1) and B (out, rank), fp32; the experts stand in front where there are some.
+
+    Beside them is what training needs and inference does not: for each the smoothed importance and its smoothed
+    deviation, and which triplets the last cut has left.
+    """
+
+    kept: Tensor
+
+    def __init__(self, weight: Weight, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(weight)
+        experts = weight.shape[:1] if weight.kind == "experts" else ()
+        outputs, *inputs = weight.shape[len(experts) :]
+        self.A = new_parameter(*experts, rank, math.prod(inputs), std=0.02)
+        self.E = new_parameter(*experts, rank, 1)
+        self.B = new_parameter(*experts, outputs, rank, std=0.02)
+        for name in "AEB":
+            for moment in ("importance", "deviation"):
+                zeros = torch.zeros_like(getattr(self, name), requires_grad=False)
+                self.register_buffer(f"{name}_{moment}", zeros, persistent=False)
+        self.register_buffer("kept", torch.ones(*experts, rank, 1, dtype=torch.bool), persistent=False)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def delta(self, weight: Weight) -> Tensor:
+        return (self.scale * (self.B @ (self.A * self.E))).view(weight.shape)
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.kind not in ("linear", "transposed"):
+            return super().after(site, args, kwargs, output)
+        low = multiply(self.dropout(input_of(args, kwargs)), self.A * self.E)
+        return output + (multiply(low, self.B) * self.scale).to(output.dtype)
+
+    def deviations(self) -> Tensor:
+        """||A A' - 1|| and ||B' B - 1|| of each matrix."""
+        one = torch.eye(self.E.shape[-2], device=self.E.device)
+        products = torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
+        return torch.linalg.vector_norm(products - one, dim=(-2, -1)).flatten()
+
+    def measure(self, beta1: float, beta2: float) -> None:
+        """Smooth the importance |parameter * gradient| and its deviation: equations 8 to 10."""
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None:
+                now = (parameter * parameter.grad).abs()
+                mean, deviation = getattr(self, f"{name}_importance"), getattr(self, f"{name}_deviation")
+                mean.mul_(beta1).add_((1 - beta1) * now)
+                deviation.mul_(beta2).add_((1 - beta2) * (now - mean).abs())
+
+    def scores(self) -> Tensor:
+        """The importance of each triplet (rank), with the experts in front: equation 7."""
+        score = {
+            name: getattr(self, f"{name}_importance") * getattr(self, f"{name}_deviation") for name in "AEB"
+        }
+        return score["E"].squeeze(-1) + (score["A"].mean(-1) + score["B"].mean(-2))

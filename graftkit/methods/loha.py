@@ -1,0 +1,144 @@
+"""LoHa: the elementwise product of two low-rank updates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.weights import Weight
+from graftkit.catalogue import option
+from graftkit.methods import lycoris
+from graftkit.methods.base import Group, PeftForm
+from graftkit.methods.updates import SizedMethod, Update
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+
+@dataclass(frozen=True)
+class LoHa(SizedMethod):
+    """Two low-rank updates multiplied element by element, of rank up to rank * rank: dW = s (w1_a w1_b) * (w2_a w2_b), with s = alpha / rank.
+
+    Hyeon-Woo et al. 2022, 'FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning',
+    proposition 1; for adaptation in LyCORIS, Yeh et al. 2024. w2_b is zero, so that training starts at the base model
+    exactly. A convolution is seen as the map (out, in / groups * kernel); with `effective_conv` each of its two
+    factors is a core (rank, rank, *kernel) between w_a and w_b, proposition 3.
+
+    When: an update of high rank is wanted from few parameters; the whole of dW is formed in each pass, so it costs
+    more time than lora.
+    Parameters: 2 * rank * (in + out) for each map; with `effective_conv`
+    2 * rank * (in / groups + out + rank * kernel) for a convolution whose kernel is not 1.
+    """
+
+    peft_types = ("LOHA",)
+
+    rank: int = option(8, "rank of each of the two factors", at_least=1)
+    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
+    effective_conv: bool = option(False, "cores in place of flattened kernels in convolutions")
+    lr: float | None = option(None, "learning rate; null means 0.002", above=0)
+    ranks: dict | None = option(
+        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
+    )
+    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
+
+    default_scale = 1.0
+
+    def group(self) -> Group:
+        return Group("added", self.lr or 2e-3, self.name, self.lr is not None)
+
+    def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Hadamard:
+        return Hadamard(weight, rank, scale, self.effective_conv)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        more = {"use_effective_conv2d": True} if self.effective_conv else {}
+        return lycoris.write(self, backbone, graft, "hada_", more)
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return lycoris.read(reading, "loha", r"hada_(w[12]_[ab]|t[12])")
+
+
+class Hadamard(Update):
+    """w1_a, w2_a (out, rank) and w1_b, w2_b (rank, in), all fp32 and with the experts in front where there are some.
+
+    With cores: t1, t2 (rank, rank, *kernel), w1_a, w2_a (rank, out) and w1_b, w2_b (rank, in / groups); the kernel of
+    one dimension is (kernel, 1), as PEFT has it.
+    """
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    t1: Tensor
+    t2: Tensor
+
+    def __init__(self, weight: Weight, rank: int, scale: float, effective_conv: bool) -> None:
+        super().__init__(weight)
+        self.scale = scale
+        kernel = weight.shape[2:] if weight.kind == "conv" else ()
+        left: tuple[int, ...]
+        right: tuple[int, ...]
+        self.with_cores = effective_conv and math.prod(kernel) > 1
+        if self.with_cores:
+            shape = (rank, rank, *kernel, 1) if len(kernel) == 1 else (rank, rank, *kernel)
+            left, right = (rank, weight.shape[0]), (rank, weight.shape[1])
+        else:
+            experts = weight.shape[:1] if weight.kind == "experts" else ()
+            outputs, *inputs = weight.shape[len(experts) :]
+            left, right = (*experts, outputs, rank), (*experts, rank, math.prod(inputs))
+        for i in "12":
+            self.register_parameter(f"w{i}_a", nn.Parameter(torch.empty(left)))
+            self.register_parameter(f"w{i}_b", nn.Parameter(torch.empty(right)))
+            if self.with_cores:
+                self.register_parameter(f"t{i}", nn.Parameter(torch.empty(shape)))
+        for parameter in self.parameters():
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        nn.init.zeros_(self.w2_b)
+
+    def delta(self, weight: Weight) -> Tensor:
+        first = [self.w1_a * self.scale, self.w1_b]
+        second = [self.w2_a, self.w2_b]
+        if self.with_cores:
+            first, second = [*first, self.t1], [*second, self.t2]
+        return Product.apply(*first, *second).view(weight.shape)
+
+
+def matrix(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
+    """a b, or with a core (rank, rank, *kernel) the tensor (out, in, *kernel)."""
+    return a @ b if core is None else torch.einsum("ij...,jr,ip->pr...", core, b, a)
+
+
+class Product(torch.autograd.Function):
+    """matrix(first half) * matrix(second half), where both are made again on the way back instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(*factors)
+        with torch.autocast(factors[0].device.type, enabled=False):
+            half = len(factors) // 2
+            return matrix(*factors[:half]).mul_(matrix(*factors[half:]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        half = len(ctx.saved_tensors) // 2
+        first, second = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        with torch.autocast(gradient.device.type, enabled=False):
+            return (
+                *gradients(first, gradient * matrix(*second)),
+                *gradients(second, gradient * matrix(*first)),
+            )
+
+
+def gradients(factors: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the factors of a matrix, from that of the matrix."""
+    with torch.enable_grad():
+        own = [factor.detach().requires_grad_() for factor in factors]
+        return torch.autograd.grad(matrix(*own), own, gradient)

@@ -1,0 +1,181 @@
+"""LoKr: an update that is the Kronecker product of two small matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.weights import Weight, input_of, multiply
+from graftkit.catalogue import option
+from graftkit.methods import lycoris
+from graftkit.methods.base import Group, PeftForm
+from graftkit.methods.updates import SizedMethod, Update
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+
+@dataclass(frozen=True)
+class LoKr(SizedMethod):
+    """A Kronecker product beside each chosen map, its larger factor of low rank: dW = s w1 ⊗ (w2_a w2_b), with s = alpha / rank.
+
+    Yeh et al. 2024, 'Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation', section
+    3.2; Edalati et al. 2022, 'KronA'. out = out1 * out2 and in = in1 * in2, with out1 <= out2 and in1 <= in2 as near
+    to each other as they can be, or out1 and in1 near to `factor`. w1 is (out1, in1), w2 (out2, in2); the kernel of a
+    convolution, whose in is in / groups, belongs to w2. w2 is kept whole where rank >= max(out2, in2) / 2, and w1
+    unless `decompose_both` and rank < max(out1, in1) / 2. w1, or its left half, is zero, so that training starts at
+    the base model exactly.
+
+    When: updates have to be much smaller than those of lora, and as cheap to compute.
+    Parameters: out1 * in1 for w1, or rank * (out1 + in1) for its halves; out2 * in2 * kernel for w2, or
+    rank * (out2 + in2 * kernel) for its halves, or with `effective_conv` rank * (out2 + in2 + rank * kernel).
+    """
+
+    peft_types = ("LOKR",)
+
+    rank: int = option(8, "rank of a factor that is decomposed", at_least=1)
+    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
+    factor: int | None = option(
+        None, "size of w1 that is aimed at; null means as near to w2's as can be", at_least=1
+    )
+    decompose_both: bool = option(False, "also decompose w1 where it is large")
+    effective_conv: bool = option(False, "a core in place of the flattened kernel in convolutions")
+    lr: float | None = option(None, "learning rate; null means 0.005", above=0)
+    ranks: dict | None = option(
+        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
+    )
+    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
+
+    default_scale = 1.0
+
+    def group(self) -> Group:
+        return Group("added", self.lr or 5e-3, self.name, self.lr is not None)
+
+    def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Kronecker:
+        return Kronecker(weight, rank, scale, self.factor, self.decompose_both, self.effective_conv)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        """The adapter that computes what the graft does; None where PEFT has none.
+
+        Where w2 of a one-dimensional convolution is whole, PEFT computes something that is no Kronecker product.
+        """
+        more: dict[str, Any] = {} if self.factor is None else {"decompose_factor": self.factor}
+        more |= {"decompose_both": True} if self.decompose_both else {}
+        more |= {"use_effective_conv2d": True} if self.effective_conv else {}
+        form = lycoris.write(self, backbone, graft, "lokr_", more)
+        return None if form is None or any(is_torn(*item) for item in form.tensors.items()) else form
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        options, tensors = lycoris.read(reading, "lokr", r"lokr_(w[12](?:_[ab])?|t2)")
+        torn = next((name for name, tensor in tensors.items() if is_torn(name, tensor)), None)
+        if torn is not None:
+            raise reading.error(
+                f"{torn!r} is the whole second factor of a one-dimensional convolution, which PEFT does not multiply "
+                "as a Kronecker product. Merge this adapter with PEFT, or train it with a smaller r."
+            )
+        factor = reading.field("decompose_factor", -1, int)
+        options["factor"] = None if factor == -1 else max(factor, 1)
+        options["decompose_both"] = reading.field("decompose_both", False, bool)
+        return options, tensors
+
+
+def is_torn(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is the whole w2 of a one-dimensional convolution."""
+    return name.endswith("w2") and tensor.dim() == 3
+
+
+def divisors(size: int, aim: int | None) -> tuple[int, int]:
+    """size = first * second with first <= second: as near to each other as can be, or first near to `aim`.
+
+    An `aim` that divides the size is taken as it is, also above the root. As in LyCORIS and PEFT.
+    """
+    if aim is not None and size % aim == 0:
+        return aim, size // aim
+    best = 1
+    for first in range(2, math.isqrt(size) + 1):
+        if aim is not None and first > aim:
+            break
+        if size % first == 0:
+            best = first
+    return best, size // best
+
+
+class Kronecker(Update):
+    """w1 (out1, in1), or w1_a (out1, rank) and w1_b (rank, in1); w2 (out2, in2, *kernel), or w2_a (out2, rank) and
+    w2_b (rank, in2 * kernel), or w2_a (rank, out2), w2_b (rank, in2) and t2 (rank, rank, *kernel). All fp32.
+
+    Experts stand in front where there are some. The kernel of one dimension is (kernel, 1) in t2, as PEFT has it.
+    """
+
+    w1: Tensor
+    w1_a: Tensor
+    w1_b: Tensor
+    w2: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    t2: Tensor
+
+    def __init__(
+        self, weight: Weight, rank: int, scale: float, factor: int | None, decompose_both: bool, cores: bool
+    ) -> None:
+        super().__init__(weight)
+        self.scale = scale
+        experts = weight.shape[:1] if weight.kind == "experts" else ()
+        outputs, inputs, *kernel = weight.shape[len(experts) :]
+        (out1, out2), (in1, in2) = divisors(outputs, factor), divisors(inputs, factor)
+        self.sizes = (out1, out2, in1, in2)
+        if decompose_both and rank < max(out1, in1) / 2:
+            self.add("w1_a", *experts, out1, rank)
+            self.add("w1_b", *experts, rank, in1)
+        else:
+            self.add("w1", *experts, out1, in1)
+        if rank >= max(out2, in2) / 2:
+            self.add("w2", *experts, out2, in2, *kernel)
+        elif cores and math.prod(kernel) > 1:
+            self.add("w2_a", rank, out2)
+            self.add("w2_b", rank, in2)
+            self.add("t2", rank, rank, *kernel, *([1] if len(kernel) == 1 else []))
+        else:
+            self.add("w2_a", *experts, out2, rank)
+            self.add("w2_b", *experts, rank, in2 * math.prod(kernel))
+        nn.init.zeros_(self.w1 if hasattr(self, "w1") else self.w1_a)
+
+    def add(self, name: str, *shape: int) -> None:
+        parameter = nn.Parameter(torch.empty(shape))
+        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        self.register_parameter(name, parameter)
+
+    def first(self) -> Tensor:
+        """s w1 (out1, in1)."""
+        return self.scale * (self.w1 if hasattr(self, "w1") else self.w1_a @ self.w1_b)
+
+    def second(self) -> Tensor:
+        """w2 (out2, in2 * kernel)."""
+        if hasattr(self, "t2"):
+            return torch.einsum("ij...,ip,jr->pr...", self.t2, self.w2_a, self.w2_b).flatten(1)
+        if hasattr(self, "w2_a"):
+            return self.w2_a @ self.w2_b
+        return self.w2.flatten(1) if self.kind == "conv" else self.w2
+
+    def delta(self, weight: Weight) -> Tensor:
+        product = torch.einsum("...ac,...bd->...abcd", self.first(), self.second())
+        return product.reshape(weight.shape)
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """(w1 ⊗ w2) x = w1 X w2^T for X (in1, in2), the rows of x; the product itself is not made."""
+        if self.kind not in ("linear", "transposed"):
+            return super().after(site, args, kwargs, output)
+        _, _, in1, in2 = self.sizes
+        low = input_of(args, kwargs).unflatten(-1, (in1, in2))
+        low = multiply(low, self.w2_b if hasattr(self, "w2_b") else self.w2)
+        low = multiply(low.mT, self.first()).mT
+        if hasattr(self, "w2_a"):
+            low = multiply(low, self.w2_a)
+        return output + low.flatten(-2).to(output.dtype)

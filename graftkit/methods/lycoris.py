@@ -1,0 +1,74 @@
+"""What LoHa and LoKr share: PEFT's form of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from graftkit.backbone import Backbone
+from graftkit.methods.base import PeftForm, exactly
+from graftkit.methods.updates import SizedMethod, by_site, peft_targets
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+
+def write(
+    method: SizedMethod, backbone: Backbone, graft: str, prefix: str, more: Mapping[str, Any]
+) -> PeftForm | None:
+    """The adapter that computes what the graft does; None where PEFT has none.
+
+    PEFT takes `nn.Linear` and convolutions in one and two dimensions that are padded with zeros. `prefix` stands in
+    front of the names of parameters; `more` is the rest of the configuration.
+    """
+    tensors: dict[str, Tensor] = {}
+    modules, ranks, alphas = [], {}, {}
+    sizes = method.sizes(backbone)
+    alpha = method.alpha_at(method.rank)
+    for name, (site, weight) in method.named(backbone).items():
+        plain = weight.kind == "linear" or (weight.kind == "conv" and len(weight.shape) < 5)
+        if not plain or not site.name or getattr(site.module, "padding_mode", "zeros") != "zeros":
+            return None
+        modules.append(site.name)
+        for parameter_name, parameter in method.update_at(weight, graft).named_parameters():
+            tensors[f"base_model.model.{site.name}.{prefix}{parameter_name}"] = parameter
+        if sizes[name][0] != method.rank:
+            ranks[f"^{re.escape(site.name)}"] = sizes[name][0]
+        if sizes[name][1] != alpha:
+            alphas[f"^{re.escape(site.name)}"] = sizes[name][1]
+    config: dict[str, Any] = {
+        "peft_type": method.peft_types[0],
+        "r": method.rank,
+        "alpha": alpha,
+        "target_modules": peft_targets(backbone, modules),
+    }
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return PeftForm(config | {k: v for k, v in patterns.items() if v} | dict(more), tensors)
+
+
+def read(reading: PeftReading, method: str, pattern: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The options and parameters of a method; `pattern` matches the ends of its keys, with its name of a parameter.
+
+    What drops parts of an update while it trains (`rank_dropout`, `module_dropout`) is not read.
+    """
+    rank = reading.field("r", 8, int)
+    alpha = reading.field("alpha", 8, (int, float))
+    if rank < 1 or alpha <= 0:
+        raise reading.error(f"r is {rank} and alpha is {alpha}; both must be above 0.")
+    reading.ignore("init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout")
+    found = reading.take(rf"(.+)\.{pattern}")
+    modules = list(dict.fromkeys(match[1] for match in found))
+    keys = {module: [module] for module in modules}
+    options = {
+        "rank": rank,
+        "sites": exactly(modules),
+        "alpha": float(alpha),
+        "ranks": by_site(reading, "rank_pattern", keys),
+        "alphas": by_site(reading, "alpha_pattern", keys),
+        "effective_conv": reading.field("use_effective_conv2d", False, bool),
+    }
+    tensors = {f"{match[1]}.{method}_default.{match[2]}": tensor for match, tensor in found.items()}
+    return options, tensors
