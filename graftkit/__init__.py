@@ -17,6 +17,7 @@ _FRONT = {
     "attach": "graftkit.graft",
     "detach": "graftkit.graft",
     "load": "graftkit.graft_files",
+    "using": "graftkit.several",
     "Graft": "graftkit.graft",
     "Backbone": "graftkit.backbone",
     "Recipe": "graftkit.recipe",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from graftkit.run import Run as Run
     from graftkit.run import resume as resume
     from graftkit.run import tune as tune
+    from graftkit.several import using as using
 
 
 def _methods() -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,12 +13,15 @@ from torch import nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.attention import release
-from graftkit.methods.base import Addition
+from graftkit.errors import UserError, listing
+from graftkit.methods.base import Addition, Labels
 
 if TYPE_CHECKING:
     from graftkit.graft import Graft
 
-REGISTER = "graftkit_grafts"
+REGISTER, FOLDED, MIXED = "graftkit_grafts", "graftkit_folded", "graftkit_mixed"
+CONFIG_SETTINGS = ("id2label", "label2id", "_attn_implementation")
+MODEL_SETTINGS = ("num_labels", "accepts_loss_kwargs")
 
 
 def grafts_of(model: nn.Module) -> dict[str, Graft]:
@@ -24,8 +29,48 @@ def grafts_of(model: nn.Module) -> dict[str, Graft]:
     return vars(model).setdefault(REGISTER, {})
 
 
+def folded_on(model: nn.Module) -> list[Graft]:
+    """The grafts that are folded into a model, in the order in which that was done."""
+    return vars(model).setdefault(FOLDED, [])
+
+
+@contextmanager
+def unfolded(model: nn.Module) -> Iterator[None]:
+    """The plain weights are in their places inside; what was folded into them is folded again afterwards."""
+    order = list(folded_on(model))
+    for graft in reversed(order):
+        graft._unfold()
+    try:
+        yield
+    finally:
+        for graft in order:
+            graft.fold()
+
+
+def refuse_mixed(model: nn.Module) -> None:
+    """Raise `UserError` where grafts are mixed at the moment."""
+    if vars(model).get(MIXED) is not None:
+        raise UserError(
+            f"the grafts of {type(model).__name__} are mixed by graftkit.using at the moment; leave the with block before "
+            "you attach, detach, enable, fold or save one."
+        )
+
+
+def refuse_conflict(backbone: Backbone, name: str, changes: set[str]) -> None:
+    """Raise `UserError` where another active graft puts its own in place of the same part of the base."""
+    for other in grafts_of(backbone.model).values():
+        shared = sorted(changes & other.changes) if other.active and other.name != name else []
+        if shared:
+            raise UserError(
+                f"the grafts {name!r} and {other.name!r} both change {listing(shared, 3)} of {backbone.source}, so only "
+                f"one of them can be active: disable {other.name!r} first, or detach it."
+            )
+
+
 class KeepStatistics(Addition):
     """Holds the running statistics of the norm it is placed on still, also while the model trains."""
+
+    changes_outputs = False
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         site.training = False
@@ -36,47 +81,120 @@ def has_statistics(module: nn.Module) -> bool:
     return getattr(module, "running_mean", None) is not None
 
 
+def moving_statistics(backbone: Backbone, labels: Labels) -> Iterator[str]:
+    """Names of the running statistics that move while the parameters beside them are trained."""
+    for name, group in labels.items():
+        owner = name.rpartition(".")[0]
+        module = backbone.module(owner)
+        if group.statistics and has_statistics(module):
+            for buffer, _ in module.named_buffers(recurse=False):
+                yield f"{owner}.{buffer}".lstrip(".")
+
+
+def own_trained(backbone: Backbone, labels: Labels, replaced: dict[str, nn.Module]) -> set[str]:
+    """The base's own parameters that are trained in place, its own head's among them."""
+    return {
+        name
+        for name in labels
+        if name in backbone.base_parameters and not any(name.startswith(f"{module}.") for module in replaced)
+    }
+
+
+def lone_places(model: nn.Module, graft: str) -> set[str]:
+    """What messages call the places where a graft has an addition beside which there can be no other."""
+    return {
+        f"the output of {name.rpartition('.')[0] or type(model).__name__}"
+        for name, module in model.named_modules()
+        if isinstance(module, Added) and module.graft == graft and module.lone
+    }
+
+
 class Before:
     """A model as it was before `attach`, so that it can be made so again."""
 
     def __init__(self, backbone: Backbone) -> None:
         model = backbone.model
+        first = next(iter(grafts_of(model).values()), None)
         self.sites = backbone.sites
         self.modules = dict(base_modules(model))
         self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self.config = getattr(model, "config", None)
-        names = ("id2label", "label2id", "_attn_implementation")
-        self.settings = {n: copy.copy(getattr(self.config, n)) for n in names if hasattr(self.config, n)}
-        self.attributes = {n: vars(model).get(n) for n in ("num_labels", "accepts_loss_kwargs")}
+        # of the base alone, whichever graft is the last to leave
+        self.base_requires_grad: dict[str, bool] = (
+            first._before.base_requires_grad if first else self.requires_grad
+        )
+        self.settings = settings_of(model)
+        self.attention: str | None = (
+            first._before.attention if first else self.settings.get("_attn_implementation")
+        )
 
     def replaced(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that are no longer in their places, by name."""
         now = dict(model.named_modules())
         return {name: module for name, module in self.modules.items() if now.get(name) is not module}
 
-    def restore(self, backbone: Backbone, graft: str, modules: bool = True) -> None:
-        """Remove what a graft added and, with `modules`, put back what it replaced."""
+    def changed_settings(self, model: nn.Module) -> dict[str, Any]:
+        """The settings that are no longer what they were, as they were."""
+        now = settings_of(model)
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name != "_attn_implementation" and now.get(name) != value
+        }
+
+    def restore(self, backbone: Backbone, graft: str) -> None:
+        """Make the model as it was, after an `attach` that failed."""
         model = backbone.model
         remove_additions(model, graft)
-        grafts_of(model).pop(graft, None)
-        for name, module in self.replaced(model).items() if modules else ():
+        for name, module in self.replaced(model).items():
             model.set_submodule(name, module)
+        set_settings(model, self.changed_settings(model))
+        for name, parameter in model.named_parameters():
+            if name in self.requires_grad:
+                parameter.requires_grad_(self.requires_grad[name])
+        backbone.sites = self.sites
+        release(model, self.settings.get("_attn_implementation"))
+
+    def remove(self, graft: Graft) -> None:
+        """Take a disabled graft off the model; with the last one, the base can be trained as before."""
+        model, backbone = graft.model, graft.backbone
+        others = grafts_of(model)
+        remove_additions(model, graft.name)
+        others.pop(graft.name, None)
         backbone.sites = tuple(
             dataclasses.replace(site, module=backbone.module(site.name)) for site in self.sites
         )
-        alone = not grafts_of(model)
+        is_trained = not any(all(p.requires_grad for p in o.parameters.values()) for o in others.values())
         for name, parameter in model.named_parameters():
-            if alone and name in self.requires_grad:  # beside another graft, the base stays frozen
-                parameter.requires_grad_(self.requires_grad[name])
-        for name in ("id2label", "label2id"):
-            if name in self.settings:
-                setattr(self.config, name, self.settings[name])
-        for name, value in self.attributes.items():
-            if value is None:
-                vars(model).pop(name, None)
-            else:
-                setattr(model, name, value)
-        release(model, self.settings.get("_attn_implementation"))
+            if not others and name in self.base_requires_grad:
+                parameter.requires_grad_(self.base_requires_grad[name])
+            elif is_trained and name in graft.labels:  # beside other grafts, the base stays frozen
+                parameter.requires_grad_(False)
+        release(model, self.attention)
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """What a new head writes on a model beside its modules."""
+    config = getattr(model, "config", None)
+    settings = {name: copy.copy(getattr(config, name)) for name in CONFIG_SETTINGS if hasattr(config, name)}
+    return settings | {name: vars(model).get(name) for name in MODEL_SETTINGS}
+
+
+def set_settings(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Write settings on a model; None for one of the model's own takes it away."""
+    for name, value in settings.items():
+        if name in CONFIG_SETTINGS:
+            setattr(model.config, name, value)
+        elif value is None:
+            vars(model).pop(name, None)
+        else:
+            setattr(model, name, value)
+
+
+def claim(model: nn.Module, present: set[nn.Module], name: str) -> None:
+    """Write the graft's name on the modules that were not there before."""
+    for module in model.modules():
+        if isinstance(module, Added) and module not in present:
+            module.graft = name
 
 
 def remove_additions(model: nn.Module, name: str) -> None:

@@ -14,10 +14,34 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added, base_modules
-from graftkit.before import Before, KeepStatistics, grafts_of, has_statistics
+from graftkit.before import (
+    Before,
+    KeepStatistics,
+    claim,
+    folded_on,
+    grafts_of,
+    has_statistics,
+    lone_places,
+    moving_statistics,
+    own_trained,
+    refuse_conflict,
+    refuse_mixed,
+    set_settings,
+    settings_of,
+    unfolded,
+)
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.base import Chain, Labels, Method, as_chain, place
 from graftkit.methods.head import Head
+
+
+@dataclasses.dataclass(frozen=True)
+class PutAway:
+    """The trained values of base parameters, new modules and settings of a disabled graft, by name."""
+
+    tensors: dict[str, Tensor]
+    modules: dict[str, nn.Module]
+    settings: dict[str, Any]
 
 
 class Graft:
@@ -43,9 +67,10 @@ class Graft:
         self._originals = originals
         self._before = before
         self._replaced = before.replaced(backbone.model)
+        self._settings = before.changed_settings(backbone.model)
         self._folded: dict[str, Tensor] | None = None
         self.active = True
-        self.statistics = tuple(dict.fromkeys(_statistics(backbone, labels)))
+        self.statistics = tuple(dict.fromkeys(moving_statistics(backbone, labels)))
 
     @property
     def model(self) -> nn.Module:
@@ -96,6 +121,14 @@ class Graft:
 
         return param_groups(self.parameters, self.labels, lr, weight_decay)
 
+    def labels_at(self, step: int, epoch: float) -> Labels:
+        """The labels of what is trained in a step (from 0) of an epoch (step / steps an epoch): all, for most methods.
+
+        In a loop of your own everything labelled is trained from the first step on, unless you follow this: let only
+        parameters named here require a gradient.
+        """
+        return self.method.labels_at(self.backbone, self.labels, step, epoch)
+
     def extra_loss(self) -> Tensor | None:
         """What the method adds to the task's loss in each step, a scalar; None for most methods."""
         return self.method.extra_loss(self.backbone, self.name)
@@ -130,6 +163,7 @@ class Graft:
         """Undo `disable`. Raises `UserError` beside an active graft that trains the same part of the base."""
         if self.active:
             return
+        refuse_mixed(self.model)
         refuse_conflict(self.backbone, self.name, self.changes)
         self._swap_base()
         self._set_active(True)
@@ -160,7 +194,7 @@ class Graft:
                     )
                 values[name] = value
         self._refuse_shared(values)
-        _folded_on(self.model).append(self)
+        folded_on(self.model).append(self)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._folded = {}
         for name, value in values.items():
@@ -173,7 +207,7 @@ class Graft:
         """Undo `fold`; what was folded later stays folded."""
         if self._folded is None:
             return
-        order = _folded_on(self.model)
+        order = folded_on(self.model)
         later = order[order.index(self) + 1 :]
         for graft in reversed([self, *later]):
             graft._unfold()
@@ -182,7 +216,7 @@ class Graft:
 
     def _unfold(self) -> None:
         assert self._folded is not None
-        _folded_on(self.model).remove(self)
+        folded_on(self.model).remove(self)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, value in self._folded.items():
             parameters[name].data = value
@@ -193,22 +227,30 @@ class Graft:
     def changes(self) -> set[str]:
         """Names of the base's own tensors and modules that the graft puts its own in place of."""
         return (
-            _own_trained(self.backbone, self.labels, self._replaced)
+            own_trained(self.backbone, self.labels, self._replaced)
             | set(self._replaced)
             | set(self.statistics)
+            | lone_places(self.model, self.name)
         )
+
+    @property
+    def put_away(self) -> PutAway:
+        """What a disabled graft would put in place of the base's own."""
+        assert not self.active
+        return PutAway(dict(self._originals or {}), dict(self._replaced), dict(self._settings))
 
     def save(self, path: str | Path, **about: Any) -> Path:
         """Write the graft folder: a PEFT adapter where PEFT can express it. See `graftkit.graft_files`."""
         from graftkit.graft_files import write
 
-        if self.active:
-            return write(self, Path(path), about)
+        was_active = self.active
         self.enable()
         try:
-            return write(self, Path(path), about)
+            with unfolded(self.model):
+                return write(self, Path(path), about)
         finally:
-            self.disable()
+            if not was_active:
+                self.disable()
 
     def _set_active(self, active: bool, keep_head: bool = False) -> None:
         for _, module in self.additions():
@@ -230,21 +272,27 @@ class Graft:
 
     def _swap_base(self) -> None:
         """Exchange the trained base parameters, and modules that were replaced, with the originals."""
-        kept = _own_trained(self.backbone, self.labels, self._replaced) | set(self.statistics)
+        kept = own_trained(self.backbone, self.labels, self._replaced) | set(self.statistics)
         if kept and self._originals is None:
             raise UserError(
                 f"{self.method} trains the backbone's own parameters and their original values were not kept; "
                 "attach with keep_base=True to be able to disable the graft."
             )
-        tensors = {**self.parameters, **dict(self.model.named_buffers())}
-        for name in kept:
-            assert self._originals is not None
-            parameter, original = tensors[name], self._originals[name]
-            self._originals[name] = parameter.data
-            parameter.data = original.to(parameter.device)
-        for name, other in self._replaced.items():
-            self._replaced[name] = self.model.get_submodule(name)
-            self.model.set_submodule(name, other)
+        if not (kept or self._replaced):
+            return
+        with unfolded(self.model):
+            tensors = {**self.parameters, **dict(self.model.named_buffers())}
+            for name in kept:
+                assert self._originals is not None
+                parameter, original = tensors[name], self._originals[name]
+                self._originals[name] = parameter.data
+                parameter.data = original.to(parameter.device)
+            for name, other in self._replaced.items():
+                self._replaced[name] = self.model.get_submodule(name)
+                self.model.set_submodule(name, other)
+            settings = settings_of(self.model)
+            set_settings(self.model, self._settings)
+            self._settings = {name: settings[name] for name in self._settings}
 
 
 def attach(
@@ -259,6 +307,7 @@ def attach(
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"graft name {name!r} must be a plain word (letters, digits, hyphens, underscores).")
+    refuse_mixed(backbone.model)
     present = set(backbone.model.modules())
     others = grafts_of(backbone.model)
     if name in others:
@@ -266,31 +315,32 @@ def attach(
             f"a graft named {name!r} is attached to {backbone.source} already; give this one another name, "
             "or detach that one first."
         )
-    if _folded_on(backbone.model):
+    if folded_on(backbone.model):
         raise UserError(
-            f"the graft {_folded_on(backbone.model)[-1].name!r} is folded into {backbone.source}; unfold it first."
+            f"the graft {folded_on(backbone.model)[-1].name!r} is folded into {backbone.source}; unfold it first."
         )
     chain = as_chain(method)
-    chain = Chain(tuple(m.resolve(backbone) if isinstance(m, Head) else m for m in chain.methods))
+    chain = Chain(tuple(m.resolve(backbone) for m in chain.methods))
     backbone.base_parameters  # noqa: B018  (the names as they are before anything is added)
     before = Before(backbone)
     try:
         labels = chain.attach(backbone, name)
+        claim(backbone.model, present, name)
         _refuse_untrainable(backbone, chain, labels, before)
         replaced = before.replaced(backbone.model)
-        statistics = set(_statistics(backbone, labels))
-        refuse_conflict(backbone, name, _own_trained(backbone, labels, replaced) | set(replaced) | statistics)
+        statistics = set(moving_statistics(backbone, labels))
+        own = own_trained(backbone, labels, replaced) | statistics
+        refuse_conflict(backbone, name, own | set(replaced) | lone_places(backbone.model, name))
         for module_name, module in base_modules(backbone.model):
             if has_statistics(module) and f"{module_name}.running_mean".lstrip(".") not in statistics:
                 place(module, f"statistics_{name}", KeepStatistics())
     except BaseException:
-        _claim(backbone.model, present, name)
+        claim(backbone.model, present, name)
         before.restore(backbone, name)
         raise
-    _claim(backbone.model, present, name)
+    claim(backbone.model, present, name)
     originals = None
     if keep_base:
-        own = _own_trained(backbone, labels, replaced) | statistics
         originals = {n: t.detach().clone() for n, t in _tensors(backbone.model) if n in own and not t.is_meta}
     graft = Graft(backbone, chain, labels, name, originals, before)
     others[name] = graft
@@ -299,39 +349,6 @@ def attach(
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _statistics(backbone: Backbone, labels: Labels) -> Iterator[str]:
-    """Names of the running statistics that move while the parameters beside them are trained."""
-    for name, group in labels.items():
-        owner = name.rpartition(".")[0]
-        module = backbone.module(owner)
-        if group.statistics and has_statistics(module):
-            for buffer, _ in module.named_buffers(recurse=False):
-                yield f"{owner}.{buffer}".lstrip(".")
-
-
-def refuse_conflict(backbone: Backbone, name: str, changes: set[str]) -> None:
-    """Raise `UserError` where another active graft puts its own in place of the same part of the base."""
-    for other in grafts_of(backbone.model).values():
-        shared = sorted(changes & other.changes) if other.active and other.name != name else []
-        if shared:
-            raise UserError(
-                f"the grafts {name!r} and {other.name!r} both change {listing(shared, 3)} of {backbone.source}, so only "
-                f"one of them can be active: disable {other.name!r} first, or detach it."
-            )
-
-
-def _folded_on(model: nn.Module) -> list[Graft]:
-    """The grafts that are folded into a model, in the order in which that was done."""
-    return vars(model).setdefault("graftkit_folded", [])
-
-
-def _claim(model: nn.Module, present: set[nn.Module], name: str) -> None:
-    """Write the graft's name on the modules that were not there before."""
-    for module in model.modules():
-        if isinstance(module, Added) and module not in present:
-            module.graft = name
 
 
 def _refuse_untrainable(backbone: Backbone, chain: Chain, labels: Labels, before: Before) -> None:
@@ -348,19 +365,11 @@ def _refuse_untrainable(backbone: Backbone, chain: Chain, labels: Labels, before
             raise UserError(f"{name!r} is stored as {parameter.dtype} and cannot be trained; use lora().")
 
 
-def _own_trained(backbone: Backbone, labels: Labels, replaced: dict[str, nn.Module]) -> set[str]:
-    """The base's own parameters that are trained in place, its own head's among them."""
-    return {
-        name
-        for name in labels
-        if name in backbone.base_parameters and not any(name.startswith(f"{module}.") for module in replaced)
-    }
-
-
 def detach(graft: Graft) -> nn.Module:
     """Remove what the graft added and give the base its own values back; returns the plain model."""
+    refuse_mixed(graft.model)
     graft.disable()
-    graft._before.restore(graft.backbone, graft.name, modules=False)
+    graft._before.remove(graft)
     return graft.model
 
 

@@ -16,10 +16,14 @@ class Added(nn.Module):
     """What a method adds below a module of a model: no part of the base, so its anatomy passes it by.
 
     `graft`: name of the graft that it belongs to, set by `attach`. Inactive, it leaves the model as it was.
+    `changes_outputs`: False for one that only keeps what others use, or has a part in training alone.
+    `lone`: there can be one active at a module, and no more.
     """
 
     active = True
     survives_fold = False
+    changes_outputs = True
+    lone = False
     graft = ""
 
 

@@ -9,7 +9,7 @@ their names and values and a base checkpoint loads before or after grafting.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,7 @@ from graftkit.catalogue import as_expression, build, check_values, parse
 from graftkit.errors import NotFoldable, UserError
 
 if TYPE_CHECKING:
+    from graftkit.methods.mixtures import Mixture
     from graftkit.peft_files import PeftReading
 
 
@@ -58,6 +59,34 @@ class Addition(Added):
         False  # something of the site during its call: `after` sets it right again, also after an error
     )
 
+    mixture: Mixture | None = None  # stands in for it inside `graftkit.using`
+
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        """What the same additions of several grafts do at a site, at once: a `Mixture`, or an addition.
+
+        weights (rows or 1, members): how much each row of a batch gets of each; a single row is for the whole batch.
+        Raises `NotImplementedError`, with a reason if there is one, where there is no such thing.
+        """
+        raise NotImplementedError
+
+    @property
+    def alike(self) -> Any:
+        """Additions of several grafts at one site can be mixed if this is the same for them."""
+        return None
+
+    @property
+    def acting(self) -> Any:
+        """The addition, or what stands in for it. Raises `UserError` where that is to be trained."""
+        if self.mixture is None:
+            return self
+        if self.training:
+            raise UserError(
+                f"several grafts are mixed at {self.mixture.where!r} by graftkit.using, which is for outputs alone: call "
+                "model.eval() first. To train a graft, leave the with block and call graft.requires_grad_()."
+            )
+        return self.mixture
+
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         return None
 
@@ -65,10 +94,10 @@ class Addition(Added):
         return output
 
     def _before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        return self.before(site, args, kwargs) if self.active else None
+        return self.acting.before(site, args, kwargs) if self.active else None
 
     def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        return self.after(site, args, kwargs, output) if self.active else output
+        return self.acting.after(site, args, kwargs, output) if self.active else output
 
 
 class Method:
@@ -85,12 +114,23 @@ class Method:
         """The name in recipes: that of the file."""
         return type(self).__module__.rsplit(".", 1)[-1]
 
+    def resolve(self, backbone: Backbone) -> Method:
+        """The method with what only the backbone or other files tell written into its options, before `attach`."""
+        return self
+
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         """Place new modules, named after the graft; return labels for all parameters to be trained."""
         raise NotImplementedError
 
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
         """Change the labels of all methods after they are attached; for `freeze` and `layerwise_lr`."""
+        return labels
+
+    def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:
+        """Those of the labels whose parameters are trained in a step (from 0) of an epoch (step / steps an epoch).
+
+        All of them, where a method does not free them one after another. Labels may only come, never go.
+        """
         return labels
 
     def check_steps(self, steps: int) -> None:
@@ -126,6 +166,14 @@ class Method:
         over is refused. `sites` is best written with `exactly`.
         """
         raise NotImplementedError
+
+    def unpack(self, backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of `from_peft` by parameter, where PEFT keeps in one what has a name on this backbone only."""
+        return tensors
+
+    def stored(self) -> Method:
+        """The method as it is written beside its trained values: without what is needed only to start."""
+        return self
 
     def __add__(self, other: Method) -> Chain:
         return Chain((self,)) + other if isinstance(other, Method) else NotImplemented
@@ -164,6 +212,14 @@ class Chain(Method):
     def __str__(self) -> str:
         return " + ".join(str(method) for method in self.methods)
 
+    def unpack(self, backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for method in self.methods:
+            tensors = method.unpack(backbone, tensors)
+        return tensors
+
+    def stored(self) -> Chain:
+        return Chain(tuple(method.stored() for method in self.methods))
+
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels: Labels = {}
         yielding: set[str] = set()
@@ -182,6 +238,11 @@ class Chain(Method):
             labels = method.relabel(backbone, labels)
         order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
         return dict(sorted(labels.items(), key=lambda item: order[item[0]]))
+
+    def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:
+        for method in self.methods:
+            labels = method.labels_at(backbone, labels, step, epoch)
+        return labels
 
     def check_steps(self, steps: int) -> None:
         for method in self.methods:

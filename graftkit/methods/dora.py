@@ -95,6 +95,9 @@ class Direction(LowRank):
         norm = self.norm(weight)
         return self.m.view(norm.shape) / norm
 
+    def gain(self, weight: Weight) -> Tensor:
+        return self.ratio(weight)
+
     def updated(self, weight: Weight, value: Tensor | None = None) -> Tensor:
         value = weight.value if value is None else value
         ratio = self.ratio(weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,9 @@ from graftkit.backbone.pooling import (
     takes_decoder_inputs,
 )
 from graftkit.catalogue import option
-from graftkit.errors import UserError
+from graftkit.errors import UserError, listing
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
+from graftkit.methods.mixtures import Mixture
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ class PooledHead(Addition):
     The states are the model's output, or those of a module in it (see `read_from`); 'stacked': its logits.
     """
 
-    survives_fold = True
+    survives_fold = lone = True
 
     def __init__(self, width: int, classes: int, pooling: str, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -280,16 +282,34 @@ class PooledHead(Addition):
         mask = mask_of_states(module, states, given)
         if self.pooling != "attention":
             return pool(states, mask, self.pooling)
-        scores = self.query(states).squeeze(-1)
+        scores = self.acting.scores(states)
         if mask is not None:
             scores = scores.masked_fill(mask == 0, torch.finfo(states.dtype).min)
         return (states * scores.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
+
+    @property
+    def alike(self) -> Any:
+        return self.pooling, self.elsewhere
+
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        return HeadMixture(members, weights)
+
+    def scores(self, states: Tensor) -> Tensor:
+        """How much each place (batch, length) of states (batch, length, width) counts, before the softmax."""
+        return self.query(states).squeeze(-1)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (batch, classes) of features (batch, width)."""
         if hasattr(self, "hidden"):
             features = nn.functional.gelu(self.hidden(features))
         return self.output(self.dropout(features))
+
+    def _before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        return self.before(site, args, kwargs) if self.active else None
+
+    def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return self.after(site, args, kwargs, output) if self.active else output
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self.labels, self.items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
@@ -306,13 +326,50 @@ class PooledHead(Addition):
         features = self.seen if self.elsewhere else self.features(site, output, named(site, args, kwargs))
         assert features is not None, "the part of the model that gives the states was not called"
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.logits(features)
+            logits = self.acting.logits(features)
         loss = None
         if self.labels is not None:
             summed = nn.functional.cross_entropy(logits, self.labels, reduction="sum")
             loss = summed / (self.items if self.items is not None else len(logits))
         self.labels = self.items = self.seen = None
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+
+class HeadMixture(Mixture):
+    """A head for each row, or one for all: the mean of the heads of several grafts by their weights."""
+
+    def __init__(self, members: Sequence[PooledHead], weights: Tensor) -> None:
+        super().__init__(weights)
+        shapes = {tuple((name, p.shape) for name, p in member.named_parameters()) for member in members}
+        if len(shapes) > 1:
+            classes = listing(str(member.output.out_features) for member in members)
+            raise NotImplementedError(f"the heads have {classes} classes, or hidden layers of their own")
+        total = weights.sum(dim=1, keepdim=True)
+        if bool((total == 0).any()):
+            rows = listing(map(str, (total == 0).flatten().nonzero().flatten().tolist()))
+            raise NotImplementedError(
+                f"row {rows} has no head" if len(weights) > 1 else "the weights of the heads add up to 0"
+            )
+        self.parts = {
+            name: torch.einsum(
+                "rg,g...->r...", weights / total, torch.stack([m.get_parameter(name) for m in members])
+            )
+            for name, _ in members[0].named_parameters()
+        }
+
+    def scores(self, states: Tensor) -> Tensor:
+        self.check(states)
+        return (states * self.parts["query.weight"]).sum(dim=-1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        self.check(features)
+        if "hidden.weight" in self.parts:
+            features = nn.functional.gelu(self._map("hidden", features))
+        return self._map("output", features)
+
+    def _map(self, name: str, x: Tensor) -> Tensor:
+        product = x.unsqueeze(1) @ self.parts[f"{name}.weight"].mT
+        return product.squeeze(1) + self.parts[f"{name}.bias"]
 
 
 def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from graftkit.backbone.weights import (
 )
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Group, Labels, PeftForm, new_parameter
+from graftkit.methods.mixtures import FactorMixture
 from graftkit.methods.peft_lora import write
 from graftkit.methods.updates import SizedMethod, Update
 
@@ -199,6 +200,47 @@ class LowRank(Update):
             return output
         output = self.plus(site, self.low(site, input_of(args, kwargs)), output)
         return output if self.b is None else output + (self.scale * self.across(self.b)).to(output.dtype)
+
+    @property
+    def alike(self) -> Any:
+        return self.plain_conv, self.b is None
+
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        weight = members[0].of(site)
+        if weight.replaced:
+            return super().mix(members, weights, site)
+        factors = [(member.scale * member.B, member.A) for member in members]
+        biases = [member.scale * member.b for member in members if member.b is not None]
+        gains = [gain for member in members if (gain := member.gain(weight)) is not None]
+        return FactorMixture(weight, factors, weights, biases, gains, members[0].down)
+
+    def gain(self, weight: Weight) -> Tensor | None:
+        """What multiplies each output of the updated map (out), where something does."""
+        return None
+
+    def low(self, site: nn.Module, x: Tensor) -> Tensor:
+        """A x, where A is the first of two maps."""
+        return self.down(site, x if self.kind == "embedding" else self.dropout(x), self.A)
+
+    def down(self, site: Any, x: Tensor, A: Tensor) -> Tensor:
+        if self.kind == "embedding":
+            return look_up(site, x, A.T)
+        if self.kind != "conv":
+            return multiply(x, A)
+        if self.plain_conv:
+            return correlate(x, A, site.stride, site.padding)
+        return convolve(site, x, A, groups=1)
+
+    def plus(self, site: Any, low: Tensor, output: Tensor) -> Tensor:
+        """output + s B low."""
+        if self.kind == "conv":
+            return output + (mix_channels(low, self.B, site.groups) * self.scale).to(output.dtype)
+        return add_product(output, low, self.B, self.scale)
+
+    def across(self, values: Tensor) -> Tensor:
+        """One value for each output, in a shape that goes with the outputs of the site."""
+        return values.view(-1, *(1 for _ in self.A.shape[2:])) if self.kind == "conv" else values
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """The tensors by the keys that PEFT gives them below a module."""
