@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
 from graftkit.graft import Graft
 
@@ -13,7 +15,11 @@ OPTIMIZER_TENSORS = 2  # AdamW keeps two moments of each trained parameter, in f
 
 @dataclass(frozen=True)
 class Plan:
-    """Exact counts of one run; bytes are of tensors that stay for the whole run, without activations."""
+    """Exact counts of one run; bytes are of tensors that stay for the whole run, without activations.
+
+    `schedule`: where a method frees parameters one after another, how many are trained from which step on (from 1);
+    `never_trained_parameters` are those for which the run ends too early. `trained_parameters` counts these too.
+    """
 
     method: str
     trained_parameters: int
@@ -29,13 +35,15 @@ class Plan:
     frozen_blocks: int
     blocks: int
     groups: dict[str, int]
+    schedule: list[dict[str, int]] = field(default_factory=list)
+    never_trained_parameters: int = 0
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
 
 
 def make_plan(graft: Graft, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
-              frozen_blocks: int) -> Plan:  # fmt: skip
+              frozen_blocks: int, phases: Sequence[Phase] = ()) -> Plan:  # fmt: skip
     """Count parameters and bytes of a graft, on real weights or on the `meta` device alike.
 
     Frozen floating-point parameters are held in the compute type, trained ones and all buffers as they are used.
@@ -54,7 +62,17 @@ def make_plan(graft: Graft, *, rows: int, batch_size: int, steps_per_epoch: int,
         held = 4 if name in full else frozen_size
         weights += count * (held if parameter.dtype.is_floating_point else parameter.element_size())
     weights += sum(buffer.numel() * buffer.element_size() for buffer in graft.model.buffers())
+    schedule = [
+        {"step": phase.start + 1, "trained_parameters": _count(graft, phase), "frozen_blocks": phase.depth}
+        for phase in phases
+    ]
+    reached = schedule[-1]["trained_parameters"] if schedule else trained
     return Plan(
-        str(graft.method), trained, total, weights, 4 * trained, 4 * OPTIMIZER_TENSORS * trained, rows, batch_size,
+        str(graft.method), trained, total, weights, 4 * reached, 4 * OPTIMIZER_TENSORS * reached, rows, batch_size,
         steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
+        schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
     )  # fmt: skip
+
+
+def _count(graft: Graft, phase: Phase) -> int:
+    return sum(p.numel() for name, p in graft.parameters.items() if name in phase.labels)

@@ -17,7 +17,8 @@ from graftkit.data.columns import find_again, find_columns
 from graftkit.data.read import Table, read_table
 from graftkit.data.split import hold_out
 from graftkit.engine import parallel, precision
-from graftkit.engine.frozen import frozen_depth
+from graftkit.engine.frozen import Phase
+from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.loop import Settings
 from graftkit.errors import UserError
 from graftkit.graft import Graft, attach, with_classes
@@ -61,8 +62,13 @@ class Prepared:
     plan: Plan
     device: torch.device
     precision: str
-    depth: int
+    phases: tuple[Phase, ...]
     max_length: int
+
+    @property
+    def depth(self) -> int:
+        """How many leading blocks are frozen for the whole run."""
+        return self.phases[-1].depth
 
 
 def make_task(expression: str) -> Task:
@@ -194,10 +200,10 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     per_epoch = steps_per_epoch(len(rows.train), train.batch_size, train.accumulate * parallel.processes()[1])
     steps = train.steps or math.ceil(train.epochs * per_epoch)
     graft.method.check_steps(steps)
-    depth = frozen_depth(graft)
+    phases = find_phases(graft, steps, per_epoch)
     plan = make_plan(
         graft, rows=len(rows.train), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
-        steps=steps, precision=kind, frozen_blocks=depth,
+        steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases,
     )  # fmt: skip
     settings = Settings(
         steps, train.batch_size, train.accumulate, train.lr, train.weight_decay, train.warmup, train.schedule,
@@ -212,7 +218,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
         plan,
         device,
         kind,
-        depth,
+        phases,
         max_length(recipe.data.max_length, backbone),
     )
 

@@ -124,15 +124,15 @@ class Recipe(Section):
             if "sites" in call.arguments:
                 selection.parse(call.arguments["sites"])
         names = [call.name for call in calls]
-        if "full" in names and "unfreeze" in names:
-            raise UserError("full() already trains what unfreeze() would; leave one of them out.")
-        if len({"full", "bitfit"} & set(names)) == 2:
-            raise UserError("full() already trains what bitfit() would; leave one of them out.")
-        if "layerwise_lr" in names and not {"full", "unfreeze", "bitfit", "adapter"} & set(names):
+        for other in ("unfreeze", "gradual_unfreeze", "bitfit"):
+            if "full" in names and other in names:
+                raise UserError(f"full() already trains what {other}() would; leave one of them out.")
+        freeing = {"full", "unfreeze", "gradual_unfreeze", "bitfit", "norms", "adapter"}
+        if "layerwise_lr" in names and not freeing & set(names):
             raise UserError(
                 "layerwise_lr() needs full() or unfreeze(...) beside it: nothing else trains the backbone."
             )
-        if "freeze" in names and not {"full", "unfreeze", "bitfit", "adapter"} & set(names):
+        if "freeze" in names and not freeing & set(names):
             raise UserError(
                 "freeze() needs full() or unfreeze(...) beside it: everything else is frozen anyway."
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from graftkit import recipe as recipes
 from graftkit import run_folder
-from graftkit.engine.frozen import make_forward
+from graftkit.engine.frozen import Forward, PhasedForward, make_forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes, sum_numbers
 from graftkit.errors import Interrupted, UserError
@@ -199,16 +199,13 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     train, rows = prepared.recipe.train, prepared.rows
     show_found(console, prepared, datasets)
     show_plan(console, prepared.plan)
-    passes = math.ceil(prepared.settings.steps / prepared.plan.steps_per_epoch)
     start = time.monotonic()
-    forward = make_forward(
-        prepared.graft, prepared.device, prepared.precision, prepared.depth, datasets["train"], passes
-    )
+    forward = _training_forward(prepared, datasets["train"])
     loop = Loop(
         prepared.graft,
         datasets["train"],
         forward,
-        prepared.depth,
+        prepared.phases,
         rows.task,
         len(rows.labels),
         prepared.settings,
@@ -247,6 +244,15 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
         ):  # `finish` tries again; where the run stops, a resumed one writes these lines anew
             watch.flush()
     return watch.finish(console)
+
+
+def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:
+    per_epoch = prepared.plan.steps_per_epoch
+    where = prepared.graft, prepared.device, prepared.precision
+    if len(prepared.phases) > 1:
+        return PhasedForward(*where, dataset, per_epoch)
+    passes = math.ceil(prepared.settings.steps / per_epoch)
+    return make_forward(*where, prepared.depth, dataset, passes, prepared.phases[0].labels)
 
 
 def _encode(prepared: Prepared) -> dict[str, Dataset]:

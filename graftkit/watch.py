@@ -47,7 +47,7 @@ class Watch:
         self.forwards = {
             name: make_forward(
                 prepared.graft, prepared.device, prepared.precision, prepared.depth, dataset,
-                evaluations if name == "eval" else 1,
+                evaluations if name == "eval" else 1, prepared.phases[-1].labels,
             )
             for name, dataset in datasets.items() if name != "train"
         }  # fmt: skip
@@ -161,6 +161,7 @@ class Watch:
             "metrics": found.get("test") or found.get("eval") or {},
             "evaluation": self.best,
             "trained_parameters": prepared.plan.trained_parameters,
+            "never_trained_parameters": prepared.plan.never_trained_parameters,
             "total_parameters": prepared.plan.total_parameters,
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(prepared.device),

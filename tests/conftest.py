@@ -216,7 +216,7 @@ def ready(tiny_bert, rows_folder):
         dataset = prepared.rows.task.dataset(prepared.rows.train, prepared.backbone, prepared.max_length)
         forward = Forward(prepared.graft, torch.device("cpu"), prepared.precision)
         loop = Loop(
-            prepared.graft, dataset, forward, prepared.depth, prepared.rows.task, len(prepared.rows.labels),
+            prepared.graft, dataset, forward, prepared.phases, prepared.rows.task, len(prepared.rows.labels),
             prepared.settings,
         )  # fmt: skip
         return SimpleNamespace(

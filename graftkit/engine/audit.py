@@ -18,23 +18,40 @@ STEPS = 2  # the first factor of a low-rank pair has no gradient while the secon
 
 
 class Audit:
-    """Watches the first steps of a run: two, and longer only for what may yet turn out well."""
+    """Watches the first steps of a run: two, and longer only for what may yet turn out well.
 
-    def __init__(self, model: nn.Module, trained: Container[str], state: Collection[str] = ()) -> None:
+    `trained`: the parameters that are trained. `state`: tensors beside these that may move, such as running
+    statistics. `settled`: parameters that were trained before, and audited then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Container[str],
+        state: Collection[str] = (),
+        settled: Container[str] = (),
+    ) -> None:
         self.model = model
-        self.state = set(
-            state
-        )  # tensors beside the trained parameters that may move, such as running statistics
+        self.state = set(state)
         self.labelled = {name for name, _ in model.named_parameters() if name in trained}
+        self.age = {name: 0 for name in self.labelled if name not in settled}  # steps in which it was trained
         self.steps = 0
         self.reached: set[str] = set()  # had a gradient, be it zero
         self.with_gradient: set[str] = set()
         self.moved: set[str] = set()
         self.before = {name: digest(tensor) for name, tensor in self._tensors()}
 
+    def free(self, trained: Container[str], state: Collection[str]) -> None:
+        """From the next step on other parameters are trained too, and looked at in their own first steps."""
+        self.state = set(state)
+        new = {name for name, _ in self.model.named_parameters() if name in trained} - self.labelled
+        self.labelled |= new
+        self.age |= dict.fromkeys(new, 0)
+
     @property
     def done(self) -> bool:
-        return self.steps >= STEPS and self.labelled <= self.with_gradient & self.moved
+        young = min(self.age.values(), default=STEPS) < STEPS
+        return not young and set(self.age) <= self.with_gradient & self.moved
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [*self.model.named_parameters(), *self.model.named_buffers()]
@@ -48,25 +65,28 @@ class Audit:
                     self.with_gradient.add(name)
 
     def after_step(self, rising: bool = False, last: bool = True) -> None:
-        """From the second step on, raise `UserError` with the names of all parameters that broke the rule.
+        """From a parameter's second step on, raise `UserError` with the names of all that broke the rule.
 
         `rising`: the learning rate has not reached its height. A first step of a long warm-up can be too small
         to change a number near 1, so what has not moved is looked at again until the rate is full.
-        `last`: the first epoch ends here. Until then a gradient of exact zeros may be due to the rows: with a
+        `last`: the first epoch with these parameters ends here. Until then a gradient of exact zeros may be due to the rows: with a
         single token there is nothing for queries and keys to choose.
         """
         self.steps += 1
-        if self.steps < STEPS:
+        self.age = {name: age + 1 for name, age in self.age.items()}
+        due = {name for name, age in self.age.items() if age >= STEPS}
+        if not due:
             return
-        now = self._tensors() if self.steps == STEPS else list(self.model.named_parameters())
+        first_look = STEPS in self.age.values()
+        now = self._tensors() if first_look else list(self.model.named_parameters())
         changed = {
             name for name, tensor in now if name not in self.moved and digest(tensor) != self.before[name]
         }
         self.moved |= changed
-        silent = self.labelled - (self.with_gradient if last else self.reached)
-        still = set() if rising else (self.labelled & self.with_gradient) - self.moved
-        leaked = changed - self.labelled - self.state if self.steps == STEPS else set()
-        stray = self.reached - self.labelled - self.moved if self.steps == STEPS else set()
+        silent = due - (self.with_gradient if last else self.reached)
+        still = set() if rising else (due & self.with_gradient) - self.moved
+        leaked = changed - self.labelled - self.state if first_look else set()
+        stray = self.reached - self.labelled - self.moved if first_look else set()
         problems = [
             f"{len(names)} {what}: {listing(sorted(names), 6)}"
             for names, what in (

@@ -8,68 +8,132 @@ finds the same values.
 
 from __future__ import annotations
 
+import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graftkit.before import has_statistics
 from graftkit.data.batches import ordered_batches
 from graftkit.engine.precision import autocast
 from graftkit.graft import Graft
+from graftkit.methods.base import Labels
 from graftkit.methods.head import PooledHead
 from graftkit.tasks.base import Batch, Dataset
 
 MEMORY_SHARE = 0.25  # of the machine's memory that kept outputs may take
 FILL_BATCH = 64
+SAME = 1e-3  # largest difference of a logit, as a share of the largest, that padding and bf16 may make
 
 
-def frozen_depth(graft: Graft) -> int:
-    """How many leading blocks no trained parameter lies in or before; all of them for a head alone."""
+@dataclass(frozen=True)
+class Phase:
+    """The steps `start` to `end` (0-based, without `end`) in which the same parameters are trained.
+
+    `labels`: these; `depth`: how many leading blocks are frozen.
+    """
+
+    start: int
+    end: int
+    labels: Labels
+    depth: int
+
+
+def phases(graft: Graft, steps: int, per_epoch: int) -> tuple[Phase, ...]:
+    """What is trained when, asked of the method: one phase for most, more where labels come one after another."""
+
+    def at(step: int) -> Labels:
+        return graft.labels_at(step, step / per_epoch)
+
+    found: list[Phase] = []
+    start = 0
+    while start < steps:
+        labels = at(start)
+        # the last step with the same labels, by halving, as labels only ever grow
+        end = bisect_right(range(start, steps), len(labels), key=lambda step: len(at(step))) + start
+        found.append(Phase(start, end, labels, frozen_depth(graft, labels)))
+        start = end
+    return tuple(found)
+
+
+def frozen_depth(graft: Graft, labels: Labels | None = None) -> int:
+    """How many leading blocks no trained parameter lies in or before; all of them for a head alone.
+
+    `labels`: what is trained now; all that the graft labels by default. Order is that of definition, so a part
+    between two blocks, such as the downsampling between stages, lies behind the lower one.
+    """
     backbone = graft.backbone
     order = {name: i for i, (name, _) in enumerate(backbone.model.named_modules())}
-    count = len(backbone.blocks)
-    depth = count
-    for name, group in graft.labels.items():
-        owner = name.rpartition(".")[0]
+    blocks = [order[name] for name in backbone.blocks]
+    additions = {name for name, _ in graft.additions()}
+    depth = len(blocks)
+    for name, group in (graft.labels if labels is None else labels).items():
+        owner = _site_of(name, additions)
         block = _block_of(owner, backbone.blocks)
         if block is not None:
             depth = min(depth, block)
-        elif group.role != "head" and (
-            count == 0 or owner.endswith(f"_{graft.name}") or order[owner] < order[backbone.blocks[0]]
-        ):
-            return 0
+        elif group.role != "head":
+            depth = min(depth, sum(position < order[owner] for position in blocks))
     return depth
+
+
+def _site_of(parameter: str, additions: set[str]) -> str:
+    """The module that holds a parameter; for one of an addition, the module that this was placed on."""
+    parts = parameter.split(".")[:-1]
+    for i in range(1, len(parts) + 1):
+        if ".".join(parts[:i]) in additions:
+            return ".".join(parts[: i - 1])
+    return ".".join(parts)
 
 
 def _block_of(name: str, blocks: tuple[str, ...]) -> int | None:
     return next((i for i, block in enumerate(blocks) if name == block or name.startswith(block + ".")), None)
 
 
-def set_training(graft: Graft, depth: int) -> None:
-    """Training mode for what lies behind the frozen prefix; eval mode for the prefix and for frozen statistics."""
+def set_training(graft: Graft, depth: int, labels: Labels | None = None) -> None:
+    """Training mode for what lies behind the frozen prefix; eval mode for the prefix, and all below a head alone.
+
+    The modules around frozen blocks belong to the prefix: what they do at random is done before the blocks.
+    `labels`: what is trained now. Running statistics that only move later stay still until then.
+    """
     backbone = graft.backbone
-    backbone.model.train()
-    trained_owners = {name.rpartition(".")[0] for name in graft.labels}
-    names = [name for name, _ in backbone.model.named_modules()]
-    first = names.index(backbone.blocks[0]) if backbone.blocks else 0
-    for position, (name, module) in enumerate(backbone.model.named_modules()):
-        if hasattr(module, "running_mean") and name not in trained_owners:
-            module.training = False
-        if depth == 0 or name == "":
-            continue
+    model = backbone.model
+    now = graft.labels if labels is None else labels
+    head = pooled_head(graft)
+    if head is not None and only_head_trains(graft, now):
+        model.eval()
+        head.train()
+        return
+    model.train()
+    waiting = {name.rpartition(".")[0] for name in graft.labels if name not in now}
+    names = [name for name, _ in model.named_modules()]
+    bound = names.index(backbone.blocks[min(depth, len(backbone.blocks) - 1)]) if depth else 0
+    for position, (name, module) in enumerate(model.named_modules()):
         block = _block_of(name, backbone.blocks)
-        above = any(b.startswith(name + ".") for b in backbone.blocks[:1])
-        if (block is not None and block < depth) or (block is None and not above and position < first):
+        frozen = position < bound if block is None else block < depth
+        if frozen or (name in waiting and has_statistics(module)):
             module.training = False
 
 
 def pooled_head(graft: Graft) -> PooledHead | None:
     """The head that the graft placed on the model, if it is one of ours."""
     return next((module for _, module in graft.additions() if isinstance(module, PooledHead)), None)
+
+
+def only_head_trains(graft: Graft, labels: Labels) -> bool:
+    """Whether all that is trained comes after the pooled features, which then never change."""
+    head = pooled_head(graft)
+    if head is None or head.pooling == "attention":
+        return False
+    own = {id(parameter) for parameter in head.parameters()}
+    return all(id(parameter) in own for name, parameter in graft.parameters.items() if name in labels)
 
 
 class Forward:
@@ -83,22 +147,52 @@ class Forward:
     def __call__(self, batch: Batch) -> Tensor:
         batch = batch.to(self.device)
         with autocast(self.device, self.precision):
-            return self.graft.model(**batch.inputs).logits
+            return self._logits(batch)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        output = self.graft.model(**batch.inputs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def enter(self, phase: Phase) -> None:
+        """Told by the loop where other parameters are trained from now on; for most methods there is one phase."""
+
+
+class PhasedForward(Forward):
+    """The same where a method frees parameters one after another: kept outputs are those of today's frozen prefix."""
+
+    def __init__(
+        self, graft: Graft, device: torch.device, precision: str, dataset: Dataset, per_epoch: int
+    ) -> None:
+        super().__init__(graft, device, precision)
+        self.dataset = dataset
+        self.per_epoch = per_epoch
+        self.inner = Forward(graft, device, precision)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.inner(batch)
+
+    def enter(self, phase: Phase) -> None:
+        self.inner = Forward(self.graft, self.device, self.precision)  # lets go of what was kept
+        self.inner = make_forward(
+            self.graft, self.device, self.precision, phase.depth, self.dataset,
+            math.ceil((phase.end - phase.start) / self.per_epoch), phase.labels,
+        )  # fmt: skip
 
 
 class CachedForward(Forward):
-    """The same from kept outputs of the frozen prefix: features of a head alone, or the input of a block."""
+    """The same from kept outputs of the frozen prefix: features of a head alone, or the input of block `depth`."""
 
     def __init__(
-        self, graft: Graft, device: torch.device, precision: str, depth: int, dataset: Dataset
+        self, graft: Graft, device: torch.device, precision: str, depth: int, dataset: Dataset, features: bool
     ) -> None:
         super().__init__(graft, device, precision)
         backbone = graft.backbone
         self.blocks = [backbone.module(name) for name in backbone.blocks]
         self.depth = depth
-        self.head = pooled_head(graft) if depth == len(self.blocks) else None
+        self.head = pooled_head(graft) if features else None
         self.offsets = np.concatenate([[0], np.cumsum(dataset.encoded.lengths)])
-        self.kept = self._fill(dataset)
+        with _evaluating(graft.model), torch.no_grad():
+            self.kept = self._fill(dataset)
 
     def __call__(self, batch: Batch) -> Tensor:
         if self.head is not None:
@@ -106,7 +200,7 @@ class CachedForward(Forward):
         batch = batch.to(self.device)
         states = self._states(batch).to(self.device)
         with _skipping(self.blocks, self.depth, states), autocast(self.device, self.precision):
-            return self.graft.model(**batch.inputs).logits
+            return self._logits(batch)
 
     def _states(self, batch: Batch) -> Tensor:
         """Kept states (rows, length, width) of the batch's rows, zero where there is padding."""
@@ -117,15 +211,10 @@ class CachedForward(Forward):
             states[i, : len(part)] = part
         return states
 
-    @torch.no_grad()
     def _fill(self, dataset: Dataset) -> Tensor:
-        model = self.graft.model
-        was_training = model.training
-        model.eval()
         kept: Tensor | None = None
         for rows in ordered_batches(dataset.encoded.lengths, FILL_BATCH):
-            batch = dataset.batch(rows).to(self.device)
-            values = self._capture(batch)
+            values = self._capture(dataset.batch(rows).to(self.device))
             if self.head is not None:
                 kept = values.new_empty(len(dataset), values.shape[1]) if kept is None else kept
                 kept[torch.from_numpy(rows)] = values
@@ -134,7 +223,6 @@ class CachedForward(Forward):
             for i, row in enumerate(rows):
                 start, end = self.offsets[row], self.offsets[row + 1]
                 kept[start:end] = values[i, : end - start]
-        model.train(was_training)
         assert kept is not None
         return kept
 
@@ -157,49 +245,91 @@ class CachedForward(Forward):
 
 
 def make_forward(
-    graft: Graft, device: torch.device, precision: str, depth: int, dataset: Dataset, passes: int
+    graft: Graft,
+    device: torch.device,
+    precision: str,
+    depth: int,
+    dataset: Dataset,
+    passes: int,
+    labels: Labels | None = None,
 ) -> Forward:
-    """A forward function for one dataset that is read `passes` times: cached where that is possible and pays."""
-    if depth == len(graft.backbone.blocks) and not _only_head_trains(graft):
-        depth -= 1  # what follows the last block is trained: its output is computed anew from its kept input
-    if (
-        depth == 0
-        or passes < 2
-        or not _fits(graft, dataset, depth)
-        or not _blocks_give_tensors(graft, dataset, device, precision)
-    ):
-        return Forward(graft, device, precision)
-    return CachedForward(graft, device, precision, depth, dataset)
+    """A forward function for one dataset that is read `passes` times: cached where that is possible and pays.
+
+    `labels`: what is trained while it is used; all that the graft labels by default.
+    """
+    plain = Forward(graft, device, precision)
+    features = only_head_trains(graft, graft.labels if labels is None else labels)
+    if passes < 2:
+        return plain
+    if features:
+        head = pooled_head(graft)
+        size = len(dataset) * (head.width if head is not None else 0)
+    else:
+        depth = min(depth, len(graft.backbone.blocks) - 1)  # what follows the last block is computed anew
+        width = _passed_on(plain, depth, dataset) if depth > 0 else None
+        if width is None:
+            return plain
+        size = int(dataset.encoded.lengths.sum()) * width
+    if size * 4 >= MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return plain
+    return CachedForward(graft, device, precision, depth, dataset, features)
 
 
-def _only_head_trains(graft: Graft) -> bool:
-    """Whether all that is trained comes after the pooled features, which then never change."""
-    head = pooled_head(graft)
-    if head is None or head.pooling == "attention":
-        return False
-    own = {id(parameter) for parameter in head.parameters()}
-    return all(id(parameter) in own for parameter in graft.parameters.values())
+def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> int | None:
+    """Width of the input of block `depth` where this is all that the blocks before it are computed for; else None.
 
-
-def _fits(graft: Graft, dataset: Dataset, depth: int) -> bool:
-    width = graft.backbone.hidden_size
-    rows = len(dataset) if depth == len(graft.backbone.blocks) else int(dataset.encoded.lengths.sum())
-    return rows * width * 4 < MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _blocks_give_tensors(graft: Graft, dataset: Dataset, device: torch.device, precision: str) -> bool:
-    """Whether a block returns its states alone, so that it can be passed by."""
-    kinds: list[bool] = []
-    block = graft.backbone.module(graft.backbone.blocks[0])
-    handle = block.register_forward_hook(
-        lambda module, args, output: kinds.append(isinstance(output, Tensor))
-    )
+    Found by trying it on the longest and the shortest row: nothing trained lies before it, each of these blocks is
+    called once, gives its states alone, and these are what the next is given; without them the result is the same.
+    It is not so where a decoder looks at all of an encoder, or where something lies between the blocks.
+    """
+    lengths = dataset.encoded.lengths
+    batch = dataset.batch(np.unique([lengths.argmax(), lengths.argmin()])).to(plain.device)
+    blocks = [plain.graft.backbone.module(name) for name in plain.graft.backbone.blocks]
+    entered: list[tuple[int, Any]] = []
+    left: list[tuple[int, Any]] = []
+    handles = []
+    for i, block in enumerate(blocks[: depth + 1]):
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, i=i: entered.append((i, _entering(args, kwargs))), with_kwargs=True
+            )
+        )
+        handles.append(block.register_forward_hook(lambda _, args, output, i=i: left.append((i, output))))
     try:
-        with torch.no_grad():
-            Forward(graft, device, precision)(dataset.batch(np.array([0])))
+        with _evaluating(plain.graft.model):
+            wanted = plain(batch).detach()
     finally:
-        handle.remove()
-    return kinds == [True]
+        for handle in handles:
+            handle.remove()
+    states = entered[-1][1] if entered else None
+    in_order = [i for i, _ in entered] == list(range(depth + 1)) == [i for i, _ in left]
+    linked = in_order and all(left[i][1] is entered[i + 1][1] for i in range(depth))
+    shape = batch.inputs["input_ids"].shape if "input_ids" in batch.inputs else None
+    if not linked or not isinstance(states, Tensor) or states.requires_grad or states.shape[:2] != shape:
+        return None
+    states = states.clone()
+    for i, row in enumerate(batch.rows):
+        states[i, lengths[row] :] = 0
+    with _evaluating(plain.graft.model), torch.no_grad(), _skipping(blocks, depth, states):
+        got = plain(batch)
+    return states.shape[2] if (got - wanted).abs().max() <= SAME * wanted.abs().max() else None
+
+
+def _entering(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The states that a block is given, first in its arguments or by their usual name."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode, and afterwards in the modes that they had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _Captured(Exception):
@@ -208,7 +338,7 @@ class _Captured(Exception):
 
 def _stop_with(got: list[Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        got.append(args[0] if args else kwargs["hidden_states"])
+        got.append(_entering(args, kwargs))
         raise _Captured
 
     return hook

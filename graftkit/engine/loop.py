@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftkit.before import has_statistics
 from graftkit.data.batches import epoch_batches, ordered_batches, steps_per_epoch
 from graftkit.engine import checkpoint
 from graftkit.engine.audit import STEPS, Audit
 from graftkit.engine.dropout import fast_dropout
-from graftkit.engine.frozen import Forward, set_training
+from graftkit.engine.frozen import Forward, Phase, set_training
 from graftkit.engine.parallel import processes, sum_gradients, sum_numbers
 from graftkit.errors import UserError
 from graftkit.graft import Graft
+from graftkit.methods.base import Labels
 from graftkit.optim.schedule import factor
 from graftkit.tasks.base import Dataset, Task
+
+LOW = 0.01  # share of the learning rate below which a step may be too small to change a number
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,20 @@ class NotFinite(UserError):
 
 
 class Loop:
-    """Iterating trains `graft` on `dataset` from the present step to the last."""
+    """Iterating trains `graft` on `dataset` from the present step to the last.
 
-    def __init__(self, graft: Graft, dataset: Dataset, forward: Forward, depth: int, task: Task, classes: int,
-                 settings: Settings) -> None:  # fmt: skip
+    `phases`: what is trained when. What is not yet trained has no gradient, and so no optimizer state and no decay.
+    """
+
+    def __init__(self, graft: Graft, dataset: Dataset, forward: Forward, phases: Sequence[Phase], task: Task,
+                 classes: int, settings: Settings) -> None:  # fmt: skip
         self.graft = graft
         self.dataset = dataset
         self.forward = forward
-        self.depth = depth
+        self.phases = phases
         self.task = task
         self.settings = settings
-        self.parameters = graft.parameters
+        self.parameters = graft.parameters  # those that are trained now
         self.step = 0
         targets = dataset.examples.targets
         assert targets is not None
@@ -83,16 +91,42 @@ class Loop:
         self._order: tuple[int, list[np.ndarray]] | None = None
 
     def __iter__(self) -> Iterator[Step]:
-        audit = Audit(self.graft.model, self.graft.labels, self.graft.state) if self.step < STEPS else None
-        set_training(self.graft, self.depth)
-        while self.step < self.settings.steps:
-            result = self._take_step(audit)
-            if audit is not None and audit.done:
-                audit = None
-            yield result
-            if not self.graft.model.training:  # an evaluation came between
-                set_training(self.graft, self.depth)
-        self.graft.model.eval()
+        audit: Audit | None = None
+        try:
+            for phase in self.phases:
+                if self.step >= phase.end:
+                    continue
+                audit = self._enter(phase, audit)
+                modules = self.graft.model.modules()
+                lively = next((m for m in modules if m.training and not has_statistics(m)), None)
+                while self.step < phase.end:
+                    result = self._take_step(phase, audit)
+                    if audit is not None and audit.done:
+                        audit = None
+                    yield result
+                    if lively is not None and not lively.training:  # an evaluation came between
+                        set_training(self.graft, phase.depth, phase.labels)
+            self.graft.model.eval()
+        finally:
+            for parameter in self.graft.parameters.values():
+                parameter.requires_grad_(True)  # as `attach` left it
+
+    def _enter(self, phase: Phase, audit: Audit | None) -> Audit | None:
+        """Train what a phase trains, and nothing else; the audit of what is new in it."""
+        graft = self.graft
+        everything = graft.parameters
+        for name, parameter in everything.items():
+            parameter.requires_grad_(name in phase.labels)
+        self.parameters = {name: p for name, p in everything.items() if name in phase.labels}
+        self.forward.enter(phase)
+        set_training(graft, phase.depth, phase.labels)
+        moving = moving_now(graft, phase.labels)
+        if audit is not None:
+            audit.free(phase.labels, moving)
+        elif self.step - phase.start < STEPS:
+            before = [earlier.labels for earlier in self.phases if earlier.end <= phase.start]
+            audit = Audit(graft.model, phase.labels, moving, before[-1] if before else ())
+        return audit
 
     def batches(self, step: int) -> list[np.ndarray]:
         """The row numbers of each batch of a step (0-based), over all processes."""
@@ -103,7 +137,7 @@ class Loop:
         width = self.settings.accumulate * self.world
         return self._order[1][position * width : (position + 1) * width]
 
-    def _take_step(self, audit: Audit | None) -> Step:
+    def _take_step(self, phase: Phase, audit: Audit | None) -> Step:
         settings = self.settings
         scale = factor(self.step, settings.steps, settings.warmup, settings.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
@@ -120,9 +154,12 @@ class Loop:
         self.optimizer.step()
         self.step += 1
         if audit is not None:
+            falling = (
+                phase.start > 0 and scale < LOW
+            )  # what is freed at the end may have next to no rate left
             audit.after_step(
-                rising=self.step < settings.warmup * settings.steps,
-                last=self.step >= min(self.per_epoch, settings.steps),
+                rising=self.step < settings.warmup * settings.steps or falling,
+                last=self.step >= min(phase.start + self.per_epoch, settings.steps),
             )
         self.graft.after_step(self.step, settings.steps)
         self.optimizer.zero_grad()
@@ -151,8 +188,9 @@ class Loop:
         correct = tokens = 0
         device = self.forward.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.settings.seed * 1_000_003 + self.step * self.world + self.index)
-            with fast_dropout(device, self.settings.seed, self.step, self.index):
+            seed = self.settings.seed * 1_000_003 + self.step * self.world + self.index
+            torch.manual_seed(seed)
+            with _numpy_seeded(seed), fast_dropout(device, self.settings.seed, self.step, self.index):
                 for whole in batches[self.index :: self.world]:
                     for part in np.array_split(whole, min(self.split, len(whole))):
                         batch = self.dataset.batch(part)
@@ -164,7 +202,9 @@ class Loop:
                         total += losses.detach().sum().double().cpu()
                         correct += int((logits.detach().argmax(-1) == targets).sum())
                         tokens += int(self.dataset.encoded.lengths[part].sum())
-            extra = self.graft.extra_loss() if self.index == 0 else None  # gradients are summed over processes
+            extra = (
+                self.graft.extra_loss() if self.index == 0 else None
+            )  # gradients are summed over processes
             if extra is not None and extra.requires_grad:
                 extra.backward()
         loss, hits, read = sum_numbers([float(total) / rows, correct, tokens])
@@ -200,6 +240,27 @@ class Loop:
         if position is not None:
             self.step = position["step"]
         return position
+
+
+def moving_now(graft: Graft, labels: Labels) -> set[str]:
+    """What may move while the parameters of `labels` are trained: these, their running statistics, and what the
+    graft's additions remember.
+    """
+    waiting = {name for name in graft.labels if name not in labels}
+    owners = {name.rpartition(".")[0] for name in waiting}
+    still = waiting | {name for name in graft.statistics if name.rpartition(".")[0] in owners}
+    return set(graft.state) - still
+
+
+@contextmanager
+def _numpy_seeded(seed: int) -> Iterator[None]:
+    """Some models draw masks from NumPy's global generator; it goes on afterwards as if nothing had been drawn."""
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ class LayerwiseLR(Method):
     """Lower blocks of the backbone learn slower: lr * decay^(blocks above it); what is new learns at its own rate.
 
     Howard and Ruder 2018, 'Universal Language Model Fine-tuning', section 3.2, with the decay of each block
-    as in ELECTRA's fine-tuning. The last block has the full rate, the embeddings lr * decay^blocks.
+    as in ELECTRA's fine-tuning. The last block and what lies above it have the full rate, the embeddings
+    lr * decay^blocks; a part between two blocks has the rate of the lower one.
     """
 
     decay: float = option(0.9, "factor from one block to the one below it", at_least=0.01, at_most=1)
@@ -30,19 +31,13 @@ class LayerwiseLR(Method):
         if not any(group.role == "base" for group in labels.values()):
             raise UserError(
                 "layerwise_lr() changes nothing: no parameter of the backbone itself is trained. "
-                "Put full() or unfreeze(...) before it."
+                "Put full() or unfreeze(...) beside it."
             )
-        count = len(backbone.blocks)
-        depth = {}
-        below = True  # sites before the first block lie under all blocks, sites after it above
-        for site in backbone.sites:
-            below = below and site.block is None
-            height = site.block if site.block is not None else (-1 if below else count - 1)
-            for name, _ in site.module.named_parameters(recurse=False):
-                depth[f"{site.name}.{name}" if site.name else name] = count - 1 - height
+        top = len(backbone.blocks) - 1
+        heights = backbone.heights
         return {
-            name: dataclasses.replace(group, lr_scale=group.lr_scale * self.decay ** depth[name])
-            if group.role == "base" and name in depth
+            name: dataclasses.replace(group, lr_scale=group.lr_scale * self.decay ** (top - heights[name]))
+            if group.role == "base" and name in heights
             else group
             for name, group in labels.items()
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from graftkit.data.batches import epoch_batches, padding_share
@@ -57,17 +58,36 @@ def show_plan(console: Console, plan: Plan) -> None:
     """Exact counts before the first step."""
     share = plan.trained_parameters / plan.total_parameters
     groups = ", ".join(f"{name} {count(number)}" for name, number in plan.groups.items())
+    schedule = [("schedule", text) for text in _schedule(plan)]
     console.heading("Plan")
     console.pairs(
         [
             ("method", plan.method),
             ("trained", f"{count(plan.trained_parameters)} of {count(plan.total_parameters)} parameters ({share:.2%}): {groups}"),
+            *schedule,
             ("frozen", f"the first {plan.frozen_blocks} of {plan.blocks} blocks are computed without gradients"),
             ("memory", f"weights {size(plan.weight_bytes)}, gradients {size(plan.gradient_bytes)}, "
                        f"optimizer {size(plan.optimizer_bytes)}; activations come on top"),
             ("steps", f"{count(plan.steps)} of {plan.batch_size} rows ({count(plan.steps_per_epoch)} an epoch), {plan.precision}"),
         ]
     )  # fmt: skip
+
+
+def _schedule(plan: Plan) -> Iterator[str]:
+    """What is trained from which step on, and whether the run ends before all of it is."""
+    if not plan.schedule:
+        return
+    parts = [
+        f"{count(entry['trained_parameters'])} from step {count(entry['step'])}" for entry in plan.schedule
+    ]
+    if len(parts) > 5:
+        parts = [*parts[:3], "...", parts[-1]]
+    yield f"parameters trained: {', '.join(parts)}"
+    if plan.never_trained_parameters:
+        yield (
+            f"warning: the run ends before {count(plan.never_trained_parameters)} of the parameters are freed; train "
+            "longer (train.epochs) or free them sooner if they are to be trained"
+        )
 
 
 def show_end(console: Console, prepared: Prepared, result: dict[str, Any], found: dict[str, Any]) -> None:
