@@ -57,7 +57,7 @@ def write(graft: Graft, folder: Path, about: dict[str, Any]) -> Path:
         write_tensors(folder / OWN_TENSORS, own)
     description = {
         "format": FORMAT,
-        "method": str(graft.method),
+        "method": str(graft.method.stored()),
         "backbone": graft.backbone.source,
         "fingerprint": graft.backbone.fingerprint,
         "missing": list(graft.backbone.missing),
@@ -96,19 +96,33 @@ def _peft_form(graft: Graft) -> PeftForm | None:
         "inference_mode": True,
     }
     if head:
-        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in head})
+        config["modules_to_save"] = _wholes(graft, set(head))
     # PEFT wraps the model once for what sits on modules, and not at all for what stands before the text
     wrapper = "base_model" if "prompt_embeddings" in tensors else "base_model.model"
     tensors |= {f"{wrapper}.{name}": parameter for name, parameter in head.items()}
     return PeftForm(config, tensors)
 
 
+def _wholes(graft: Graft, names: set[str]) -> list[str]:
+    """The outermost modules all of whose base parameters are among these: PEFT saves a head of several maps as one."""
+    found = set()
+    for name in names:
+        owner = name.rpartition(".")[0]
+        while outer := owner.rpartition(".")[0]:
+            if not {n for n in graft.backbone.base_parameters if n.startswith(f"{outer}.")} <= names:
+                break
+            owner = outer
+        found.add(owner)
+    return sorted(found)
+
+
 def _task_type(graft: Graft, head: bool) -> str:
     """The wrapper class that PEFT is to use."""
     if head:
         return "SEQ_CLS"
-    generates = getattr(graft.model, "can_generate", bool)()
-    return "CAUSAL_LM" if generates else "FEATURE_EXTRACTION"
+    if not getattr(graft.model, "can_generate", bool)():
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if graft.model.config.is_encoder_decoder else "CAUSAL_LM"  # type: ignore[union-attr]
 
 
 @dataclass
@@ -141,9 +155,10 @@ class Stored:
         return read_method(text)
 
     def tensors_for(self, graft: Graft) -> dict[str, Tensor]:
-        """Tensors by the parameter names that the graft has on its backbone."""
+        """Tensors by the parameter names that the graft has on its backbone. Raises `UserError` for misfits."""
         names = {stored_name(graft, name): name for name in graft.tensors}
-        return {names.get(stored, stored): tensor for stored, tensor in self.tensors.items()}
+        tensors = graft.method.unpack(graft.backbone, dict(self.tensors))
+        return {names.get(stored, stored): tensor for stored, tensor in tensors.items()}
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -213,9 +228,9 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
         )
     backbone.missing = tuple(sorted({*backbone.missing, *map(str, stored.about.get("missing", ()))}))
     graft = attach(backbone, stored.method_for(backbone), name=name)
-    tensors = stored.tensors_for(graft)
     wanted = graft.tensors
     try:
+        tensors = stored.tensors_for(graft)
         _refuse_misfits(path, backbone, wanted, tensors)
     except UserError:
         detach(graft)

@@ -7,13 +7,15 @@ handing prefixes in as a cache: it works for encoders, grouped-query heads, rota
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graftkit.backbone.anatomy import Added
+from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.tokens import by_name, position_tables
 from graftkit.errors import UserError
 
 NAME = "graftkit_sdpa"
@@ -42,6 +44,59 @@ class AddedKeysValues(Added):
         raise NotImplementedError
 
 
+class ShiftedPositions(Added):
+    """Lets a model count its text's positions from `positions` on, those of its padding excepted.
+
+    It stands at the tables of learned positions and at the maps that turn queries and keys by their position.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.positions = tokens
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not self.active:
+            return None
+        given = by_name(module, args, kwargs)
+        name = "input" if isinstance(module, nn.Embedding) else "position_ids"
+        positions: Tensor = given[name]
+        given[name] = positions + self.positions
+        if isinstance(module, nn.Embedding):
+            padding = module.padding_idx
+            room = module.num_embeddings - (0 if padding is None else padding + 1) - self.positions
+            if positions.shape[-1] > room:
+                raise UserError(
+                    f"a text of {positions.shape[-1]} tokens does not fit behind the {self.positions} of the prefix: cut "
+                    f"texts to {room} tokens (data.max_length), or use fewer tokens, or shift=False."
+                )
+            if padding is not None:
+                given[name] = torch.where(positions == padding, positions, given[name])
+        return (), given
+
+
+def shift_positions(backbone: Backbone, tokens: int, name: str) -> None:
+    """Add `ShiftedPositions` to a model. Raises `UserError` where its positions are not numbers."""
+    model = backbone.model
+    reads_text = "input_ids" in inspect.signature(model.base_model.forward).parameters  # type: ignore[union-attr]
+    places: list[nn.Module] = [table for table in position_tables(model) if type(table) is nn.Embedding]
+    places += [
+        module
+        for _, module in base_modules(model)
+        if "Rotary" in type(module).__name__
+        and "position_ids" in inspect.signature(module.forward).parameters
+    ]
+    if not places or not reads_text:
+        raise UserError(
+            f"prefix(shift=True): {type(model).__name__} has no positions of a text that could be shifted; use "
+            "prefix(shift=False), or lora()."
+        )
+    shifted = ShiftedPositions(tokens)
+    model.add_module(name, shifted)
+    shifted.__dict__["handles"] = [
+        place.register_forward_pre_hook(shifted.before, with_kwargs=True) for place in places
+    ]
+
+
 def extend(
     module: nn.Module, added: AddedKeysValues, query: Tensor, key: Tensor, value: Tensor,
     mask: Tensor | None, kwargs: dict[str, Any],
@@ -58,6 +113,8 @@ def extend(
     if mask is not None:
         front = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
         mask = torch.cat([front.expand(*mask.shape[:-1], tokens), mask], dim=-1)
+    if kwargs.get("position_bias") is not None:  # T5: none towards what is added
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (tokens, 0))
     key = torch.cat([new_key.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([new_value.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
     return key, value, mask

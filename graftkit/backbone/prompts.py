@@ -18,7 +18,14 @@ from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.blocks import find_blocks
 from graftkit.backbone.load import positions_of
-from graftkit.backbone.tokens import BehindPatches, BehindTokens, VirtualTokens, by_name, shorten
+from graftkit.backbone.tokens import (
+    BehindPatches,
+    BehindTokens,
+    VirtualTokens,
+    by_name,
+    position_tables,
+    shorten,
+)
 from graftkit.errors import UserError
 
 # models of patches or frames whose blocks know no order and no grid, so that they take more tokens
@@ -32,7 +39,6 @@ PATCHED = (
     "wav2vec2",
     "whisper",
 )
-POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,7 @@ def insert(backbone: Backbone, entrance: Entrance, added: VirtualTokens, method:
         if entrance.bare is not entrance.module:
             hooks.append((entrance.bare, None, patches.leave))
     else:
-        limit = positions_of(backbone.model)
-        if limit is not None and added.tokens >= limit:
-            raise UserError(
-                f"{method}(tokens={added.tokens}) leaves no room for a text: {backbone.source} has {limit} positions. "
-                "Use fewer tokens."
-            )
+        refuse_crowd(backbone, added.tokens, method)
         added.positions = added.tokens
         front = InFront(added, backbone, entrance.cut)
         hooks = [(entrance.module, front.enter, front.leave)]
@@ -123,6 +124,16 @@ def insert(backbone: Backbone, entrance: Entrance, added: VirtualTokens, method:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:  # first of all, so that a head sees what is left
             handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
+
+
+def refuse_crowd(backbone: Backbone, tokens: int, method: str) -> None:
+    """Raise `UserError` where so many virtual tokens leave none of the model's positions to a text."""
+    limit = positions_of(backbone.model)
+    if limit is not None and tokens + positions_taken(backbone.model) >= limit:
+        raise UserError(
+            f"{method}(tokens={tokens}) leaves no room for a text: {backbone.source} has {limit} positions. "
+            "Use fewer tokens."
+        )
 
 
 def positions_taken(model: nn.Module) -> int:
@@ -144,11 +155,7 @@ class InFront:
         self.cut = cut
         self.given: dict[str, Any] | None = None  # the caller's arguments, while the model runs
         self.length = 0  # of what the model reads, virtual tokens included
-        tables = [
-            module
-            for name, module in backbone.model.named_modules()
-            if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding)
-        ]
+        tables = position_tables(backbone.model)
         self.limit = positions_of(backbone.model) if tables else None
         padding = tables[0].padding_idx if tables else None
         self.first = 0 if padding is None else padding + 1  # RoBERTa counts from behind its padding

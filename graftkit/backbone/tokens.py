@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.backbone.anatomy import Added
+from graftkit.backbone.anatomy import Added, base_modules
+
+POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
 
 class VirtualTokens(Added):
@@ -23,6 +25,15 @@ class VirtualTokens(Added):
     def embeddings(self) -> Tensor:
         """What the model reads, (tokens, width)."""
         raise NotImplementedError
+
+
+def position_tables(model: nn.Module) -> list[nn.Embedding]:
+    """The embeddings of positions that a model looks up by number."""
+    return [
+        module
+        for name, module in base_modules(model)
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding)
+    ]
 
 
 class BehindPatches:

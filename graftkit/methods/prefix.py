@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
-from graftkit.backbone.attention import AddedKeysValues, adopt, attention_modules
+from graftkit.backbone.attention import AddedKeysValues, adopt, attention_modules, shift_positions
+from graftkit.backbone.prompts import refuse_crowd
 from graftkit.catalogue import option
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
 
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+PACKED = "prefix_default.prompt_embeddings"  # keys and values of all layers, as PEFT keeps them
 PLAIN_ROTATIONS = ("default", "linear", "llama3")  # same for every text length, and rotations only
 
 
@@ -23,26 +30,36 @@ PLAIN_ROTATIONS = ("default", "linear", "llama3")  # same for every text length,
 class Prefix(Method):
     """`tokens` trained keys and values in front of those of every attention layer.
 
-    Liu et al. 2021, 'P-Tuning v2'; Li and Liang 2021, 'Prefix-Tuning', for the reparameterisation: with
-    `hidden`, keys and values are W2 tanh(W1 E + b1) + b2 of an embedding E (tokens, width).
-    Parameters: 2 * blocks * tokens * kv width; with `hidden`
-    tokens * width + hidden * (width + 1) + (hidden + 1) * 2 * blocks * kv width.
+    Liu et al. 2021, 'P-Tuning v2'; Li and Liang 2021, 'Prefix-Tuning', equation 2, and for the reparameterisation
+    section 4.3: with `hidden`, keys and values are W2 tanh(W1 E + b1) + b2 of an embedding E (tokens, width).
+    With `shift`, the text's positions begin behind the prefix, as in PEFT and in the code of both papers, where the
+    prefix is a cache; without, the text stays at the positions at which the model was trained.
+    Parameters, for L attention layers: 2 * L * tokens * kv width; with `hidden`
+    tokens * width + hidden * (width + 1) + (hidden + 1) * 2 * L * kv width.
     """
+
+    peft_types = ("PREFIX_TUNING",)
 
     tokens: int = option(16, "number of trained positions in each layer", at_least=1)
     hidden: int = option(0, "width of the reparameterisation's hidden layer; 0 for none", at_least=0)
+    shift: bool = option(False, "whether the text's positions begin behind the prefix, as in PEFT")
     lr: float | None = option(None, "learning rate; null means 0.01", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         modules = attention_modules(backbone)
         if not modules:
-            raise UserError(f"prefix() found no attention in {backbone.source}; use lora() instead.")
+            raise UserError(
+                f"prefix() found no attention in {backbone.source}; use lora() or adapter() instead."
+            )
         adopt(backbone)
         group = Group("added", self.lr or 1e-2, self.name, self.lr is not None)
         name = f"prefix_{graft}"
         labels: Labels = {}
         shapes = [kv_shape(backbone, module) for _, _, module in modules]
         encoder, start = None, 0
+        if self.shift:
+            refuse_crowd(backbone, self.tokens, self.name)
+            shift_positions(backbone, self.tokens, f"positions_{graft}")
         if self.hidden:
             width = sum(2 * heads * size for heads, size in shapes)
             encoder = PrefixEncoder(self.tokens, backbone.hidden_size, self.hidden, width)
@@ -65,24 +82,23 @@ class Prefix(Method):
         """PEFT keeps all layers in one matrix (tokens, layers * 2 * kv width), ordered k0, v0, k1, v1 ...
 
         It does not keep the reparameterisation: what is written is its result. PEFT puts the prefix at positions
-        0 ... and the text behind it, where here the text keeps its own. With rotary positions only distances
-        count, so that keys turned by `tokens` positions mean the same; other models cannot be expressed.
+        0 ... and the text behind it, as `shift` does here. Without it the text keeps its own positions, and with rotary
+        ones, where only distances count, keys turned by `tokens` positions mean the same; other models cannot be
+        expressed, and neither can those that take no cache.
         """
         modules = attention_modules(backbone)
-        rotary = next((m for m in backbone.model.modules() if hasattr(m, "inv_freq")), None)
-        turn = getattr(sys.modules[type(modules[0][2]).__module__], "apply_rotary_pos_emb", None)
-        if turn is None or getattr(rotary, "rope_type", None) not in PLAIN_ROTATIONS:
+        shapes = {kv_shape(backbone, module) for _, _, module in modules}
+        bare = backbone.model.base_model
+        takes_cache = "past_key_values" in inspect.signature(bare.forward).parameters  # type: ignore[union-attr]
+        turn = None if self.shift else _rotation(backbone, self.tokens)
+        if len(shapes) != 1 or not takes_cache or hasattr(bare, "decoder") or not (self.shift or turn):
             return None
-        assert rotary is not None
-        name = f"prefix_{graft}"
         columns = []
         for _, _, module in modules:
-            key, value = getattr(module, name).keys_values()
-            _, turned = turn(
-                key[None], key[None], *rotary(key, torch.tensor([[self.tokens]], device=key.device))
-            )
-            columns += [part.transpose(0, 1).reshape(self.tokens, -1) for part in (turned[0], value)]
-        heads, size = kv_shape(backbone, modules[0][2])
+            key, value = getattr(module, f"prefix_{graft}").keys_values()
+            key = turn(key) if turn else key
+            columns += [part.transpose(0, 1).reshape(self.tokens, -1) for part in (key, value)]
+        heads, size = shapes.pop()
         config: dict[str, Any] = {
             "peft_type": "PREFIX_TUNING",
             "num_virtual_tokens": self.tokens,
@@ -95,14 +111,76 @@ class Prefix(Method):
         }
         return PeftForm(config, {"prompt_embeddings": torch.cat(columns, dim=1)})
 
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`prefix_projection` says how it was trained: what is kept is the result."""
+        reading.ignore("prefix_projection", "encoder_hidden_size", "init_weights")
+        tokens, layers, width, heads = (
+            reading.field(name, None, int)
+            for name in ("num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads")
+        )
+        if (parts := reading.field("num_transformer_submodules") or 1) != 1:
+            raise reading.error(
+                f"num_transformer_submodules={parts} is a prefix of a decoder beside an encoder's, which graftkit does "
+                "not read."
+            )
+        found = list(reading.take("prompt_embeddings").values())
+        shape = tuple(found[0].shape) if found else None
+        if tokens < 1 or heads < 1 or width % heads or shape != (tokens, 2 * layers * width):
+            raise reading.error(
+                f"num_virtual_tokens={tokens}, num_layers={layers}, token_dim={width} and num_attention_heads={heads} do "
+                f"not fit prompt_embeddings of shape {shape}."
+            )
+        return {"tokens": tokens, "shift": True}, {PACKED: found[0]}
+
+    def unpack(self, backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        packed = tensors.pop(PACKED, None)
+        if packed is None:
+            return tensors
+        modules = attention_modules(backbone)
+        widths = [heads * size for heads, size in (kv_shape(backbone, module) for _, _, module in modules)]
+        if packed.shape[1] != 2 * sum(widths):
+            raise UserError(
+                f"prompt_embeddings have {packed.shape[1]} columns, and keys and values of the {len(modules)} layers of "
+                f"{backbone.source} are {2 * sum(widths)} wide: the prefix belongs to another model."
+            )
+        parts = iter(packed.float().split([width for width in widths for _ in range(2)], dim=1))
+        for _, path, _ in modules:
+            tensors |= {f"{path}.prefix_default.{name}": next(parts) for name in ("keys", "values")}
+        return tensors
+
+
+def _rotation(backbone: Backbone, tokens: int) -> Callable[[Tensor], Tensor] | None:
+    """Turns keys (kv heads, tokens, d) by `tokens` rotary positions; None where the model has no plain ones."""
+    attention = attention_modules(backbone)[0][2]
+    rotary = next((m for m in backbone.model.modules() if hasattr(m, "inv_freq")), None)
+    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if rotary is None or turn is None or getattr(rotary, "rope_type", None) not in PLAIN_ROTATIONS:
+        return None
+
+    def turned(key: Tensor) -> Tensor:
+        angles = rotary(key, torch.tensor([[tokens]], device=key.device))
+        return turn(key[None], key[None], *angles)[1][0]
+
+    return turned
+
 
 def kv_shape(backbone: Backbone, module: nn.Module) -> tuple[int, int]:
     """(kv heads, head width) of an attention module."""
     config: Any = getattr(module, "config", None) or backbone.model.config
-    heads = config.num_attention_heads
-    size: Any = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
-    size = size or backbone.hidden_size // heads
-    return int(getattr(config, "num_key_value_heads", None) or heads), int(size)
+
+    def known(*names: str) -> int | None:
+        values = (getattr(owner, name, None) for name in names for owner in (module, config))
+        return next((value for value in values if isinstance(value, int)), None)
+
+    heads = known("num_attention_heads", "n_heads")
+    if heads is None:
+        raise UserError(
+            f"prefix() does not find the number of heads of {type(module).__name__} in {backbone.source}; use lora() "
+            "or adapter() instead."
+        )
+    size = known("head_dim", "attention_head_size", "key_value_proj_dim") or backbone.hidden_size // heads
+    return known("num_key_value_heads") or heads, size
 
 
 class PrefixSlot(AddedKeysValues):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,9 @@ class Prompt(Method):
         if not ids:
             raise UserError(f"prompt(): the tokenizer finds no tokens in the text {self.text!r}.")
         return (ids * math.ceil(self.tokens / len(ids)))[: self.tokens]
+
+    def stored(self) -> Prompt:
+        return dataclasses.replace(self, start="random", text="") if self.start == "text" else self
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(
