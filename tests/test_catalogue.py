@@ -142,7 +142,7 @@ def test_only_methods_join_with_plus():
     with pytest.raises(UserError, match="write it once with both selections"):
         read("lora() + lora()")
     with pytest.raises(UserError, match=r"write it once\."):
-        read("bitfit() + bitfit()")
+        read("full() + full()")
 
 
 def test_methods_join_with_plus():

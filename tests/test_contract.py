@@ -19,19 +19,37 @@ from graftkit.methods.base import Labels, read
 # of the matrix in docs/methods.md, which runs it on every model of tests/zoo.py; the others run on three of them.
 EXPRESSIONS = {
     "adalora": ["adalora(rank=4, target_rank=2)"],
-    "adapter": ["adapter(bottleneck=5)", "adapter(bottleneck=3, norms=False)"],
-    "bitfit": ["bitfit()"],
+    "adapter": [
+        "adapter(bottleneck=5)",
+        "adapter(bottleneck=3, norms=False, sites='blocks[-1:]', nonlinearity='tanh', dropout=0.5)",
+        "adapter(bottleneck=3, placement='pfeiffer')",
+        "adapter(bottleneck=3, placement='parallel', norms=True)",
+    ],
+    "adapter_fusion": [
+        """adapter_fusion(adapters=["adapter(bottleneck=3, placement='pfeiffer')", "adapter(2, 'pfeiffer')"])""",
+        """adapter_fusion(adapters=["adapter(3, 'houlsby')", "adapter(2, 'houlsby')"]) + head(classes=2)""",
+        """adapter_fusion(adapters=["adapter(3, 'parallel')", "adapter(2, 'parallel')"], regularization=0)""",
+    ],
+    "bitfit": ["bitfit()", "bitfit(sites='q,up')"],
     "freeze": ["full() + freeze('blocks[0]')", "full() + freeze('embeddings')"],
     "full": ["full()"],
+    "gradual_unfreeze": ["gradual_unfreeze()", "gradual_unfreeze(unit='steps', decay=0.5) + head(classes=3)"],
     "head": [
         "head(classes=5)",
         "head(classes=3, pooling='mean', hidden=6)",
         "head(classes=2, pooling='attention')",
     ],
+    "ia3": ["ia3()", "ia3(sites='all-linear') + head(classes=2)"],
     "layerwise_lr": ["unfreeze('blocks') + layerwise_lr(decay=0.5)"],
     "loha": ["loha(rank=3)", "loha(rank=2, effective_conv=True, alpha=3)"],
     "lokr": ["lokr(rank=2)", "lokr(rank=2, decompose_both=True, factor=4, effective_conv=True)"],
     "lora": ["lora(rank=3)", "lora(rank=2, sites='q,v', dropout=0.5, alpha=3) + head(classes=2)"],
+    "norms": ["norms()", "norms(sites='blocks[0].norms')"],
+    "peft": [
+        "peft()",
+        "peft('oft', {'oft_block_size': 4})",
+        "peft('fourierft', {'n_frequency': 20}, sites='q,v,qkv')",
+    ],
     "prefix": ["prefix(tokens=3)", "prefix(tokens=2, hidden=5)"],
     "prompt": ["prompt(tokens=3)", "prompt(tokens=2, start='vocabulary') + head(classes=2)"],
     "ptuning": ["ptuning(tokens=3, hidden=5)", "ptuning(tokens=2, encoder='lstm', hidden=4, layers=1)"],
@@ -39,7 +57,7 @@ EXPRESSIONS = {
     "vera": ["vera(rank=5)", "vera(rank=3, save_projection=False, seed=3, dropout=0.5)"],
 }
 KINDS = ("bert", "gpt2", "llama")
-REFUSED = {("llama", "bitfit()")}
+REFUSED = {("llama", "bitfit()"), ("llama", "bitfit(sites='q,up')")}
 WITH_HEAD = ("roberta", "modernbert", "glm", "qwen3")
 NATIVE = [
     "lora(rank=2) + head(classes=3)",
@@ -56,8 +74,11 @@ IDENTITIES = {
     "adapter",
     "bitfit",
     "full",
+    "ia3",
+    "norms",
     "unfreeze",
     "freeze",
+    "gradual_unfreeze",
     "layerwise_lr",
 }
 

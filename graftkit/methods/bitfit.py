@@ -6,32 +6,32 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from graftkit.backbone import Backbone
+from graftkit.backbone import Backbone, select_parameters
 from graftkit.catalogue import option
 from graftkit.methods.base import Group, Labels, Method, refuse_unless
 
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """The biases of the blocks are trained, those of their norms among them, and nothing else of the backbone.
+    """The biases b of the maps W x + b and of the norms in the blocks are trained, and nothing else of the backbone.
 
     Ben Zaken et al. 2021, 'BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
-    Language-models'. Models without biases (Llama and its kin) are refused.
+    Language-models', section 3; the smaller form of section 4, with queries and the inner map of the feed-forward part
+    only, is `sites='q,up'`. Models without biases (Llama and its kin) are refused.
+    Parameters: the biases of the chosen sites, out for each map and width for each norm.
     """
 
+    sites: str = option("blocks", "sites whose biases are trained, as a selection")
     lr: float | None = option(None, "learning rate; null means 0.002", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         group = Group("base", self.lr or 2e-3, self.name, self.lr is not None, weight_decay=0.0)
-        inside = {site.name for site in backbone.sites if site.block is not None}
-        labels = {
-            name: group
-            for name in backbone.base_parameters
-            if name.rpartition(".")[2] == "bias" and name.rpartition(".")[0] in inside
-        }
+        # nn.MultiheadAttention keeps those of queries, keys and values as one, in_proj_bias
+        names = select_parameters(backbone, self.sites)
+        labels = {name: group for name in names if name.rpartition(".")[2] in ("bias", "in_proj_bias")}
         refuse_unless(
             labels,
-            f"bitfit() trains biases, but the blocks of {backbone.source} have none. "
+            f"bitfit() trains biases, but {self.sites!r} of {backbone.source} has none. "
             "Use lora() or unfreeze('norms') instead.",
         )
         return labels

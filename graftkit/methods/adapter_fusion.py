@@ -1,0 +1,177 @@
+"""AdapterFusion: several trained adapters, composed by attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.catalogue import Call, entries, option, parse
+from graftkit.errors import NotFoldable, UserError, listing
+from graftkit.files import read_json, read_tensors
+from graftkit.methods.base import Group, Labels, Method, multiply, new_parameter
+from graftkit.methods.bottlenecks import Bottleneck, Insertion, Place, bottleneck_at, find_places
+
+DESCRIPTION, TENSORS = "graft.json", "graft.safetensors"
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AdapterFusion(Method):
+    """Attention over several trained adapters at each of their places: h + sum_n s_n V z_n, s = softmax((Q x) . (K z_n)).
+
+    Pfeiffer et al. 2021, 'AdapterFusion: Non-Destructive Task Composition for Transfer Learning', section 3.2: z_n is
+    what adapter n adds for the input x of all of them. The adapters are frozen and kept in the graft, so that the
+    folders they came from are not needed again. Q and K (width, width) are drawn with standard deviation 0.02, V is
+    the identity, from which the loss keeps it near: + regularization * ||V - 1||^2. The graft starts as the mean of the
+    adapters. They must stand at the same places, and have been trained without norms or other methods beside a head.
+    Parameters: 3 * width^2 for each place.
+    """
+
+    grafts: tuple | None = option(None, "folders of the adapters' grafts, at least two")
+    adapters: tuple | None = option(
+        None, "the adapters' forms, which a saved graft fills in; without grafts their values are random"
+    )
+    regularization: float = option(0.01, "weight of ||V - 1||^2 in the loss", at_least=0)
+    lr: float | None = option(None, "learning rate; null means 0.0001", above=0)
+
+    def resolve(self, backbone: Backbone) -> AdapterFusion:
+        """The same with the forms of its adapters instead of their folders; their values go with it to `attach`."""
+        if self.grafts is None:
+            return self
+        members = [_read(Path(str(folder)), backbone) for folder in self.grafts]
+        forms = tuple(str(form) for form, _ in members)
+        resolved = dataclasses.replace(self, grafts=None, adapters=forms)
+        vars(resolved)["values"] = [tensors for _, tensors in members]
+        return resolved
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        forms = [_form(text) for text in self.adapters or ()]
+        if len(forms) < 2:
+            raise UserError(
+                f"adapter_fusion() composes at least two adapters, but {len(forms)} are given; name the folders of their "
+                "grafts, grafts=['runs/a/graft', 'runs/b/graft'], or use adapter() for a single one."
+            )
+        everywhere = [_places(backbone, form) for form in forms]
+        for text, form, there in zip(self.adapters or (), forms, everywhere):
+            if there != everywhere[0] or form["placement"] != forms[0]["placement"]:
+                raise UserError(
+                    f"adapter_fusion(): {(self.adapters or ())[0]} and {text} stand at different places of "
+                    f"{backbone.source}; train adapters for it with the same placement and sites."
+                )
+        group = Group("added", self.lr or 1e-4, self.name, self.lr is not None)
+        values: list[Tensors] = vars(self).get("values", [])
+        labels: Labels = {}
+        for place in everywhere[0]:
+            members = [_member(form, place) for form in forms]
+            for text, member, tensors in zip(self.adapters or (), members, values):
+                _fill(member, text, place, tensors)
+            Fusion(place, members).insert(place, f"adapter_fusion_{graft}")
+            name = f"{place.name}.adapter_fusion_{graft}"
+            labels |= {f"{name}.{leaf}": group for leaf in ("query", "key", "value")}
+        return labels
+
+    def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
+        if not self.regularization:
+            return None
+        places = _places(backbone, _form((self.adapters or ())[0]))
+        values = [getattr(place.module, f"adapter_fusion_{graft}").value for place in places]
+        distances = [(value - torch.eye(len(value), device=value.device)).square().sum() for value in values]
+        return self.regularization * torch.stack(distances).sum()
+
+    def fold(self, backbone: Backbone, graft: str) -> Tensors:
+        raise NotFoldable(
+            "adapter_fusion() cannot be folded: bottlenecks with a nonlinearity have no equal in the plain "
+            "architecture. Keep the graft folder and load it with graftkit.load, or use lora() where folding matters."
+        )
+
+
+class Fusion(Insertion):
+    """sum_n s_n V z_n for x (..., width), z_n from frozen members; query, key and value (width, width) are trained."""
+
+    def __init__(self, place: Place, members: list[Bottleneck]) -> None:
+        super().__init__(place.spatial)
+        self.query = new_parameter(place.width, place.width, std=0.02)
+        self.key = new_parameter(place.width, place.width, std=0.02)
+        self.value = nn.Parameter(torch.eye(place.width))
+        self.members = nn.ModuleList(members)
+
+    def change(self, x: Tensor) -> Tensor:
+        members: Any = self.members
+        added = torch.stack([member.change(x) for member in members], dim=-2)  # (..., n, width)
+        # (Q x) . (K z) = (K' Q x) . z, and V is linear: each matrix is applied once, however many members there are
+        asked = multiply(multiply(x, self.query), self.key.T)
+        share = (added * asked.unsqueeze(-2)).sum(-1, keepdim=True).float().softmax(-2)
+        return multiply((added * share).sum(-2), self.value)
+
+
+def _form(text: Any) -> dict[str, Any]:
+    """The options of `adapter(...)`, defaults among them."""
+    calls = parse(str(text), "method")
+    if [call.name for call in calls] != ["adapter"]:
+        raise UserError(f"adapter_fusion() composes adapters, but {text!r} is not adapter(...) alone.")
+    defaults = {name: option.default for name, option in entries("method")["adapter"].options.items()}
+    return defaults | calls[0].arguments
+
+
+def _places(backbone: Backbone, form: dict[str, Any]) -> list[Place]:
+    return find_places(backbone, form["placement"], form["sites"], "adapter_fusion")
+
+
+def _member(form: dict[str, Any], place: Place) -> Bottleneck:
+    made = bottleneck_at(place, form["placement"], form["bottleneck"], form["nonlinearity"], form["scale"])
+    nn.init.normal_(made.up, std=0.02)
+    return made
+
+
+def _fill(member: Bottleneck, text: str, place: Place, tensors: Tensors) -> None:
+    """Give a member its trained values."""
+    with torch.no_grad():
+        for leaf, parameter in member.named_parameters():
+            name = f"{place.name}.adapter_default.{leaf}"
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise UserError(
+                    f"adapter_fusion(): the graft of {text} has no {name!r} of shape {tuple(parameter.shape)}; restore it "
+                    "from a copy."
+                )
+            parameter.copy_(tensors[name])
+
+
+def _read(folder: Path, backbone: Backbone) -> tuple[Call, Tensors]:
+    """The form of the adapter in a graft folder, and its tensors. Raises `UserError` for other folders."""
+    if not (folder / DESCRIPTION).is_file():
+        raise UserError(
+            f"adapter_fusion(): {str(folder)!r} is no graft folder (it has no {DESCRIPTION}); name the folder `graft` of a "
+            "run that was trained with adapter()."
+        )
+    description = read_json(folder / DESCRIPTION)
+    try:
+        calls = [call for call in parse(description["method"], "method") if call.name != "head"]
+        fingerprint, where = str(description["fingerprint"]), dict(description["tensors"])
+        keys = {name: str(entry["key"]) for name, entry in where.items() if ".adapter_default." in name}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"{folder / DESCRIPTION} is not the description of a graft; restore it from a copy."
+        ) from None
+    trained = [call.name for call in calls]
+    if trained == ["adapter"]:
+        form = _form(calls[0])
+        if form["placement"] == "houlsby" if form["norms"] is None else form["norms"]:
+            trained.append("norms")
+    if trained != ["adapter"]:
+        raise UserError(
+            f"adapter_fusion(): the graft in {folder} trained {listing(trained) or 'a head'}. Only adapters that were "
+            "trained alone, as by adapter(norms=False) + head(), can be composed."
+        )
+    if fingerprint != backbone.fingerprint:
+        raise UserError(
+            f"adapter_fusion(): the graft in {folder} was trained on another backbone ({description.get('backbone')}, "
+            f"fingerprint {fingerprint}); {backbone.source} has {backbone.fingerprint}. Use grafts of one backbone."
+        )
+    contents, _ = read_tensors(folder / TENSORS)
+    return calls[0], {name: contents[key] for name, key in keys.items() if key in contents}

@@ -1,0 +1,315 @@
+"""What adapters are made of: the places in a block where they stand, and the bottleneck itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from graftkit.backbone import Backbone, Site, select
+from graftkit.backbone.anatomy import features, is_conv, is_linear, is_map
+from graftkit.backbone.weights import input_of
+from graftkit.errors import UserError
+from graftkit.methods.base import Addition, multiply, new_parameter, place
+from graftkit.methods.mixtures import Mixture
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+    "tanh": nn.functional.tanh,
+}
+SHORTCUTS = ("shortcut", "downsample", "skip", "identity")
+# torch's own blocks call the dropout behind each part, but not always the map before it
+TORCH_BLOCKS: dict[type[nn.Module], dict[str, str]] = {
+    nn.TransformerEncoderLayer: {"self_attn": "dropout1", "linear2": "dropout2"},
+    nn.TransformerDecoderLayer: {
+        "self_attn": "dropout1", "multihead_attn": "dropout2", "linear2": "dropout3",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one adapter stands: at the output of `module`, which has that name.
+
+    `width`: channels of that output, in its last dimension, or in the third from the end of four if `spatial`.
+    `block`: index of its block. `inputs`: the module whose input the adapter sees; None for the output itself.
+    `norms`: those of the block, one of which may give the block's output.
+    """
+
+    name: str
+    module: nn.Module
+    width: int
+    block: int
+    device: torch.device
+    spatial: bool = False
+    inputs: nn.Module | None = None
+    norms: tuple[nn.Module, ...] = ()
+
+
+class Part(NamedTuple):
+    """The output of one part of a block: `map` is its last map, `module` what is called last."""
+
+    kind: str  # attention, ffn or other
+    map: Site
+    name: str
+    module: nn.Module
+    width: int
+
+
+def find_places(backbone: Backbone, placement: str, sites: str, method: str) -> list[Place]:
+    """The places of the adapters of a placement, in the blocks and parts that a selection means.
+
+    Raises `UserError` where there is none, or where a block has not what the placement needs.
+    """
+    parts = {index: list(_parts(backbone, index)) for index in range(len(backbone.blocks))}
+    if not any(parts.values()):
+        raise UserError(
+            f"{method}() stands behind the attention and the feed-forward part of each block, but {backbone.source} has "
+            "no such blocks. Use lora() instead."
+        )
+    maps = {part.map.name for inside in parts.values() for part in inside}
+    chosen = {
+        site.name
+        for site in select(backbone, sites, lambda s: s.name in maps, "outputs of attention or feed-forward")
+    }
+    found = [
+        place
+        for index, inside in parts.items()
+        for part in inside
+        if part.map.name in chosen and (placement == "houlsby" or part.kind != "attention")
+        for place in [_place(backbone, placement, index, part, method)]
+    ]
+    if not found:
+        raise UserError(
+            f"{method}(placement={placement!r}) stands at the feed-forward part, of which {sites!r} holds none in "
+            f"{backbone.source}. Widen the selection, or use placement='houlsby' or lora()."
+        )
+    return found
+
+
+def _parts(backbone: Backbone, index: int) -> Iterator[Part]:
+    """The outputs of attention and feed-forward of a block; where it has neither, of its last map."""
+    block = backbone.blocks[index]
+    inside = [site for site in backbone.sites if site.block == index]
+    mixtures = set()
+    width = next((_width(site) for site in inside if site.role == "o"), None)
+    empty = True
+    for site in inside:
+        if site.role == "o":
+            yield Part("attention", site, *_called_last(backbone, block, site), _width(site))
+        elif site.role in ("down", "experts"):
+            mixture = _mixture(backbone, block, site)
+            if mixture is None:
+                yield Part("ffn", site, *_called_last(backbone, block, site), _width(site))
+            elif mixture not in mixtures:
+                mixtures.add(mixture)
+                yield Part("ffn", site, mixture, backbone.module(mixture), width or backbone.hidden_size)
+        else:
+            continue
+        empty = False
+    maps = [site for site in inside if is_linear(site.module) or is_conv(site.module)]
+    main = [site for site in maps if not any(word in site.name.lower() for word in SHORTCUTS)]
+    if empty and main:
+        yield Part("other", main[-1], main[-1].name, main[-1].module, _width(main[-1]))
+
+
+def _width(site: Site) -> int:
+    return site.module.out_channels if is_conv(site.module) else features(site.module)[1]  # type: ignore[return-value]
+
+
+def _mixture(backbone: Backbone, block: str, site: Site) -> str | None:
+    """Name of the mixture of experts that a map belongs to: its output is that of the feed-forward part."""
+    if site.role == "experts":
+        outer = site.name.rpartition(".")[0]
+        return outer if len(outer) > len(block) else site.name
+    outer = site.name
+    while len(outer := outer.rpartition(".")[0]) > len(block):
+        members = [other for other in backbone.sites if other.name.startswith(f"{outer}.")]
+        experts = [other for other in members if other.role == "experts"]
+        several = [other for other in members if other.role == "down"]
+        if experts or (isinstance(backbone.module(outer), nn.ModuleList) and len(several) > 1):
+            return outer if experts else outer.rpartition(".")[0]
+    return None
+
+
+def _called_last(backbone: Backbone, block: str, site: Site) -> tuple[str, nn.Module]:
+    """(name, module) of what gives the output of a part: its last map, or the dropout behind it."""
+    parent_name, _, leaf = site.name.rpartition(".")
+    if isinstance(site.module, NonDynamicallyQuantizableLinear):  # used by its parent without being called
+        parent_name, _, leaf = parent_name.rpartition(".")
+    parent = backbone.module(parent_name)
+    for kind, dropouts in TORCH_BLOCKS.items():
+        if isinstance(parent, kind) and leaf in dropouts:
+            return f"{parent_name}.{dropouts[leaf]}", parent.get_submodule(dropouts[leaf])
+    name = f"{parent_name}.{leaf}"
+    children = list(parent.named_children())
+    later = children[[child_name for child_name, _ in children].index(leaf) + 1 :]
+    alone = sum(is_map(module) for module in parent.modules()) == 1
+    if parent_name == block:
+        return name, backbone.module(name)
+    for child_name, child in later if alone else children:
+        # beside other maps its name must tell that a dropout is not one of the attention or of the inner activations
+        if isinstance(child, nn.Dropout) and (alone or "resid" in child_name or "output" in child_name):
+            return f"{parent_name}.{child_name}", child
+    return name, backbone.module(name)
+
+
+def _place(backbone: Backbone, placement: str, index: int, part: Part, method: str) -> Place:
+    block_name = backbone.blocks[index]
+    block = backbone.module(block_name)
+    device = next(block.parameters()).device
+    if placement == "houlsby" or (placement == "pfeiffer" and part.kind == "other"):
+        spatial = isinstance(part.module, nn.Conv2d)
+        return Place(part.name, part.module, part.width, index, device, spatial)
+    inside = [site for site in backbone.sites if site.block == index]
+    if placement == "pfeiffer":
+        norms = tuple(site.module for site in inside if site.role == "norm")
+        spatial = any(isinstance(site.module, nn.Conv2d) for site in inside)
+        return Place(block_name, block, part.width, index, device, spatial, norms=norms)
+    if part.kind == "ffn" and part.map.name != part.name and part.map.name.startswith(f"{part.name}."):
+        return Place(
+            part.name, part.module, part.width, index, device, inputs=part.module
+        )  # a mixture of experts
+    before = inside[: inside.index(part.map)]
+    first = [site for site in before if site.role in ("up", "gate")]
+    if part.kind != "ffn" or not first:
+        raise UserError(
+            f"{method}(placement='parallel') stands beside a feed-forward part, which {block_name!r} "
+            f"({type(block).__name__}) of {backbone.source} lacks. Use placement='houlsby', or lora()."
+        )
+    return Place(part.name, part.module, part.width, index, device, inputs=first[-1].module)
+
+
+class Insertion(Addition):
+    """Adds `change(x)` to the output h of its site: x is h, or the input of another module, or h behind its norm.
+
+    A block may end in a norm, h = LN(s). Then it gives LN(s + change(h)) with the same norm (see `Adapter`).
+    """
+
+    def __init__(self, spatial: bool) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.form: tuple[bool, bool] = (False, False)  # with inputs, with norms
+        self.seen: Tensor | None = None
+        self.normed: tuple[Any, Tensor, Tensor] | None = None  # norm, its input, its output
+
+    @property
+    def alike(self) -> Any:
+        return self.form, self.spatial
+
+    def change(self, x: Tensor) -> Tensor:
+        """What is added, for x (..., width)."""
+        raise NotImplementedError
+
+    def changed(self, x: Tensor) -> Tensor:
+        """`change` over the channels of x."""
+        change = self.acting.change
+        if self.spatial and x.dim() == 4:
+            return change(x.movedim(-3, -1)).movedim(-1, -3).to(x.dtype)
+        return change(x).to(x.dtype)
+
+    def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return self.after(site, args, kwargs, output) if self.active else output
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        h = output[0] if isinstance(output, tuple) else output
+        (seen, self.seen), (normed, self.normed) = (self.seen, None), (self.normed, None)
+        if normed is not None and normed[2] is h:
+            norm, summed, _ = normed
+            summed = summed + self.changed(h)
+            h = norm.forward(summed)
+            for other in site.children():  # another graft's goes on from here
+                if isinstance(other, Insertion) and other.normed is not None:
+                    other.normed = (norm, summed, h)
+        else:
+            h = h + self.changed(h if seen is None else seen)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    def insert(self, where: Place, name: str) -> None:
+        """Become the child of that name of the module at a place, and listen to what else the place names."""
+        self.to(where.device)  # a dropout, where many stand, has none
+        place(where.module, name, self)
+        self.form = (where.inputs is not None, bool(where.norms))
+        handles = vars(self)["handles"]
+        if where.inputs is not None:
+            handles.append(where.inputs.register_forward_pre_hook(self._see, with_kwargs=True))
+        for norm in where.norms:
+            handles.append(norm.register_forward_hook(self._see_norm))
+
+    def _see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.active:
+            self.seen = input_of(args, kwargs)
+
+    def _see_norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.active:
+            self.normed = (module, args[0], output)
+
+
+class Bottleneck(Insertion):
+    """s (W2 f(W1 x + b1) + b2): down (bottleneck, width), up (width, bottleneck), which is zero at first."""
+
+    def __init__(
+        self, width: int, bottleneck: int, nonlinearity: str, scale: float, dropout: float, spatial: bool
+    ) -> None:
+        super().__init__(spatial)
+        self.down = new_parameter(bottleneck, width, std=0.02)
+        self.down_bias = new_parameter(bottleneck)
+        self.up = new_parameter(width, bottleneck)
+        self.up_bias = new_parameter(width)
+        self.nonlinearity = nonlinearity
+        self.scale = scale
+        self.dropout = dropout
+
+    @property
+    def alike(self) -> Any:
+        return super().alike, self.nonlinearity
+
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        return BottleneckMixture(members, weights)
+
+    def change(self, x: Tensor) -> Tensor:
+        low = FUNCTIONS[self.nonlinearity](multiply(x, self.down, self.down_bias))
+        added = multiply(low, self.up, self.up_bias)
+        if self.dropout and self.training:
+            added = nn.functional.dropout(added, self.dropout)
+        return added if self.scale == 1 else added * self.scale
+
+
+def bottleneck_at(
+    place: Place,
+    placement: str,
+    bottleneck: int,
+    nonlinearity: str | None,
+    scale: float | None,
+    dropout: float = 0.0,
+) -> Bottleneck:
+    """A bottleneck for a place; f and s are by default those of the placement's paper."""
+    function = nonlinearity or ("gelu" if placement == "houlsby" else "relu")
+    factor = scale or (4.0 if placement == "parallel" else 1.0)
+    return Bottleneck(place.width, bottleneck, function, factor, dropout, place.spatial)
+
+
+class BottleneckMixture(Mixture):
+    """The bottlenecks of several grafts side by side."""
+
+    def __init__(self, members: Sequence[Bottleneck], weights: Tensor) -> None:
+        super().__init__(weights)
+        self.function = FUNCTIONS[members[0].nonlinearity]
+        self.down = torch.cat([member.down for member in members])
+        self.down_bias = torch.cat([member.down_bias for member in members])
+        self.up = torch.cat([member.scale * member.up for member in members], dim=1)
+        widths = torch.tensor([len(member.down) for member in members], device=weights.device)
+        self.gates = weights.repeat_interleave(widths, dim=1)
+        self.up_bias = weights @ torch.stack([member.scale * member.up_bias for member in members])
+
+    def change(self, x: Tensor) -> Tensor:
+        low = self.function(multiply(x, self.down, self.down_bias))
+        added = multiply(low * self.spread(self.gates, low), self.up)
+        return added + self.spread(self.up_bias, added)

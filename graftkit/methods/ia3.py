@@ -1,0 +1,261 @@
+"""(IA)^3: learned vectors that rescale inner activations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone, Site, select
+from graftkit.backbone.anatomy import features, is_conv, is_linear, is_transposed
+from graftkit.catalogue import option
+from graftkit.errors import NotFoldable, UserError
+from graftkit.methods.base import Addition, Group, Labels, Method, PeftForm, exactly, labels_of, place
+from graftkit.methods.mixtures import Mixture
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """Learned vectors that rescale keys, values and the inner activations of the feed-forward part.
+
+    Liu et al. 2022, 'Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning',
+    section 3.3: softmax(Q (l_k * K)^T / sqrt(d)) (l_v * V), and W2 (l_ff * f(W1 x)). `sites` are scaled at their
+    output, bias included, `feedforward` at their input; a joint map of queries, keys and values is scaled as a whole.
+    All vectors are ones at first, so that training starts at the base model exactly.
+    Parameters: out for each of `sites`, in for each of `feedforward`.
+    """
+
+    peft_types = ("IA3",)
+
+    sites: str | None = option(
+        None,
+        "maps scaled at their output, or 'none'; null means k,v, or the convolutions where there is no attention",
+    )
+    feedforward: str | None = option(
+        None, "maps scaled at their input, or 'none'; null means down, where there is one"
+    )
+    lr: float | None = option(None, "learning rate; null means 0.01", above=0)
+
+    def targets(self, backbone: Backbone) -> list[tuple[Site, bool]]:
+        """The maps that are scaled, in model order, each with whether that is done at its input."""
+        roles = {site.role for site in backbone.sites}
+        sites, feedforward = self.sites, self.feedforward
+        if sites is None and roles & {"qkv", "k"}:
+            sites = "k,v"
+        elif sites is None and any(s.role == "conv" and s.block is not None for s in backbone.sites):
+            sites = "blocks.convs"
+        if feedforward is None and "down" in roles:
+            feedforward = "down"
+        inner = _chosen(backbone, feedforward, _has_input, "maps with one input")
+        outer = _chosen(backbone, sites, _has_output, "linear maps or convolutions")
+        if not inner and not outer:
+            raise UserError(
+                f"ia3() found no keys, values, feed-forward part or convolution in the blocks of {backbone.source}; name "
+                "the maps to scale with sites=..., for example ia3(sites='all-linear'), or use lora()."
+            )
+        at_input = {site.name for site in inner}
+        chosen = at_input | {site.name for site in outer}
+        return [(site, site.name in at_input) for site in backbone.sites if site.name in chosen]
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        labels: Labels = {}
+        # decay would pull the vectors to zero, and the model with them
+        group = Group("added", self.lr or 1e-2, self.name, self.lr is not None, weight_decay=0.0)
+        for site, at_input in self.targets(backbone):
+            name = f"ia3_{graft}"
+            place(site.module, name, _scaling(site.module, at_input))
+            labels |= labels_of(backbone, f"{site.name}.{name}", group)
+        return labels
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        values = {}
+        for site, _ in self.targets(backbone):
+            added: Scaling = getattr(site.module, f"ia3_{graft}")
+            with torch.no_grad():
+                for name, value in added.folded(site.module).items():
+                    values[f"{site.name}.{name}"] = value.to(_plain(site, name).dtype)
+        return values
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        targets = self.targets(backbone)
+        if any(isinstance(site.module, nn.Conv1d | nn.MultiheadAttention) for site, _ in targets):
+            return None
+        inner = [re.escape(site.name) for site, at_input in targets if at_input]
+        config = {
+            "peft_type": "IA3",
+            "target_modules": [site.name for site, _ in targets],
+            # a list would be compared with the ends of names: '1.down' would also mean '11.down'
+            "feedforward_modules": "|".join(inner) if inner else [],
+            "fan_in_fan_out": any(is_transposed(site.module) for site, _ in targets),
+        }
+        tensors = {
+            f"base_model.model.{site.name}.ia3_l": getattr(site.module, f"ia3_{graft}").scale
+            for site, _ in targets
+        }
+        return PeftForm(config, tensors)
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        reading.ignore("fan_in_fan_out", "init_ia3_weights")
+        ends = reading.field("feedforward_modules", [], (str, list))
+        found = {key[1]: tensor for key, tensor in reading.take(r"(.+)\.ia3_l").items()}
+        if isinstance(ends, str):
+            inner = {name for name in found if re.fullmatch(ends, name)}
+        else:
+            inner = {name for name in found if name.endswith(tuple(ends))}
+        options = {
+            "sites": exactly(name for name in found if name not in inner) if set(found) - inner else "none",
+            "feedforward": exactly(name for name in found if name in inner) if inner else "none",
+        }
+        return options, {f"{name}.ia3_default.scale": tensor for name, tensor in found.items()}
+
+
+class Scaling(Addition):
+    """A vector of ones, shaped as PEFT keeps it: (out, 1) or (1, in) for a linear map, (1, channels, 1, 1) for a convolution."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(shape))
+
+    def scaled(self, x: Tensor, module: nn.Module) -> Tensor:
+        """x (..., width), or (rows, channels, ...) at a convolution."""
+        # without a row in front a convolution takes a single example, (channels, ...)
+        single = is_conv(module) and x.dim() < self.scale.dim()
+        scale = self.scale[0] if single else self.scale if is_conv(module) else self.scale.flatten()
+        return (x * scale).to(x.dtype)
+
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        changes = torch.stack([member.scale.flatten() - 1 for member in members])
+        return ScalingMixture(1 + weights @ changes, 1 - members[0].scale.dim(), weights)
+
+    def folded(self, module: nn.Module) -> dict[str, Tensor]:
+        """New values of the module's own parameters, in fp32."""
+        raise NotImplementedError
+
+
+class OutputScaling(Scaling):
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return self.scaled(output, site)
+
+    def folded(self, module: Any) -> dict[str, Tensor]:
+        scale = self.scale.float().flatten()
+        rows = scale if is_transposed(module) else scale.reshape(-1, *[1] * (module.weight.dim() - 1))
+        values = {"weight": module.weight.float() * rows}
+        if module.bias is not None:
+            values["bias"] = module.bias.float() * scale
+        return values
+
+
+class InputScaling(Scaling):
+    def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        if args:
+            return (self.scaled(args[0], site), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, kwargs | {name: self.scaled(kwargs[name], site)}
+
+    def folded(self, module: Any) -> dict[str, Tensor]:
+        scale = self.scale.float().flatten()
+        if is_transposed(module):
+            scale = scale[:, None]
+        elif is_conv(module):  # each group of outputs sees its own group of inputs
+            groups = scale.reshape(module.groups, -1).repeat_interleave(
+                module.out_channels // module.groups, 0
+            )
+            scale = groups.reshape(*groups.shape, *[1] * (module.weight.dim() - 2))
+        return {"weight": module.weight.float() * scale}
+
+
+class ScalingMixture(Mixture):
+    """1 + sum of w (l - 1) over the vectors l of several grafts, (rows or 1, width); `channels`: the dimension they scale."""
+
+    def __init__(self, scales: Tensor, channels: int, weights: Tensor) -> None:
+        super().__init__(weights)
+        self.scales = scales
+        self.channels = channels
+
+    def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        return (args[0] * self.spread(self.scales, args[0], self.channels), *args[1:]), kwargs
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return output * self.spread(self.scales, output, self.channels)
+
+
+class PackedScaling(Scaling):
+    """On `nn.MultiheadAttention`, which projects without calling a module: scaled weights stand in during the call."""
+
+    replaces = True
+
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        if len(weights) > 1:
+            raise NotImplementedError(f"{type(site).__name__} multiplies all rows by one weight")
+        together = PackedScaling(*members[0].scale.shape)
+        changes = torch.stack([member.scale - 1 for member in members])
+        together.scale = nn.Parameter(1 + torch.tensordot(weights[0], changes, dims=1), requires_grad=False)
+        return together
+
+    def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for name, value in self.folded(site).items():
+            vars(site)[name] = value.to(getattr(site, name).dtype)
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        for name in (*PACKED, "in_proj_bias"):
+            vars(site).pop(name, None)
+        return output
+
+    def folded(self, module: Any) -> dict[str, Tensor]:
+        weights = {name: getattr(module, name) for name in PACKED if getattr(module, name) is not None}
+        parts = self.scale.float().chunk(len(weights))
+        values = {
+            name: weight.float() * part for (name, weight), part in zip(weights.items(), parts, strict=True)
+        }
+        if module.in_proj_bias is not None:
+            values["in_proj_bias"] = module.in_proj_bias.float() * self.scale.float().flatten()
+        return values
+
+
+def _plain(site: Site, name: str) -> Tensor:
+    """A parameter that can be given new values. Raises `NotFoldable` where it is packed or computed from others."""
+    parameter = site.module._parameters.get(name)
+    if parameter is None or not parameter.dtype.is_floating_point:
+        kept = "computed from other parameters" if parameter is None else f"stored as {parameter.dtype}"
+        raise NotFoldable(
+            f"ia3() cannot be folded into {site.name!r}, whose {name} is {kept}. Keep the graft folder and load it "
+            "with graftkit.load."
+        )
+    return parameter
+
+
+def _chosen(
+    backbone: Backbone, selection: str | None, accepts: Callable[[Site], bool], wanted: str
+) -> list[Site]:
+    return [] if selection in (None, "none") else select(backbone, str(selection), accepts, wanted)
+
+
+def _has_input(site: Site) -> bool:
+    return is_linear(site.module) or is_conv(site.module)
+
+
+def _has_output(site: Site) -> bool:
+    return _has_input(site) or isinstance(site.module, nn.MultiheadAttention)
+
+
+def _scaling(module: Any, at_input: bool) -> Scaling:
+    if isinstance(module, nn.MultiheadAttention):
+        return PackedScaling(3 * module.embed_dim, 1)
+    kind = InputScaling if at_input else OutputScaling
+    if is_conv(module):
+        channels = module.in_channels if at_input else module.out_channels
+        return kind(1, channels, *[1] * (module.weight.dim() - 2))
+    inputs, outputs = features(module)
+    return kind(1, inputs) if at_input else kind(outputs, 1)

@@ -1,0 +1,92 @@
+"""Norm tuning: the gains and biases of norms are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone, Site, select
+from graftkit.backbone.anatomy import is_norm
+from graftkit.catalogue import option
+from graftkit.errors import UserError
+from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, refuse_unless
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+
+@dataclass(frozen=True)
+class Norms(Method):
+    """The gains g and biases b of norms are trained: g * (x - mean) / deviation + b; nothing else of the backbone.
+
+    Zhao et al. 2024, 'Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning', section 2; for
+    BatchNorm Frankle et al. 2021, 'Training BatchNorm and Only BatchNorm'. LayerNorm, RMSNorm, GroupNorm and
+    BatchNorm alike. With `statistics`, BatchNorm's running mean and variance follow the new data in training and are
+    saved with the graft; without, they stay those of the base.
+    Parameters: the gains and biases of the chosen norms, width for each.
+    """
+
+    peft_types = ("LN_TUNING",)
+
+    sites: str = option("norms", "norms that are trained, as a selection")
+    statistics: bool = option(False, "whether BatchNorm's running mean and variance move too")
+    lr: float | None = option(None, "learning rate; null means 0.005", above=0)
+
+    def targets(self, backbone: Backbone) -> list[Site]:
+        if not any(is_norm(site.module) for site in backbone.sites):
+            raise UserError(
+                f"norms() trains the gains of norms, but {backbone.source} has none. Use lora() or bitfit() instead."
+            )
+        return select(backbone, self.sites, lambda site: is_norm(site.module), "norms")
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        labels: Labels = {}
+        moving = []
+        for site in self.targets(backbone):
+            moves = self.statistics and keeps_statistics(site.module)
+            moving += [site.name] * moves
+            group = Group("base", self.lr or 5e-3, self.name, self.lr is not None, 1.0, 0.0, moves)
+            labels |= {
+                f"{site.name}.{name}": group for name, _ in site.module.named_parameters(recurse=False)
+            }
+        refuse_unless(labels, f"norms() found no gains in {backbone.source}; use lora() instead.")
+        if self.statistics and not moving:
+            raise UserError(
+                f"norms(statistics=True): none of the norms of {backbone.source} keeps running statistics, as BatchNorm "
+                "does; leave statistics out."
+            )
+        return labels
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        return {}
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm:
+        sites = self.targets(backbone)
+        tensors = {
+            f"base_model.model.{site.name}.ln_tuning_layers.{name}": tensor
+            for site in sites
+            for name, tensor in site.module.state_dict(keep_vars=True).items()
+            if "." not in name  # the norm's own, without what another graft placed on it
+        }
+        config = {"peft_type": "LN_TUNING", "target_modules": [site.name for site in sites]}
+        return PeftForm(config, tensors)
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        found = {
+            f"{key[1]}.{key[2]}": tensor
+            for key, tensor in reading.take(r"(.+)\.ln_tuning_layers\.(\w+)").items()
+        }
+        statistics = any(name.endswith(".running_mean") for name in found)
+        options = {
+            "sites": exactly(name.rpartition(".")[0] for name in found),
+            "statistics": statistics,
+        }
+        return options, found
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a norm has a running mean and variance that move in training."""
+    return getattr(module, "running_mean", None) is not None
