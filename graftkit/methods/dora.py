@@ -55,7 +55,10 @@ class DoRA(LowRankMethod):
 
     @property
     def wanted(self) -> str:
-        return f"weights that {self.name}() can update, which are no integers and of no grouped convolution; use lora() there"
+        return (
+            f"weights that {self.name}() can update, which are no integers and of no grouped convolution; "
+            "use lora() there"
+        )
 
     def accepts(self, weight: Weight) -> bool:
         return weight.kind in self.kinds and groups_of(weight) == 1 and not weight.is_quantized
@@ -115,9 +118,9 @@ class Direction(LowRank):
         if self.kind != "embedding" and self.training and isinstance(self.dropout, nn.Dropout):
             x = self.dropout(x)
             base = apply(weight, site, x, weight.stored(weight.value))
-            whole = self.plus(site, self.down(site, x, self.A), base)
+            whole = self.plus(site, self.down(site, x, self.A), self.B, base)
             return (output + (ratio * whole - base)).to(output.dtype)
-        whole = self.plus(site, self.down(site, x, self.A), output)
+        whole = self.plus(site, self.down(site, x, self.A), self.B, output)
         bias = getattr(site, "bias", None)
         if bias is None:
             return (ratio * whole).to(output.dtype)

@@ -150,6 +150,7 @@ class LowRank(Update):
     ) -> None:
         super().__init__(weight)
         self.rank, self.scale, self.plain_conv = rank, scale, plain_conv
+        self.count = weight.shape[0] if weight.kind == "experts" else 1
         if weight.kind == "conv":
             module: Any = weight.module
             outputs, _, *kernel = weight.shape
@@ -157,9 +158,8 @@ class LowRank(Update):
             self.B = new_parameter(outputs, rank // module.groups, *(1 for _ in kernel))
         else:
             outputs, inputs = weight.shape[-2:]
-            count = weight.shape[0] if weight.kind == "experts" else 1
-            self.A = new_parameter(count * rank, inputs)
-            self.B = new_parameter(outputs, rank * count)
+            self.A = new_parameter(self.count * rank, inputs)
+            self.B = new_parameter(outputs, rank * self.count)
         self.b = new_parameter(outputs) if b_bias else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.draw("kaiming")
@@ -173,14 +173,16 @@ class LowRank(Update):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
+    def used(self) -> tuple[Tensor, Tensor]:
+        """The A and B that the update is computed from."""
+        return self.A, self.B
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """(B, A) as matrices (out, rank) and (rank, in * kernel), or as stacks of them, one for each expert."""
-        return self.as_matrices(self.B, self.A)
-
-    def as_matrices(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        A, B = self.used()
         if self.kind != "experts":
             return B.flatten(1), A.flatten(1)
-        return B.unflatten(1, (self.rank, -1)).permute(2, 0, 1), A.unflatten(0, (-1, self.rank))
+        return B.unflatten(1, (-1, self.count)).permute(2, 0, 1), A.unflatten(0, (self.count, -1))
 
     def delta(self, weight: Weight) -> Tensor:
         B, A = self.pair()
@@ -198,7 +200,10 @@ class LowRank(Update):
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if self.replaces:
             return output
-        output = self.plus(site, self.low(site, input_of(args, kwargs)), output)
+        A, B = self.used()
+        x = input_of(args, kwargs)
+        low = self.down(site, x if self.kind == "embedding" else self.dropout(x), A)
+        output = self.plus(site, low, B, output)
         return output if self.b is None else output + (self.scale * self.across(self.b)).to(output.dtype)
 
     @property
@@ -210,7 +215,7 @@ class LowRank(Update):
         weight = members[0].of(site)
         if weight.replaced:
             return super().mix(members, weights, site)
-        factors = [(member.scale * member.B, member.A) for member in members]
+        factors = [(member.scale * B, A) for member in members for A, B in (member.used(),)]
         biases = [member.scale * member.b for member in members if member.b is not None]
         gains = [gain for member in members if (gain := member.gain(weight)) is not None]
         return FactorMixture(weight, factors, weights, biases, gains, members[0].down)
@@ -219,11 +224,8 @@ class LowRank(Update):
         """What multiplies each output of the updated map (out), where something does."""
         return None
 
-    def low(self, site: nn.Module, x: Tensor) -> Tensor:
-        """A x, where A is the first of two maps."""
-        return self.down(site, x if self.kind == "embedding" else self.dropout(x), self.A)
-
     def down(self, site: Any, x: Tensor, A: Tensor) -> Tensor:
+        """A x, where A is the first of two maps."""
         if self.kind == "embedding":
             return look_up(site, x, A.T)
         if self.kind != "conv":
@@ -232,11 +234,11 @@ class LowRank(Update):
             return correlate(x, A, site.stride, site.padding)
         return convolve(site, x, A, groups=1)
 
-    def plus(self, site: Any, low: Tensor, output: Tensor) -> Tensor:
+    def plus(self, site: Any, low: Tensor, B: Tensor, output: Tensor) -> Tensor:
         """output + s B low."""
         if self.kind == "conv":
-            return output + (mix_channels(low, self.B, site.groups) * self.scale).to(output.dtype)
-        return add_product(output, low, self.B, self.scale)
+            return output + (mix_channels(low, B, site.groups) * self.scale).to(output.dtype)
+        return add_product(output, low, B, self.scale)
 
     def across(self, values: Tensor) -> Tensor:
         """One value for each output, in a shape that goes with the outputs of the site."""
@@ -244,7 +246,8 @@ class LowRank(Update):
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """The tensors by the keys that PEFT gives them below a module."""
+        A, B = self.used()
         if self.kind == "embedding":
-            return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
-        tensors: dict[str, Tensor] = {"lora_A.weight": self.A, "lora_B.weight": self.B}
+            return {"lora_embedding_A": A, "lora_embedding_B": B}
+        tensors: dict[str, Tensor] = {"lora_A.weight": A, "lora_B.weight": B}
         return tensors if self.b is None else tensors | {"lora_B.bias": self.b}

@@ -1,0 +1,112 @@
+"""PiSSA: LoRA that starts from the principal part of a weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone.weights import Weight, groups_of
+from graftkit.catalogue import option
+from graftkit.errors import UserError
+from graftkit.methods.low_rank import LowRank, LowRankMethod
+
+OVERSAMPLED = 10  # columns beyond the rank in the randomised SVD (Halko et al. 2011, section 4.2)
+
+
+@dataclass(frozen=True)
+class PiSSA(LowRankMethod):
+    """Low-rank update that starts from the largest singular triplets of each weight: W x + s (B A - B0 A0) x.
+
+    Meng et al. 2024, 'PiSSA: Principal Singular Values and Singular Vectors Adaptation', equations 2 to 4, with
+    s B0 A0 the best approximation of W of that rank, B0 = U sqrt(S / s), A0 = sqrt(S / s) V'; s = alpha / rank. The
+    paper keeps W - s B0 A0 in the place of W; here W stays, and A0 and B0 are kept, and saved, beside A and B. It is
+    computed as s ((B - B0) A + B0 (A - A0)), so that training starts at the base model exactly.
+
+    Parameters: those of lora(); as many again are kept frozen.
+    """
+
+    rank: int = option(8, "number of singular triplets", at_least=1)
+    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    alpha: float | None = option(None, "scale times rank; null means the rank, a scale of 1", above=0)
+    dropout: float = option(
+        0.0, "dropout on the input of the update; embeddings, packed attention and experts have none",
+        at_least=0, below=1,
+    )  # fmt: skip
+    lr: float | None = option(None, "learning rate; null means 0.0002", above=0)
+    stabilised: bool = option(False, "a scale of alpha / sqrt(rank), which suits large ranks")
+    ranks: dict | None = option(
+        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
+    )
+    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
+    iterations: int = option(8, "power iterations of the randomised SVD; 0 for the exact one", at_least=0)
+
+    default_lr = 2e-4
+    default_scale = 1.0
+
+    @property
+    def wanted(self) -> str:
+        return (
+            f"weights that {self.name}() can update, which are no integers and of no grouped convolution; "
+            "use lora() there"
+        )
+
+    def accepts(self, weight: Weight) -> bool:
+        return weight.kind in self.kinds and groups_of(weight) == 1 and not weight.is_quantized
+
+    def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
+        least = (
+            min(weight.shape[-2:])
+            if weight.kind != "conv"
+            else min(weight.shape[0], math.prod(weight.shape[1:]))
+        )
+        if rank > least:
+            raise UserError(
+                f"{self.name}(): the rank at {name!r} is {rank}, but this {type(weight.module).__name__} has only "
+                f"{least} singular values. Take a lower one there with ranks, or lora()."
+            )
+        return Principal(weight, rank, scale, self.dropout, self.iterations)
+
+    def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
+        """A LoRA of twice the rank with the same scale."""
+        return 2 * rank, alpha * math.sqrt(2) if self.stabilised else 2 * alpha
+
+
+class Principal(LowRank):
+    """The factors A and B, and what they were at first, A0 and B0, as buffers."""
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(
+        self, weight: Weight, rank: int, scale: float, dropout: float = 0.0, iterations: int = 0
+    ) -> None:
+        super().__init__(weight, rank, scale, dropout)
+        W = weight.stored(weight.value.detach()).float()
+        B, A = principal(W.flatten(1) if weight.kind == "conv" else W, rank, scale, iterations)
+        B = B.permute(1, 2, 0) if weight.kind == "experts" else B
+        self.A = nn.Parameter(A.reshape(self.A.shape).contiguous())
+        self.B = nn.Parameter(B.reshape(self.B.shape).contiguous())
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
+
+    def used(self) -> tuple[Tensor, Tensor]:
+        """Factors of twice the rank whose product is B A - B0 A0, without a difference of large numbers."""
+        A, A0 = (factor.unflatten(0, (self.count, -1)) for factor in (self.A, self.A0))
+        B, B0 = (factor.unflatten(1, (-1, self.count)) for factor in (self.B, self.B0))
+        return torch.cat([A, A - A0], dim=1).flatten(0, 1), torch.cat([B - B0, B0], dim=1).flatten(1, 2)
+
+
+def principal(W: Tensor, rank: int, scale: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """U sqrt(S / s), (..., out, rank), and sqrt(S / s) V', (..., rank, in), of the largest singular values of W."""
+    if W.is_meta:
+        return W.new_empty(*W.shape[:-1], rank), W.new_empty(*W.shape[:-2], rank, W.shape[-1])
+    if iterations and rank + OVERSAMPLED < min(W.shape[-2:]):
+        U, S, V = torch.svd_lowrank(W, rank + OVERSAMPLED, iterations)
+    else:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        V = Vh.mT
+    root = (S[..., :rank] / scale).sqrt()
+    return U[..., :rank] * root[..., None, :], root[..., None] * V[..., :rank].mT
