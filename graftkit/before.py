@@ -76,6 +76,28 @@ class KeepStatistics(Addition):
         site.training = False
 
 
+class KeepPadding(Addition):
+    """Keeps an `nn.TransformerEncoder` from packing padded rows into a nested tensor in eval mode.
+
+    Whether it packs them is decided by its first layer alone. Trained layers behind a frozen one, and layers with
+    additions, cannot read such a tensor. So also while the graft is silent: its hooks are still there.
+    """
+
+    changes_outputs = False
+    packs = False
+
+    def before(self, site: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.packs = self.packs or site.use_nested_tensor
+        site.use_nested_tensor = False
+
+    def after(self, site: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.packs:  # not where another graft's has done it
+            site.use_nested_tensor, self.packs = True, False
+        return output
+
+    _before, _after = before, after
+
+
 def has_statistics(module: nn.Module) -> bool:
     """Whether a module keeps running statistics of what passes through it, as BatchNorm does."""
     return getattr(module, "running_mean", None) is not None

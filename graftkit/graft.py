@@ -16,6 +16,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.before import (
     Before,
+    KeepPadding,
     KeepStatistics,
     claim,
     folded_on,
@@ -334,6 +335,8 @@ def attach(
         for module_name, module in base_modules(backbone.model):
             if has_statistics(module) and f"{module_name}.running_mean".lstrip(".") not in statistics:
                 place(module, f"statistics_{name}", KeepStatistics())
+            if isinstance(module, nn.TransformerEncoder):
+                place(module, f"padding_{name}", KeepPadding())
     except BaseException:
         claim(backbone.model, present, name)
         before.restore(backbone, name)
