@@ -44,20 +44,25 @@ ALL_ROWS = {
 }
 # every other method with its default settings
 ALL_ROWS |= {
-    name: (f"{name}() + head()", 2)
-    for name in (
-        "dora", "pissa", "adalora", "vera", "loha", "lokr", "ia3", "norms", "prompt", "ptuning", "full", "unfreeze",
-        "gradual_unfreeze",
-    )
-}  # fmt: skip
-ALL_ROWS |= {
-    "lora stabilised, faster B": ("lora(stabilised=True, b_rate=4) + head()", 2),
-    "adapter pfeiffer": ("adapter(placement='pfeiffer') + head()", 2),
-    "adapter parallel": ("adapter(placement='parallel') + head()", 2),
-    "adapter_fusion": ("adapter_fusion(grafts=['{first}', '{second}']) + head()", 2),
+    "dora": ("dora() + head()", 1),
+    "pissa": ("pissa() + head()", 1),
+    "adalora": ("adalora() + head()", 1),
+    "loha": ("loha() + head()", 1),
+    "lokr": ("lokr() + head()", 1),
+    "vera": ("vera() + head()", 2),
+    "peft": ("peft('oft') + head()", 1),
+    "adapter pfeiffer": ("adapter(placement='pfeiffer') + head()", 1),
+    "adapter parallel": ("adapter(placement='parallel') + head()", 1),
+    "adapter_fusion": ("adapter_fusion(grafts=['{first}', '{second}']) + head()", 1),
+    "ia3": ("ia3() + head()", 2),
+    "norms": ("norms() + head()", 2),
+    "prompt": ("prompt() + head()", 2),
+    "ptuning": ("ptuning() + head()", 2),
+    "unfreeze": ("unfreeze() + head()", 2),
+    "gradual_unfreeze": ("gradual_unfreeze() + head()", 2),
+    "full": ("full() + head()", 2),
     "freeze": ("full() + freeze('embeddings') + head()", 2),
     "layerwise_lr": ("full() + layerwise_lr() + head()", 2),
-    "peft": ("peft('oft') + head()", 2),
 }
 TIMED_STEPS = 60
 FEW_ROWS = {
