@@ -26,6 +26,8 @@ class Adapter(Method):
     convolutions has one behind its last. Leaving out lower blocks by `sites` is AdapterDrop (Rücklé et al. 2021).
 
     W1 is drawn with standard deviation 0.02, W2 and the biases are zero, so that training starts at the base exactly.
+    When: a graft of a few percent of the backbone's size is to come near to full fine-tuning, and nobody needs to
+    fold it.
     Parameters: 2 * width * bottleneck + bottleneck + width for each place, two places a block for 'houlsby' and one
     for the others, and the norms of these blocks where they are trained.
     """

@@ -30,6 +30,7 @@ class AdapterFusion(Method):
     folders they came from are not needed again. Q and K (width, width) are drawn with standard deviation 0.02, V is
     the identity, from which the loss keeps it near: + regularization * ||V - 1||^2. The graft starts as the mean of the
     adapters. They must stand at the same places, and have been trained without norms or other methods beside a head.
+    When: adapters of several other tasks are there already, and a task with few rows may gain from all of them.
     Parameters: 3 * width^2 for each place.
     """
 

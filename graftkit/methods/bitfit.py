@@ -18,6 +18,7 @@ class BitFit(Method):
     Ben Zaken et al. 2021, 'BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
     Language-models', section 3; the smaller form of section 4, with queries and the inner map of the feed-forward part
     only, is `sites='q,up'`. Models without biases (Llama and its kin) are refused.
+    When: the model has biases, and a graft has to be small and, once folded, without any cost.
     Parameters: the biases of the chosen sites, out for each map and width for each norm.
     """
 

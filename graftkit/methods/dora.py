@@ -27,6 +27,7 @@ class DoRA(LowRankMethod):
     the base model exactly. The norm comes from ||W||^2 + 2 s <W A', B> + s^2 <B A A', B> by rows: W + s B A is not
     formed.
 
+    When: lora stays behind full fine-tuning, above all at small ranks; a step takes longer than lora's.
     Parameters: those of lora(), and out more for each map (at experts, for each of them).
     """
 

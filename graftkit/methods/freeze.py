@@ -14,7 +14,11 @@ from graftkit.methods.base import Labels, Method
 
 @dataclass(frozen=True)
 class Freeze(Method):
-    """The chosen parts stay as they are although another method frees them: full() + freeze('embeddings')."""
+    """The chosen parts stay as they are although another method frees them: full() + freeze('embeddings').
+
+    When: a part of what another method trains has to stay as it is.
+    Parameters: none of its own; those of `sites` are taken out.
+    """
 
     sites: str = option("embeddings", "parts that stay frozen, as a selection")
 

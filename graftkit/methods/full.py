@@ -13,7 +13,11 @@ from graftkit.methods.base import Group, Labels, Method
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every parameter of the backbone is trained. Combine it with layerwise_lr to keep its lower layers."""
+    """Every parameter of the backbone is trained. Combine it with layerwise_lr to keep its lower layers.
+
+    When: rows are many and there is memory for the gradients of everything; what other methods are measured against.
+    Parameters: all of the backbone's.
+    """
 
     yields = True
 

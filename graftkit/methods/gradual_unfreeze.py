@@ -26,6 +26,7 @@ class GradualUnfreeze(Method):
     turn alone; without one the last block has it. What lies above the last block comes with it. With `decay`,
     a block's rate is lr * decay^(blocks above it), section 3.2; the paper has decay = 1 / 2.6.
     A loop of your own trains everything from the start unless it asks `graft.labels_at(step, epoch)`.
+    When: full fine-tuning forgets too much of what the model knew, as with few rows.
     Parameters: all of the backbone's.
     """
 

@@ -40,6 +40,7 @@ class Head(Method):
     for causal models, 'cls' where a class token stands in front, 'mean' for the others.
     In a user's own module with a head, 'mean' is the mean of what comes into that head. An encoder with a decoder
     is pooled over the decoder's states; without decoder inputs it is given its own input, shifted by one.
+    When: classes are predicted; alone it is the cheapest of all, since the backbone is computed once and kept.
     Parameters: classes * (width + 1), with a hidden layer hidden * (width + 1) + classes * (hidden + 1); 'attention'
     has width more. For 'stacked', width is the number of outputs of the old head.
     """

@@ -31,6 +31,7 @@ class IA3(Method):
     section 3.3: softmax(Q (l_k * K)^T / sqrt(d)) (l_v * V), and W2 (l_ff * f(W1 x)). `sites` are scaled at their
     output, bias included, `feedforward` at their input; a joint map of queries, keys and values is scaled as a whole.
     All vectors are ones at first, so that training starts at the base model exactly.
+    When: rows are few, or a graft has to be no more than some vectors a block.
     Parameters: out for each of `sites`, in for each of `feedforward`.
     """
 

@@ -20,6 +20,8 @@ class LayerwiseLR(Method):
     Howard and Ruder 2018, 'Universal Language Model Fine-tuning', section 3.2, with the decay of each block
     as in ELECTRA's fine-tuning. The last block and what lies above it have the full rate, the embeddings
     lr * decay^blocks; a part between two blocks has the rate of the lower one.
+    When: full() or unfreeze() stands beside it, and lower blocks are to stay near to what they were.
+    Parameters: none of its own; it changes rates.
     """
 
     decay: float = option(0.9, "factor from one block to the one below it", at_least=0.01, at_most=1)

@@ -25,6 +25,7 @@ class Norms(Method):
     BatchNorm Frankle et al. 2021, 'Training BatchNorm and Only BatchNorm'. LayerNorm, RMSNorm, GroupNorm and
     BatchNorm alike. With `statistics`, BatchNorm's running mean and variance follow the new data in training and are
     saved with the graft; without, they stay those of the base.
+    When: a graft has to be small and the model has few biases, or its norms meet data of another kind.
     Parameters: the gains and biases of the chosen norms, width for each.
     """
 

@@ -25,6 +25,7 @@ class PiSSA(LowRankMethod):
     paper keeps W - s B0 A0 in the place of W; here W stays, and A0 and B0 are kept, and saved, beside A and B. It is
     computed as s ((B - B0) A + B0 (A - A0)), so that training starts at the base model exactly.
 
+    When: lora is slow to begin learning, and a decomposition of each weight beforehand is no hindrance.
     Parameters: those of lora(); as many again are kept frozen.
     """
 

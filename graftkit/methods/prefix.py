@@ -34,6 +34,7 @@ class Prefix(Method):
     section 4.3: with `hidden`, keys and values are W2 tanh(W1 E + b1) + b2 of an embedding E (tokens, width).
     With `shift`, the text's positions begin behind the prefix, as in PEFT and in the code of both papers, where the
     prefix is a cache; without, the text stays at the positions at which the model was trained.
+    When: the model's maps have to stay as they are, and some more positions in each attention cost little.
     Parameters, for L attention layers: 2 * L * tokens * kv width; with `hidden`
     tokens * width + hidden * (width + 1) + (hidden + 1) * 2 * L * kv width.
     """

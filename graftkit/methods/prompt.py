@@ -32,6 +32,7 @@ class Prompt(Method):
     on the first position of all where it takes the first, on the text's last token where it takes the last.
     `start`: 'random' draws from a normal distribution as wide as the embedding table, 'vocabulary' takes random rows
     of the table, 'text' the rows of the words of `text`, repeated or cut to `tokens`.
+    When: the model is large and a graft has to be tiny; on small models it stays behind other methods.
     Parameters: tokens * width.
     """
 

@@ -24,6 +24,7 @@ class PTuning(Method):
     Liu et al. 2021, 'GPT Understands, Too' (P-tuning), section 3.2 of the first version: h = MLP(BiLSTM(E)); or
     h = MLP(E). The MLP has rectified linear units: after the LSTM one hidden layer of 2 * hidden, alone `layers` of
     `hidden`. Where virtual tokens stand, and what is cut off, is as in `prompt`.
+    When: prompt() trains unsteadily.
     Parameters, w the width and h hidden: tokens * w, and
     for 'mlp' (w + 1) * h + (layers - 1) * (h + 1) * h + (h + 1) * w;
     for 'lstm' 8 * h * (w + h + 2) + (layers - 1) * 8 * h * (3 * h + 2) + (2 * h + 1) * (2 * h + w).

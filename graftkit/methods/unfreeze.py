@@ -13,7 +13,11 @@ from graftkit.methods.base import Group, Labels, Method
 
 @dataclass(frozen=True)
 class Unfreeze(Method):
-    """The chosen parts of the backbone are trained, by default its last two blocks."""
+    """The chosen parts of the backbone are trained, by default its last two blocks.
+
+    When: a head or a small graft is not enough; what lies below the freed blocks is computed without gradients.
+    Parameters: those of the chosen parts.
+    """
 
     sites: str = option("blocks[-2:]", "parts that are trained, as a selection")
     lr: float | None = option(None, "learning rate; null means 0.0001", above=0)
