@@ -116,8 +116,10 @@ def _wholes(graft: Graft, names: set[str]) -> list[str]:
     return sorted(found)
 
 
-def _task_type(graft: Graft, head: bool) -> str:
-    """The wrapper class that PEFT is to use."""
+def _task_type(graft: Graft, head: bool) -> str | None:
+    """The wrapper class that PEFT is to use; none for a user's own module, which takes what it takes."""
+    if not hasattr(graft.model, "config"):
+        return None
     if head:
         return "SEQ_CLS"
     if not getattr(graft.model, "can_generate", bool)():
