@@ -5,10 +5,10 @@ catalogue, the keys of a recipe from its schema. tests/test_docs.py fails where 
 
 The docstring of a method is its entry in docs/methods.md. Its first paragraph says what the method does. Behind it stand
 the paper ('Hu et al. 2021, ...') and two sentences that begin a line with a word of their own and go on to the next
-such word, or to the end of the paragraph:
+such word, or to the end of the paragraph; what a formula needs to be said beforehand can stand between word and colon:
 
     When: what it is good for, beside the other methods.
-    Parameters: how many it trains, as a formula.
+    Parameters, L the number of layers: how many it trains, as a formula.
 
 The matrix of methods and models is in docs/matrix.json. `python docs/generate.py --matrix` makes it by running
 tests/contract.py on each pair; with names behind it (`--matrix lora dora`), on the pairs of these methods alone.
@@ -149,20 +149,23 @@ def run_matrix(names: list[str]) -> list[str]:
 
 def notes_of(entry: Entry) -> dict[str, str]:
     """What the docstring says behind each of the words of `NOTES`; empty where it says nothing."""
-    found = dict.fromkeys(NOTES, "")
-    for paragraph in _docstring(entry).split("\n\n"):
-        for note in re.finditer(_NOTE, paragraph):
-            found[note[1]] = " ".join(note[2].split())
-    return found
+    found = {
+        note[1]: " ".join(f"{note[2] + ': ' if note[2] else ''}{note[3]}".split())
+        for note in _NOTE.finditer(_docstring(entry))
+    }
+    return dict.fromkeys(NOTES, "") | found
 
 
-_NOTE = re.compile(rf"^({'|'.join(NOTES)}): (.+?)(?=^(?:{'|'.join(NOTES)}): |\Z)", re.DOTALL | re.MULTILINE)
+_NOTE = re.compile(
+    rf"^({'|'.join(NOTES)})(?:, ([^:\n]+))?: (.+?)(?=^(?:{'|'.join(NOTES)})[:,] |\n\n|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def papers(entry: Entry) -> str:
     """The papers that a docstring names, as authors and year."""
     name = r"(?:Ben |Van |De )?[A-Z][\w-]+"
-    names = rf"{name}(?: et al\.| and {name})? (?:19|20)\d\d"
+    names = rf"(?:{name}, )*{name}(?: et al\.| and {name})? (?:19|20)\d\d"
     text = " ".join(_docstring(entry).split())
     return "; ".join(dict.fromkeys(re.findall(names, text)))
 
@@ -173,9 +176,9 @@ def _methods() -> list[Entry]:
 
 
 def _entry(entry: Entry) -> str:
-    text = _NOTE.sub(lambda note: f"\n- **{note[1]}:** {note[2].strip()}\n", _docstring(entry)).strip()
-    text = re.sub(r"\n{3,}", "\n\n", text).replace("\n\n- **Parameters", "\n- **Parameters")
-    lines = [f"## {entry.name}", "", text]
+    text = _NOTE.sub("", _docstring(entry)).rstrip()
+    notes = [f"- {word}: {said}" for word, said in notes_of(entry).items() if said]
+    lines = [f"## {entry.name}", "", text, *([""] if notes else []), *notes]
     if entry.options:
         lines += ["", "| option | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [_row(f"`{o.name}`", _bounds(o), f"`{o.default!r}`", o.help) for o in entry.options.values()]

@@ -106,6 +106,16 @@ def test_files_named_exist(path: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("name", entries("method"))
+def test_a_method_says_when_it_is_used_and_what_it_costs(name: str) -> None:
+    entry = entries("method")[name]
+    notes = _generate().notes_of(entry)
+    assert all(notes.values()), f"{entry.path}: see docs/generate.py for the form of a docstring"
+    assert "\n" not in entry.docstring.split("\n\n")[0], "the first paragraph is one line"
+    own = {"freeze", "full", "head", "unfreeze"}  # as old as the field
+    assert name in own or _generate().papers(entry), "name the paper and its year"
+
+
 def test_make_targets_named_in_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for path in PAGES:
