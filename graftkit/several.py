@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.before import MIXED, folded_on, grafts_of, lone_places, set_settings, settings_of
+from graftkit.base_rows import mix_rows, takes_all_rows
+from graftkit.before import MIXED, folded_on, grafts_of, set_settings, settings_of
 from graftkit.errors import UserError, listing, nearest
 from graftkit.graft import Graft
 from graftkit.methods.base import Addition
@@ -150,6 +151,7 @@ class _Mixed:
         self.weights = weights
         self.rows = rows
         self._undo = ExitStack()
+        self._changed: set[str] = set()  # modules that have parameters of their own for each row
 
     def start(self) -> None:
         """Let the additions of the first graft at each site do what those of all do."""
@@ -159,7 +161,8 @@ class _Mixed:
                 if self.rows is None:
                     self._mix_base(grafts)
                 else:
-                    self._refuse_rows(grafts)
+                    self._refuse_order()
+                    self._changed = mix_rows(self.model, grafts, self.weights, self._undo)
                 self._mix_additions(grafts)
             handle = self.model.register_forward_pre_hook(self._check_call, with_kwargs=True)
             self._undo.callback(handle.remove)
@@ -193,12 +196,13 @@ class _Mixed:
     ) -> None:  # fmt: skip
         """Let one addition do what all members do."""
         name = key[0] or type(self.model).__name__
-        inside = name.lower().split(".")
         device = next((t.device for t in (*leader.parameters(), *leader.buffers())), None)
         try:
-            if self.rows is not None and any("expert" in part for part in inside):
+            if self.rows is not None and takes_all_rows(name):
                 raise NotImplementedError("an expert is given tokens of all rows")
             mixture = type(leader).mix(members, weights.to(device), site)
+            if key[0] in self._changed and getattr(mixture, "has_gains", False):
+                raise NotImplementedError("it rescales a map whose weight or bias the grafts train too")
         except NotImplementedError as reason:
             graft = next(graft for graft in grafts if graft.name == leader.graft)
             method = _method_of(graft, key[1])
@@ -223,15 +227,7 @@ class _Mixed:
                 "be computed together. Run their rows apart, or give them heads with the same pooling."
             )
 
-    def _refuse_rows(self, grafts: list[Graft]) -> None:
-        for graft in grafts:
-            own = graft.changes - lone_places(self.model, graft.name)
-            if own:
-                raise UserError(
-                    f"the graft {graft.name!r} ({graft.method}) trains {listing(sorted(own), 2)}, which is the base's own "
-                    "and which all rows of a batch have in common. Instead, run its rows apart, with "
-                    f"using(model, {graft.name!r})."
-                )
+    def _refuse_order(self) -> None:
         for name, module in self.model.named_modules():
             if getattr(module, "batch_first", True) is False:
                 raise UserError(
@@ -325,8 +321,8 @@ def _groups(grafts: list[Graft]) -> dict[Key, dict[int, Addition]]:
             stem = child.removesuffix(f"_{graft.name}")
             if not isinstance(module, Addition):
                 raise UserError(
-                    f"{_method_of(graft, stem)}() of the graft {graft.name!r} cannot be computed together with other grafts: "
-                    f"it adds to what {place!r} reads. Instead, run its rows apart, with using(model, {graft.name!r})."
+                    f"{_method_of(graft, stem)}() of the graft {graft.name!r} cannot be computed together with other grafts. "
+                    f"Instead, run its rows apart, with using(model, {graft.name!r})."
                 )
             groups.setdefault((place, stem, type(module), module.alike), {})[column] = module
     return groups

@@ -23,6 +23,7 @@ class Mixture:
     """
 
     where = ""
+    shares = False  # whether one row of an input can stand for all: of positions, for example
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
@@ -46,6 +47,8 @@ class Mixture:
     def check(self, x: Tensor, width_at: int = 1) -> None:
         """Raise `UserError` unless the first dimension of x counts the rows."""
         rows = len(self.weights)
+        if self.shares and x.dim() > 1 and len(x) == 1:
+            return
         if rows > 1 and (x.dim() < 2 or width_at == 0 or len(x) != rows):
             raise UserError(
                 f"{self.where!r} is given {tuple(x.shape)}, whose first dimension is not that of the {rows} rows in "
@@ -70,6 +73,7 @@ class FactorMixture(Mixture):
         super().__init__(weights)
         self.down = down or self._down
         self.kind = weight.kind
+        self.shares = self.kind == "embedding"
         self.groups = int(getattr(weight.module, "groups", 1)) if self.kind == "conv" else 1
         # each group of a convolution's outputs reads its own part of every graft's A x
         low = [A.unflatten(0, (self.groups, -1)) for _, A in factors]
@@ -90,6 +94,7 @@ class FactorMixture(Mixture):
         self.check(x)
         low = self.down(site, x, self.A)
         low = low * self.spread(self.gates, low, self.channels)
+        output = output.expand(len(low), *output.shape[1:])
         if self.has_gains:
             own = output if getattr(site, "bias", None) is None else output - self._across(site.bias)
             output = output + own * self.spread(self.gains, output, self.channels)
@@ -117,6 +122,7 @@ class MatrixMixture(Mixture):
     def __init__(self, weight: Weight, matrices: Sequence[Tensor], weights: Tensor) -> None:
         super().__init__(weights)
         self.kind = weight.kind
+        self.shares = self.kind == "embedding"
         self.stack = torch.stack([matrix.float() for matrix in matrices])
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
