@@ -40,9 +40,13 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
     except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
         raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
     loaded = load_run(Path(folder), exact=True)
-    base = find_source(loaded.recipe.model).folder
-    if base is not None:
-        _refuse(to, "the model that the run started from", base.resolve())
+    base = find_source(loaded.recipe.model, loaded.recipe.weights).folder
+    if base is None:
+        raise UserError(
+            f"export writes models of transformers, and {loaded.backbone.source!r} is a module of your own. Load the run's "
+            "graft on it with graftkit.load(module, RUN/graft); graft.fold() gives the module with the graft melted in."
+        )
+    _refuse(to, "the model that the run started from", base.resolve())
     texts, pairs, real = _real_rows(loaded)
     before = logits_of(loaded, texts, pairs)
     loaded.graft.fold()
@@ -205,7 +209,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 
 class Classifier:
@@ -214,11 +218,14 @@ class Classifier:
         self.about = json.loads((folder / "head.json").read_text(encoding="utf-8"))
         self.head = load_file(folder / "head.safetensors")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
+        stacked = self.about["pooling"] == "stacked"  # on the logits of the model's own head
+        self.model = (AutoModelForSequenceClassification if stacked else AutoModel).from_pretrained(folder).eval()
 
     def features(self, states, mask):
         """(rows, length, width) -> (rows, width)"""
         pooling, rows = self.about["pooling"], torch.arange(len(states))
+        if pooling == "stacked":
+            return states
         if pooling == "cls":
             return states[rows, mask.argmax(dim=1)]
         if pooling == "last":
@@ -236,6 +243,8 @@ class Classifier:
         for i, text in enumerate(texts):
             given = (text,) if pairs is None else (text, pairs[i])
             batch = self.tokenizer(*given, truncation=True, max_length=self.about["max_length"], return_tensors="pt")
+            if hasattr(self.model, "_shift_right"):  # an encoder with a decoder reads the text in both
+                batch["decoder_input_ids"] = self.model._shift_right(batch["input_ids"])
             x = self.features(self.model(**batch)[0].float(), batch["attention_mask"])
             if self.about["hidden"]:
                 x = torch.nn.functional.gelu(x @ self.head["hidden.weight"].T + self.head["hidden.bias"])

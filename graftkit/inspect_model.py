@@ -7,7 +7,8 @@ from typing import Any
 
 from graftkit import selection
 from graftkit.backbone import Backbone, Site, select
-from graftkit.backbone.anatomy import features, is_linear
+from graftkit.backbone.anatomy import is_conv, is_map
+from graftkit.backbone.backbone import widths
 from graftkit.errors import UserError
 from graftkit.methods.base import read
 from graftkit.prepare import attach_new, prepare_backbone
@@ -26,7 +27,7 @@ def inspect_model(model: str, method: str | None, weights: str | None = None) ->
     found: dict[str, Any] = {
         "model": model,
         "class": type(backbone.model).__name__,
-        "width": backbone.hidden_size,
+        "width": _width(backbone),
         "blocks": list(backbone.blocks),
         "total_parameters": sum(p.numel() for p in backbone.model.parameters()),
         "sites": [_site(site) for site in backbone.sites],
@@ -42,11 +43,20 @@ def inspect_model(model: str, method: str | None, weights: str | None = None) ->
     return found
 
 
+def _width(backbone: Backbone) -> int | None:
+    """Width of the states, where a user's own module tells it."""
+    try:
+        return backbone.hidden_size
+    except UserError:
+        return None
+
+
 def _site(site: Site) -> dict[str, Any]:
-    shape = list(features(site.module)) if is_linear(site.module) else None
+    module: Any = site.module
     return {
-        "name": site.name, "role": site.role, "block": site.block, "class": type(site.module).__name__,
-        "shape": shape, "parameters": site.parameters,
+        "name": site.name, "role": site.role, "block": site.block, "class": type(module).__name__,
+        "shape": list(widths(module)) if is_map(module) else None,
+        "kernel": list(module.kernel_size) if is_conv(module) else None, "parameters": site.parameters,
     }  # fmt: skip
 
 
@@ -118,4 +128,6 @@ def _row(site: dict[str, Any], found: dict[str, Any]) -> str:
     if site["block"] is not None:
         name = name[len(found["blocks"][site["block"]]) + 1 :]
     shape = f"{site['shape'][0]} -> {site['shape'][1]}" if site["shape"] else ""
-    return f"{name:<40} {site['role']:<10} {site['class']:<12} {shape:<14} {count(site['parameters']):>12}"
+    if site["kernel"]:
+        shape += f", {' x '.join(map(str, site['kernel']))}"
+    return f"{name:<40} {site['role']:<10} {site['class']:<12} {shape:<16} {count(site['parameters']):>12}"

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from graftkit.data.batches import epoch_batches, padding_share
+from graftkit.errors import UserError
 from graftkit.report.console import Console, count, duration, size
 
 if TYPE_CHECKING:
+    from graftkit.backbone import Backbone
     from graftkit.plan import Plan
     from graftkit.prepare import Prepared
     from graftkit.tasks.base import Dataset
@@ -26,7 +28,7 @@ def show_found(console: Console, prepared: Prepared, datasets: dict[str, Dataset
     lines = [
         (
             "backbone",
-            f"{backbone.source} ({type(backbone.model).__name__}, {len(backbone.blocks)} blocks, width {backbone.hidden_size})",
+            f"{backbone.source} ({type(backbone.model).__name__}, {len(backbone.blocks)} blocks{_width(backbone)})",
         ),
         ("sites", ", ".join(f"{number} {role}" for role, number in roles.items())),
         ("rows", f"{', '.join(parts)}; columns {columns}"),
@@ -52,6 +54,13 @@ def show_found(console: Console, prepared: Prepared, datasets: dict[str, Dataset
             )
         lines.append(("texts", text))
     console.pairs(lines)
+
+
+def _width(backbone: Backbone) -> str:
+    try:
+        return f", width {backbone.hidden_size}"
+    except UserError:  # a user's own module need not tell
+        return ""
 
 
 def show_plan(console: Console, plan: Plan) -> None:
