@@ -24,6 +24,8 @@ HARMLESS = {
     "megatron_config", "megatron_core", "runtime_config", "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
 
+ANY = "*"  # in `Method.peft_types`: each kind that no other method reads
+
 
 class PeftReading:
     """A PEFT folder while a method reads it: what it does not ask for and does not take is an error.
@@ -52,6 +54,12 @@ class PeftReading:
         ):
             raise self.error(f"{name} is {self._config.get(name)!r}, which cannot be.")
         return value
+
+    def rest(self) -> dict[str, Any]:
+        """The fields that nobody asked for yet; they count as asked for."""
+        rest = {name: value for name, value in self._config.items() if name not in self._read}
+        self._read.update(rest)
+        return rest
 
     def ignore(self, *names: str) -> None:
         """Fields that had a part in training only."""
@@ -91,23 +99,24 @@ def read_peft(folder: Path) -> Stored:
         for entry in entries("method").values()
         for name in entry.load().peft_types  # type: ignore[attr-defined]
     }
-    if kind not in readers:
+    if not isinstance(kind, str):
         raise UserError(
-            f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; of PEFT's adapters graftkit reads {listing(sorted(readers))}."
+            f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; it must be the name of a kind of adapter."
         )
+    reader = readers.get(kind) or readers[ANY]
     contents, _ = read_tensors(folder / PEFT_TENSORS)
     wrapped = {
         key.removeprefix("base_model.model.").removeprefix("base_model."): t for key, t in contents.items()
     }
     reading = PeftReading(folder, config, wrapped)
-    arguments, tensors = readers[kind].load().from_peft(reading)  # type: ignore[attr-defined]
+    arguments, tensors = reader.load().from_peft(reading)  # type: ignore[attr-defined]
     reading.refuse_rest()
     strange = [key for key in reading.tensors if key in contents or _is_adapter_key(key)]
     if strange:
         raise UserError(
             f"{folder / PEFT_TENSORS}: {listing(map(repr, strange), 4)} is not a tensor of {kind} that graftkit reads."
         )
-    name = arguments.pop("method", readers[kind].name)  # a kind of adapter that several methods write
+    name = arguments.pop("method", reader.name)  # a kind of adapter that several methods write
     saved = tuple(reading.tensors)
     return Stored(
         folder, str(Call(name, arguments)), {**tensors, **reading.tensors},

@@ -1,0 +1,378 @@
+"""Every tuner of an installed PEFT as a method. How its layers get beside the modules: graftkit/methods/bridge.py."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone, Site, select
+from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
+from graftkit.catalogue import option
+from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
+from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, place
+from graftkit.methods.bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
+from graftkit.methods.updates import peft_targets
+
+if TYPE_CHECKING:
+    from graftkit.peft_files import PeftReading
+
+# tuners that are no methods here, and what to use instead
+REFUSED = {
+    "ADALORA": "moves its ranks by calls and a loss of PEFT's own model; use adalora()",
+    "ADAPTION_PROMPT": "puts an attention of its own in the place of Llama's; use prefix()",
+    "CARTRIDGE": "holds keys and values for a cache; use prefix()",
+    "CPT": "adds virtual tokens with a loss of their own; use prompt()",
+    "MULTITASK_PROMPT_TUNING": "adds virtual tokens for several tasks; use prompt()",
+    "POLY": "wants the number of a task with each row; use lora()",
+    "PREFIX_TUNING": "does not sit on modules; use prefix()",
+    "PROMPT_TUNING": "does not sit on modules; use prompt()",
+    "P_TUNING": "does not sit on modules; use ptuning()",
+    "SHADOW": "runs a second, smaller model beside the backbone; use adapter()",
+    "XLORA": "mixes adapters that were trained before; use lora()",
+}
+# fields of PEFT's configurations that are said in another way here
+OURS = {
+    **dict.fromkeys(
+        ("exclude_modules", "layers_pattern", "layers_to_transform", "target_parameters"),
+        "say which modules with sites=...",
+    ),
+    "bias": "use bitfit() beside it",
+    "layer_replication": "build the backbone with these layers",
+    "modules_to_save": "use head() or unfreeze() beside it",
+    "ensure_weight_tying": "use unfreeze('embeddings') beside it",
+    "trainable_token_indices": "use unfreeze('embeddings') beside it",
+    "use_asa": "it needs a call after each step",
+}
+IDLE = {  # fields that change nothing
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+    "runtime_config", "task_type",
+}  # fmt: skip
+GROUPED = {"LILY"}  # shares matrices among the modules that one entry of target_modules names
+# tuners that train coefficients of fixed matrices, for which higher rates are right
+COEFFICIENTS = {
+    "C3A", "FOURIERFT", "FROD", "IA3", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Peft(Method):
+    """Any tuner of an installed PEFT: y = L(x) at each chosen module, where L is PEFT's own layer around the module.
+
+    What L computes stands in PEFT's documentation of the tuner; for 'hra' it is W (I - 2 u1 u1') ... (I - 2 ur ur') x
+    (Yuan et al. 2024, 'Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection
+    Adaptation', equation 3). Among the others are 'oft', 'boft', 'fourierft', 'vblora', 'miss', 'randlora', 'c3a',
+    'shira', 'road' and 'waveft'. Tuners that do not sit on modules, as prompts, are refused. `options` are the fields
+    of the tuner's configuration in PEFT: `peft('oft', {'oft_block_size': 32}, sites='q,v')`.
+    Parameters: those that PEFT's layers train; for 'hra', r * in for each map.
+    """
+
+    peft_types = ("*",)  # those that no other method reads
+
+    tuner: str = option("hra", "PEFT's name for the tuner, such as 'oft', 'boft', 'fourierft' or 'vblora'")
+    options: dict | None = option(
+        None, "fields of the tuner's configuration in PEFT, such as {'r': 8}; null means PEFT's defaults"
+    )
+    sites: str = option("all-linear", "modules that are adapted, as a selection")
+    lr: float | None = option(
+        None,
+        "learning rate; null means 0.01 for tuners of coefficients, such as 'fourierft', and 0.001 for others",
+        above=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = defaults_of(self.kind)
+        fields = set(defaults) - IDLE
+        for name, value in (self.options or {}).items():
+            if name not in fields:
+                raise UserError(
+                    f"peft({self.tuner!r}) has no option {name!r} (options: {listing(sorted(fields - set(OURS)), 40)})."
+                    f"{nearest(str(name), fields)}"
+                )
+            if name in OURS and value != defaults[name]:
+                raise UserError(f"peft({self.tuner!r}) does not take {name}={value!r}; {OURS[name]}.")
+
+    @property
+    def kind(self) -> str:
+        """PEFT's type of adapter, such as 'VBLORA' for 'vb-lora'."""
+        return kind_of(self.tuner)
+
+    def targets(self, backbone: Backbone) -> list[Site]:
+        """The modules that PEFT is to adapt."""
+
+        def usable(site: Site) -> bool:
+            module = site.module
+            if is_conv(module):  # PEFT's OFT adds overlapping patches up there, which is no rotation
+                return self.kind != "OFT"
+            return is_linear(module) or is_norm(module) or isinstance(module, nn.Embedding)
+
+        sites = select(backbone, self.sites, usable, "modules that PEFT has layers for; use lora() there")
+        for site in sites:
+            for parameter in site.module.parameters(recurse=False):
+                if not parameter.dtype.is_floating_point:
+                    raise UserError(
+                        f"peft({self.tuner!r}) cannot adapt {site.name!r} ({type(site.module).__name__}), which is "
+                        f"stored as {parameter.dtype}; use lora() there."
+                    )
+        return sites
+
+    def bridges(self, backbone: Backbone, graft: str) -> list[tuple[Site, Bridge]]:
+        """What `attach` placed, with the site of each."""
+        return [(site, getattr(site.module, f"{self.name}_{graft}")) for site in self.targets(backbone)]
+
+    def attach(self, backbone: Backbone, graft: str) -> Labels:
+        sites = self.targets(backbone)
+        self._refuse_misfits(backbone, sites)
+        tuner = self._build(backbone, sites)
+        layers = [self._layer(tuner, site) for site in sites]
+        held: set[int] = set()
+        for site, layer in zip(sites, layers):
+            place(site.module, f"{self.name}_{graft}", Bridge(layer, tuner, held))
+        shared = Shared(tuner, held)
+        if list(shared.children()):
+            place(backbone.model, f"{self.name}_{graft}", shared)
+        rate = 1e-2 if self.kind in COEFFICIENTS else 1e-3
+        group = Group("added", self.lr or rate, self.name, self.lr is not None)
+        trained = {id(p) for layer in layers for p in layer.parameters() if p.requires_grad}
+        labels = {name: group for name, p in backbone.model.named_parameters() if id(p) in trained}
+        parameters = [backbone.model.get_parameter(name) for name in labels]
+        if not any(parameter.numel() for parameter in parameters):
+            raise UserError(f"peft({self.tuner!r}) with these options trains nothing in {sites[0].name!r}.")
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        return labels
+
+    def _refuse_misfits(self, backbone: Backbone, sites: list[Site]) -> None:
+        if self.kind == "ADAMSS" and any(p.is_meta for site in sites for p in site.module.parameters()):
+            raise UserError(
+                f"peft({self.tuner!r}) makes parameters whose shapes follow from the values in {sites[0].name!r}, and so "
+                f"needs the weights of {backbone.source} already for the plan; use lora() to plan without them."
+            )
+        owners = [
+            (id(p), n.rpartition(".")[0]) for n, p in backbone.model.named_parameters(remove_duplicate=False)
+        ]
+        for site in sites if self.kind == "TRAINABLE_TOKENS" else ():
+            weight = id(site.module.weight)
+            tied = [owner for key, owner in owners if key == weight and owner != site.name]
+            if tied:
+                raise UserError(
+                    f"peft({self.tuner!r}) would in PEFT change {tied[0]!r} too, which shares its weight with "
+                    f"{site.name!r}; use unfreeze('embeddings')."
+                )
+
+    def _build(self, backbone: Backbone, sites: list[Site]) -> Any:
+        """PEFT's model, whose layers are those of the sites, around stand-ins for the modules there."""
+        names = [site.name for site in sites]
+        fields = defaults_of(self.kind)
+        mine: dict[str, Any] = {
+            "target_modules": sorted({name.rpartition(".")[2] for name in names})
+            if self.kind in GROUPED
+            else names,
+            "feedforward_modules": [site.name for site in sites if site.role == "down"],
+            "fan_in_fan_out": any(is_transposed(site.module) for site in sites),
+            "progressbar": False,
+        }
+        given = copy.deepcopy(self.options or {})
+        options = {name: value for name, value in mine.items() if name in fields} | given
+        holder = nn.Module()
+        for site in sites:
+            hang(holder, site.name, stand_in(site.module, own=True))
+        try:
+            tuner = _tuner_class(self.kind)(holder, {INSIDE: _config_class(self.kind)(**options)}, INSIDE)
+            tuner._cast_adapter_dtype(INSIDE)
+        except Exception as error:  # PEFT checks little: what wrong options run into can be anything
+            what = first_line(error).rstrip(".!")
+            if not isinstance(error, ValueError | TypeError | NotImplementedError):
+                what = f"{type(error).__name__} {what}"
+            raise UserError(
+                f"peft({self.tuner!r}) does not fit {backbone.source}: {what}. Give it other options or sites, or use "
+                "lora()."
+            ) from None
+        return tuner
+
+    def _layer(self, tuner: Any, site: Site) -> Any:
+        """PEFT's layer of one site, without its `base_layer`."""
+        from peft.tuners._buffer_dict import BufferDict
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        made = tuner.model.get_submodule(site.name)
+        if not isinstance(made, BaseTunerLayer):
+            raise UserError(
+                f"peft({self.tuner!r}) has no layer for {site.name!r} ({type(site.module).__name__}); use lora() there."
+            )
+        layer: Any = made
+        base: Any = layer._modules.pop("base_layer")
+        for name, parameter in site.module.named_parameters(recurse=False):
+            if not parameter.is_meta and base._parameters[name].data_ptr() != parameter.data_ptr():
+                raise UserError(
+                    f"peft({self.tuner!r}) with these options writes another {name} into {site.name!r} "
+                    f"({type(site.module).__name__}) before training; leave out the option that says so, or use pissa()."
+                )
+        if "shira_indices" in vars(layer):  # drawn at random and not a buffer, so nothing would keep them
+            layer.shira_indices = BufferDict(vars(layer).pop("shira_indices"), persistent=True)
+        return layer
+
+    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        copies: dict[int, Any] = {}  # of what layers share
+        for site, bridge in self.bridges(backbone, graft):
+            layer = copy.deepcopy(bridge.layer, copies).eval()
+            layer.base_layer = stand_in(site.module, own=True, clone=True)
+            try:
+                with torch.no_grad():
+                    layer.merge(safe_merge=True)
+            except Exception as error:
+                raise NotFoldable(
+                    f"peft({self.tuner!r}) cannot be folded into {site.name!r}: PEFT says {first_line(error)!r}"
+                ) from None
+            base = layer.base_layer  # not always the one that it was
+            for name, parameter in base.named_parameters(recurse=False):
+                present = site.module._parameters.get(name)
+                if present is None:
+                    raise NotFoldable(
+                        f"peft({self.tuner!r}) cannot be folded: {site.name!r} would need a {name}."
+                    )
+                if not torch.equal(present, parameter):
+                    values[f"{site.name}.{name}"] = parameter.data
+        return values
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm:
+        bridges = self.bridges(backbone, graft)
+        tuner = bridges[0][1].tuner
+        config = {
+            name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for name, value in tuner.peft_config[INSIDE].to_dict().items()
+        }
+        config["target_modules"] = peft_targets(backbone, [site.name for site, _ in bridges])
+        return PeftForm(config, written(tuner))
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The tensors keep PEFT's keys: only PEFT's layers know which parameters these are (`unpack`)."""
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        try:
+            kind = kind_of(reading.kind)
+        except UserError as error:
+            raise reading.error(f"peft_type is {reading.kind!r}: {error}") from None
+        defaults = defaults_of(kind)
+        targets = reading.field("target_modules")
+        options = {n: v for n, v in reading.rest().items() if n not in defaults or v != defaults[n]}
+        options = {n: v for n, v in options.items() if n not in IDLE}
+        types = {key.value: prefix for key, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
+        start = re.escape(types[kind].removesuffix("lambda_"))
+        taken = reading.take(rf"(?:(.+?)\.)?_?{start}.*")
+        modules = list(dict.fromkeys(match[1] for match in taken if match[1]))
+        if kind in GROUPED and targets != sorted({name.rpartition(".")[2] for name in modules}):
+            options["target_modules"] = targets
+        sites = exactly(modules) if modules else _selection(reading, targets)
+        arguments: dict[str, Any] = {"tuner": kind.lower(), "options": options or None, "sites": sites}
+        try:
+            cls(**arguments)
+        except UserError as error:
+            raise reading.error(str(error)) from None
+        tensors = {
+            f"base_model.{'model.' if match[1] else ''}{match[0]}": tensor for match, tensor in taken.items()
+        }
+        return arguments, tensors
+
+    def unpack(self, backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from peft import set_peft_model_state_dict
+
+        given = {key: tensor for key, tensor in tensors.items() if key.startswith("base_model.")}
+        if not given:
+            return tensors
+        first = self.targets(backbone)[0].module
+        name, newest = [item for item in first.named_children() if isinstance(item[1], Bridge)][-1]
+        tuner = newest.tuner
+        wanted = written(tuner)
+        missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+        if missing or unexpected:
+            raise UserError(
+                f"the adapter does not fit {backbone.source} as peft({self.tuner!r}): missing "
+                f"{listing(missing, 5) or 'nothing'}; unexpected {listing(unexpected, 5) or 'nothing'}."
+            )
+        for key, tensor in given.items():
+            if tensor.shape != wanted[key].shape:
+                raise UserError(
+                    f"the adapter does not fit {backbone.source} as peft({self.tuner!r}): {key!r} has shape "
+                    f"{tuple(tensor.shape)}, but {tuple(wanted[key].shape)} is needed."
+                )
+        set_peft_model_state_dict(Whole(tuner), dict(given), INSIDE)
+        for key, tensor in written(tuner).items():
+            if not torch.equal(tensor.to(given[key].dtype), given[key]):
+                raise UserError(
+                    f"the adapter has values in {key!r} that PEFT's layers on {backbone.source} cannot take."
+                )
+        unpacked = {key: tensor for key, tensor in tensors.items() if key not in given}
+        for path, module in backbone.model.named_modules():
+            if isinstance(module, Bridge | Shared) and path.rpartition(".")[2] == name:
+                unpacked |= {key: t.clone() for key, t in module.state_dict(prefix=f"{path}.").items()}
+        return unpacked
+
+
+def _selection(reading: PeftReading, targets: Any) -> str:
+    """The modules that a configuration names, where no key of a tensor does."""
+    for name in ("exclude_modules", "layers_to_transform"):
+        if reading.field(name):
+            raise reading.error(f"uses {name}, which graftkit does not read for {reading.kind}.")
+    if isinstance(targets, str):
+        return f"re:{targets}"
+    if not isinstance(targets, list) or not targets:
+        raise reading.error(f"target_modules is {targets!r}; it must name modules.")
+    return rf"re:(.*\.)?({'|'.join(re.escape(str(name)) for name in targets)})"
+
+
+def _mappings() -> tuple[dict[str, Any], dict[str, Any]]:
+    """PEFT's configurations and models by the type of adapter."""
+    try:
+        from peft import mapping
+    except ImportError:
+        raise UserError("peft() needs PEFT, which is not installed: pip install peft") from None
+    configs = {kind.value: config for kind, config in mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    tuners = {kind.value: tuner for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    return configs, tuners
+
+
+def _config_class(kind: str) -> Any:
+    return _mappings()[0][kind]
+
+
+def _tuner_class(kind: str) -> Any:
+    return _mappings()[1][kind]
+
+
+def defaults_of(kind: str) -> dict[str, Any]:
+    """The fields of the configuration of a type of adapter, with their defaults."""
+    return {
+        field.name: field.default_factory()
+        if field.default_factory is not dataclasses.MISSING
+        else field.default
+        for field in dataclasses.fields(_config_class(kind))
+    }
+
+
+def kind_of(tuner: str) -> str:
+    """PEFT's type of adapter of that name. Raises `UserError` where there is none, or where it is no method here."""
+    known = _mappings()[0]
+    from peft import PromptLearningConfig
+
+    plain = re.sub("[-_]", "", tuner).upper()
+    kind = next((kind for kind in known if kind.replace("_", "") == plain), None)
+    prompts = {kind for kind, config in known.items() if issubclass(config, PromptLearningConfig)}
+    if kind is None:
+        names = sorted(name.lower() for name in set(known) - set(REFUSED) - prompts)
+        raise UserError(
+            f"peft({tuner!r}): the installed PEFT has no such tuner (known: {listing(names, 60)}).{nearest(tuner, names)}"
+        )
+    if kind in REFUSED or kind in prompts:
+        raise UserError(
+            f"peft({tuner!r}) is no method here: {kind} {REFUSED.get(kind, 'does not sit on modules; use prefix()')}."
+        )
+    return kind
