@@ -120,7 +120,19 @@ class LowRankMethod(SizedMethod):
                     f"{self.name}(plain_conv=True) cannot be folded into {name!r}, a {kind} with a dilation or "
                     f"padding of its own ({self.name}() can). Keep the graft folder."
                 )
-        return super().fold(backbone, graft)
+        values = super().fold(backbone, graft)
+        for name, (_, weight) in self.named(backbone).items() if self.b_bias else ():
+            bias = getattr(weight.module, "bias", None)
+            if bias is None:
+                raise NotFoldable(
+                    f"{self.name}(b_bias=True) cannot be folded into {name!r}, a {type(weight.module).__name__} that has "
+                    "no bias to take that of B. Keep the graft folder."
+                )
+            update: Any = self.update_at(weight, graft)
+            values[name.removesuffix("weight") + "bias"] = (
+                (bias + update.scale * update.b).detach().to(bias.dtype)
+            )
+        return values
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         return write(self, backbone, graft)

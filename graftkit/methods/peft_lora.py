@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
@@ -22,7 +23,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # order in which modules of experts hold their parameters; PEFT nests them in this order
 EXPERTS_ORDER = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 OUT_PROJ = ".base_layer.out_proj"  # of a `nn.MultiheadAttention`, below its wrapper
-IN_ATTENTION = {"in_proj_weight": "", "out_proj.weight": OUT_PROJ}
+# the last version of PEFT that applies the update of this map twice in a forward pass (peft#3774)
+TWICE_UP_TO = (0, 21)
 NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "b", "lora_embedding_A": "A",
          "lora_embedding_B": "B", "lora_magnitude_vector": "m"}  # fmt: skip
 
@@ -32,7 +34,7 @@ def write(method: LowRankMethod, backbone: Backbone, graft: str) -> PeftForm | N
     named = {name: weight for name, (_, weight) in method.named(backbone).items()}
     sizes = {name: method.peft_size(*size) for name, size in method.sizes(backbone).items()}
     rank, alpha = method.peft_size(method.rank, method.alpha_at(method.rank))
-    if not _is_expressible(method, backbone, named, sizes):
+    if not _is_expressible(method, named):
         return None
     tensors: dict[str, Tensor] = {}
     modules, parameters, wrapped = [], [], {}
@@ -44,9 +46,14 @@ def write(method: LowRankMethod, backbone: Backbone, graft: str) -> PeftForm | N
             parameters.append(key := name)
         else:
             modules.append(owner)
-            wrapped[name.rpartition(".")[0]] = path
+            wrapped[owner] = path
         update: Any = method.update_at(weight, graft)
         tensors |= {f"base_model.model.{path}.{k}": tensor for k, tensor in update.peft_tensors().items()}
+        if weight.kind == "packed":  # PEFT has no update of one map of an attention without one of the other
+            wrapped[f"{owner}.out_proj"] = path + OUT_PROJ
+            width = weight.shape[1]
+            tensors[f"base_model.model.{path}{OUT_PROJ}.lora_A.weight"] = torch.zeros(sizes[name][0], width)
+            tensors[f"base_model.model.{path}{OUT_PROJ}.lora_B.weight"] = torch.zeros(width, sizes[name][0])
         if sizes[name][0] != rank:
             ranks[f"^{re.escape(key)}"] = sizes[name][0]
         if sizes[name][1] != alpha:
@@ -76,9 +83,7 @@ def write(method: LowRankMethod, backbone: Backbone, graft: str) -> PeftForm | N
     return PeftForm(config | {key: value for key, value in more.items() if value}, tensors)
 
 
-def _is_expressible(
-    method: LowRankMethod, backbone: Backbone, named: dict[str, Weight], sizes: dict[str, tuple[int, float]]
-) -> bool:
+def _is_expressible(method: LowRankMethod, named: dict[str, Weight]) -> bool:
     kinds = {weight.kind for weight in named.values()}
     if "experts" in kinds and ("transposed" in kinds or method.b_bias):  # PEFT allows for one of them only
         return False
@@ -89,22 +94,17 @@ def _is_expressible(
             return False
         if has_geometry(weight) and not method.plain_conv:
             return False
-        if weight.kind == "packed":  # both maps of an attention or none
-            owner = name[: -len(weight.parameter)]
-            both = [sizes.get(owner + parameter) for parameter in IN_ATTENTION]
-            if weight.parameter not in IN_ATTENTION or None in both or both[0] != both[1]:
-                return False
+        if weight.kind == "packed" and weight.parameter != "in_proj_weight":  # see TWICE_UP_TO
+            return False
     return True
 
 
 def _path(owner: str, weight: Weight, named: dict[str, Weight]) -> str:
     """Where PEFT puts the tensors of a weight: below the module, or below the wrappers around it."""
-    if weight.kind == "packed":
-        return owner + IN_ATTENTION[weight.parameter]
-    if weight.kind == "experts":
-        beside = [p for p, _ in weight.module.named_parameters(recurse=False) if f"{owner}.{p}" in named]
-        return owner + ".base_layer" * (len(beside) - 1 - beside.index(weight.parameter))
-    return owner
+    if weight.kind != "experts":
+        return owner
+    beside = [p for p, _ in weight.module.named_parameters(recurse=False) if f"{owner}.{p}" in named]
+    return owner + ".base_layer" * (len(beside) - 1 - beside.index(weight.parameter))
 
 
 def _whole(number: float) -> float:
@@ -137,6 +137,8 @@ def read(reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "ranks": by_site(reading, "rank_pattern", keys),
         "alphas": by_site(reading, "alpha_pattern", keys),
     }
+    if any("_out_proj_default." in name for name in found) and _applies_twice(reading):
+        options["alphas"] = _doubled(options["alphas"] or {}, float(alpha), found)
     if bias != "none":
         options["bias"] = bias
         found |= _biases(reading)
@@ -173,12 +175,29 @@ def _tensors(reading: PeftReading, method: str) -> tuple[dict[str, Tensor], dict
             key, part = f"{module}.{parameter}", f"{parameter}_".removeprefix("weight_")
         found[f"{module}.{method}_{part}default.{NAMES[match[2]]}"] = tensor
         keys.setdefault(key, []).append(site)
-    for match in reading.take(
-        r"(.+)\.base_layer\.weight"
-    ):  # PEFT keeps the whole of an embedding that it targets
+    # PEFT keeps the whole of an embedding that it targets
+    for match in reading.take(r"(.+)\.base_layer\.weight"):
         if match[1] not in keys:
             raise reading.error(f"{match[0]!r} is of a module that has no adapter.")
     return found, keys
+
+
+def _applies_twice(reading: PeftReading) -> bool:
+    version = re.match(r"(\d+)\.(\d+)", str(reading.field("peft_version")))
+    return version is None or tuple(map(int, version.groups())) <= TWICE_UP_TO
+
+
+def _doubled(alphas: dict[str, float], alpha: float, found: Iterable[str]) -> dict[str, float]:
+    """`alphas` with twice of what they are for the output maps of attentions."""
+    doubled: dict[float, list[str]] = {}
+    for name in found:
+        module, is_output, _ = name.partition(".lora_out_proj_default.")
+        if is_output:
+            own = [
+                a for selection, a in alphas.items() if re.fullmatch(selection.removeprefix("re:"), module)
+            ]
+            doubled.setdefault(2 * (own or [alpha])[-1], []).append(f"{module}.out_proj")
+    return alphas | {exactly(sites): value for value, sites in doubled.items()}
 
 
 def _held(module: str, parameters: Iterable[str]) -> list[str]:
@@ -197,7 +216,7 @@ def _held(module: str, parameters: Iterable[str]) -> list[str]:
 def _biases(reading: PeftReading) -> dict[str, Tensor]:
     """The biases of the base; those of modules that PEFT saves as a whole are left to these."""
     saved = [rf"(.*\.)?{name}(\..*)?" for name in reading.field("modules_to_save") or ()]
-    reading.take(r"(.+\.)?original_module\..+")  # the untrained twins of the latter
+    reading.take(r"(.+\.)?(original_module|modules_to_save)\..+")  # the latter once more
     found = {}
     for match, tensor in reading.take(r"(?:(.+)\.)?bias").items():
         owner = (match[1] or "").replace(".base_layer", "")
