@@ -157,7 +157,7 @@ def _read(folder: Path, backbone: Backbone) -> tuple[Call, Tensors]:
         keys = {name: str(entry["key"]) for name, entry in where.items() if ".adapter_default." in name}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
-            f"{folder / DESCRIPTION} is not the description of a graft; restore it from a copy."
+            f"adapter_fusion(): {folder / DESCRIPTION} is not the description of a graft; restore it from a copy."
         ) from None
     trained = [call.name for call in calls]
     if trained == ["adapter"]:
