@@ -48,7 +48,7 @@ EXPRESSIONS = {
     "peft": [
         "peft()",
         "peft('oft', {'oft_block_size': 4})",
-        "peft('fourierft', {'n_frequency': 20}, sites='q,v,qkv')",
+        "peft('fourierft', {'n_frequency': 20, 'scaling': 3}, sites='attention')",
     ],
     "prefix": ["prefix(tokens=3)", "prefix(tokens=2, hidden=5)"],
     "prompt": ["prompt(tokens=3)", "prompt(tokens=2, start='vocabulary') + head(classes=2)"],
@@ -57,7 +57,12 @@ EXPRESSIONS = {
     "vera": ["vera(rank=5)", "vera(rank=3, save_projection=False, seed=3, dropout=0.5)"],
 }
 KINDS = ("bert", "gpt2", "llama")
-REFUSED = {("llama", "bitfit()"), ("llama", "bitfit(sites='q,up')")}
+REFUSED = {
+    ("llama", "bitfit()"),
+    ("llama", "bitfit(sites='q,up')"),
+    ("gpt2", "peft()"),
+    ("gpt2", "peft('oft', {'oft_block_size': 4})"),
+}
 WITH_HEAD = ("roberta", "modernbert", "glm", "qwen3")
 NATIVE = [
     "lora(rank=2) + head(classes=3)",
