@@ -62,13 +62,15 @@ COEFFICIENTS = {
 
 @dataclass(frozen=True)
 class Peft(Method):
-    """Any tuner of an installed PEFT: y = L(x) at each chosen module, where L is PEFT's own layer around the module.
+    """Any tuner of an installed PEFT: L(x) at each chosen module, where L is PEFT's own layer around the module.
 
     What L computes stands in PEFT's documentation of the tuner; for 'hra' it is W (I - 2 u1 u1') ... (I - 2 ur ur') x
-    (Yuan et al. 2024, 'Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection
-    Adaptation', equation 3). Among the others are 'oft', 'boft', 'fourierft', 'vblora', 'miss', 'randlora', 'c3a',
-    'shira', 'road' and 'waveft'. Tuners that do not sit on modules, as prompts, are refused. `options` are the fields
-    of the tuner's configuration in PEFT: `peft('oft', {'oft_block_size': 32}, sites='q,v')`.
+    with unit vectors u (Yuan et al. 2024, 'Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder
+    Reflection Adaptation', section 3). Among the others are 'oft', 'boft', 'fourierft', 'vblora', 'miss', 'randlora',
+    'c3a', 'shira', 'road' and 'waveft'; tuners that do not sit on modules, as prompts, are refused. `options` are the
+    fields of the tuner's configuration in PEFT: `peft('oft', {'oft_block_size': 32}, sites='q,v')`. Layers that start
+    from the base's values ('adamss', 'frod', 'osf') want the base to be loaded before.
+    When: a tuner is wanted that is no method of its own here; those that are run faster and on more kinds of modules.
     Parameters: those that PEFT's layers train; for 'hra', r * in for each map.
     """
 
@@ -81,7 +83,7 @@ class Peft(Method):
     sites: str = option("all-linear", "modules that are adapted, as a selection")
     lr: float | None = option(
         None,
-        "learning rate; null means 0.01 for tuners of coefficients, such as 'fourierft', and 0.001 for others",
+        "learning rate; null means 0.001, or 0.01 for tuners of coefficients such as 'fourierft'",
         above=0,
     )
 
