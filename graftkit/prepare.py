@@ -11,6 +11,7 @@ import torch
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import find_source, head_class, load_backbone, pooling_of, positions_of
+from graftkit.backbone.prompts import positions_taken
 from graftkit.catalogue import build, parse
 from graftkit.data.batches import steps_per_epoch
 from graftkit.data.columns import find_again, find_columns
@@ -224,13 +225,19 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
 
 
 def max_length(wanted: int | None, backbone: Backbone) -> int:
-    """Tokens of a row at most. Raises `UserError` where the recipe asks for more than the model takes."""
-    limit = backbone.max_length or MAX_DEFAULT_LENGTH
-    positions = positions_of(backbone.model) or limit
+    """Tokens of a row at most. Raises `UserError` where the recipe asks for more than the model takes.
+
+    Virtual tokens that a method puts before the text have a part of the model's positions.
+    """
+    positions = positions_of(backbone.model)
+    limit = backbone.max_length or positions or MAX_DEFAULT_LENGTH
+    taken = positions_taken(backbone.model) if positions else 0
+    most = max(limit, positions or 0) - taken
     if wanted is None:
-        return min(limit, MAX_DEFAULT_LENGTH)
-    if wanted > max(limit, positions):
+        return min(limit, most, MAX_DEFAULT_LENGTH)
+    if wanted > most:
+        beside = f" beside {taken} virtual ones" if taken else ""
         raise UserError(
-            f"data.max_length is {wanted}, but {backbone.source} takes {max(limit, positions)} tokens at most."
+            f"data.max_length is {wanted}, but {backbone.source} takes {most} tokens at most{beside}."
         )
     return wanted

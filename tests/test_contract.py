@@ -50,7 +50,7 @@ EXPRESSIONS = {
         "peft('oft', {'oft_block_size': 4})",
         "peft('fourierft', {'n_frequency': 20, 'scaling': 3}, sites='attention')",
     ],
-    "prefix": ["prefix(tokens=3)", "prefix(tokens=2, hidden=5)"],
+    "prefix": ["prefix(tokens=3)", "prefix(tokens=2, hidden=5)", "prefix(tokens=2, shift=True)"],
     "prompt": ["prompt(tokens=3)", "prompt(tokens=2, start='vocabulary') + head(classes=2)"],
     "ptuning": ["ptuning(tokens=3, hidden=5)", "ptuning(tokens=2, encoder='lstm', hidden=4, layers=1)"],
     "unfreeze": ["unfreeze('blocks[-1:]')"],

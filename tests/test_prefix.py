@@ -8,9 +8,12 @@ from functools import partial
 import pytest
 import tiny
 import torch
+import zoo
 from shaken import ALL_KINDS, message, shaken
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+from graftkit import UserError, attach, detach
 
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 
@@ -104,7 +107,9 @@ def test_prefix_reparameterisation_is_the_formula():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("text", ["prefix(tokens=3)", "prefix(tokens=3, hidden=5)", "lora(rank=2)"])
+@pytest.mark.parametrize(
+    "text", ["prefix(tokens=3)", "prefix(tokens=3, hidden=5)", "prefix(tokens=3, shift=True)", "lora(rank=2)"]
+)
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_generation_with_and_without_cache(kind, text, side):
     model = shaken(tiny.causal(kind), text).model
@@ -119,6 +124,82 @@ def test_generation_with_and_without_cache(kind, text, side):
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), atol=1e-4, rtol=1e-4)
     base = tiny.causal(kind).generate(**given, **settings)
     assert not torch.allclose(torch.stack(base.logits), torch.stack(plain.logits), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "qwen3", "glm", "modernbert"])
+def test_shifted_text_is_a_text_at_later_positions(name):
+    model = zoo.BY_NAME[name].fresh()
+    given = zoo.BY_NAME[name].batch()
+    positions = torch.arange(given["input_ids"].shape[1]).expand(len(given["input_ids"]), -1)
+
+    def outputs(text: str, **more: Tensor) -> Tensor:
+        graft = shaken(model, text)
+        with torch.no_grad():
+            for i, parameter in enumerate(graft.parameters.values()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+            found = zoo.flat(model(**given, **more), given)
+        detach(graft)
+        return found
+
+    wanted = outputs("prefix(tokens=3)", position_ids=positions + 3)
+    torch.testing.assert_close(outputs("prefix(tokens=3, shift=True)"), wanted)
+    torch.testing.assert_close(outputs("prefix(tokens=3, shift=True)", position_ids=positions), wanted)
+    assert tiny.relative(outputs("prefix(tokens=3)"), wanted) > 1e-3 or name != "gpt2"
+
+
+def test_robertas_padding_keeps_its_position():
+    kind = zoo.BY_NAME["roberta"]
+    plain, graft = kind.fresh(), shaken(kind.fresh(), "prefix(tokens=3, shift=True)")
+    given, seen = kind.batch(), []
+    for model in (plain, graft.model):
+        table = model.roberta.embeddings.position_embeddings
+        table.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append(output), with_kwargs=True
+        )
+        model(**given)
+    table = plain.roberta.embeddings.position_embeddings.weight
+    assert torch.equal(seen[1][0], table[4:11]) and torch.equal(seen[0][0], table[1:8])
+    assert torch.equal(seen[1][2, -2:], table[[0, 0]])
+
+
+def test_what_cannot_be_shifted():
+    for name in ("vit", "t5"):
+        told = message(zoo.BY_NAME[name].fresh(), "prefix(shift=True)")
+        assert "shift=False" in told and "prefix(" in told
+    assert "48 positions" in message(tiny.bare("gpt2"), "prefix(tokens=48, shift=True)")
+    model = attach(tiny.bare("gpt2"), "prefix(tokens=8, shift=True)").model
+    model(input_ids=torch.ones(1, 40, dtype=torch.long))
+    with pytest.raises(UserError, match=r"41 tokens does not fit behind the 8 of the prefix: .* 40 tokens"):
+        model(input_ids=torch.ones(1, 41, dtype=torch.long))
+
+
+def test_t5_has_no_position_for_a_prefix():
+    """Its relative bias towards added keys is nothing, in the encoder, the decoder and between them."""
+    kind = zoo.BY_NAME["t5"]
+    graft, given = shaken(kind.fresh(), "prefix(tokens=3)"), kind.batch()
+    attention = graft.model.encoder.block[0].layer[0].SelfAttention
+    seen = {}
+
+    def note(module, args, kwargs, output):
+        seen["x"], seen["bias"], seen["out"] = (
+            (args[0] if args else kwargs["hidden_states"]),
+            output[1],
+            output[0],
+        )
+
+    attention.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        graft.model(**given)
+        x, (key, value) = seen["x"], attention.prefix_default.keys_values()
+        split = (*x.shape[:2], 4, 4)
+        q, k, v = (m(x).view(split).transpose(1, 2) for m in (attention.q, attention.k, attention.v))
+        k = torch.cat([key.expand(len(x), -1, -1, -1), k], 2)
+        v = torch.cat([value.expand(len(x), -1, -1, -1), v], 2)
+        bias = nn.functional.pad(attention.compute_bias(x.shape[1], x.shape[1]), (3, 0))
+        allowed = nn.functional.pad(given["attention_mask"].bool(), (3, 0), value=True)[:, None, None, :]
+        scores = (q @ k.transpose(2, 3) + bias).masked_fill(~allowed, -torch.inf)
+        wanted = attention.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(*x.shape[:2], -1))
+    torch.testing.assert_close(seen["out"], wanted)
 
 
 def test_prefix_is_refused_where_attention_is_not_transformers():
