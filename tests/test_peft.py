@@ -226,7 +226,7 @@ def refused(tmp_path, changes: dict, matching: str) -> None:
 
 
 def test_unknown_kind(tmp_path):
-    refused(tmp_path, {"peft_type": "VERA"}, "VERA.*LORA")
+    refused(tmp_path, {"peft_type": "XLORA"}, "XLORA.*LORA")
 
 
 @pytest.mark.parametrize("rank", [0, "8", None])

@@ -24,6 +24,8 @@ CASES = {
     "accumulate": ("lora(rank=2) + head()", ["train.steps=6", "train.accumulate=2", "train.batch_size=8"]),
     "head": ("head(pooling='mean')", ["train.steps=14"]),
     "unfreeze": ("unfreeze('blocks[-1:]', lr=0.001) + head(pooling='mean')", ["train.steps=14"]),
+    "adalora": ("adalora(rank=4, target_rank=2, dropout=0.1) + head()", ["train.steps=9"]),
+    "vera": ("vera(rank=8, seed=3) + head()", ["train.steps=7"]),
     "prefix": ("prefix(tokens=3, hidden=8) + head(pooling='cls')", ["train.steps=7"]),
     "best": (
         "full(lr=0.02) + head(lr=0.1)",
@@ -152,6 +154,9 @@ def assert_same(left: Path, right: Path) -> None:
         ("accumulate", "after-rename", 3),
         ("head", "mid-write", 8),
         ("unfreeze", "after-rename", 5),
+        ("adalora", "mid-write", 4),
+        ("adalora", "after-rename", 7),
+        ("vera", "before-rename", 3),
         ("prefix", "before-rename", 4),
         ("best", "after-best", 1),
         ("best", "mid-write", 9),
