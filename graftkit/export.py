@@ -244,7 +244,9 @@ class Classifier:
             given = (text,) if pairs is None else (text, pairs[i])
             batch = self.tokenizer(*given, truncation=True, max_length=self.about["max_length"], return_tensors="pt")
             if hasattr(self.model, "_shift_right"):  # an encoder with a decoder reads the text in both
-                batch["decoder_input_ids"] = self.model._shift_right(batch["input_ids"])
+                ids, start = batch["input_ids"], getattr(self.model.config, "decoder_start_token_id", None)
+                first = torch.full_like(ids[:, :1], self.model.config.pad_token_id if start is None else start)
+                batch["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
             x = self.features(self.model(**batch)[0].float(), batch["attention_mask"])
             if self.about["hidden"]:
                 x = torch.nn.functional.gelu(x @ self.head["hidden.weight"].T + self.head["hidden.bias"])

@@ -229,7 +229,7 @@ def _processor(folder: Path) -> Any:
     path = folder / PREPROCESSOR_FILE
     says = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "image_processor_type" in says:
-        auto = transformers.AutoImageProcessor
+        auto: Any = transformers.AutoImageProcessor
     elif says:
         auto = transformers.AutoFeatureExtractor
     else:
@@ -306,7 +306,8 @@ def positions_of(model: nn.Module) -> int | None:
         table = module if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) else None
         if table is not None and table.padding_idx is not None:
             return table.num_embeddings - table.padding_idx - 1
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else None  # XLNet says -1 for any number
 
 
 def _max_length(folder: Path, model: nn.Module, tokenizer: Any) -> int:

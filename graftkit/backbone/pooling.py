@@ -57,7 +57,7 @@ def pool(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     return (states * weights.unsqueeze(-1)).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def mask_of_states(module: nn.Module, states: Tensor, given: dict[str, Any]) -> Tensor | None:
+def mask_of_states(module: Any, states: Tensor, given: dict[str, Any]) -> Tensor | None:
     """Which of the states (batch, length, width) of a model are real, from the inputs that it was called with.
 
     1 on real ones, (batch, length); None where nothing was masked. A mask of samples is translated to frames by the
@@ -92,3 +92,28 @@ def mask_of_states(module: nn.Module, states: Tensor, given: dict[str, Any]) -> 
         f"{states.shape[1]} states a row and has no rule from one to the other, so padding would count as input. Leave "
         "the mask out where rows have one length, or hand over one of the states' length."
     )
+
+
+def shifted(ids: Tensor, config: Any) -> Tensor:
+    """Token ids (batch, length) one place to the right, behind the token that a decoder starts with."""
+    start = getattr(config, "decoder_start_token_id", None)
+    start = getattr(config, "pad_token_id", None) if start is None else start
+    return torch.cat([torch.full_like(ids[:, :1], start or 0), ids[:, :-1]], dim=1)
+
+
+def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that `forward` gives them."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {**bound, **bound.get("kwargs", {})}
+
+
+def maps_to_features(states: Tensor, output: Any) -> Tensor:
+    """(batch, channels) of feature maps (batch, channels, height, width): the model's own pooled output, which is their
+    mean behind whatever norm belongs to it, or the mean itself.
+    """
+    own = None if isinstance(output, Tensor) or len(output) < 2 else output[1]
+    if isinstance(own, Tensor) and own.shape[:2] == states.shape[:2]:
+        return own.flatten(1).float()
+    return states.float().flatten(2).mean(dim=-1)

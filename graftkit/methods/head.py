@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,11 @@ from graftkit.backbone.pooling import (
     default_pooling,
     has_class_token,
     is_convolutional,
+    maps_to_features,
     mask_of_states,
+    named,
     pool,
+    shifted,
     takes_decoder_inputs,
 )
 from graftkit.catalogue import option
@@ -94,6 +96,12 @@ class Head(Method):
 
     def _refuse_pooling(self, backbone: Backbone) -> None:
         """Raise `UserError` for a pooling of tokens where there are none, or no class token."""
+        is_text = getattr(backbone.model, "main_input_name", "input_ids") == "input_ids"
+        if not is_text and takes_decoder_inputs(backbone.model):
+            raise UserError(
+                f"head(pooling={self.pooling!r}): the decoder of {backbone.source} needs a text, which a head for classes "
+                "has not; attach to the encoder alone (model.get_encoder()), or use pooling='own'."
+            )
         if self.pooling == "mean":
             return
         instead = "use pooling='mean'" + (", 'own' or 'stacked'" if own_maps(backbone) else "")
@@ -103,8 +111,7 @@ class Head(Method):
         if below_head(backbone)[1]:
             own = next(site.name for site in backbone.sites if site.role == "head")
             raise UserError(f"{what} gives its head {own!r} one vector a row; {instead}.")
-        images = getattr(backbone.model, "main_input_name", "input_ids") != "input_ids"
-        if self.pooling == "cls" and images and not has_class_token(backbone):
+        if self.pooling == "cls" and not is_text and not has_class_token(backbone):
             raise UserError(f"{what} puts no class token in front; {instead}.")
 
     def _own_map(self, backbone: Backbone) -> Site:
@@ -242,6 +249,7 @@ class PooledHead(Addition):
         self.items: Any = None
         self.shifts = False  # the input of an encoder-decoder is its decoder's too
         self.elsewhere = False
+        self.given: dict[str, Any] = {}
         self.seen: Tensor | None = None
 
     def read_from(self, module: nn.Module, its_input: bool) -> None:
@@ -255,7 +263,7 @@ class PooledHead(Addition):
 
     def _see_input(self, module: nn.Module, args: tuple) -> None:
         if self.active:
-            self.seen = self.features(module, args[0], {})
+            self.seen = self.features(self.__dict__["caller"], args[0], self.given)
 
     def _see_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self.active:
@@ -315,9 +323,11 @@ class PooledHead(Addition):
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self.labels, self.items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
         kept = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
-        given = named(site, args, kept) if self.shifts else {}
-        if given.get("input_ids") is not None and not any(name.startswith("decoder_") for name in given):
-            kept["decoder_input_ids"] = site._shift_right(given["input_ids"])  # type: ignore[operator]
+        self.given = given = named(site, args, kept)
+        self.__dict__["caller"] = site  # not as a child of its own
+        from_text = self.shifts and given.get("input_ids") is not None
+        if from_text and not any(name.startswith("decoder_") for name in given):
+            kept["decoder_input_ids"] = shifted(given["input_ids"], site.config)
             kept["decoder_attention_mask"] = given.get("attention_mask")
         return args, kept
 
@@ -333,6 +343,8 @@ class PooledHead(Addition):
             summed = nn.functional.cross_entropy(logits, self.labels, reduction="sum")
             loss = summed / (self.items if self.items is not None else len(logits))
         self.labels = self.items = self.seen = None
+        self.given = {}
+        del self.__dict__["caller"]
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
 
 
@@ -371,21 +383,3 @@ class HeadMixture(Mixture):
     def _map(self, name: str, x: Tensor) -> Tensor:
         product = x.unsqueeze(1) @ self.parts[f"{name}.weight"].mT
         return product.squeeze(1) + self.parts[f"{name}.bias"]
-
-
-def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names that `forward` gives them."""
-    if not args:
-        return kwargs
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    return {**bound, **bound.get("kwargs", {})}
-
-
-def maps_to_features(states: Tensor, output: Any) -> Tensor:
-    """(batch, channels) of feature maps (batch, channels, height, width): the model's own pooled output, which is their
-    mean behind whatever norm belongs to it, or the mean itself.
-    """
-    own = None if isinstance(output, Tensor) or len(output) < 2 else output[1]
-    if isinstance(own, Tensor) and own.shape[:2] == states.shape[:2]:
-        return own.flatten(1).float()
-    return states.float().flatten(2).mean(dim=-1)
