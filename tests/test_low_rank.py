@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from shaken import ALL_KINDS, count, message, shaken
 from torch import Tensor, nn
 
+import graftkit
 from graftkit import Backbone, UserError, attach, load
 from graftkit.backbone.weights import Weight, weights_at
 from graftkit.methods.loha import Product, matrix
@@ -308,6 +309,28 @@ def test_the_matrices_are_frozen_and_go_with_the_graft():
     attach(graft.backbone, "vera(rank=2, seed=5)", name="second")
     assert graft.model.vera_projections_second.A.shape == (2, tiny.INNER)
     assert torch.equal(projections(graft).A, before["A"])
+
+
+# ---- several grafts in one batch
+
+
+@ALL_KINDS
+@pytest.mark.parametrize(
+    "text", ["vera(rank=4)", "loha(rank=2)", "lokr(rank=1)", "adalora(rank=3, target_rank=2)"]
+)
+def test_rows_of_one_batch_through_their_own_grafts(kind, text):
+    model, grafts = tiny.bare(kind), {}
+    for seed, name in enumerate(("first", "second")):
+        grafts[name] = shaken(model, text, name=name, seed=seed)
+    rows = ["first", None, "second", "first"]
+    given = tiny.batch(rows=4)
+    with graftkit.using(model, rows=rows), torch.no_grad():
+        together = model(**given).last_hidden_state
+    for row, name in enumerate(rows):
+        with graftkit.using(model, [name] if name else []), torch.no_grad():
+            alone = model(**{key: value[row : row + 1] for key, value in given.items()}).last_hidden_state
+        real = given["attention_mask"][row].bool()
+        near(together[row, real], alone[0, real])
 
 
 # ---- what is refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Group, PeftForm, exactly, new_parameter
-from graftkit.methods.updates import Update, UpdateMethod
+from graftkit.methods.mixtures import FactorMixture
+from graftkit.methods.updates import MAPS, Update, UpdateMethod, peft_targets
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
@@ -140,10 +142,7 @@ class AdaLoRA(UpdateMethod):
         targets = self.targets(backbone)
         tensors = {}
         for site, weight in targets:
-            plain = (
-                weight.kind == "conv" and len(weight.shape) == 4 and getattr(site.module, "groups", 1) == 1
-            )
-            if weight.kind not in ("linear", "transposed") and not plain:
+            if not site.name or not (weight.kind in MAPS or is_plain(weight)):
                 return None
             added: Any = self.update_at(weight, graft)
             for name in "ABE":
@@ -162,7 +161,7 @@ class AdaLoRA(UpdateMethod):
             "beta1": self.beta1,
             "beta2": self.beta2,
             "orth_reg_weight": self.orthogonality,
-            "target_modules": [site.name for site, _ in targets],
+            "target_modules": peft_targets(backbone, [site.name for site, _ in targets]),
             "fan_in_fan_out": any(weight.kind == "transposed" for _, weight in targets),
             "bias": "none",
         }
@@ -199,6 +198,13 @@ class AdaLoRA(UpdateMethod):
             "orthogonality": reading.field("orth_reg_weight", 0.5, (int, float)),
         }
         return options, tensors
+
+
+def is_plain(weight: Weight) -> bool:
+    """Whether a weight is that of a convolution as PEFT has it: two dimensions, one group, padded with zeros."""
+    module: Any = weight.module
+    two = weight.kind == "conv" and len(weight.shape) == 4
+    return two and module.groups == 1 and module.padding_mode == "zeros"
 
 
 def _with_cut(
@@ -241,11 +247,18 @@ class Triplets(Update):
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        if members[0].kind not in MAPS:
+            return super().mix(members, weights, site)
+        factors = [(m.scale * m.B, m.A * m.E) for m in members]
+        return FactorMixture(members[0].of(site), factors, weights)
+
     def delta(self, weight: Weight) -> Tensor:
         return (self.scale * (self.B @ (self.A * self.E))).view(weight.shape)
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.kind not in ("linear", "transposed"):
+        if self.kind not in MAPS:
             return super().after(site, args, kwargs, output)
         low = multiply(self.dropout(input_of(args, kwargs)), self.A * self.E)
         return output + (multiply(low, self.B) * self.scale).to(output.dtype)

@@ -14,7 +14,7 @@ from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.catalogue import option
 from graftkit.methods import lycoris
 from graftkit.methods.base import Group, PeftForm
-from graftkit.methods.updates import SizedMethod, Update
+from graftkit.methods.updates import MAPS, SizedMethod, Update
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
@@ -170,7 +170,7 @@ class Kronecker(Update):
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """(w1 ⊗ w2) x = w1 X w2^T for X (in1, in2), the rows of x; the product itself is not made."""
-        if self.kind not in ("linear", "transposed"):
+        if self.kind not in MAPS:
             return super().after(site, args, kwargs, output)
         _, _, in1, in2 = self.sizes
         low = input_of(args, kwargs).unflatten(-1, (in1, in2))

@@ -16,7 +16,7 @@ from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.catalogue import option
 from graftkit.methods.base import Group, Labels, PeftForm, exactly, place
 from graftkit.methods.mixtures import FactorMixture
-from graftkit.methods.updates import Update, UpdateMethod
+from graftkit.methods.updates import MAPS, Update, UpdateMethod, peft_targets
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
@@ -70,7 +70,7 @@ class VeRA(UpdateMethod):
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         """PEFT has it for linear maps only."""
         targets = self.targets(backbone)
-        if any(weight.kind not in ("linear", "transposed") for _, weight in targets):
+        if any(weight.kind not in MAPS or not site.name for site, weight in targets):
             return None
         tensors: dict[str, Tensor] = {}
         for site, weight in targets:
@@ -83,7 +83,7 @@ class VeRA(UpdateMethod):
         config: dict[str, Any] = {
             "peft_type": "VERA",
             "r": self.rank,
-            "target_modules": [site.name for site, _ in targets],
+            "target_modules": peft_targets(backbone, [site.name for site, _ in targets]),
             "projection_prng_key": self.seed,
             "save_projection": self.save_projection,
             "vera_dropout": self.dropout,
@@ -182,7 +182,7 @@ class Vectors(Update):
         return product.view(weight.shape)
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.kind not in ("linear", "transposed"):
+        if self.kind not in MAPS:
             return super().after(site, args, kwargs, output)
         A, B = self.matrices()
         low = multiply(self.dropout(input_of(args, kwargs)), A) * self.d
