@@ -123,7 +123,8 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Ten
     if y.dtype != x.dtype or (y.dtype != weight.dtype and not casts) or y.is_nested:
         return y + (multiply(x, weight) * scale).to(y.dtype)
     rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    return torch.addmm(rows, low, weight.T, alpha=scale).view(y.shape)
+    # a copy of the small W^T: the gradient of W is then x^T g, several times as fast on CPUs as g^T x
+    return torch.addmm(rows, low, weight.T.contiguous(), alpha=scale).view(y.shape)
 
 
 def correlate(
