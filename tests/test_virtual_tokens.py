@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import transformers
 import zoo
 from shaken import message, shaken
 from torch import Tensor, nn
@@ -19,6 +20,118 @@ METHODS = pytest.mark.parametrize("text", ["prompt(tokens=3)", "ptuning(tokens=3
 
 def prompt_of(model: nn.Module) -> Tensor:
     return model.prompt_default.embeddings()
+
+
+# ---- more architectures of transformers
+
+COMMON = {
+    "vocab_size": 40, "hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
+    "max_position_embeddings": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GROUPED = {**COMMON, "num_key_value_heads": 2, "head_dim": 4}
+BART = {
+    "vocab_size": 40, "d_model": W, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 48,
+}  # fmt: skip
+TEXTS = {
+    "DistilBertForSequenceClassification": {
+        "vocab_size": 40,
+        "dim": W,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 24,
+    },
+    "ElectraForSequenceClassification": {**COMMON, "embedding_size": 8},
+    "AlbertModel": {**COMMON, "embedding_size": 8},
+    "MPNetModel": COMMON,
+    "XLMRobertaForMaskedLM": COMMON,
+    "BertForTokenClassification": COMMON,
+    "OPTForCausalLM": {**COMMON, "ffn_dim": 24, "word_embed_proj_dim": W},
+    "BloomForCausalLM": {"vocab_size": 40, "hidden_size": W, "n_layer": 2, "n_head": 4},
+    "Gemma2ForCausalLM": GROUPED,
+    "MistralForCausalLM": {**GROUPED, "sliding_window": 4},
+    "MambaForCausalLM": {"vocab_size": 40, "hidden_size": W, "num_hidden_layers": 2},
+    "XLNetModel": {"vocab_size": 40, "d_model": W, "n_layer": 2, "n_head": 4, "d_inner": 24},
+    "T5EncoderModel": {
+        "vocab_size": 40,
+        "d_model": W,
+        "d_kv": 4,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+    },
+    "BartModel": BART,
+    "MBartForConditionalGeneration": BART,
+}
+ENDS = ("ForSequenceClassification", "ForCausalLM", "ForMaskedLM", "ForTokenClassification", "EncoderModel",
+        "ForConditionalGeneration", "Model")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_of_other_architectures(name):
+    stem = next(name.removesuffix(end) for end in ENDS if name.endswith(end))
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, f"{stem}Config")(**TEXTS[name])).eval()
+    tiny.randomize(model, 0)
+    given = tiny.batch()
+    more = {"decoder_input_ids": given["input_ids"][:, :4].clamp(min=3)} if TEXTS[name] is BART else {}
+    graft = shaken(model, "prompt(tokens=3)")
+    with torch.no_grad():
+        got, base = model(**given, **more), None
+        with graft.disabled():
+            base = model(**given, **more)
+            words = torch.cat(
+                [prompt_of(model).expand(4, -1, -1), model.get_input_embeddings()(given["input_ids"])], 1
+            )
+            mask = nn.functional.pad(given["attention_mask"], (3, 0), value=1)
+            wanted = model(inputs_embeds=words, attention_mask=mask, **more)
+    real = given["attention_mask"].bool()
+    for key, value in got.items():
+        if isinstance(value, Tensor):
+            assert value.shape == base[key].shape
+            mine, theirs = value, wanted[key]
+            if value.dim() == 3 and value.shape[1] == 7:
+                mine, theirs = value[real], theirs[:, 3:][real]
+            torch.testing.assert_close(mine, theirs)
+    first = next(iter(got))
+    assert not torch.allclose(got[first], base[first], atol=1e-3)
+
+
+ENCODER = {"hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+SOUND = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 4,
+         "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, "classifier_proj_size": 12}  # fmt: skip
+SMALL = {"image_size": 32, "patch_size": 8}
+MAE = {"decoder_hidden_size": W, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
+WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 12, "pad_token_id": 0}
+PATCHES = {
+    "DeiTForImageClassification": ("DeiTConfig", {**ENCODER, **SMALL}, ("pixel_values", 3, 32, 32)),
+    "Dinov2ForImageClassification": ("Dinov2Config", {**ENCODER, **SMALL}, ("pixel_values", 3, 32, 32)),
+    "ViTMAEForPreTraining": ("ViTMAEConfig", {**ENCODER, **SMALL, **MAE}, ("pixel_values", 3, 32, 32)),
+    "HubertForSequenceClassification": ("HubertConfig", {**ENCODER, **SOUND}, ("input_values", 120)),
+    "WhisperForConditionalGeneration": ("WhisperConfig", WHISPER, ("input_features", 8, 24)),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_patches_and_frames_of_other_architectures(name):
+    config, settings, (key, *shape) = PATCHES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
+    tiny.randomize(model, 0)
+    given = {key: torch.randn(2, *shape)}
+    if name.startswith("Whisper"):
+        given["decoder_input_ids"] = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    graft = shaken(model, "prompt(tokens=3)")
+    with torch.no_grad():
+        torch.manual_seed(1)
+        got = model(**given)
+        with graft.disabled():
+            torch.manual_seed(1)
+            base = model(**given)
+    assert [tuple(v.shape) for v in got.values() if isinstance(v, Tensor)] == [
+        tuple(v.shape) for v in base.values() if isinstance(v, Tensor)
+    ]
+    assert not torch.allclose(got.logits, base.logits, atol=1e-4)
 
 
 # ---- patches, frames and a user's own encoder

@@ -63,8 +63,11 @@ def find_entrance(backbone: Backbone, method: str) -> Entrance:
     model = backbone.model
     if isinstance(model, PreTrainedModel):
         bare = model.base_model
-        encoder = getattr(bare, "encoder", None) if hasattr(bare, "decoder") else None
-        reader = _reader(backbone) if encoder is None else encoder
+        decoder = getattr(bare, "decoder", None)
+        encoder = getattr(bare, "encoder", None) if decoder is not None else None
+        reader = encoder if encoder is not None else _reader(backbone)
+        if encoder is None and isinstance(decoder, PreTrainedModel):  # OPT's head calls this one itself
+            reader = decoder
         if {"input_ids", "inputs_embeds"} <= set(inspect.signature(reader.forward).parameters):
             table = reader.get_input_embeddings()  # type: ignore[operator]
             if isinstance(table, nn.Embedding):
