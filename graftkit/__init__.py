@@ -18,6 +18,7 @@ _FRONT = {
     "detach": "graftkit.graft",
     "load": "graftkit.graft_files",
     "using": "graftkit.several",
+    "merge": "graftkit.merging",
     "Graft": "graftkit.graft",
     "Backbone": "graftkit.backbone",
     "Recipe": "graftkit.recipe",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from graftkit.graft import attach as attach
     from graftkit.graft import detach as detach
     from graftkit.graft_files import load as load
+    from graftkit.merging import merge as merge
     from graftkit.recipe import Recipe as Recipe
     from graftkit.run import Run as Run
     from graftkit.run import resume as resume

@@ -258,6 +258,45 @@ def predict(
 
 
 @app.command()
+def merge(
+    grafts: Annotated[list[Path], typer.Argument(metavar="GRAFT", help="LoRA grafts: folders of grafts, runs or PEFT")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    weights: Annotated[str | None, typer.Option(help="one for each graft, as in 0.7,0.3; default: all the same")] = None,
+    how: Annotated[str, typer.Option(help="cat, svd, linear, ties, dare, magnitude; ties-svd and the like")] = "cat",
+    density: Annotated[float | None, typer.Option(help="share kept by ties, dare and magnitude")] = None,
+    rank: Annotated[int | None, typer.Option(help="rank of the result of svd; default: the largest of the grafts")] = None,
+    heads: Annotated[str, typer.Option(help="mean (by weight), first or none")] = "mean",
+    sign: Annotated[str, typer.Option(help="majority in ties: total (by sum) or frequency")] = "total",
+    seed: Annotated[int, typer.Option(help="seed of dare")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="replace the folder if it exists")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make one LoRA graft of several, without loading their model.
+
+    cat is the weighted sum itself, with a rank as large as all together; svd comes nearest to it at a lower rank.
+    """
+    from graftkit.merging import merge as run_merge
+
+    folder = run_merge(
+        grafts, out, weights=_numbers(weights), how=how, density=density, rank=rank, heads=heads, sign=sign, seed=seed,
+        overwrite=overwrite,
+    )  # fmt: skip
+    if as_json:
+        _emit(True, {"graft": str(folder)})
+    else:
+        print(f"the merged graft is in {folder}", file=sys.stderr)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--weights is {text!r}; write numbers with commas between them: 0.7,0.3.") from None
+
+
+@app.command()
 def export(
     run: RunFolder, to: Annotated[Path, typer.Option(help="folder to write")],
     overwrite: Annotated[bool, typer.Option(help="replace the folder if it holds a model")] = False,

@@ -40,33 +40,43 @@ def write(graft: Graft, folder: Path, about: dict[str, Any]) -> Path:
         raise UserError(f"{folder} is a file; name a folder for the graft.")
     with torch.no_grad():
         form = _peft_form(graft)
-    where: dict[str, dict[str, str]] = {}
-    own: dict[str, Tensor] = {}
-    keys = {id(tensor): key for key, tensor in form.tensors.items()} if form else {}
-    for name, tensor in graft.tensors.items():
-        stored = stored_name(graft, name)
-        if id(tensor) in keys:
-            where[stored] = {"file": PEFT_TENSORS, "key": keys[id(tensor)]}
-        else:
-            where[stored] = {"file": OWN_TENSORS, "key": stored}
-            own[stored] = tensor
-    if form is not None:
-        write_tensors(folder / PEFT_TENSORS, form.tensors)
-        write_json(folder / PEFT_CONFIG, form.config)
-    if own:
-        write_tensors(folder / OWN_TENSORS, own)
     description = {
-        "format": FORMAT,
         "method": str(graft.method.stored()),
         "backbone": graft.backbone.source,
         "fingerprint": graft.backbone.fingerprint,
         "missing": list(graft.backbone.missing),
         "trained_parameters": sum(p.numel() for p in graft.parameters.values()),
-        "tensors": where,
         **about,
     }
-    write_json(folder / DESCRIPTION, description)
-    for name, is_used in ((PEFT_CONFIG, form), (PEFT_TENSORS, form), (OWN_TENSORS, own)):
+    tensors = {stored_name(graft, name): tensor for name, tensor in graft.tensors.items()}
+    return write_contents(folder, tensors, form, description)
+
+
+def write_contents(
+    folder: Path, tensors: dict[str, Tensor], form: PeftForm | None, description: dict[str, Any] | None
+) -> Path:
+    """Write tensors by the names they are stored under: those of `form` to its file, the others beside it.
+
+    Without a description, the folder is PEFT's alone.
+    """
+    where: dict[str, dict[str, str]] = {}
+    own: dict[str, Tensor] = {}
+    keys = {id(tensor): key for key, tensor in form.tensors.items()} if form else {}
+    for name, tensor in tensors.items():
+        if id(tensor) in keys:
+            where[name] = {"file": PEFT_TENSORS, "key": keys[id(tensor)]}
+        else:
+            where[name] = {"file": OWN_TENSORS, "key": name}
+            own[name] = tensor
+    if form is not None:
+        write_tensors(folder / PEFT_TENSORS, form.tensors)
+        write_json(folder / PEFT_CONFIG, form.config)
+    if own:
+        write_tensors(folder / OWN_TENSORS, own)
+    if description is not None:
+        write_json(folder / DESCRIPTION, {"format": FORMAT, **description, "tensors": where})
+    used = ((PEFT_CONFIG, form), (PEFT_TENSORS, form), (OWN_TENSORS, own), (DESCRIPTION, description))
+    for name, is_used in used:
         if not is_used:  # of an earlier graft in this folder
             (folder / name).unlink(missing_ok=True)
     return folder
@@ -131,7 +141,8 @@ def _task_type(graft: Graft, head: bool) -> str | None:
 class Stored:
     """A graft folder that was read: what to attach, and the tensors to put there.
 
-    `saved`: names of the base's own parameters that PEFT keeps beside an adapter (`modules_to_save`).
+    `saved`: names of the base's own parameters that PEFT keeps beside an adapter (`modules_to_save`); `keys`: PEFT's
+    key for each tensor that stands as it is in its file.
     """
 
     folder: Path
@@ -141,6 +152,7 @@ class Stored:
     backbone: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
+    keys: dict[str, str] = field(default_factory=dict)
 
     def method_for(self, backbone: Backbone) -> Chain:
         """The method; modules that PEFT saved are the backbone's own head, or are unfrozen."""
@@ -206,6 +218,12 @@ def read(folder: Path) -> Stored:
         if entry["key"] not in contents[entry["file"]]:
             raise UserError(f"{folder / entry['file']} lacks {entry['key']!r}, which {DESCRIPTION} names.")
         tensors[name] = contents[entry["file"]][entry["key"]]
+    strange = set(contents.get(OWN_TENSORS, ())) - {entry["key"] for entry in description["tensors"].values()}
+    if strange:
+        raise UserError(
+            f"{folder / OWN_TENSORS} holds {listing(map(repr, sorted(strange)), 4)}, which {DESCRIPTION} does not name; "
+            "the two files are not of one graft."
+        )
     return Stored(
         folder,
         description["method"],
@@ -228,14 +246,19 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
             f"the graft in {path} was trained on another backbone ({stored.backbone or 'unknown'}, fingerprint "
             f"{stored.fingerprint}); {backbone.source} has {backbone.fingerprint}. Load that backbone instead."
         )
-    backbone.missing = tuple(sorted({*backbone.missing, *map(str, stored.about.get("missing", ()))}))
-    graft = attach(backbone, stored.method_for(backbone), name=name)
-    wanted = graft.tensors
+    before, graft = backbone.missing, None
+    backbone.missing = tuple(sorted({*before, *map(str, stored.about.get("missing", ()))}))
     try:
+        graft = attach(backbone, stored.method_for(backbone), name=name)
+        wanted = graft.tensors
         tensors = stored.tensors_for(graft)
         _refuse_misfits(path, backbone, wanted, tensors)
-    except UserError:
-        detach(graft)
+    except BaseException as error:
+        if graft is not None:
+            detach(graft)
+        backbone.missing = before
+        if isinstance(error, UserError) and str(path) not in str(error):
+            raise UserError(f"the graft in {path} does not fit {backbone.source}: {error}") from None
         raise
     with torch.no_grad():
         for tensor_name, tensor in wanted.items():
@@ -257,4 +280,13 @@ def _refuse_misfits(
             raise UserError(
                 f"the graft in {path}: {name!r} has shape {tuple(tensors[name].shape)}, "
                 f"but {tuple(parameter.shape)} is needed."
+            )
+        kinds = [(t.dtype.is_floating_point, t.dtype.is_complex) for t in (tensors[name], parameter)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"the graft in {path}: {name!r} is stored as {tensors[name].dtype}, but {parameter.dtype} is needed."
+            )
+        if tensors[name].isnan().any():
+            raise UserError(
+                f"the graft in {path}: {name!r} holds values that are no numbers (NaN); restore it from a copy."
             )

@@ -118,10 +118,12 @@ def read_peft(folder: Path) -> Stored:
         )
     name = arguments.pop("method", reader.name)  # a kind of adapter that several methods write
     saved = tuple(reading.tensors)
+    found = {**tensors, **reading.tensors}
+    in_file = {id(tensor): key for key, tensor in contents.items()}
+    keys = {own: in_file[id(tensor)] for own, tensor in found.items() if id(tensor) in in_file}
     return Stored(
-        folder, str(Call(name, arguments)), {**tensors, **reading.tensors},
-        backbone=config.get("base_model_name_or_path"), saved=saved,
-    )  # fmt: skip
+        folder, str(Call(name, arguments)), found, backbone=config.get("base_model_name_or_path"), saved=saved, keys=keys
+    )
 
 
 def _is_adapter_key(key: str) -> bool:

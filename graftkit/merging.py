@@ -1,0 +1,367 @@
+"""One graft of several: LoRA folders, ours or PEFT's, merged without their backbone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftkit import graft_files
+from graftkit.catalogue import Call
+from graftkit.combining import Combination, Factors
+from graftkit.errors import UserError, listing
+from graftkit.files import read_json
+from graftkit.graft_files import DESCRIPTION, PEFT_CONFIG
+from graftkit.methods.base import Method, PeftForm, exactly
+from graftkit.methods.base import read as read_method
+from graftkit.peft_files import read_peft
+
+HEADS = ("mean", "first", "none")
+LOW_RANK = ("lora", "pissa")  # pissa is read as the LoRA of twice the rank that PEFT is given
+OUT_PROJ = "out_proj_"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One graft that is merged.
+
+    `factors`: the update of each weight, by the name of its addition. `keys`: PEFT's key of each tensor, by our name;
+    empty where PEFT cannot express the graft. `head`: the parameters of its head, `form` the method that made it.
+    """
+
+    folder: Path
+    factors: dict[str, Factors]
+    keys: dict[str, str]
+    config: dict[str, Any]
+    plain_conv: bool
+    head: dict[str, Tensor]
+    form: Method | None
+    about: dict[str, Any]
+
+
+def merge(
+    grafts: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    how: str = "cat",
+    density: float | None = None,
+    rank: int | None = None,
+    heads: str = "mean",
+    sign: str = "total",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Write one LoRA graft that stands for several, and return its folder. No backbone is loaded.
+
+    `grafts`: folders written by `Graft.save`, of runs, or by PEFT, all LoRA. `weights`: one for each, of any sign; all
+    1 / number if left out. `how`: 'cat' (the weighted sum itself; ranks add up), 'svd' (the nearest to it of `rank`, by
+    default the largest rank), 'linear', 'ties', 'dare-linear', 'dare-ties', 'magnitude' on the factors, or with '-svd' on
+    their products; see `graftkit.combining`. `density`: share that ties, dare and magnitude keep. `seed`: of dare.
+    `heads`: 'mean' by weight, of heads for the same classes; 'first', that of the first graft with one; or 'none'.
+    Raises `UserError` for grafts that do not go together; nothing is written then.
+    """
+    combination = Combination(how, density, rank, sign, seed)
+    if heads not in HEADS:
+        raise UserError(f"heads is {heads!r}; there is {listing(HEADS)}.")
+    folders = [_folder(Path(graft)) for graft in grafts]
+    factors = _weights(folders, weights)
+    target = Path(out)
+    _check_target(target, folders, overwrite)
+    members = [_read(folder) for folder in folders]
+    _refuse_strangers(members)
+    updates = _merged(members, factors, combination)
+    head, form, about = _head(members, factors, heads)
+    given = {"grafts": [str(folder) for folder in folders], "weights": factors, "how": combination.how}
+    more = {"density": density, "rank": rank, "seed": seed if "dare" in combination.how else None}
+    about["merged"] = given | {key: value for key, value in more.items() if value is not None}
+    return _write(target, members, updates, head, form, about)
+
+
+def _folder(path: Path) -> Path:
+    """The graft's own folder, where that of a run is given."""
+    names = (DESCRIPTION, PEFT_CONFIG)
+    if not any((path / name).is_file() for name in names) and (path / "graft" / DESCRIPTION).is_file():
+        return path / "graft"
+    return path
+
+
+def _weights(folders: list[Path], weights: Sequence[float] | None) -> list[float]:
+    if len(folders) < 2:
+        raise UserError(
+            f"merging takes at least two grafts, but {len(folders)} is given; name another folder."
+        )
+    if weights is None:
+        return [1 / len(folders)] * len(folders)
+    if len(weights) != len(folders):
+        raise UserError(f"there are {len(weights)} weights for {len(folders)} grafts; give one for each.")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise UserError(f"a weight is {weight!r}, but must be a finite number.")
+    return [float(weight) for weight in weights]
+
+
+def _check_target(target: Path, folders: list[Path], overwrite: bool) -> None:
+    if target.is_file():
+        raise UserError(f"{target} is a file; name a folder for the merged graft.")
+    if any(target.resolve() == folder.resolve() for folder in folders):
+        raise UserError(f"{target} is one of the grafts to be merged; name another folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"{target} exists already; name another folder, or replace it with --overwrite.")
+
+
+def _read(folder: Path) -> Member:
+    """Raises `UserError` for a graft that is not a LoRA, with or without a head."""
+    stored = graft_files.read(folder)
+    chain = read_method(stored.method).methods
+    method = next((method for method in chain if method.name in LOW_RANK), None)
+    others = [method.name for method in chain if method.name not in (*LOW_RANK, "head")]
+    if method is None or others:
+        raise UserError(
+            f"{folder} is a graft of {' + '.join(f'{m.name}()' for m in chain)}; only those of lora(), with or without a "
+            "head(), can be merged. To use it beside others, load them all and see graftkit.using."
+        )
+    config, peft = {}, stored
+    if (folder / PEFT_CONFIG).is_file():
+        config, peft = read_json(folder / PEFT_CONFIG), read_peft(folder)
+        method = read_method(peft.method).methods[0]
+    elif method.name != "lora":
+        raise UserError(
+            f"{folder} is a graft of {method.name}() that PEFT cannot express, which cannot be merged."
+        )
+    if method.bias != "none":  # type: ignore[attr-defined]
+        raise UserError(
+            f"{folder} trains biases of the backbone too ({method}), which cannot be merged without it; merge grafts of "
+            "lora(bias='none')."
+        )
+    factors = {}
+    for name in peft.tensors:
+        if name.endswith("_default.A"):
+            addition = name.removesuffix(".A")
+            factors[addition] = _factors(folder, method, addition, peft.tensors)
+    own = stored.tensors.items()
+    if stored.fingerprint is None:
+        head = {name: tensor for name, tensor in own if name in stored.saved}
+    else:
+        head = {
+            name: tensor for name, tensor in own if not re.search(r"(^|\.)(lora|pissa)_(.+_)?default\.", name)
+        }
+    form = next((m for m in chain if m.name == "head"), None)
+    plain_conv = method.plain_conv  # type: ignore[attr-defined]
+    return Member(folder, factors, peft.keys, config, plain_conv, head, form, stored.about)
+
+
+def _factors(folder: Path, method: Any, addition: str, tensors: dict[str, Tensor]) -> Factors:
+    A, B, b = (tensors.get(f"{addition}.{name}") for name in ("A", "B", "b"))
+    site = _site(addition)
+    rank = int(_at(folder, method.ranks, site, method.rank))
+    alpha = _at(folder, method.alphas, site, method.alpha_at(rank))
+    if A is None or B is None or len(A) % rank:
+        raise UserError(
+            f"{folder}: the update of {site!r} has not the rank {rank} that its description says."
+        )
+    scale = alpha / math.sqrt(rank) if method.stabilised else alpha / rank
+    return Factors(A, B, scale, rank, b)
+
+
+def _at(folder: Path, values: dict[str, float] | None, site: str, default: float) -> float:
+    """What ranks or alphas say of a site; only names can be looked up where there is no model."""
+    found = default
+    for selection, value in (values or {}).items():
+        if not selection.startswith("re:"):
+            raise UserError(
+                f"{folder} has ranks or alphas for {selection!r}, which only its backbone tells the meaning of, and PEFT cannot "
+                "express it; it cannot be merged."
+            )
+        if re.fullmatch(selection[3:], site):
+            found = value
+    return found
+
+
+def _site(addition: str) -> str:
+    """The site that an addition belongs to: the module it is below, or the map inside an attention."""
+    module, _, child = addition.rpartition(".")
+    return f"{module}.out_proj" if f"_{OUT_PROJ}" in child else module
+
+
+def _refuse_strangers(members: list[Member]) -> None:
+    """Raise `UserError` for grafts of different backbones."""
+    prints = {m.about["fingerprint"]: m for m in members if m.about}
+    if len(prints) > 1:
+        first, second, *_ = prints.values()
+        raise UserError(
+            f"{first.folder} was trained on another backbone ({first.about['backbone']}, fingerprint "
+            f"{first.about['fingerprint']}) than {second.folder} ({second.about['backbone']}, "
+            f"{second.about['fingerprint']}); only grafts of one backbone can be merged."
+        )
+    shapes: dict[str, tuple[Member, tuple]] = {}
+    for member in members:
+        for name, update in member.factors.items():
+            shape = (update.A.shape[1:], update.B.shape[:1], update.count, update.is_grouped)
+            other, known = shapes.setdefault(name, (member, shape))
+            if known != shape:
+                raise UserError(
+                    f"the updates of {_site(name)!r} in {other.folder} and {member.folder} are for weights of different "
+                    "shapes; only grafts of one backbone can be merged."
+                )
+    convolutions = [m for m in members if any(u.A.dim() > 2 for u in m.factors.values())]
+    if len({member.plain_conv for member in convolutions}) > 1:
+        raise UserError(
+            "some of the grafts pad convolutions with zeros (plain_conv) and some do not; merge them apart."
+        )
+
+
+def _merged(members: list[Member], weights: list[float], combination: Combination) -> dict[str, Factors]:
+    """The merged update of each weight that a graft updates; a graft that does not has no part in it."""
+    rank = combination.rank or max(u.rank for member in members for u in member.factors.values())
+    merged = {}
+    for name in dict.fromkeys(name for member in members for name in member.factors):
+        having = [(m.factors[name], w) for m, w in zip(members, weights) if name in m.factors]
+        update = combination.of(_site(name), [u for u, _ in having], [w for _, w in having], rank)
+        if not all(torch.isfinite(tensor).all() for tensor in (update.A, update.B)):
+            raise UserError(
+                f"merging gives values for {_site(name)!r} that are not finite; nothing was written."
+            )
+        merged[name] = update
+    return merged
+
+
+def _head(
+    members: list[Member], weights: list[float], heads: str
+) -> tuple[dict[str, Tensor], Method | None, dict[str, Any]]:
+    """The merged head, the method that made it, and what the description says of its classes."""
+    having = [(member, weight) for member, weight in zip(members, weights) if member.head]
+    if heads == "none" or not having:
+        return {}, None, {}
+    first = having[0][0]
+    described = {
+        "format",
+        "method",
+        "backbone",
+        "fingerprint",
+        "missing",
+        "trained_parameters",
+        "tensors",
+        "merged",
+    }
+    about = {key: value for key, value in first.about.items() if key not in described}
+    form = next((member.form for member, _ in having if member.form is not None), None)
+    if heads == "first":
+        return first.head, first.form, about
+    for member, _ in having[1:]:
+        shapes = [{name: tensor.shape for name, tensor in m.head.items()} for m in (first, member)]
+        labels = [m.about.get("labels") for m in (first, member)]
+        same_form = None in (first.form, member.form) or _same(first.form, member.form)
+        if shapes[0] != shapes[1] or not same_form or (all(labels) and labels[0] != labels[1]):
+            raise UserError(
+                f"the heads in {first.folder} and {member.folder} are for different classes or of different forms, so they "
+                "have no mean; keep one with --heads first, or leave them out with --heads none."
+            )
+    total = sum(weight for _, weight in having)
+    if total == 0:
+        raise UserError(
+            "the weights of the grafts with a head add up to 0, so heads have no mean; use --heads first or none."
+        )
+    mean = {name: sum(w / total * m.head[name].float() for m, w in having) for name in first.head}
+    return mean, form, about  # type: ignore[return-value]
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two heads compute alike."""
+    return all(getattr(first, name) == getattr(second, name) for name in ("classes", "pooling", "hidden"))
+
+
+def _write(
+    target: Path, members: list[Member], updates: dict[str, Factors], head: dict[str, Tensor], form: Method | None,
+    about: dict[str, Any],
+) -> Path:  # fmt: skip
+    rank = max(update.rank for update in updates.values())
+    ranks = {name: update.rank for name, update in updates.items() if update.rank != rank}
+    tensors: dict[str, Tensor] = {}
+    for name, update in updates.items():
+        parts = {"A": update.A, "B": update.B, "b": update.b}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+    # an alpha as large as the rank is a scale of 1
+    arguments: dict[str, Any] = {"rank": rank, "alpha": float(rank), "sites": exactly(map(_site, updates))}
+    if ranks:
+        by_rank = {r: exactly(_site(name) for name in ranks if ranks[name] == r) for r in set(ranks.values())}
+        arguments["ranks"] = {selection: r for r, selection in by_rank.items()}
+        arguments["alphas"] = {selection: float(r) for r, selection in by_rank.items()}
+    arguments |= {"b_bias": True} if any(update.b is not None for update in updates.values()) else {}
+    arguments |= {"plain_conv": True} if any(member.plain_conv for member in members) else {}
+    if len({update.b is None for update in updates.values()}) > 1:
+        for name, update in updates.items():
+            tensors.setdefault(f"{name}.b", torch.zeros(len(update.B)))
+    method = str(Call("lora", arguments)) + (f" + {form}" if form is not None else "")
+    peft = _peft_form(members, arguments, ranks, tensors, head)
+    ours = next((member.about for member in members if member.about), None)
+    description = None
+    if ours is not None and (form is not None or not head):
+        count = sum(tensor.numel() for tensor in (*tensors.values(), *head.values()))
+        description = {
+            "method": method,
+            "backbone": ours["backbone"],
+            "fingerprint": ours["fingerprint"],
+            "missing": sorted({name for member in members for name in member.about.get("missing", ())}),
+            "trained_parameters": count,
+            **about,
+        }
+    if description is None and peft is None:
+        raise UserError(
+            "the merged graft can be written neither as PEFT's nor as graftkit's; save the grafts with graftkit."
+        )
+    return graft_files.write_contents(target, tensors | head, peft, description)
+
+
+def _peft_form(
+    members: list[Member], arguments: dict[str, Any], ranks: dict[str, int], tensors: dict[str, Tensor],
+    head: dict[str, Tensor],
+) -> PeftForm | None:  # fmt: skip
+    """The merged graft as PEFT writes it; None where PEFT has no form for one of them, or it is of experts."""
+    keys = {name: key for member in members for name, key in member.keys.items()}
+    if not all(member.keys for member in members) or any(m.config.get("target_parameters") for m in members):
+        return None
+    for name in tensors:
+        if name.endswith(".b"):
+            keys[name] = keys[f"{name[:-1]}B"].removesuffix("weight") + "bias"
+    paths = {
+        name: re.split(r"\.lora_(?:A|embedding_A)", keys[f"{name}.A"])[0] for name in _additions(tensors)
+    }
+    modules = {
+        name: path.partition("base_model.model.")[2].partition(".base_layer")[0]
+        for name, path in paths.items()
+    }
+    pattern = {f"^{re.escape(modules[name])}": rank for name, rank in ranks.items()}
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": arguments["rank"],
+        "lora_alpha": arguments["rank"],
+        "lora_dropout": 0.0,
+        # as an expression: names in a list would also mean modules whose names end with them
+        "target_modules": "|".join(re.escape(module) for module in dict.fromkeys(modules.values())),
+        "fan_in_fan_out": any(member.config.get("fan_in_fan_out") for member in members),
+        "bias": "none",
+        "base_model_name_or_path": members[0].config.get("base_model_name_or_path"),
+        "task_type": members[0].config.get("task_type"),
+        "inference_mode": True,
+    }
+    config |= {"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {}
+    config |= {"lora_bias": True} if arguments.get("b_bias") else {}
+    kept = {keys[name]: tensor for name, tensor in tensors.items()}
+    inside = {
+        f"base_model.model.{name}": tensor for name, tensor in head.items() if "head_default." not in name
+    }
+    if inside:
+        having = next(member for member in members if member.head)
+        config |= {key: having.config.get(key) for key in ("modules_to_save", "task_type")}
+    return PeftForm(config, kept | inside)
+
+
+def _additions(tensors: dict[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
