@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
 from graftkit.methods.mixtures import MatrixMixture
 
+MAPS = ("linear", "transposed")  # of which the input is that of the module
 KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")
 
 
