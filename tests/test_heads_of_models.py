@@ -362,3 +362,14 @@ def test_a_run_with_a_stacked_head_is_exported(tiny_bert, tmp_path, rows_folder)
     assert done["largest_difference"] < 1e-4 and done["same_answers"]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("four", "plain"))
     assert torch.equal(before["classifier.weight"], after["classifier.weight"]), "the old head stays"
+
+
+def test_an_own_head_that_is_never_called_is_no_place_to_stand_on():
+    class Idle(Encoder):
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Linear(6, 3)
+
+    graft = attach(Idle(), "head(classes=2, pooling='mean')")
+    with pytest.raises(UserError, match="goes through 'unused' of Idle, but that was not called"):
+        graft.model(torch.zeros(1, 2, dtype=torch.long))

@@ -91,7 +91,9 @@ class Head(Method):
         place(backbone.model, name, head)
         head.shifts = takes_decoder_inputs(backbone.model) and hasattr(backbone.model, "_shift_right")
         if module is not backbone.model:
-            head.read_from(module, reads_input)
+            head.read_from(
+                module, reads_input, next(n for n, m in backbone.model.named_modules() if m is module)
+            )
         return labels_of(backbone, name, group)
 
     def _refuse_pooling(self, backbone: Backbone) -> None:
@@ -248,13 +250,15 @@ class PooledHead(Addition):
         self.labels: Any = None
         self.items: Any = None
         self.shifts = False  # the input of an encoder-decoder is its decoder's too
-        self.elsewhere = False
+        self.elsewhere = (
+            ""  # name of the module in the model that gives the states, where it is not the model
+        )
         self.given: dict[str, Any] = {}
         self.seen: Tensor | None = None
 
-    def read_from(self, module: nn.Module, its_input: bool) -> None:
-        """Take the states from a module in the model: its output, or its input."""
-        self.elsewhere = True
+    def read_from(self, module: nn.Module, its_input: bool, name: str) -> None:
+        """Take the states from the module of that name in the model: its output, or its input."""
+        self.elsewhere = name
         if its_input:
             handle: Any = module.register_forward_pre_hook(self._see_input)
         else:
@@ -335,7 +339,11 @@ class PooledHead(Addition):
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         features = self.seen if self.elsewhere else self.features(site, output, named(site, args, kwargs))
-        assert features is not None, "the part of the model that gives the states was not called"
+        if features is None:
+            raise UserError(
+                f"head(pooling={self.pooling!r}) reads what goes through {self.elsewhere!r} of {type(site).__name__}, but that "
+                "was not called; use pooling='own' or 'stacked', or leave out of the module what it does not use."
+            )
         with torch.autocast(features.device.type, enabled=False):
             logits = self.acting.logits(features)
         loss = None

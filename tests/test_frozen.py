@@ -1,0 +1,200 @@
+"""The frozen prefix on every kind of model: how deep it is, that it is still, and that what is kept of it is right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from shaken import shaken
+from torch import nn
+
+from graftkit import attach
+from graftkit.data.encode import Encoded
+from graftkit.data.read import Table
+from graftkit.engine.frozen import CachedForward, Forward, frozen_depth, make_forward, set_training
+from graftkit.graft import Graft
+from graftkit.tasks.base import Dataset, Examples
+
+CPU = torch.device("cpu")
+TEXT = ["bert", "roberta", "modernbert", "gpt2", "llama", "qwen3", "glm", "mixtral", "deberta_v2", "t5"]
+
+
+def dataset(lengths: tuple[int, ...] = (7, 3, 5, 6, 2, 7)) -> Dataset:
+    """Rows of random tokens of these lengths."""
+    random = np.random.default_rng(0)
+    ids = [random.integers(3, zoo.VOCABULARY, n).astype(np.int32) for n in lengths]
+    features = {"input_ids": ids, "attention_mask": [np.ones(n, dtype=np.int32) for n in lengths]}
+    rows = list(range(len(lengths)))
+    table = Table({"text": ["a"] * len(lengths)}, "rows", rows, "row")
+    targets = np.array([row % 2 for row in rows])
+    return Dataset(
+        Examples(table, ["a"] * len(lengths), None, targets), Encoded(features, np.array(lengths), 0, {})
+    )
+
+
+def agree(graft: Graft, kept: Forward, data: Dataset) -> None:
+    """Logits and gradients of kept outputs are those of the whole model, in batches of other rows than they were made."""
+    plain = Forward(graft, CPU, "fp32")
+    graft.model.eval()
+    for rows in ([0, 1], [4], [5, 3, 2]):
+        batch = data.batch(np.array(rows))
+        results = []
+        for forward in (plain, kept):
+            graft.model.zero_grad()
+            logits = forward(batch)
+            logits.square().sum().backward()
+            results.append([logits.detach(), *(p.grad.clone() for p in graft.parameters.values())])
+        for got, wanted in zip(*results):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize(
+    "method", ["unfreeze('blocks[-1:]') + head(classes=2, pooling='mean')", "head(classes=2, pooling='mean')"]
+)
+def test_what_is_kept_gives_the_same_on_every_text_model(name, method):
+    graft = shaken(zoo.BY_NAME[name].fresh(), method)
+    data, depth = dataset(), frozen_depth(graft)
+    head_alone = "unfreeze" not in method
+    assert depth == len(graft.backbone.blocks) - (not head_alone)
+    kept = make_forward(graft, CPU, "fp32", depth, data, passes=3)
+    # blocks of DeBERTa give more than their states; the decoder of T5 looks at all of the encoder
+    assert isinstance(kept, CachedForward) == (head_alone or name not in ("deberta_v2", "t5"))
+    agree(graft, kept, data)
+
+
+def test_within_the_encoder_of_a_pair_blocks_may_be_passed_by():
+    """The chain breaks between encoder and decoder: nothing that is kept may skip over it."""
+    graft = shaken(zoo.BY_NAME["t5"].fresh(), "unfreeze('blocks[1]') + head(classes=2, pooling='mean')")
+    assert frozen_depth(graft) == 1
+    agree(graft, make_forward(graft, CPU, "fp32", 1, dataset(), passes=3), dataset())
+
+
+class Chain(nn.Module):
+    """Four blocks on embedded tokens, connected as `kind` says."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.embedding = nn.Embedding(zoo.VOCABULARY, 8)
+        self.between = nn.Linear(8, 8)
+        block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.blocks = nn.ModuleList(
+            [block, *(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True) for _ in range(3))]
+        )
+        self.late = nn.Embedding(zoo.VOCABULARY, 8)
+
+    def forward(self, input_ids, attention_mask):
+        padding = attention_mask == 0
+        x = self.embedding(input_ids)
+        if self.kind == "late":  # a part that is defined behind the blocks comes before them
+            x = x + self.late(input_ids)
+        first = None
+        for i, block in enumerate(self.blocks):
+            x = block(x, src_key_padding_mask=padding)
+            first = x if first is None else first
+            if self.kind == "between" and i == 1:
+                x = self.between(x)
+            if self.kind == "repeated" and i == 1:
+                x = block(x, src_key_padding_mask=padding)
+        return x + first if self.kind == "skip" else x
+
+
+@pytest.mark.parametrize("kind", ["plain", "between", "repeated", "skip", "late"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_only_a_chain_of_blocks_is_passed_by(kind, depth):
+    torch.manual_seed(0)
+    part = ",late" if kind == "late" else ""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        graft = shaken(Chain(kind), f"unfreeze('blocks[{depth}:]{part}') + head(classes=2, pooling='mean')")
+        assert frozen_depth(graft) == depth
+        kept = make_forward(graft, CPU, "fp32", depth, dataset(), passes=3)
+        chain = {"plain": True, "between": depth < 2, "repeated": depth < 1, "skip": False, "late": False}[
+            kind
+        ]
+        assert isinstance(kept, CachedForward) == chain
+        agree(graft, kept, dataset())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize(
+    ("name", "sites", "depth"),
+    [
+        (
+            "swin",
+            "re:encoder.layers.0.downsample",
+            2,
+        ),  # between the stages, behind the two blocks of the first
+        ("swin", "blocks[3]", 3),
+        ("swin", "embeddings", 0),
+        ("convnext", "re:convnext.encoder.stages.1.downsampling_layer", 1),
+        ("convnext", "re:convnext.layernorm", 3),
+        ("resnet", "blocks[-1:]", 2),
+        ("resnet20", "re:bn1", 0),
+        ("squeezenet", "re:features.10", 6),
+        ("t5", "blocks[-1:]", 3),
+        ("t5", "re:encoder.final_layer_norm", 2),
+        ("t5", "re:decoder.final_layer_norm", 4),
+        ("wav2vec2", "re:wav2vec2.feature_projection", 0),
+    ],
+)
+def test_depth(name, sites, depth):
+    graft = attach(zoo.BY_NAME[name].fresh(), f"unfreeze({sites!r}) + head(classes=2)")
+    assert frozen_depth(graft) == depth
+    assert frozen_depth(attach(zoo.BY_NAME[name].fresh(), "head(classes=2)")) == len(graft.backbone.blocks)
+
+
+def test_an_addition_lies_where_it_is_placed():
+    for sites, depth in (("blocks[1].q", 1), ("re:embeddings.word_embeddings", 0), ("re:pooler.dense", 2)):
+        assert frozen_depth(attach(zoo.BY_NAME["bert"].fresh(), f"lora(rank=2, sites={sites!r})")) == depth
+    assert frozen_depth(attach(zoo.BY_NAME["bert"].fresh(), "prompt(tokens=2)")) == 0
+
+
+@pytest.mark.parametrize("name", zoo.BY_NAME)
+@pytest.mark.parametrize("pooling", ["mean", "own"])
+def test_below_a_head_alone_nothing_is_random(name, pooling):
+    """Dropout, layer drop, masked frames and running statistics of what is frozen: two passes give the same."""
+    model = zoo.BY_NAME[name]
+    if pooling == "own" and name in (
+        "bert",
+        "deberta_v2",
+        "gpt2",
+        "llama",
+        "t5",
+        "mixtral",
+        "swin",
+        "whisper",
+        "qwen3",
+    ):
+        pytest.skip("has no head of its own")
+    graft = attach(model.fresh(), f"head(classes=2, pooling={pooling!r})")
+    for module in graft.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    set_training(graft, frozen_depth(graft))
+    for _, head in graft.additions():
+        head.eval()
+    if pooling == "own":  # what lies behind the blocks keeps its dropout
+        last = graft.backbone.module(graft.backbone.blocks[-1])
+        seen = []
+        last.register_forward_hook(lambda module, args, output: seen.append(output))
+        graft.model(**model.batch()), graft.model(**model.batch())
+        first, second = (x if isinstance(x, torch.Tensor) else x[0] for x in seen)
+    else:
+        first, second = (graft.model(**model.batch()).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_block_that_is_trained_keeps_its_dropout():
+    graft = attach(zoo.BY_NAME["bert"].fresh(), "unfreeze('blocks[1]') + head(classes=2, pooling='mean')")
+    set_training(graft, 1)
+    modes = {name: module.training for name, module in graft.model.named_modules()}
+    assert (
+        not modes["embeddings.dropout"]
+        and not modes["encoder.layer.0.output.dropout"]
+        and not modes["encoder"]
+    )
+    assert modes["encoder.layer.1.output.dropout"] and modes["head_default.dropout"]
