@@ -365,7 +365,9 @@ def _refuse_untrainable(backbone: Backbone, chain: Chain, labels: Labels, before
         raise UserError(f"{listing(random)} are new and would stay random; leave them out of freeze().")
     for name, parameter in backbone.model.named_parameters():
         if name in labels and not parameter.dtype.is_floating_point:
-            raise UserError(f"{name!r} is stored as {parameter.dtype} and cannot be trained; use lora().")
+            raise UserError(
+                f"{labels[name].method}(): {name!r} is stored as {parameter.dtype} and cannot be trained; use lora()."
+            )
 
 
 def detach(graft: Graft) -> nn.Module:
