@@ -1,0 +1,102 @@
+"""docs/new-method.md, followed to the letter: its file in a folder of one's own is a method like any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import graftkit
+from graftkit.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "new-method.md"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder that holds the page's file and is named by the environment."""
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None and code[1].count("\n") < 100
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "scale_shift.py").write_text(code[1], encoding="utf-8")
+    monkeypatch.setenv("GRAFTKIT_METHODS", str(own))
+    return own
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "graftkit", *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def test_the_command_line_knows_it(folder):
+    assert "scale * y + shift" in run("tune", "--help").stdout
+    shown = run("methods", "scale_shift").stdout
+    assert "Parameters: 2 * out" in shown and "lr = None  learning rate; null means 0.01" in shown
+
+
+def test_plan_and_run(folder, tiny_bert, rows_folder, tmp_path):
+    recipe = [f"model={tiny_bert}", "task=classify", f"data.train={rows_folder / 'train.csv'}"]
+    recipe += ["method=scale_shift(sites='ffn') + head()", f"out={tmp_path / 'run'}", "train.steps=3"]
+    done = run("plan", *recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["groups"]["scale_shift"] > 0
+    done = run("tune", *recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "run" / "graft" / "graft.json").read_text(encoding="utf-8"))
+    assert described["method"].startswith("scale_shift(sites='ffn')")
+    assert run("predict", str(tmp_path / "run"), "a text", "--json").returncode == 0
+
+
+def test_it_passes_the_suite_on_every_kind_of_model(folder):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "scale_shift"]
+    done = subprocess.run([*command, "tests/test_matrix.py"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "." * 20 in done.stdout, done.stdout[-500:]
+
+
+def test_in_python(folder):
+    model = tiny.bare("bert")
+    graft = graftkit.attach(model, graftkit.ScaleShift(sites="ffn"))
+    with torch.no_grad():
+        for parameter in graft.parameters.values():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    wanted = tiny.outputs(model)
+    graft.fold()
+    assert tiny.relative(tiny.outputs(model), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name,text,told",
+    [
+        ("lora", "@dataclass\nclass LoRA(Method):\n    pass\n", "a method 'lora' already"),
+        ("broken", "class (:\n", "line 1"),
+        ("clever", "@dataclass\nclass C(Method):\n    x: int = option(1 + f(), 'h')\n", "no plain value"),
+    ],
+)
+def test_files_that_cannot_be(folder, name, text, told):
+    (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    done = run("methods")
+    assert done.returncode == 1 and told in done.stderr and f"{name}.py" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_fails_when_it_is_imported(folder):
+    text = "import nothing_there\n@dataclass\nclass Failing(Method):\n    pass\n"
+    (folder / "failing.py").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"failing.py cannot be imported .*nothing_there"):
+        graftkit.attach(tiny.bare("bert"), "failing()")
+
+
+def test_a_folder_that_is_none(monkeypatch):
+    monkeypatch.setenv("GRAFTKIT_METHODS", "/nowhere/at/all")
+    done = run("methods")
+    assert done.returncode == 1 and "'/nowhere/at/all', which is no folder" in done.stderr
