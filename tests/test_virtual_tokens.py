@@ -97,6 +97,22 @@ def test_texts_of_other_architectures(name):
     assert not torch.allclose(got[first], base[first], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["OPT", "Gemma2", "Mistral", "Mamba", "Rwkv"])
+def test_generation_of_other_architectures(name):
+    """With what each keeps from one step to the next: keys and values in two forms, and the states of recurrent ones."""
+    torch.manual_seed(0)
+    settings = TEXTS.get(f"{name}ForCausalLM", TEXTS["MambaForCausalLM"])
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    tiny.randomize(model, 0)
+    shaken(model, "prompt(tokens=3)")
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    found = [model.generate(**tiny.batch(rows=1), use_cache=cache, **settings) for cache in (True, False)]
+    cached, plain = (torch.stack(each.logits) for each in found)
+    torch.testing.assert_close(cached, plain, atol=1e-4, rtol=1e-4)
+
+
 ENCODER = {"hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 SOUND = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 4,
          "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, "classifier_proj_size": 12}  # fmt: skip

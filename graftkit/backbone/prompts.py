@@ -167,7 +167,7 @@ class InFront:
         self.given = None
         given = by_name(module, args, kwargs)
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-        if not self.added.active or (ids is None and embeddings is None):
+        if not self.added.active or (ids is None and embeddings is None) or _goes_on(given):
             return None
         rows, length = given["input_ids" if embeddings is None else "inputs_embeds"].shape[:2]
         cache = given.get("past_key_values")
@@ -237,6 +237,14 @@ class InFront:
             f"beside {tokens} virtual tokens, {self.source} takes an attention_mask of (rows, {whole - tokens}), not "
             f"{shape}. Leave cache_implementation out, and do not use a cache that was made without the virtual tokens."
         )
+
+
+def _goes_on(given: dict[str, Any]) -> bool:
+    """Whether a recurrent model, such as Mamba or RWKV, is given the state in which the virtual tokens left it."""
+    state = given.get("cache_params", given.get("state"))
+    if hasattr(state, "has_previous_state"):
+        return bool(state.has_previous_state())
+    return state is not None
 
 
 def _ones_before(mask: Tensor, tokens: int) -> Tensor:

@@ -29,7 +29,8 @@ class Prompt(Method):
     encoder and a decoder, the encoder reads them. Models of pictures and sound read them behind their patches or frames
     (Jia et al. 2022, 'Visual Prompt Tuning', VPT-shallow). The text has that many positions less. What the model gives
     for the virtual tokens is cut off, so a head pools the text; the architecture's own head pools as it does in PEFT:
-    on the first position of all where it takes the first, on the text's last token where it takes the last.
+    on the first position of all where it takes the first, on the text's last token where it takes the last (PEFT on
+    the last position, be it padding).
     `start`: 'random' draws from a normal distribution as wide as the embedding table, 'vocabulary' takes random rows
     of the table, 'text' the rows of the words of `text`, repeated or cut to `tokens`.
     When: the model is large and a graft has to be tiny; on small models it stays behind other methods.
