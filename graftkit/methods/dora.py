@@ -78,6 +78,8 @@ class DoRA(LowRankMethod):
 class Direction(LowRank):
     """The factors, and the lengths m of the rows: (out), at a convolution (1, out, 1, ...), at experts (experts, out)."""
 
+    adds = False
+
     def __init__(self, weight: Weight, *size: Any, **more: Any) -> None:
         super().__init__(weight, *size, **more)
         norm = self.norm(weight)

@@ -173,6 +173,7 @@ def _tensors(reading: PeftReading, method: str) -> tuple[dict[str, Tensor], dict
         elif held:
             parameter = held[-1 - depth.count(".")] if depth.count(".") < len(held) else ""
             key, part = f"{module}.{parameter}", f"{parameter}_".removeprefix("weight_")
+            site = key if part else module
         found[f"{module}.{method}_{part}default.{NAMES[match[2]]}"] = tensor
         keys.setdefault(key, []).append(site)
     # PEFT keeps the whole of an embedding that it targets

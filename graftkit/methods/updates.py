@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,8 @@ class Update(Addition):
 
     `weight` says which it updates, without the module itself: that comes with each call.
     """
+
+    adds = True
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
@@ -128,12 +131,26 @@ class UpdateMethod(Method):
 
     def targets(self, backbone: Backbone) -> list[tuple[Site, Weight]]:
         """Each weight that is updated, with the site that holds it."""
+        return self._chosen(backbone, self.sites)
 
-        def usable(site: Site) -> bool:
-            return any(self.accepts(weight) for weight in weights_at(backbone, site))
+    def _chosen(self, backbone: Backbone, selection: str) -> list[tuple[Site, Weight]]:
+        """The weights that a selection means. Of several at one site each has a name of its own, `experts.down_proj`."""
+        held = [(site, weights_at(backbone, site)) for site in backbone.sites]
+        parts, weights = [], {}
+        for site, at_site in held:
+            for weight in at_site:
+                apart = weight.module is site.module and weight.parameter != "weight"
+                name = f"{site.name}.{weight.parameter}" if apart else site.name
+                parts.append(Site(name, site.module, site.role, site.block))
+                weights[name] = (site, weight)
+            if not at_site:
+                parts.append(site)
 
-        sites = select(backbone, self.sites, usable, self.wanted)
-        return [(s, w) for s in sites for w in weights_at(backbone, s) if self.accepts(w)]
+        def usable(part: Site) -> bool:
+            return part.name in weights and self.accepts(weights[part.name][1])
+
+        view = dataclasses.replace(backbone, sites=tuple(parts))
+        return [weights[part.name] for part in select(view, selection, usable, self.wanted)]
 
     def named(self, backbone: Backbone) -> dict[str, tuple[Site, Weight]]:
         """The same by the name of the parameter that the weight is."""
@@ -227,8 +244,8 @@ class SizedMethod(UpdateMethod):
         named = self.named(backbone)
         found: dict[str, float] = {}
         for selection, value in (getattr(self, option) or {}).items():
-            chosen = {site.name for site in select(backbone, selection)}
-            names = [name for name, (site, _) in named.items() if site.name in chosen]
+            chosen = {weight for _, weight in self._chosen(backbone, selection)}
+            names = [name for name, (_, weight) in named.items() if weight in chosen]
             if not names:
                 raise UserError(
                     f"{self.name}(): {option} has {selection!r}, which is none of sites={self.sites!r}; "
