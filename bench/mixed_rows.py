@@ -21,7 +21,7 @@ from common import machine
 
 ROWS, LENGTH, VOCABULARY, RANK = 8, 128, 30000, 8
 NAMES = [f"graft{i}" for i in range(ROWS)]
-ENTERED = ExitStack()  # left when the script ends
+ENTERED = ExitStack()
 
 
 def base(layers: int):
@@ -100,7 +100,7 @@ def main() -> None:
 
     torch.set_num_threads(threads)
     seconds: dict[str, list[float]] = {}
-    with torch.no_grad():
+    with ENTERED, torch.no_grad():
         functions = ways(layers)
         wanted = functions["row by row"]()
         for name, function in functions.items():
