@@ -192,7 +192,15 @@ def test_lokr_with_cores_is_its_formula():
 
 @ALL_KINDS
 @pytest.mark.parametrize(
-    "text", ["vera(rank=4)", "loha(rank=2)", "lokr(rank=1)", "lokr(rank=1, decompose_both=True)"]
+    "text",
+    [
+        "vera(rank=4)",
+        "loha(rank=2)",
+        "loha(rank=4)",
+        "lokr(rank=1)",
+        "lokr(rank=1, decompose_both=True)",
+        "lokr(rank=9)",
+    ],
 )
 def test_what_is_computed_is_what_is_folded(kind, text):
     graft = shaken(tiny.bare(kind), text)
@@ -237,9 +245,11 @@ def test_the_product_s_gradients():
         near(Product.apply(*factors, *other).float(), (matrix(*factors) * matrix(*other)).float())
 
 
-@pytest.mark.parametrize("method,whole", [("loha(rank=2)", 1), ("lokr(rank=1)", 0), ("vera(rank=3)", 0)])
+@pytest.mark.parametrize(
+    "method,whole", [("loha(rank=2)", 0), ("loha(rank=7)", 1), ("lokr(rank=1)", 0), ("vera(rank=3)", 0)]
+)
 def test_how_many_whole_matrices_are_kept_for_the_way_back(method, whole):
-    """LoHa keeps dW alone and not its two factors; the others never form it."""
+    """LoHa of a high rank keeps dW alone and not its two factors; the others never form it."""
     model = nn.Sequential(nn.Linear(36, 49))
     graft = shaken(model, f"{method[:-1]}, sites='0')")
     kept: list[Tensor] = []

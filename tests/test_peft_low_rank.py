@@ -90,7 +90,7 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
      "vera(rank=3, seed=7, save_projection=False, sites='first,second')"),
     ("vera", "transposed", {"r": 6, "d_initial": 0.3, "fan_in_fan_out": True, **FIRST},
      "vera(rank=6, d_initial=0.3, sites='first,second')"),
-    ("loha", "maps", {"r": 3, "alpha": 2, **FIRST}, "loha(rank=3, alpha=2, sites='first,second')"),
+    ("loha", "maps", {"r": 2, "alpha": 3, **FIRST}, "loha(rank=2, alpha=3, sites='first,second')"),
     ("loha", "maps", {"r": 3, "alpha": 2, "rank_pattern": {"first": 5}, "alpha_pattern": {"^second": 7}, **FIRST},
      "loha(rank=3, alpha=2, ranks={'first': 5}, alphas={'second': 7}, sites='first,second')"),
     ("loha", "images", {"r": 3, "alpha": 3, **ALL}, "loha(rank=3, sites='first,second,third,last')"),

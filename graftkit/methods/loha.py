@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.weights import Weight
+from graftkit.backbone.weights import Weight, add_product, input_of, multiply
 from graftkit.catalogue import option
 from graftkit.methods import lycoris
 from graftkit.methods.base import Group, PeftForm
-from graftkit.methods.updates import SizedMethod, Update
+from graftkit.methods.mixtures import FactorMixture
+from graftkit.methods.updates import MAPS, SizedMethod, Update
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
@@ -30,8 +32,8 @@ class LoHa(SizedMethod):
     exactly. A convolution is seen as the map (out, in / groups * kernel); with `effective_conv` each of its two
     factors is a core (rank, rank, *kernel) between w_a and w_b, proposition 3.
 
-    When: an update of high rank is wanted from few parameters; the whole of dW is formed in each pass, so it costs
-    more time than lora.
+    When: an update of higher rank than that of lora is wanted from few parameters. It costs the time of a lora of rank
+    rank * rank, or at most that of forming dW in each pass.
     Parameters: 2 * rank * (in + out) for each map; with `effective_conv`
     2 * rank * (in / groups + out + rank * kernel) for a convolution whose kernel is not 1.
     """
@@ -101,6 +103,32 @@ class Hadamard(Update):
         for parameter in self.parameters():
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         nn.init.zeros_(self.w2_b)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(out, rank * rank) and (rank * rank, in) whose product dW is: all products of a column, or row, of each factor."""
+        left = (self.w1_a * self.scale).unsqueeze(-1) * self.w2_a.unsqueeze(-2)
+        return left.flatten(-2), (self.w1_b.unsqueeze(-2) * self.w2_b.unsqueeze(-3)).flatten(-3, -2)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the two of them are a cheaper way to dW x than dW."""
+        if self.kind not in MAPS:
+            return False
+        outputs, rank = self.w1_a.shape
+        inputs = self.w1_b.shape[1]
+        return rank * rank * (inputs + outputs) < inputs * outputs
+
+    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.is_low:
+            return super().after(site, args, kwargs, output)
+        left, right = self.pair()
+        return add_product(output, multiply(input_of(args, kwargs), right), left)
+
+    @classmethod
+    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
+        if not all(member.is_low for member in members):
+            return super().mix(members, weights, site)
+        return FactorMixture(members[0].of(site), [member.pair() for member in members], weights)
 
     def delta(self, weight: Weight) -> Tensor:
         first = [self.w1_a * self.scale, self.w1_b]
