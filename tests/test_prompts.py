@@ -40,6 +40,7 @@ def test_parameters(kind, tokens):
         text = f"tokens={tokens}, hidden={hidden}, layers={layers}"
         mlp = tokens * W + (W + 1) * h + (layers - 1) * (h + 1) * h + (h + 1) * W
         assert count(attach(tiny.bare(kind), f"ptuning({text})")) == mlp
+        h = hidden or W // 2
         lstm = 8 * h * (W + h + 2) + (layers - 1) * 8 * h * (3 * h + 2) + (2 * h + 1) * (2 * h + W)
         assert count(attach(tiny.bare(kind), f"ptuning(encoder='lstm', {text})")) == tokens * W + lstm
 

@@ -32,7 +32,9 @@ class PTuning(Method):
 
     tokens: int = option(20, "number of virtual tokens", at_least=1)
     encoder: str = option("mlp", "what makes the virtual tokens", choices=("mlp", "lstm"))
-    hidden: int | None = option(None, "width of the encoder; null means the embeddings' width", at_least=1)
+    hidden: int | None = option(
+        None, "width of the encoder; null means the embeddings' width, half of it for an LSTM", at_least=1
+    )
     layers: int = option(2, "layers of the LSTM; hidden layers of the MLP", at_least=1)
     lr: float | None = option(None, "learning rate; null means 0.001", above=0)
 
@@ -40,11 +42,15 @@ class PTuning(Method):
         entrance = find_entrance(backbone, self.name)
         width = entrance.width
         name = f"ptuning_{graft}"
-        added = EncodedTokens(self.tokens, width, self.encoder, self.hidden or width, self.layers)
+        added = EncodedTokens(self.tokens, width, self.encoder, self._hidden(width), self.layers)
         place(backbone.model, name, added)
         insert(backbone, entrance, added, self.name)
         group = Group("added", self.lr or 1e-3, self.name, self.lr is not None)
         return labels_of(backbone, name, group)
+
+    def _hidden(self, width: int) -> int:
+        half = self.encoder == "lstm"  # it runs both ways, and so gives the whole
+        return self.hidden or (max(1, width // 2) if half else width)
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(
@@ -66,7 +72,7 @@ class PTuning(Method):
             "num_attention_heads": 1,  # PEFT wants these two, and does nothing with them
             "num_layers": len(backbone.blocks),
             "encoder_reparameterization_type": self.encoder.upper(),
-            "encoder_hidden_size": self.hidden or entrance.width,
+            "encoder_hidden_size": self._hidden(entrance.width),
             "encoder_num_layers": self.layers,
         }
         return PeftForm(config, {"prompt_embeddings": added.embeddings().detach().clone()})
