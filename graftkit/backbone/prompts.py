@@ -241,7 +241,7 @@ class InFront:
 
 def _goes_on(given: dict[str, Any]) -> bool:
     """Whether a recurrent model, such as Mamba or RWKV, is given the state in which the virtual tokens left it."""
-    state = given.get("cache_params", given.get("state"))
+    state: Any = given.get("cache_params", given.get("state"))
     if hasattr(state, "has_previous_state"):
         return bool(state.has_previous_state())
     return state is not None
