@@ -13,7 +13,7 @@ from torch import nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.attention import release
-from graftkit.errors import UserError, listing
+from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.base import Addition, Labels
 
 if TYPE_CHECKING:
@@ -96,6 +96,37 @@ class KeepPadding(Addition):
         return output
 
     _before, _after = before, after
+
+
+def refuse_entangled(model: nn.Module, graft: str) -> None:
+    """Raise `NotFoldable` where a graft cannot be melted into a module apart from what else acts there.
+
+    Sums can be taken apart, and what was added later goes on acting on the module's new output. What was added before
+    acted on the old one, and what acts beside a change of the input saw that too.
+    """
+    for name, site in model.named_modules():
+        acting = [
+            child
+            for child in site.children()
+            if isinstance(child, Addition)
+            and child.active
+            and child.changes_outputs
+            and not child.survives_fold
+        ]
+        for i, own in enumerate(acting):
+            if own.graft != graft:
+                continue
+            at_output = type(own).before is Addition.before
+            for j, other in enumerate(acting):
+                same = other.graft == graft and type(other) is type(own)
+                behind = j > i and other.graft != graft and at_output
+                if not (same or behind or (own.adds and other.adds)):
+                    owner = "the same graft" if other.graft == graft else f"the graft {other.graft!r}"
+                    raise NotFoldable(
+                        f"{type(own).__name__} of the graft {graft!r} cannot be folded into {name!r} apart from "
+                        f"{type(other).__name__} of {owner}, which acts there too. Keep the graft folder, or fold what "
+                        "was attached first before the other is attached."
+                    )
 
 
 def has_statistics(module: nn.Module) -> bool:

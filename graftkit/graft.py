@@ -26,6 +26,7 @@ from graftkit.before import (
     moving_statistics,
     own_trained,
     refuse_conflict,
+    refuse_entangled,
     refuse_mixed,
     set_settings,
     settings_of,
@@ -187,16 +188,17 @@ class Graft:
             return self.model
         self.enable()
         values: dict[str, Tensor] = {}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for method in self.method.methods:
             for name, value in method.fold(self.backbone, self.name).items():
                 if not torch.isfinite(value).all():
                     raise UserError(
                         f"folding gives values in {name!r} that are not finite; nothing was changed."
                     )
-                values[name] = value
+                values[name] = values[name] + (value - parameters[name].data) if name in values else value
         self._refuse_shared(values)
+        refuse_entangled(self.model, self.name)
         folded_on(self.model).append(self)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._folded = {}
         for name, value in values.items():
             self._folded[name] = parameters[name].data

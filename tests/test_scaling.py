@@ -255,3 +255,37 @@ def test_only_biases_move():
     graft = attach(tiny.bare("bert"), "bitfit()")
     assert all(name.endswith("bias") for name in graft.labels)
     assert read("bitfit(sites='q')") == read(str(graft.method.methods[0].__class__(sites="q")))
+
+
+# ---- folding beside others
+
+
+@pytest.mark.parametrize(
+    "text", ["lora(rank=2) + ia3()", "ia3() + lora(rank=2)", "lora(rank=2) + dora(rank=2)"]
+)
+def test_what_acts_on_one_module_together_is_not_folded(text):
+    graft = shaken(tiny.bare("bert"), text)
+    before = tiny.snapshot(graft.model)
+    with pytest.raises(NotFoldable, match="the same graft, which acts there too"):
+        graft.fold()
+    after = tiny.snapshot(graft.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_sums_in_one_graft_and_in_several_are_folded():
+    graft = shaken(tiny.bare("bert"), "lora(rank=2) + vera(rank=3) + norms()")
+    wanted = tiny.outputs(graft.model)
+    assert tiny.relative(tiny.outputs(graft.fold()), wanted) < 1e-5
+    model = tiny.bare("gpt2")
+    one = shaken(model, "ia3(feedforward='none')", name="one")
+    two = shaken(model, "lora(rank=2)", name="two", seed=6)
+    wanted = tiny.outputs(model)
+    with pytest.raises(NotFoldable, match=r"'two' cannot be folded into 'h\.0\.attn\.c_attn'.*the graft 'one'"):
+        two.fold()  # it is added to what the first graft scales
+    one.fold()
+    assert tiny.relative(tiny.outputs(model), wanted) < 1e-5
+    two.fold()
+    assert tiny.relative(tiny.outputs(model), wanted) < 1e-5
+    two.unfold()
+    one.unfold()
+    assert torch.equal(tiny.outputs(model), wanted)

@@ -58,6 +58,7 @@ class Addition(Added):
     replaces = (
         False  # something of the site during its call: `after` sets it right again, also after an error
     )
+    adds = False  # True: only adds to what the site gives, and from its input alone, whatever else acts there
 
     mixture: Mixture | None = None  # stands in for it inside `graftkit.using`
 

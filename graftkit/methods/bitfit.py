@@ -32,7 +32,7 @@ class BitFit(Method):
         labels = {name: group for name in names if name.rpartition(".")[2] in ("bias", "in_proj_bias")}
         refuse_unless(
             labels,
-            f"bitfit() trains biases, but {self.sites!r} of {backbone.source} has none. "
+            f"bitfit() trains biases, but {self.sites!r} of {backbone.source} have none. "
             "Use lora() or unfreeze('norms') instead.",
         )
         return labels

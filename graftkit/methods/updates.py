@@ -289,7 +289,14 @@ def by_site(reading: PeftReading, field: str, keys: dict[str, list[str]]) -> dic
 
     `keys`: names that PEFT holds its patterns against, and the sites that each of them means.
     """
-    patterns = reading.field(field) or {}
+    patterns = reading.field(field, None, (dict, type(None))) or {}
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise reading.error(
+                f"{field} has {pattern!r}, which is no regular expression: {error}."
+            ) from None
     values: dict[str, float] = {}
     for key, sites in keys.items():
         pattern = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", key)), None)
