@@ -36,20 +36,21 @@ class _Own:
 
 
 def takes_all_rows(name: str) -> bool:
-    """Whether a module, by its name, is given tokens of several rows in no order: an expert."""
-    return "expert" in name.lower()
+    """Whether a module, by its name, is given no rows: an expert tokens of any row, others the distances of positions."""
+    return any(word in name.lower() for word in ("expert", "relative"))
 
 
-def mix_rows(model: nn.Module, grafts: list[Graft], weights: Tensor, undo: ExitStack) -> set[str]:
+def mix_rows(model: nn.Module, grafts: list[Graft], weights: Tensor, undo: ExitStack) -> dict[str, _Rows]:
     """Let each row of a batch have the base parameters of its graft. weights (rows, grafts); the grafts are disabled.
 
-    Returns the names of the modules that are computed so.
+    Returns what computes the modules that hold them, by name.
     Raises `UserError`, naming graft and parameter, where a module cannot tell rows apart.
     """
     owned = [_Own(column, graft, graft.put_away) for column, graft in enumerate(grafts)]
     owned = [own for own in owned if own.held.tensors or own.held.modules]
+    computed: dict[str, _Rows] = {}
     if not owned:
-        return set()
+        return computed
     values: dict[str, dict[int, Tensor]] = {}
     for name in dict.fromkeys(name for own in owned for name in own.held.modules):
         values |= _replace(model, name, owned, weights, undo)
@@ -87,7 +88,8 @@ def mix_rows(model: nn.Module, grafts: list[Graft], weights: Tensor, undo: ExitS
         after = module.register_forward_hook(mixture.after, with_kwargs=True, prepend=True, always_call=True)
         undo.callback(before.remove)
         undo.callback(after.remove)
-    return set(modules)
+        computed[name] = mixture
+    return computed
 
 
 def _refusal(name: str, columns: Mapping[int, Tensor], grafts: list[Graft], reason: str) -> UserError:
@@ -117,14 +119,15 @@ def _replace(
     return {f"{name}.{key}": {c: module.get_parameter(key) for c, module in have.items()} for key in keys}
 
 
-def _mixture(module: nn.Module, weight: Weight | None, values: Values, weights: Tensor) -> Mixture | None:
+def _mixture(module: nn.Module, weight: Weight | None, values: Values, weights: Tensor) -> _Rows | None:
     """What computes a module with the parameters of each row; None where nothing can."""
     if weight is not None and not weight.replaced and set(values) <= {"weight", "bias"}:
         return MapRows(module, weight, values, weights)
-    if set(values) <= {"weight", "bias"} and is_norm(module):
-        if type(module) in NORMALISED:
+    if is_norm(module):
+        plain = set(values) <= {"weight", "bias"}
+        if (plain and type(module) in NORMALISED) or isinstance(module, BATCH_NORMS):
             return NormRows(module, values, weights)
-        if [p.dim() for p in module.parameters(recurse=False)] == [1]:
+        if plain and [p.dim() for p in module.parameters(recurse=False)] == [1]:
             return GainRows(module, values, weights)
     return None
 
@@ -140,7 +143,9 @@ def _changes(module: Any, name: str, values: Values, weights: Tensor) -> list[Te
 
 
 class _Rows(Mixture):
-    """Bias (rows, out) and gain (rows, width) of each row where a graft trains them."""
+    """Vectors of each row, (rows, width), where a graft trains them: biases, gains, statistics."""
+
+    called = False  # a parameter that is read past its module is not seen here
 
     def __init__(self, module: Any, values: Values, weights: Tensor) -> None:
         weights = weights.to(next(module.parameters()).device)
@@ -173,6 +178,7 @@ class MapRows(_Rows):
             self.matrices = MatrixMixture(weight, changes, self.weights)
 
     def after(self, site: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        self.called = True
         if self.matrices is not None:
             self.matrices.where = self.where
             output = self.matrices.after(site, args, kwargs, output)
@@ -194,23 +200,22 @@ def _group_norm(norm: Any, x: Tensor) -> Tensor:
     return nn.functional.group_norm(x, norm.num_groups, None, None, norm.eps)
 
 
-def _batch_norm(norm: Any, x: Tensor) -> Tensor:
-    return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, None, None, False, 0.0, norm.eps)
-
-
-NORMALISED: dict[type, Any] = {
-    nn.LayerNorm: _layer_norm, nn.RMSNorm: _rms_norm, nn.GroupNorm: _group_norm,
-    nn.BatchNorm1d: _batch_norm, nn.BatchNorm2d: _batch_norm, nn.BatchNorm3d: _batch_norm,
-}  # fmt: skip
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMALISED: dict[type, Any] = {nn.LayerNorm: _layer_norm, nn.RMSNorm: _rms_norm, nn.GroupNorm: _group_norm}
 
 
 class NormRows(_Rows):
     """Gain and bias of each row at one of torch's norms: computed without them, then given those of the row."""
 
     def after(self, site: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        self.called = True
         x = input_of(args, kwargs)
         dim = -1 if isinstance(site, nn.LayerNorm | nn.RMSNorm) else 1 - x.dim()
-        y = NORMALISED[type(site)](site, x)
+        if isinstance(site, BATCH_NORMS):
+            variance = self.spread_of(site, "running_var", x, dim)
+            y = (x - self.spread_of(site, "running_mean", x, dim)) * (variance + site.eps).rsqrt()
+        else:
+            y = NORMALISED[type(site)](site, x)
         y = y * self.spread_of(site, "weight", y, dim)
         if getattr(site, "bias", None) is not None:
             y = y + self.spread_of(site, "bias", y, dim)
@@ -226,6 +231,7 @@ class GainRows(_Rows):
             vars(site)[name] = self.spread(rows, x).to(site._parameters[name].dtype)  # type: ignore[union-attr]
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        self.called = True
         for name in self.rows:
             vars(site).pop(name, None)
         return output

@@ -20,6 +20,7 @@ from graftkit.errors import UserError, listing, nearest
 from graftkit.graft import Graft
 from graftkit.methods.base import Addition
 
+TIME_FIRST = ("xlnet",)
 Key = tuple[
     str, str, type[Addition], Any
 ]  # module, name without that of the graft, class, what has to be alike
@@ -151,7 +152,7 @@ class _Mixed:
         self.weights = weights
         self.rows = rows
         self._undo = ExitStack()
-        self._changed: set[str] = set()  # modules that have parameters of their own for each row
+        self._computed: dict[str, Any] = {}  # modules whose own parameters differ by row
 
     def start(self) -> None:
         """Let the additions of the first graft at each site do what those of all do."""
@@ -162,10 +163,11 @@ class _Mixed:
                     self._mix_base(grafts)
                 else:
                     self._refuse_order()
-                    self._changed = mix_rows(self.model, grafts, self.weights, self._undo)
+                    self._computed = mix_rows(self.model, grafts, self.weights, self._undo)
                 self._mix_additions(grafts)
             handle = self.model.register_forward_pre_hook(self._check_call, with_kwargs=True)
             self._undo.callback(handle.remove)
+            self._undo.callback(self.model.register_forward_hook(self._check_called).remove)
             vars(self.model)[MIXED] = self
         except BaseException:
             self.stop()
@@ -199,9 +201,9 @@ class _Mixed:
         device = next((t.device for t in (*leader.parameters(), *leader.buffers())), None)
         try:
             if self.rows is not None and takes_all_rows(name):
-                raise NotImplementedError("an expert is given tokens of all rows")
+                raise NotImplementedError("it is not given the rows of a batch one by one")
             mixture = type(leader).mix(members, weights.to(device), site)
-            if key[0] in self._changed and getattr(mixture, "has_gains", False):
+            if key[0] in self._computed and getattr(mixture, "has_gains", False):
                 raise NotImplementedError("it rescales a map whose weight or bias the grafts train too")
         except NotImplementedError as reason:
             graft = next(graft for graft in grafts if graft.name == leader.graft)
@@ -228,6 +230,12 @@ class _Mixed:
             )
 
     def _refuse_order(self) -> None:
+        """Raise `UserError` for a model that does not keep the rows of a batch in the first dimension."""
+        if getattr(getattr(self.model, "config", None), "model_type", "") in TIME_FIRST:
+            raise UserError(
+                f"{type(self.model).__name__} puts the length of a text before its rows, so that they cannot have grafts of "
+                "their own. Run the rows of each graft apart."
+            )
         for name, module in self.model.named_modules():
             if getattr(module, "batch_first", True) is False:
                 raise UserError(
@@ -249,6 +257,14 @@ class _Mixed:
             raise UserError(
                 f"graftkit.using(model, rows=[...]) names a graft for {self.rows} rows, but the batch has "
                 f"{len(given[0])}: {tuple(given[0].shape)}. Name one for each row of the batch."
+            )
+
+    def _check_called(self, module: nn.Module, args: tuple, output: Any) -> None:
+        missed = [name for name, rows in self._computed.items() if not rows.called]
+        if missed:
+            raise UserError(
+                f"the grafts train {listing(map(repr, missed), 3)}, which {type(module).__name__} does not call as modules, so "
+                "that all rows had the values of the base. Run the rows of each graft apart."
             )
 
     def _mix_base(self, grafts: list[Graft]) -> None:

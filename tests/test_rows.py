@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import zoo
 from shaken import ALL_KINDS, shaken
 from side_by_side import HEADS, NAMES, assert_rows_are_those_alone, refusal, row, several, states
 from torch import nn
@@ -82,6 +83,41 @@ def test_rows_on_convolutions():
             for i, name in enumerate(rows):
                 with using(model, [name] if name else []):
                     assert tiny.relative(got[i], model(x[i : i + 1])[0]) < 1e-5, (texts, name)
+
+
+@pytest.mark.parametrize(
+    "name,first,second",
+    [
+        ("roberta", "lora(rank=2)", "full()"), ("modernbert", "full()", "adapter(bottleneck=2)"),
+        ("t5", "lora(rank=2)", "dora(rank=3)"), ("mixtral", "ia3()", "lora(rank=2)"),
+        ("vit", "adapter(bottleneck=2)", "unfreeze('blocks')"), ("wav2vec2", "norms()", "lora(rank=2)"),
+        ("convnext", "lora(rank=2)", "ia3()"), ("resnet", "full()", "adapter(bottleneck=2)"),
+        ("whisper", "lora(rank=2)", "loha(rank=2)"), ("squeezenet", "full()", "lokr(rank=2)"),
+    ],
+)  # fmt: skip
+def test_rows_on_other_models(name, first, second):
+    found = zoo.BY_NAME[name]
+    model, batch = found.fresh(), found.batch()
+    several(model, (first, second))
+
+    def outputs() -> torch.Tensor:
+        with torch.no_grad():
+            given = model(**batch)
+        given = given if isinstance(given, torch.Tensor) else given[0]
+        mask = batch.get("attention_mask")
+        whole = mask is not None and mask.shape == given.shape[:2]
+        return given * mask.unsqueeze(-1) if whole else given
+
+    model.eval()
+    with using(model, NAMES[0]):
+        wanted = list(outputs())
+    rows = [NAMES[i % 2] for i in range(len(wanted))]
+    with using(model, NAMES[1]):
+        wanted[1::2] = list(outputs())[1::2]
+    with using(model, rows=rows):
+        got = outputs()
+    for mine, alone in zip(got, wanted):
+        assert tiny.relative(mine, alone) < 1e-5
 
 
 def test_rows_of_a_mixed_batch_are_generated_as_each_alone():
@@ -164,6 +200,21 @@ def test_another_number_of_rows():
             query(torch.zeros(3, 4, tiny.WIDTH))
     for graft in vars(model)["graftkit_grafts"].values():
         assert not graft.active
+
+
+def test_modules_that_are_given_something_else_than_rows():
+    found = zoo.BY_NAME["deberta_v2"]
+    for text, what in (
+        ("lora(rank=2)", r"query_proj' is given \(1, "),
+        ("unfreeze('embeddings')", "'encoder.rel_embeddings', which DebertaV2Model does not call"),
+    ):
+        model = found.fresh().eval()
+        several(model, (text, "lora(rank=2, sites='ffn')"))
+        with using(model, rows=[NAMES[0], NAMES[1], None]), pytest.raises(UserError, match=what):
+            model(**found.batch())
+    model = zoo.BY_NAME["t5"].fresh()
+    several(model, ("unfreeze('blocks')", "lora(rank=2)"))
+    assert "relative_attention_bias" in refusal(model, rows=NAMES[:2])
 
 
 def test_training_is_refused():
