@@ -38,12 +38,14 @@ def still_bert(tiny_bert: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_two_processes_equal_one_that_accumulates(tmp_path, still_bert, rows_folder, command):
+@pytest.mark.parametrize("method", ["lora(rank=4) + head()", "adalora(rank=4, target_rank=2) + head()"])
+def test_two_processes_equal_one_that_accumulates(tmp_path, still_bert, rows_folder, command, method):
     together, alone = tmp_path / "together", tmp_path / "alone"
-    done = launch(*tune_words(still_bert, rows_folder, together, *SETTINGS), "--json")
+    done = launch(*tune_words(still_bert, rows_folder, together, *SETTINGS, method=method), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == str(together)  # one object, from one of them
-    assert command(*tune_words(still_bert, rows_folder, alone, *SETTINGS, "train.accumulate=2")).status == 0
+    words = tune_words(still_bert, rows_folder, alone, *SETTINGS, "train.accumulate=2", method=method)
+    assert command(*words).status == 0
     ours, theirs = graft_tensors(together), graft_tensors(alone)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

@@ -177,7 +177,7 @@ class AdaLoRA(UpdateMethod):
         reading.ignore(
             "r", "total_step", "fan_in_fan_out", "init_lora_weights", "use_rslora", "alpha_pattern"
         )
-        kept = reading.field("rank_pattern") or {}
+        kept = reading.field("rank_pattern", None, (dict, type(None))) or {}
         tensors = {}
         for key, tensor in reading.take(r"(.+)\.lora_([ABE])").items():
             pattern = kept.get(f"{key[1]}.lora_E", kept.get(f"base_model.model.{key[1]}.lora_E"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import base_modules
-from graftkit.backbone.weights import Weight, apply, input_of, weights_at
+from graftkit.backbone.weights import Weight, apply, input_of, weights_at, without_autocast
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, exactly, labels_of, place
 
@@ -67,7 +67,7 @@ class Update(Addition):
             weight = self.of(site)
             owner, name = weight.owner, weight.parameter.rpartition(".")[2]
             standing = owner.__dict__.get(name)  # of another graft
-            with torch.autocast(weight.value.device.type, enabled=False):
+            with without_autocast(weight.value):
                 owner.__dict__[name] = self.updated(weight, standing)
         return None
 
