@@ -241,10 +241,48 @@ def test_what_is_refused(text, said):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_without_peft(monkeypatch):
+def test_without_peft(monkeypatch, tmp_path):
+    attach(tiny.bare("bert"), "peft()").save(tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="pip install peft"):
         Peft("oft")
+    (tmp_path / "graft.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config\.json.*pip install peft"):
+        load(tiny.bare("bert"), tmp_path)
+
+
+def test_a_model_that_is_one_module():
+    model = nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"a single module; use lora\(\)"):
+        attach(model, "peft(sites='head')")
+
+
+def test_tensors_that_peft_makes_on_writing(tmp_path):
+    """VB-LoRA can be written without the logits that have no part in it."""
+    options = OPTIONS["VBLORA"] | {"save_only_topk_weights": True}
+    graft = shake(attach(tiny.bare("bert"), f"peft('vblora', {options!r}, sites='q,v')"))
+    graft.save(tmp_path)
+    wanted = tiny.outputs(graft.model)
+    assert torch.equal(tiny.outputs(load(tiny.bare("bert"), tmp_path).model), wanted)
+    (tmp_path / "graft.json").unlink()
+    (tmp_path / "graft.safetensors").unlink()
+    assert tiny.relative(tiny.outputs(load(tiny.bare("bert"), tmp_path).model), wanted) < 1e-5
+
+
+def test_gradients_stay_projected_after_a_fold():
+    """OSF's layers change gradients through hooks on their parameters."""
+
+    def gradients() -> list[torch.Tensor]:
+        graft.model.zero_grad()
+        tiny.flat(graft.model(**tiny.batch()), tiny.batch()["attention_mask"]).square().sum().backward()
+        return [parameter.grad.clone() for parameter in graft.parameters.values()]
+
+    graft = shake(ours("OSF", "bert"))
+    before = gradients()
+    copy.deepcopy(graft)
+    graft.fold()
+    graft.unfold()
+    assert all(map(torch.equal, gradients(), before))
 
 
 def test_tokens_of_a_tied_embedding_are_refused():

@@ -80,6 +80,14 @@ class Whole(nn.Module):
         self.base_model = tuner
         self.peft_config = tuner.peft_config
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
 
 def written(tuner: Any) -> dict[str, Tensor]:
     """The tensors as PEFT writes them, by its keys: the parameters themselves, and copies where it writes one twice."""

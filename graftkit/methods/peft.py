@@ -151,6 +151,10 @@ class Peft(Method):
         return labels
 
     def _refuse_misfits(self, backbone: Backbone, sites: list[Site]) -> None:
+        if any(not site.name for site in sites):
+            raise UserError(
+                f"peft({self.tuner!r}) cannot adapt {backbone.source}, which is a single module; use lora()."
+            )
         if self.kind == "ADAMSS" and any(p.is_meta for site in sites for p in site.module.parameters()):
             raise UserError(
                 f"peft({self.tuner!r}) makes parameters whose shapes follow from the values in {sites[0].name!r}, and so "
@@ -257,12 +261,12 @@ class Peft(Method):
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The tensors keep PEFT's keys: only PEFT's layers know which parameters these are (`unpack`)."""
-        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
         try:
             kind = kind_of(reading.kind)
         except UserError as error:
             raise reading.error(f"peft_type is {reading.kind!r}: {error}") from None
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
         defaults = defaults_of(kind)
         targets = reading.field("target_modules")
         options = {n: v for n, v in reading.rest().items() if n not in defaults or v != defaults[n]}
@@ -301,14 +305,18 @@ class Peft(Method):
                 f"{listing(missing, 5) or 'nothing'}; unexpected {listing(unexpected, 5) or 'nothing'}."
             )
         for key, tensor in given.items():
-            if tensor.shape != wanted[key].shape:
+            if (
+                tensor.shape != wanted[key].shape
+                or tensor.is_floating_point() != wanted[key].is_floating_point()
+            ):
                 raise UserError(
                     f"the adapter does not fit {backbone.source} as peft({self.tuner!r}): {key!r} has shape "
-                    f"{tuple(tensor.shape)}, but {tuple(wanted[key].shape)} is needed."
+                    f"{tuple(tensor.shape)} and is stored as {tensor.dtype}, but {tuple(wanted[key].shape)} and "
+                    f"{wanted[key].dtype} is needed."
                 )
         set_peft_model_state_dict(Whole(tuner), dict(given), INSIDE)
         for key, tensor in written(tuner).items():
-            if not torch.equal(tensor.to(given[key].dtype), given[key]):
+            if not torch.allclose(tensor.float(), given[key].float(), rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise UserError(
                     f"the adapter has values in {key!r} that PEFT's layers on {backbone.source} cannot take."
                 )
