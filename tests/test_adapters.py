@@ -310,6 +310,8 @@ def test_what_adapters_refuse():
     assert "SqueezeNet" in message(zoo.BY_NAME["squeezenet"].fresh(), "adapter(placement='parallel')")
     text = message(tiny.bare("bert"), "adapter(placement='pfeiffer', sites='attention')")
     assert "'attention'" in text and "houlsby" in text and "lora()" in text
+    chunked = tiny.bare("bert", chunk_size_feed_forward=2)
+    assert "chunk_size_feed_forward=2" in message(chunked, "adapter(placement='pfeiffer')")
     assert "no such blocks" in message(nn.Sequential(nn.Linear(3, 3)), "adapter()")
     assert "outputs of attention or feed-forward" in message(tiny.bare("bert"), "adapter(sites='q')")
     assert "houlsby" in message(tiny.bare("bert"), "adapter(placement='houlsbi')")

@@ -19,11 +19,12 @@ class Adapter(Method):
 
     Placements: 'houlsby' (Houlsby et al. 2019, 'Parameter-Efficient Transfer Learning for NLP', section 2.1): x = h at
     the output of attention and of the feed-forward part, behind the dropout where there is one and before the residual
-    sum and the norm; norms are trained too. 'pfeiffer' (Pfeiffer et al. 2021, 'AdapterFusion', section 3.1 and
-    figure 5): one behind the feed-forward part's residual sum; where a block ends in a norm, h = LN(sum), it gives
-    LN(sum + change(h)) with the same norm. 'parallel' (He et al. 2022, 'Towards a Unified View of Parameter-Efficient
-    Transfer Learning', section 4.6): h is the output of the feed-forward part, x its input, s = 4. A block of
-    convolutions has one behind its last. Leaving out lower blocks by `sites` is AdapterDrop (Rücklé et al. 2021).
+    sum and the norm; norms are trained too. 'pfeiffer' (Pfeiffer et al. 2021, 'AdapterFusion', appendix on the
+    architecture of adapters; AdapterHub's `seq_bn`): one behind the feed-forward part's residual sum; where a block
+    ends in a norm, h = LN(sum), it gives LN(sum + change(h)) with the same norm. 'parallel' (He et al. 2022, 'Towards
+    a Unified View of Parameter-Efficient Transfer Learning', section 3.3): h is the output of the feed-forward part, x
+    its input, s = 4. A block of convolutions has one behind its last. Leaving out lower blocks by `sites` is
+    AdapterDrop (Rücklé et al. 2021).
 
     W1 is drawn with standard deviation 0.02, W2 and the biases are zero, so that training starts at the base exactly.
     When: a graft of a few percent of the backbone's size is to come near to full fine-tuning, and nobody needs to

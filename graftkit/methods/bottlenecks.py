@@ -169,6 +169,13 @@ def _place(backbone: Backbone, placement: str, index: int, part: Part, method: s
         return Place(part.name, part.module, part.width, index, device, spatial)
     inside = [site for site in backbone.sites if site.block == index]
     if placement == "pfeiffer":
+        chunks = getattr(getattr(backbone.model, "config", None), "chunk_size_feed_forward", 0)
+        if chunks:  # put together again, they are not what the norm gave
+            raise UserError(
+                f"{method}(placement='pfeiffer') has to see the norm that ends a block, but {backbone.source} computes "
+                f"its feed-forward part in pieces (chunk_size_feed_forward={chunks}). Set that to 0, or use "
+                "placement='houlsby'."
+            )
         norms = tuple(site.module for site in inside if site.role == "norm")
         spatial = any(isinstance(site.module, nn.Conv2d) for site in inside)
         return Place(block_name, block, part.width, index, device, spatial, norms=norms)
