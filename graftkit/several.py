@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.anatomy import Added
 from graftkit.base_rows import mix_rows, takes_all_rows
 from graftkit.before import MIXED, folded_on, grafts_of, set_settings, settings_of
 from graftkit.errors import UserError, listing, nearest
@@ -180,7 +181,7 @@ class _Mixed:
 
     def _mix_additions(self, grafts: list[Graft]) -> None:
         modules = dict(self.model.named_modules())
-        groups = _groups(grafts)
+        groups = _groups(modules, grafts)
         self._refuse_several_heads(groups)
         for place in dict.fromkeys(key[0] for key in groups):
             here = {key: group for key, group in groups.items() if key[0] == place}
@@ -324,23 +325,25 @@ class _Mixed:
         )
 
 
-def _groups(grafts: list[Graft]) -> dict[Key, dict[int, Addition]]:
+def _groups(modules: dict[str, nn.Module], grafts: list[Graft]) -> dict[Key, dict[int, Addition]]:
     """The additions that can be computed together, each with the column of its graft."""
+    columns = {graft.name: column for column, graft in enumerate(grafts)}
     groups: dict[Key, dict[int, Addition]] = {}
-    for column, graft in enumerate(grafts):
-        inside: tuple[str, ...] = ()
-        for name, module in graft.additions():
-            if name.startswith(inside or "\0") or not module.changes_outputs:
-                continue
-            inside = (*inside, f"{name}.")
-            place, _, child = name.rpartition(".")
-            stem = child.removesuffix(f"_{graft.name}")
-            if not isinstance(module, Addition):
-                raise UserError(
-                    f"{_method_of(graft, stem)}() of the graft {graft.name!r} cannot be computed together with other grafts. "
-                    f"Instead, run its rows apart, with using(model, {graft.name!r})."
-                )
-            groups.setdefault((place, stem, type(module), module.alike), {})[column] = module
+    inside = "\0"  # what an addition has below it is its own affair
+    for name, module in modules.items():
+        if not isinstance(module, Added) or module.graft not in columns or not module.changes_outputs:
+            continue
+        if name.startswith(inside):
+            continue
+        inside = f"{name}."
+        place, _, child = name.rpartition(".")
+        stem, column = child.removesuffix(f"_{module.graft}"), columns[module.graft]
+        if not isinstance(module, Addition):
+            raise UserError(
+                f"{_method_of(grafts[column], stem)}() of the graft {module.graft!r} cannot be computed together with other "
+                f"grafts. Instead, run its rows apart, with using(model, {module.graft!r})."
+            )
+        groups.setdefault((place, stem, type(module), module.alike), {})[column] = module
     return groups
 
 
