@@ -31,6 +31,10 @@ EXPRESSIONS = {
         """adapter_fusion(adapters=["adapter(3, 'parallel')", "adapter(2, 'parallel')"], regularization=0)""",
     ],
     "bitfit": ["bitfit()", "bitfit(sites='q,up')"],
+    "dora": [
+        "dora(rank=3)",
+        "dora(rank=2, sites='attention', dropout=0.5, stabilised=True) + head(classes=2)",
+    ],
     "freeze": ["full() + freeze('blocks[0]')", "full() + freeze('embeddings')"],
     "full": ["full()"],
     "gradual_unfreeze": ["gradual_unfreeze()", "gradual_unfreeze(unit='steps', decay=0.5) + head(classes=3)"],
@@ -43,13 +47,19 @@ EXPRESSIONS = {
     "layerwise_lr": ["unfreeze('blocks') + layerwise_lr(decay=0.5)"],
     "loha": ["loha(rank=3)", "loha(rank=2, effective_conv=True, alpha=3)"],
     "lokr": ["lokr(rank=2)", "lokr(rank=2, decompose_both=True, factor=4, effective_conv=True)"],
-    "lora": ["lora(rank=3)", "lora(rank=2, sites='q,v', dropout=0.5, alpha=3) + head(classes=2)"],
+    "lora": [
+        "lora(rank=3)",
+        "lora(rank=2, sites='q,v', dropout=0.5, alpha=3) + head(classes=2)",
+        "lora(rank=2, sites='embeddings, ffn', ranks={'blocks[-1:]': 4}, b_rate=4.0, stabilised=True)",
+        "lora(rank=3, bias='all', start='gaussian') + head(classes=2)",
+    ],
     "norms": ["norms()", "norms(sites='blocks[0].norms')"],
     "peft": [
         "peft()",
         "peft('oft', {'oft_block_size': 4})",
         "peft('fourierft', {'n_frequency': 20, 'scaling': 3}, sites='attention')",
     ],
+    "pissa": ["pissa(rank=3)", "pissa(rank=2, iterations=0, dropout=0.5) + head(classes=2)"],
     "prefix": ["prefix(tokens=3)", "prefix(tokens=2, hidden=5)", "prefix(tokens=2, shift=True)"],
     "prompt": ["prompt(tokens=3)", "prompt(tokens=2, start='vocabulary') + head(classes=2)"],
     "ptuning": ["ptuning(tokens=3, hidden=5)", "ptuning(tokens=2, encoder='lstm', hidden=4, layers=1)"],
@@ -72,6 +82,8 @@ NATIVE = [
 # Methods that say they start as the base model, exactly
 IDENTITIES = {
     "lora",
+    "dora",
+    "pissa",
     "adalora",
     "loha",
     "lokr",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,11 @@ def has_geometry(weight: Weight) -> bool:
     """Whether a convolution is dilated, or pads with something other than zeros."""
     module: Any = weight.module
     return weight.kind == "conv" and (set(module.dilation) != {1} or module.padding_mode != "zeros")
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """`with without_autocast(x):` computes in the types of the tensors themselves."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.weights import Weight, apply, groups_of, input_of
+from graftkit.backbone.weights import Weight, apply, groups_of, input_of, without_autocast
 from graftkit.catalogue import option
 from graftkit.methods.base import Labels
 from graftkit.methods.low_rank import LowRank, LowRankMethod
@@ -89,7 +89,7 @@ class Direction(LowRank):
         """||W + s B A|| of each row, fp32, without a gradient."""
         W = weight.stored(weight.value.detach())
         W = W.flatten(1) if weight.kind == "conv" else W
-        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(W):
             B, A = (factor.to(W.device) for factor in self.pair())
             mixed = (W @ A.to(W.dtype).transpose(-2, -1)).to(B.dtype)
             mixed = 2 * self.scale * mixed + self.scale**2 * (B @ (A @ A.transpose(-2, -1)))
