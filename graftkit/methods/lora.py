@@ -65,7 +65,8 @@ class LoRA(LowRankMethod):
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
         update = super().factors(weight, name, rank, scale)
-        update.draw(self.start)
+        if self.start != "kaiming":  # which it has been drawn from already
+            update.draw(self.start)
         return update
 
     @classmethod
