@@ -80,9 +80,10 @@ class AdapterFusion(Method):
     def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
         if not self.regularization:
             return None
-        places = _places(backbone, _form((self.adapters or ())[0]))
-        values = [getattr(place.module, f"adapter_fusion_{graft}").value for place in places]
-        distances = [(value - torch.eye(len(value), device=value.device)).square().sum() for value in values]
+        fusions = [m for m in backbone.model.modules() if isinstance(m, Fusion) and m.graft == graft]
+        distances = [
+            (f.value - torch.eye(len(f.value), device=f.value.device)).square().sum() for f in fusions
+        ]
         return self.regularization * torch.stack(distances).sum()
 
     def fold(self, backbone: Backbone, graft: str) -> Tensors:
