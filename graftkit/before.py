@@ -35,8 +35,8 @@ def folded_on(model: nn.Module) -> list[Graft]:
 
 
 @contextmanager
-def unfolded(model: nn.Module) -> Iterator[None]:
-    """The plain weights are in their places inside; what was folded into them is folded again afterwards."""
+def unfolded(model: nn.Module, but: Graft | None = None) -> Iterator[None]:
+    """The plain weights are in their places inside; what was folded into them, but for one, is folded again afterwards."""
     order = list(folded_on(model))
     for graft in reversed(order):
         graft._unfold()
@@ -44,7 +44,8 @@ def unfolded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for graft in order:
-            graft.fold()
+            if graft is not but:
+                graft.fold()
 
 
 def refuse_mixed(model: nn.Module) -> None:

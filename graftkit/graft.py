@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,9 @@ class Graft:
         """Make the model compute what the base computed, until `enable`. Trained values are kept."""
         if not self.active:
             return
-        self.unfold()
-        self._swap_base()
-        self._set_active(False)
+        with unfolded(self.model, but=self) if self._folded is not None else nullcontext():
+            self._swap_base()
+            self._set_active(False)
 
     def enable(self) -> None:
         """Undo `disable`. Raises `UserError` beside an active graft that trains the same part of the base."""
@@ -190,7 +190,9 @@ class Graft:
         values: dict[str, Tensor] = {}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for method in self.method.methods:
-            for name, value in method.fold(self.backbone, self.name).items():
+            with torch.autocast(next(iter(parameters.values())).device.type, enabled=False):
+                melted = method.fold(self.backbone, self.name)
+            for name, value in melted.items():
                 if not torch.isfinite(value).all():
                     raise UserError(
                         f"folding gives values in {name!r} that are not finite; nothing was changed."
@@ -203,6 +205,7 @@ class Graft:
         for name, value in values.items():
             self._folded[name] = parameters[name].data
             parameters[name].data = value
+        torch.clear_autocast_cache()
         self._set_active(False, keep_head=True)
         return self.model
 
@@ -223,6 +226,7 @@ class Graft:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, value in self._folded.items():
             parameters[name].data = value
+        torch.clear_autocast_cache()
         self._folded = None
         self._set_active(True)
 
@@ -293,6 +297,7 @@ class Graft:
             for name, other in self._replaced.items():
                 self._replaced[name] = self.model.get_submodule(name)
                 self.model.set_submodule(name, other)
+            torch.clear_autocast_cache()  # it holds casts of the values that were there
             settings = settings_of(self.model)
             set_settings(self.model, self._settings)
             self._settings = {name: settings[name] for name in self._settings}

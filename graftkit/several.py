@@ -158,8 +158,9 @@ class _Mixed:
     def start(self) -> None:
         """Let the additions of the first graft at each site do what those of all do."""
         grafts = [grafts_of(self.model)[name] for name in self.names]
+        kind = next((p.device.type for p in self.model.parameters()), "cpu")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(kind, enabled=False):
                 if self.rows is None:
                     self._mix_base(grafts)
                 else:
@@ -296,6 +297,8 @@ class _Mixed:
                 raise UserError(f"with these weights {name!r} would be negative; use weights from 0 to 1.")
             self._undo.callback(setattr, tensor, "data", base)
             tensor.data = value.to(base.dtype)
+        self._undo.callback(torch.clear_autocast_cache)
+        torch.clear_autocast_cache()
         for name, parts in modules.items():
             self._undo.callback(self.model.set_submodule, name, self.model.get_submodule(name))
             self.model.set_submodule(name, self._averaged(name, parts))

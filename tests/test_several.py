@@ -166,6 +166,46 @@ def test_two_folded_grafts_are_unfolded_in_any_order(kind):
         assert all(torch.equal(now[name], plain[name]) for name in plain)
 
 
+def test_the_first_of_two_folded_grafts_is_disabled():
+    model = tiny.bare("bert")
+    first, second = several(model, ("lora(rank=2)", "dora(rank=2)"))
+    plain = tiny.snapshot(model)
+    with using(model, "support-fr"):
+        wanted = tiny.outputs(model)
+    first.enable()
+    first.fold()
+    second.enable()
+    second.fold()
+    first.disable()
+    assert tiny.relative(tiny.outputs(model), wanted) < 1e-5
+    second.disable()
+    now = tiny.snapshot(model)
+    assert all(torch.equal(now[name], plain[name]) for name in plain)
+
+
+def test_values_change_within_autocast():
+    """Autocast remembers what it has cast, and a parameter keeps its identity when its values change."""
+    model = tiny.bare("bert")
+    several(model, ("unfreeze('blocks')", "lora(rank=2)"))
+    batch = tiny.batch(rows=2)
+
+    def outputs(**how) -> Tensor:
+        with using(model, **how):
+            return states(model, batch)
+
+    ways = [
+        {"which": "support-de"},
+        {"which": []},
+        {"which": {"support-de": 0.5}},
+        {"rows": ["support-fr", None]},
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        together = [outputs(**how) for how in ways]
+    for how, got in zip(ways, together):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(got, outputs(**how))
+
+
 def test_a_folded_graft_and_one_that_trains_the_same_weights(tmp_path):
     model = tiny.bare("bert")
     lora, blocks = several(model, ("lora(rank=2)", "unfreeze('blocks')"))
