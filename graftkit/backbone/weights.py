@@ -111,6 +111,10 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a map was called with, whether by place or by name."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -118,14 +122,14 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in the type that autocast chooses; without autocast, in the type of W."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not _autocasts(x):
         x = x.to(weight.dtype)
     return nn.functional.linear(x, weight, bias)
 
 
 def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """y + scale x W^T in the type of y (..., out); one pass over y where the types allow it."""
-    casts = torch.is_autocast_enabled(x.device.type)
+    casts = _autocasts(x)
     if y.dtype != x.dtype or (y.dtype != weight.dtype and not casts) or y.is_nested:
         return y + (multiply(x, weight) * scale).to(y.dtype)
     rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -137,7 +141,7 @@ def correlate(
     x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
     """A convolution without bias, in the type that autocast chooses; without autocast, in that of the weight."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not _autocasts(x):
         x = x.to(weight.dtype)
     return CONVOLUTIONS[weight.dim() - 2](x, weight, None, stride, padding, dilation, groups)
 
