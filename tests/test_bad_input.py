@@ -261,7 +261,7 @@ def test_a_run_or_an_adapter_instead_of_a_model(refused, finished):
         ("unfreeze('blocks[7]')", ["matches nothing", "blocks[0] to blocks[2]"]),
         ("unfreeze('re:nothing.*')", ["matches nothing", "attention"]),
         ("lora(sites='re:(')", ["regular expression"]),
-        ("lora(sites='norms')", ["none of them are linear maps", "LayerNorm"]),
+        ("lora(sites='norms')", ["none of them are weights that lora", "LayerNorm"]),
         ("head(hidden=-1)", ["hidden is -1"]),
         ("head(classes=3)", ["head(classes=3)", "2 labels", "leave classes out"]),
         ("head(classes=1, pooling='mean')", ["head(classes=1)", "2 labels"]),
