@@ -55,7 +55,8 @@ EXPRESSIONS = {
     ],
     "norms": ["norms()", "norms(sites='blocks[0].norms')"],
     "peft": [
-        "peft()",
+        "peft(options={'r': 3})",
+        "peft('hra', {'r': 4})",
         "peft('oft', {'oft_block_size': 4})",
         "peft('fourierft', {'n_frequency': 20, 'scaling': 3}, sites='attention')",
     ],
@@ -70,7 +71,7 @@ KINDS = ("bert", "gpt2", "llama")
 REFUSED = {
     ("llama", "bitfit()"),
     ("llama", "bitfit(sites='q,up')"),
-    ("gpt2", "peft()"),
+    ("gpt2", "peft('hra', {'r': 4})"),
     ("gpt2", "peft('oft', {'oft_block_size': 4})"),
 }
 WITH_HEAD = ("roberta", "modernbert", "glm", "qwen3")

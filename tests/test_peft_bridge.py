@@ -293,10 +293,9 @@ def test_tokens_of_a_tied_embedding_are_refused():
 
 
 def test_parameters_are_counted_as_the_docstring_says():
-    graft = attach(tiny.bare("bert"), "peft('hra', {'r': 3}, sites='q,up,down')")
-    assert sum(p.numel() for p in graft.parameters.values()) == tiny.BLOCKS * 3 * (
-        tiny.WIDTH + tiny.WIDTH + tiny.INNER
-    )
+    graft = attach(tiny.bare("bert"), "peft(options={'r': 3}, sites='q,up,down')")
+    sizes = 2 * tiny.WIDTH + 2 * (tiny.WIDTH + tiny.INNER)
+    assert sum(p.numel() for p in graft.parameters.values()) == tiny.BLOCKS * 3 * sizes
 
 
 def test_rates():

@@ -64,19 +64,20 @@ COEFFICIENTS = {
 class Peft(Method):
     """Any tuner of an installed PEFT: L(x) at each chosen module, where L is PEFT's own layer around the module.
 
-    What L computes stands in PEFT's documentation of the tuner; for 'hra' it is W (I - 2 u1 u1') ... (I - 2 ur ur') x
-    with unit vectors u (Yuan et al. 2024, 'Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder
-    Reflection Adaptation', section 3). Among the others are 'oft', 'boft', 'fourierft', 'vblora', 'miss', 'randlora',
-    'c3a', 'shira', 'road' and 'waveft'; tuners that do not sit on modules, as prompts, are refused. `options` are the
-    fields of the tuner's configuration in PEFT: `peft('oft', {'oft_block_size': 32}, sites='q,v')`. Layers that start
-    from the base's values ('adamss', 'frod', 'osf') want the base to be loaded before.
+    What L computes stands in PEFT's documentation of the tuner; for 'hira', which fits most modules and starts at the
+    base model, it is (W + W * (B A)) x with the elementwise product * (Huang et al. 2025, 'HiRA: Parameter-Efficient
+    Hadamard High-Rank Adaptation for Large Language Models', section 3). Among the others are 'oft', 'boft', 'hra',
+    'fourierft', 'vblora', 'miss', 'randlora', 'c3a', 'shira', 'road' and 'waveft'; tuners that do not sit on modules, as
+    prompts, are refused. `options` are the fields of the tuner's configuration in PEFT, as in
+    `peft('oft', {'oft_block_size': 32}, sites='q,v')`. Layers that start from the base's values ('adamss', 'frod', 'osf')
+    want the base to be loaded before.
     When: a tuner is wanted that is no method of its own here; those that are run faster and on more kinds of modules.
-    Parameters: those that PEFT's layers train; for 'hra', r * in for each map.
+    Parameters: those that PEFT's layers train; for 'hira', r * (in + out) for each map, with r = 32 unless given.
     """
 
     peft_types = ("*",)  # those that no other method reads
 
-    tuner: str = option("hra", "PEFT's name for the tuner, such as 'oft', 'boft', 'fourierft' or 'vblora'")
+    tuner: str = option("hira", "PEFT's name for the tuner, such as 'oft', 'hra', 'fourierft' or 'vblora'")
     options: dict | None = option(
         None, "fields of the tuner's configuration in PEFT, such as {'r': 8}; null means PEFT's defaults"
     )
