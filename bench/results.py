@@ -50,7 +50,7 @@ ALL_ROWS |= {
     "loha": ("loha() + head()", 1),
     "lokr": ("lokr() + head()", 1),
     "vera": ("vera() + head()", 2),
-    "peft": ("peft('oft') + head()", 1),
+    "peft": ("peft() + head()", 1),
     "adapter pfeiffer": ("adapter(placement='pfeiffer') + head()", 1),
     "adapter parallel": ("adapter(placement='parallel') + head()", 1),
     "adapter_fusion": ("adapter_fusion(grafts=['{first}', '{second}']) + head()", 1),
