@@ -63,7 +63,7 @@ class AdaLoRA(UpdateMethod):
     beta1: float = option(0.85, "smoothing of the importance", above=0, below=1)
     beta2: float = option(0.85, "smoothing of its deviation", above=0, below=1)
     orthogonality: float = option(0.5, "weight of the loss that keeps A and B orthogonal", at_least=0)
-    lr: float | None = option(None, "learning rate; null means 0.002", above=0)
+    lr: float | None = option(None, "learning rate; null means 0.005", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +74,7 @@ class AdaLoRA(UpdateMethod):
             )
 
     def group(self) -> Group:
-        return Group("added", self.lr or 2e-3, self.name, self.lr is not None)
+        return Group("added", self.lr or 5e-3, self.name, self.lr is not None)
 
     @property
     def scale(self) -> float:

@@ -44,7 +44,7 @@ class LoHa(SizedMethod):
     sites: str = option("all-linear", "maps that are adapted, as a selection")
     alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
     effective_conv: bool = option(False, "cores in place of flattened kernels in convolutions")
-    lr: float | None = option(None, "learning rate; null means 0.002", above=0)
+    lr: float | None = option(None, "learning rate; null means 0.01", above=0)
     ranks: dict | None = option(
         None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
     )
@@ -53,7 +53,7 @@ class LoHa(SizedMethod):
     default_scale = 1.0
 
     def group(self) -> Group:
-        return Group("added", self.lr or 2e-3, self.name, self.lr is not None)
+        return Group("added", self.lr or 1e-2, self.name, self.lr is not None)
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Hadamard:
         return Hadamard(weight, rank, scale, self.effective_conv)

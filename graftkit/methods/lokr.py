@@ -46,7 +46,7 @@ class LoKr(SizedMethod):
     )
     decompose_both: bool = option(False, "also decompose w1 where it is large")
     effective_conv: bool = option(False, "a core in place of the flattened kernel in convolutions")
-    lr: float | None = option(None, "learning rate; null means 0.005", above=0)
+    lr: float | None = option(None, "learning rate; null means 0.01", above=0)
     ranks: dict | None = option(
         None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
     )
@@ -55,7 +55,7 @@ class LoKr(SizedMethod):
     default_scale = 1.0
 
     def group(self) -> Group:
-        return Group("added", self.lr or 5e-3, self.name, self.lr is not None)
+        return Group("added", self.lr or 1e-2, self.name, self.lr is not None)
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Kronecker:
         return Kronecker(weight, rank, scale, self.factor, self.decompose_both, self.effective_conv)
