@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import tiny
 import torch
-from shaken import ALL_KINDS, count, message, shaken
-from torch import Tensor, nn
+from shaken import ALL_KINDS, count, shaken
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertModel
 
-from graftkit import UserError, attach
+from graftkit import attach
 
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 KV = {"bert": W, "gpt2": W, "llama": tiny.KV_HEADS * W // tiny.HEADS}
@@ -56,110 +55,6 @@ def test_parameter_counts(kind):
     )
     if biases:
         assert trained("bitfit()") == L * biases
-
-
-# ---- LoRA
-
-
-def test_lora_is_the_formula():
-    model = tiny.bare("bert")
-    graft = shaken(model, "lora(rank=3, alpha=5, sites='re:encoder.layer.1.intermediate.dense')")
-    site = model.encoder.layer[1].intermediate.dense
-    x = torch.randn(2, 4, W)
-    A, B = graft.parameters.values()
-    torch.testing.assert_close(site(x), x @ site.weight.T + site.bias + 5 / 3 * (x @ A.T @ B.T))
-
-
-def test_lora_on_a_transposed_map():
-    model = tiny.bare("gpt2")
-    graft = shaken(model, "lora(rank=3, sites='blocks[0].up')")
-    site = model.h[0].mlp.c_fc
-    x = torch.randn(2, 4, W)
-    A, B = graft.parameters.values()
-    assert A.shape == (3, W) and B.shape == (INNER, 3)
-    torch.testing.assert_close(site(x), x @ site.weight + site.bias + 2 * (x @ A.T @ B.T))
-
-
-def test_lora_dropout_acts_on_the_input_of_a_in_training_only():
-    model = tiny.bare("bert")
-    graft = shaken(model, "lora(rank=3, dropout=0.5, sites='blocks[0].up')")
-    site = model.encoder.layer[0].intermediate.dense
-    A, B = graft.parameters.values()
-    x = torch.randn(4, W)
-    site.train()
-    torch.manual_seed(3)
-    got = site(x)
-    torch.manual_seed(3)
-    dropped = F.dropout(x, 0.5)
-    torch.testing.assert_close(got, F.linear(x, site.weight, site.bias) + 2 * (dropped @ A.T @ B.T))
-    site.eval()
-    torch.testing.assert_close(site(x), F.linear(x, site.weight, site.bias) + 2 * (x @ A.T @ B.T))
-
-
-def test_rank_may_exceed_the_width():
-    graft = shaken(tiny.bare("llama"), f"lora(rank={3 * W})")
-    wanted = tiny.outputs(graft.model)
-    graft.fold()
-    assert tiny.relative(tiny.outputs(graft.model), wanted) < 1e-5
-
-
-def test_a_tied_weight_is_not_folded():
-    graft = shaken(tiny.causal("llama", tie_word_embeddings=True), "lora(sites='lm_head')")
-    before = tiny.snapshot(graft.model)
-    with pytest.raises(UserError, match=r"tied.*leave them out") as caught:
-        graft.fold()
-    assert "lm_head.weight" in str(caught.value) and "embed_tokens.weight" in str(caught.value)
-    assert all(torch.equal(value, before[name]) for name, value in tiny.snapshot(graft.model).items())
-
-
-class Convolutions(nn.Module):
-    """A user's own module: an embedding, a dilated and a grouped convolution, attention, a linear map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(V, W)
-        self.dilated = nn.Conv1d(W, W, 3, padding=2, dilation=2)
-        self.grouped = nn.Conv1d(W, W, 3, padding=1, groups=4)
-        self.mix = nn.MultiheadAttention(W, 4, batch_first=True)
-        self.inner = nn.Linear(W, W)
-        self.classifier = nn.Linear(W, 2)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.grouped(self.dilated(self.embed(ids).transpose(1, 2))).transpose(1, 2)
-        x, _ = self.mix(x, x, x)
-        return self.classifier(self.inner(x).mean(1))
-
-
-@pytest.mark.parametrize(
-    "name,kind",
-    [("dilated", "Conv1d"), ("grouped", "Conv1d"), ("embed", "Embedding"),
-     ("mix.out_proj", "NonDynamicallyQuantizableLinear"), ("mix", "MultiheadAttention")],
-)  # fmt: skip
-def test_lora_refuses_what_is_no_linear_map_by_name(name, kind):
-    said = message(Convolutions(), f"lora(sites='re:{name}')")
-    assert kind in said and "none of them are linear maps" in said
-
-
-def test_lora_on_a_module_of_the_users_own():
-    model = Convolutions()
-    graft = attach(model, "lora(rank=2) + unfreeze('dilated, grouped') + head(classes=2)")
-    assert "inner.lora_default.A" in graft.labels and not any(n.startswith("mix") for n in graft.labels)
-    optimizer = torch.optim.SGD(graft.param_groups(lr=0.1))
-    before = tiny.snapshot(model)
-    for _ in range(2):
-        model(tiny.batch()["input_ids"]).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = tiny.snapshot(model)
-    assert {n for n in before if not torch.equal(before[n], after[n])} == set(graft.labels)
-
-
-def test_a_quantized_map_is_not_folded():
-    graft = attach(tiny.bare("bert"), "lora(rank=2, sites='blocks[0].q')")
-    site = graft.model.encoder.layer[0].attention.self.query
-    site.weight = nn.Parameter(site.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match=r"lora\(\) cannot be folded.*int8"):
-        graft.fold()
 
 
 # ---- adapters

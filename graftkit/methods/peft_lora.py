@@ -155,7 +155,11 @@ def read(reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _tensors(reading: PeftReading, method: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """The parameters by our names; and for each name that PEFT holds its patterns against the sites it means."""
-    taken = reading.take(rf"(.+)\.({'|'.join(map(re.escape, NAMES))})")
+    has_bias = reading.field("lora_bias", False)
+    absent = {
+        key for key, name in NAMES.items() if (name == "m") > (method == "dora") or (name == "b") > has_bias
+    }
+    taken = reading.take(rf"(.+)\.({'|'.join(map(re.escape, NAMES.keys() - absent))})")
     outputs = {match[1] for match in taken if match[1].endswith(OUT_PROJ)}
     parameters = reading.field("target_parameters") or ()
     found: dict[str, Tensor] = {}
