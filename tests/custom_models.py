@@ -115,6 +115,32 @@ class MHA(nn.Module):
         return self.lin0(self.mha(x, x, x)[0])
 
 
+def mixture() -> nn.Module:
+    """A language model whose experts are one parameter (experts, out, in) each."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=tiny.WIDTH, intermediate_size=tiny.INNER, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    tiny.randomize(model, 3)
+    return model.eval()
+
+
+def transposed_mixture() -> nn.Module:
+    """One whose experts are stored (experts, in, out)."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=tiny.WIDTH, intermediate_size=tiny.INNER, num_hidden_layers=2, num_attention_heads=4, head_dim=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config)
+    tiny.randomize(model, 3)
+    return model.eval()
+
+
 def numbers(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(shape, generator=torch.Generator().manual_seed(3))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from custom_models import MODELS, given, gradients, grafted, make, same_as_base
+from custom_models import MODELS, given, gradients, grafted, make, mixture, same_as_base, transposed_mixture
 from shaken import count, shaken
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,8 +70,6 @@ def test_it_starts_as_the_base(name):
 
 
 def test_packed_attention_and_experts():
-    from test_lora import mixture, transposed_mixture
-
     graft = grafted("MHA", "dora(rank=3, sites='mha')")
     twin, x = make("MHA"), given("MHA")
     with torch.no_grad():

@@ -7,7 +7,7 @@ import math
 import pytest
 import tiny
 import torch
-from custom_models import MODELS, given, gradients, grafted, make, same_as_base
+from custom_models import MODELS, given, gradients, grafted, make, mixture, same_as_base, transposed_mixture
 from shaken import ALL_KINDS, count, message, shaken
 from torch import nn
 from torch.nn import functional as F
@@ -121,8 +121,6 @@ def test_parameters_and_ranks():
 
 
 def test_experts():
-    from test_lora import mixture, transposed_mixture
-
     for build in (mixture, transposed_mixture):
         graft = attach(build(), "pissa(rank=2, alpha=3, iterations=0, sites='experts')")
         assert torch.equal(tiny.outputs(graft.model), tiny.outputs(build()))
