@@ -77,7 +77,8 @@ class Option:
             "dict": isinstance(value, dict),
         }
         if not any(accepted.get(part, True) for part in types):
-            wanted = " or ".join({"None": "null"}.get(part, part) for part in types)
+            words = {"None": "null", "tuple": "list ['...', '...']", "dict": "mapping {'...': ...}"}
+            wanted = " or ".join(words.get(part, part) for part in types)
             raise UserError(f"{owner}: {self.name} is {value!r}, but must be {wanted}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{owner}: {self.name} is {value}, but must be a finite number.")
@@ -175,11 +176,19 @@ def _entries(family: str, own: str) -> dict[str, Entry]:
 
 def _read_own(path: Path, family: str) -> Entry | None:
     try:
-        return _read(path, f"graftkit_own_{FAMILIES[family]}.{path.stem}")
+        entry = _read(path, f"graftkit_own_{FAMILIES[family]}.{path.stem}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no Python file that can be read ({error}).") from None
     except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}.") from None
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise UserError(f"{path}{line}: {error.msg}.") from None
     except ValueError as error:  # a default or bound that is no literal
         raise UserError(f"{path}: a default or bound in option(...) is no plain value ({error}).") from None
+    if entry is not None and not entry.name.isidentifier():
+        raise UserError(
+            f"{path}: the file's name is the {family}'s, and {entry.name!r} is no name; use letters, digits and '_'."
+        )
+    return entry
 
 
 def _read(path: Path, module: str) -> Entry | None:

@@ -37,6 +37,8 @@ def inspect_model(model: str, method: str | None, weights: str | None = None) ->
         graft = attach_new(backbone, chain, meta=True)
         parameters = graft.parameters
         found["method"] = str(graft.method)
+        if any(m.name == "head" for m in graft.method.methods):
+            found["classes"] = classes
         found["trained_parameters"] = sum(p.numel() for p in parameters.values())
         found["total_with_method"] = sum(p.numel() for p in graft.model.parameters())
         found["trained"] = {name: list(p.shape) for name, p in parameters.items()}
@@ -86,7 +88,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
         console.line(
             f"trains {count(found['trained_parameters'])} of {count(found['total_with_method'])} parameters "
             f"({found['trained_parameters'] / found['total_with_method']:.2%})"
-            + (f"; a head is counted for {EXAMPLE_CLASSES} classes" if "head(" in found["method"] else "")
+            + (f"; a head is counted for {found['classes']} classes" if "classes" in found else "")
         )
         shapes = Counter((_generic(name), tuple(shape)) for name, shape in found["trained"].items())
         console.table(

@@ -17,12 +17,13 @@ from graftkit.catalogue import Call
 from graftkit.combining import Combination, Factors
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
-from graftkit.graft_files import DESCRIPTION, PEFT_CONFIG
+from graftkit.graft_files import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS
 from graftkit.methods.base import Method, PeftForm, exactly
 from graftkit.methods.base import read as read_method
 from graftkit.peft_files import read_peft
 
 HEADS = ("mean", "first", "none")
+OF_A_GRAFT = {DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, "README.md"}
 LOW_RANK = ("lora", "pissa")  # pissa is read as the LoRA of twice the rank that PEFT is given
 OUT_PROJ = "out_proj_"
 
@@ -112,7 +113,14 @@ def _check_target(target: Path, folders: list[Path], overwrite: bool) -> None:
         raise UserError(f"{target} is a file; name a folder for the merged graft.")
     if any(target.resolve() == folder.resolve() for folder in folders):
         raise UserError(f"{target} is one of the grafts to be merged; name another folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if not target.is_dir():
+        return
+    others = {path.name for path in target.iterdir()} - OF_A_GRAFT
+    if others:
+        raise UserError(
+            f"{target} holds other files than a graft's ({listing(sorted(others))}); name another folder."
+        )
+    if any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} exists already; name another folder, or replace it with --overwrite.")
 
 

@@ -135,6 +135,9 @@ def test_inspect(command, tiny_bert):
     assert found["selections"]["q"]["modules"] == 3 and len(found["blocks"]) == 3
     done = command("inspect", tiny_bert, "--method", "lora(sites='q')")
     assert "lora_default" in done.out and "trains" in done.out
+    assert "a head is counted" not in done.out
+    for head, told in (("head()", "2 classes"), ("head(classes=5)", "5 classes")):
+        assert f"a head is counted for {told}" in command("inspect", tiny_bert, "--method", head).out
 
 
 def test_evaluate_gives_the_figures_of_tune(command, finished, rows_folder):

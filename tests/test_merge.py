@@ -235,6 +235,10 @@ def test_nothing_is_lost_by_overwriting(tmp_path):
     ]
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused([a, b], tmp_path / "file", overwrite=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("task: classify")
+    assert "other files than a graft's (recipe.yaml)" in refused([a, b], tmp_path / "run", overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
 
 
 def test_values_that_are_not_finite(tmp_path):

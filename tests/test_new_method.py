@@ -79,6 +79,8 @@ def test_in_python(folder):
     [
         ("lora", "@dataclass\nclass LoRA(Method):\n    pass\n", "a method 'lora' already"),
         ("broken", "class (:\n", "line 1"),
+        ("empty_byte", "a = 1\0\n", "null byte"),
+        ("my-method", "@dataclass\nclass M(Method):\n    pass\n", "'my-method' is no name"),
         ("clever", "@dataclass\nclass C(Method):\n    x: int = option(1 + f(), 'h')\n", "no plain value"),
     ],
 )
@@ -87,6 +89,16 @@ def test_files_that_cannot_be(folder, name, text, told):
     done = run("methods")
     assert done.returncode == 1 and told in done.stderr and f"{name}.py" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_files_that_cannot_be_read(folder):
+    (folder / "latin.py").write_bytes("# Größe\n".encode("latin-1"))
+    done = run("methods")
+    assert done.returncode == 1 and "latin.py is no Python file that can be read" in done.stderr
+    (folder / "latin.py").unlink()
+    (folder / "folder.py").mkdir()
+    done = run("methods")
+    assert done.returncode == 1 and "folder.py is no Python file that can be read" in done.stderr
 
 
 def test_a_file_that_fails_when_it_is_imported(folder):

@@ -219,7 +219,7 @@ def test_names_are_read_as_people_write_them(name):
         ("peft('hra', {'bias': 'all'})", "bias='all'; use bitfit()"),
         ("peft('hra', {'modules_to_save': ['x']})", "use head() or unfreeze()"),
         ("peft('hra', {'layers_to_transform': 0})", "sites="),
-        ("peft('hra', 8)", "options is 8, but must be dict or null"),
+        ("peft('hra', 8)", "options is 8, but must be "),
         ("peft('hra', {'r': -3})", "`r` should be a positive integer"),
         ("peft('hra', {'r': 'x'})", "does not fit BertModel: '<=' not supported"),
         ("peft('miss', {'r': 64})", "less than or equal to in_features"),
@@ -299,7 +299,8 @@ def test_parameters_are_counted_as_the_docstring_says():
 
 
 def test_rates():
-    assert {g.lr for g in attach(tiny.bare("bert"), "peft()").labels.values()} == {1e-3}
+    assert {g.lr for g in attach(tiny.bare("bert"), "peft()").labels.values()} == {3e-3}
+    assert {g.lr for g in attach(tiny.bare("bert"), "peft('hra')").labels.values()} == {1e-3}
     assert {g.lr for g in attach(tiny.bare("bert"), "peft('vera')").labels.values()} == {1e-2}
     assert {g.lr for g in attach(tiny.bare("bert"), "peft(lr=0.5)").labels.values()} == {0.5}
 
