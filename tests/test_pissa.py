@@ -97,7 +97,9 @@ def test_the_base_is_untouched_and_frozen_factors_stay():
     graft = attach(model, "pissa(rank=3)")
     start = tiny.snapshot(model)
     assert all(torch.equal(start[name], value) for name, value in before.items())
-    optimizer = torch.optim.AdamW(graft.param_groups(lr=0.01))
+    groups = graft.param_groups(lr=0.01)
+    assert {group["weight_decay"] for group in groups} == {0.0}
+    optimizer = torch.optim.AdamW(groups)
     given = tiny.batch()
     for _ in range(2):
         tiny.flat(model(**given), given["attention_mask"]).square().sum().backward()

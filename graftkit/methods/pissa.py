@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from graftkit.backbone.weights import Weight, groups_of
 from graftkit.catalogue import option
 from graftkit.errors import UserError
+from graftkit.methods.base import Group
 from graftkit.methods.low_rank import LowRank, LowRankMethod
 
 OVERSAMPLED = 10  # columns beyond the rank in the randomised SVD (Halko et al. 2011, section 4.2)
@@ -46,6 +48,10 @@ class PiSSA(LowRankMethod):
 
     default_lr = 2e-4
     default_scale = 1.0
+
+    def group(self) -> Group:
+        # decay would pull the principal part of each weight to zero, and the model with it
+        return dataclasses.replace(super().group(), weight_decay=0.0)
 
     @property
     def wanted(self) -> str:
