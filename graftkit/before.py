@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -57,24 +57,44 @@ def refuse_mixed(model: nn.Module) -> None:
         )
 
 
-def refuse_conflict(backbone: Backbone, name: str, changes: set[str]) -> None:
+def refuse_conflict(backbone: Backbone, name: str, changes: set[str], replaced: dict[str, nn.Module]) -> None:
     """Raise `UserError` where another active graft puts its own in place of the same part of the base."""
-    for other in grafts_of(backbone.model).values():
-        shared = sorted(changes & other.changes) if other.active and other.name != name else []
+    others = [graft for graft in grafts_of(backbone.model).values() if graft.active and graft.name != name]
+    for other in others:
+        shared = sorted(changes & other.changes)
         if shared:
             raise UserError(
                 f"the grafts {name!r} and {other.name!r} both change {listing(shared, 3)} of {backbone.source}, so only "
                 f"one of them can be active: disable {other.name!r} first, or detach it."
             )
+    refuse_lost(backbone.model, name, replaced, others)
+
+
+def refuse_lost(model: nn.Module, name: str, replaced: dict[str, nn.Module], others: Iterable[Graft]) -> None:
+    """Raise `UserError` where a graft adds to a module that another one replaces: the addition would not be called."""
+    for other in others:
+        pairs = [(other.name, name, *item) for item in replaced.items()]
+        pairs += [(name, other.name, *item) for item in other._replaced.items()]
+        for adding, replacing, place, held in pairs:
+            parts = [*held.modules(), *model.get_submodule(place).modules()]
+            if other.name != name and any(
+                isinstance(part, Added) and part.graft == adding and part.changes_outputs for part in parts
+            ):
+                raise UserError(
+                    f"the graft {adding!r} adds to {place!r}, in the place of which the graft {replacing!r} puts a module of "
+                    f"its own, so only one of them can be active: disable {other.name!r} first, or detach it."
+                )
 
 
 class KeepStatistics(Addition):
     """Holds the running statistics of the norm it is placed on still, also while the model trains."""
 
     changes_outputs = False
+    holds = True  # not while another graft is trained, which says itself what stays
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        site.training = False
+        if self.holds:
+            site.training = False
 
 
 class KeepPadding(Addition):

@@ -150,7 +150,7 @@ class Graft:
         if requires_grad:
             for module in self.model.modules():
                 if isinstance(module, KeepStatistics):
-                    module.active = module.graft == self.name
+                    module.holds = module.graft == self.name
         return self
 
     def disable(self) -> None:
@@ -166,7 +166,7 @@ class Graft:
         if self.active:
             return
         refuse_mixed(self.model)
-        refuse_conflict(self.backbone, self.name, self.changes)
+        refuse_conflict(self.backbone, self.name, self.changes, self._replaced)
         self._swap_base()
         self._set_active(True)
 
@@ -338,7 +338,7 @@ def attach(
         replaced = before.replaced(backbone.model)
         statistics = set(moving_statistics(backbone, labels))
         own = own_trained(backbone, labels, replaced) | statistics
-        refuse_conflict(backbone, name, own | set(replaced) | lone_places(backbone.model, name))
+        refuse_conflict(backbone, name, own | set(replaced) | lone_places(backbone.model, name), replaced)
         for module_name, module in base_modules(backbone.model):
             if has_statistics(module) and f"{module_name}.running_mean".lstrip(".") not in statistics:
                 place(module, f"statistics_{name}", KeepStatistics())

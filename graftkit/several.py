@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.base_rows import mix_rows, takes_all_rows
-from graftkit.before import MIXED, folded_on, grafts_of, set_settings, settings_of
+from graftkit.before import MIXED, folded_on, grafts_of, refuse_lost, set_settings, settings_of
 from graftkit.errors import UserError, listing, nearest
 from graftkit.graft import Graft
 from graftkit.methods.base import Addition
@@ -159,6 +159,8 @@ class _Mixed:
         """Let the additions of the first graft at each site do what those of all do."""
         grafts = [grafts_of(self.model)[name] for name in self.names]
         kind = next((p.device.type for p in self.model.parameters()), "cpu")
+        for graft in grafts:
+            refuse_lost(self.model, graft.name, graft._replaced, grafts)
         try:
             with torch.no_grad(), torch.autocast(kind, enabled=False):
                 if self.rows is None:

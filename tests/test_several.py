@@ -284,3 +284,53 @@ def test_copies_and_saved_grafts_are_their_own(tmp_path):
         load(fresh, tmp_path / graft.name, name=graft.name)
     with using(fresh, rows=rows):
         assert torch.equal(states(fresh, batch), wanted)
+
+
+def test_no_graft_adds_to_a_head_that_another_replaces():
+    """Neither order leaves one of them acting on a module that is not called."""
+    head, added = "head(classes=5)", "lora(rank=2, sites='head')"
+    for texts in ((head, added), (added, head)):
+        model = tiny.with_head("bert")
+        base, first = tiny.outputs(model), shaken(model, texts[0], name="first")
+        wanted = tiny.outputs(model)
+        with pytest.raises(UserError, match="disable 'first' first") as caught:
+            attach(model, texts[1], name="second")
+        assert "'classifier'" in str(caught.value)
+        assert torch.equal(tiny.outputs(model), wanted)
+        first.disable()
+        second = shaken(model, texts[1], name="second")
+        with pytest.raises(UserError, match="disable 'second' first"):
+            first.enable()
+        assert "'classifier'" in refusal(model, which={"first": 0.5, "second": 0.5})
+        assert "'classifier'" in refusal(model, rows=["first", "second"])
+        with using(model, "first"):
+            assert torch.equal(tiny.outputs(model), wanted)
+        detach(second)
+        detach(first)
+        assert torch.equal(tiny.outputs(model), base)
+    with pytest.raises(UserError, match=r"write that method, such as head\(\), in front of lora\(\)"):
+        attach(tiny.with_head("bert"), f"{added} + {head}")
+
+
+def test_statistics_go_on_moving_beside_a_graft_that_is_enabled_again():
+    norm = torch.nn.BatchNorm1d(4)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), norm, torch.nn.Linear(4, 2))
+    other = attach(model, "lora(rank=2, sites='re:0')", name="other")
+    trained = attach(model, "norms(statistics=True)", name="trained")
+
+    def moves() -> bool:
+        before = norm.running_mean.clone()
+        model.train()(torch.randn(5, 3))
+        return not torch.equal(norm.running_mean, before)
+
+    assert moves()
+    with other.disabled():
+        pass
+    assert moves()
+    with using(model, "trained"):
+        model.eval()(torch.randn(5, 3))
+    assert moves()
+    other.requires_grad_()
+    assert not moves()
+    trained.requires_grad_()
+    assert moves()

@@ -238,6 +238,12 @@ class Chain(Method):
         for method in self.methods:
             labels = method.relabel(backbone, labels)
         order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
+        lost = next((name for name in labels if name not in order), None)
+        if lost is not None:
+            raise UserError(
+                f"{labels[lost].method}() adds {lost!r} to a module that another method replaces after it; write that "
+                f"method, such as head(), in front of {labels[lost].method}()."
+            )
         return dict(sorted(labels.items(), key=lambda item: order[item[0]]))
 
     def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:
