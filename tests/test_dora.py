@@ -191,3 +191,23 @@ def test_two_on_one_map_follow_each_other(tmp_path):
     load(again, tmp_path / "first", name="first")
     load(again, tmp_path / "second", name="second")
     assert torch.equal(again(x), wanted)
+
+
+@pytest.mark.parametrize("before", ("lora", "dora", "loha"))
+def test_dropout_leaves_what_acts_before_as_it_is(before):
+    """With a dropout that drops nothing, training computes what evaluation does, also behind another method."""
+    model = make("MLP")
+    for name, text in (("first", f"{before}(rank=3, sites='lin0')"), ("second", "dora(rank=2, sites='lin0', dropout=1e-12)")):  # fmt: skip
+        shaken(model, text, name=name)
+    wanted = model.lin0(given("MLP"))
+    model.lin0.train()
+    torch.testing.assert_close(model.lin0(given("MLP")), wanted)
+
+
+def test_a_base_in_double_precision():
+    model, twin = make("MLP"), make("MLP").double()
+    for each in (model, twin):
+        torch.manual_seed(0)
+        shaken(each, "dora(rank=3, sites='lin0, lin1')")
+    wanted, got = model(given("MLP")), twin(given("MLP").double())
+    assert got.dtype == torch.float64 and tiny.relative(got, wanted) < 1e-5

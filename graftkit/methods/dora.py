@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, apply, groups_of, input_of, without_autocast
 from graftkit.catalogue import option
-from graftkit.methods.base import Labels
+from graftkit.methods.base import Addition, Labels
 from graftkit.methods.low_rank import LowRank, LowRankMethod
 
 TINY = 1e-12  # a row of zeros has no direction; this is its length
@@ -93,7 +93,8 @@ class Direction(LowRank):
             B, A = (factor.to(W.device) for factor in self.pair())
             mixed = (W @ A.to(W.dtype).transpose(-2, -1)).to(B.dtype)
             mixed = 2 * self.scale * mixed + self.scale**2 * (B @ (A @ A.transpose(-2, -1)))
-            squares = torch.linalg.vector_norm(W, dim=-1, dtype=torch.float32).square()
+            exact = torch.promote_types(W.dtype, torch.float32)
+            squares = torch.linalg.vector_norm(W, dim=-1, dtype=exact).float().square()
             return (squares + (mixed * B).sum(-1)).clamp_min(TINY**2).sqrt()
 
     def ratio(self, weight: Weight) -> Tensor:
@@ -119,8 +120,14 @@ class Direction(LowRank):
         weight, x = self.of(site), input_of(args, kwargs)
         ratio = self.across(self.ratio(weight))
         if self.kind != "embedding" and self.training and isinstance(self.dropout, nn.Dropout):
+            matrix = weight.stored(weight.value)
+            if self.follows(site):  # what others changed is scaled as well, and it has no dropout
+                plain = apply(weight, site, x, matrix).to(output.dtype)
+                bias = getattr(site, "bias", None)
+                plain = plain if bias is None else plain + self.across(bias)
+                output = output + ((ratio - 1) * (output - plain)).to(output.dtype)
             x = self.dropout(x)
-            base = apply(weight, site, x, weight.stored(weight.value))
+            base = apply(weight, site, x, matrix)
             whole = self.plus(site, self.down(site, x, self.A), self.B, base)
             return (output + (ratio * whole - base)).to(output.dtype)
         whole = self.plus(site, self.down(site, x, self.A), self.B, output)
@@ -129,6 +136,14 @@ class Direction(LowRank):
             return (ratio * whole).to(output.dtype)
         bias = self.across(bias)
         return torch.addcmul(bias - ratio * bias, ratio, whole).to(output.dtype)
+
+    def follows(self, site: nn.Module) -> bool:
+        """Whether other additions have changed the output of the site before."""
+        children = list(site.children())
+        earlier = children[: next(i for i, child in enumerate(children) if child is self)]
+        return any(
+            isinstance(child, Addition) and child.active and child.changes_outputs for child in earlier
+        )
 
     def peft_tensors(self) -> dict[str, Tensor]:
         return super().peft_tensors() | {"lora_magnitude_vector": self.m}
