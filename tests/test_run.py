@@ -37,6 +37,23 @@ def test_the_model_card(finished):
         assert told in card, told
 
 
+@pytest.mark.parametrize("method,peft", [("lora(rank=2)", True), ("adapter(bottleneck=2)", False)])
+def test_the_code_of_a_model_card_runs(command, tiny_bert, rows_folder, tmp_path, monkeypatch, method, peft):
+    (tmp_path / "cardpackage.py").write_text(f"def path():\n    return {str(tiny_bert)!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--model", "cardpackage:path", "--task", "classify", "--train", rows_folder / "train.csv"]
+    run = tmp_path / "run"
+    done = command(
+        "tune", *words, "--method", f"{method} + head(pooling='mean')", "--out", run, "train.steps=2"
+    )
+    assert done.status == 0, done.err
+    card = (run / "README.md").read_text()
+    assert ("PeftModel" in card) == peft
+    found: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], found)
+    assert found["graft"].method.methods[0].name == method.partition("(")[0]
+
+
 def test_the_graft_loads_on_a_plain_model_as_the_card_says(finished, tiny_bert):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftkit.report.console import count, duration, size
@@ -61,7 +62,7 @@ of {count(result["total_parameters"])}.
 ```
 graftkit predict {result["run"]} "a text"
 graftkit evaluate {result["run"]} --data FILE
-graftkit export {result["run"]} --to FOLDER
+graftkit export {result["run"]} --to FOLDER    # a plain model, where the method can be folded
 graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # the same run once more
 ```
 
@@ -69,11 +70,35 @@ In Python:
 
 ```python
 import graftkit
-from transformers import AutoModel   # AutoModelForSequenceClassification for a head(pooling='own')
-
-model = AutoModel.from_pretrained({recipe.model!r})
+{_base(prepared)}
 graft = graftkit.load(model, {result["run"] + "/graft"!r})
 ```
+{_in_peft(result)}"""
+
+
+def _base(prepared: Prepared) -> str:
+    """The lines that make the plain model."""
+    name = prepared.recipe.model
+    poolings = [getattr(method, "pooling", "") for method in prepared.graft.method.methods]
+    own = any(pooling in ("own", "stacked") for pooling in poolings)
+    kind = "AutoModelForSequenceClassification" if own else "AutoModel"
+    package, _, function = name.partition(":")
+    called = bool(function) and not Path(name).exists()
+    lines = [f"from {package} import {function}"] if called else []
+    place = f"{function}()" if called else repr(name)
+    if not hasattr(prepared.backbone.model, "config"):
+        return "\n".join([*lines, "", f"model = {place}.model    # with its weights loaded"])
+    return "\n".join(
+        [*lines, f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({place})"]
+    )
+
+
+def _in_peft(result: dict[str, Any]) -> str:
+    if not (Path(result["run"]) / "graft" / "adapter_config.json").is_file():
+        return ""
+    return """
+The folder `graft` is also an adapter that PEFT loads on the same base: `PeftModel.from_pretrained(model, FOLDER)`.
+A head that pools is not among what PEFT knows; it is in `graft.safetensors`.
 """
 
 
