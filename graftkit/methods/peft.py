@@ -54,10 +54,24 @@ IDLE = {  # fields that change nothing
     "runtime_config", "task_type",
 }  # fmt: skip
 GROUPED = {"LILY"}  # shares matrices among the modules that one entry of target_modules names
-# tuners that train coefficients of fixed matrices, for which higher rates are right
-COEFFICIENTS = {
-    "C3A", "FOURIERFT", "FROD", "IA3", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
-}  # fmt: skip
+# learning rates; those that train coefficients of fixed matrices want more than those that train matrices
+RATE = 1e-3
+RATES = {"HIRA": 3e-3} | dict.fromkeys(
+    (
+        "C3A",
+        "FOURIERFT",
+        "FROD",
+        "IA3",
+        "PVERA",
+        "RANDLORA",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ),
+    1e-2,
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ class Peft(Method):
     sites: str = option("all-linear", "modules that are adapted, as a selection")
     lr: float | None = option(
         None,
-        "learning rate; null means 0.001, or 0.01 for tuners of coefficients such as 'fourierft'",
+        "learning rate; null means 0.003 for 'hira', 0.01 for tuners of coefficients such as 'fourierft', else 0.001",
         above=0,
     )
 
@@ -140,8 +154,8 @@ class Peft(Method):
         shared = Shared(tuner, held)
         if list(shared.children()):
             place(backbone.model, f"{self.name}_{graft}", shared)
-        rate = 1e-2 if self.kind in COEFFICIENTS else 1e-3
-        group = Group("added", self.lr or rate, self.name, self.lr is not None)
+        rate = self.lr or RATES.get(self.kind, RATE)
+        group = Group("added", rate, self.name, self.lr is not None)
         trained = {id(p) for layer in layers for p in layer.parameters() if p.requires_grad}
         labels = {name: group for name, p in backbone.model.named_parameters() if id(p) in trained}
         parameters = [backbone.model.get_parameter(name) for name in labels]
@@ -190,8 +204,9 @@ class Peft(Method):
         holder = nn.Module()
         for site in sites:
             hang(holder, site.name, stand_in(site.module, own=True))
+        configs, tuners = _mappings()
         try:
-            tuner = _tuner_class(self.kind)(holder, {INSIDE: _config_class(self.kind)(**options)}, INSIDE)
+            tuner = tuners[self.kind](holder, {INSIDE: configs[self.kind](**options)}, INSIDE)
             tuner._cast_adapter_dtype(INSIDE)
         except Exception as error:  # PEFT checks little: what wrong options run into can be anything
             what = first_line(error).rstrip(".!")
@@ -351,21 +366,13 @@ def _mappings() -> tuple[dict[str, Any], dict[str, Any]]:
     return configs, tuners
 
 
-def _config_class(kind: str) -> Any:
-    return _mappings()[0][kind]
-
-
-def _tuner_class(kind: str) -> Any:
-    return _mappings()[1][kind]
-
-
 def defaults_of(kind: str) -> dict[str, Any]:
     """The fields of the configuration of a type of adapter, with their defaults."""
     return {
         field.name: field.default_factory()
         if field.default_factory is not dataclasses.MISSING
         else field.default
-        for field in dataclasses.fields(_config_class(kind))
+        for field in dataclasses.fields(_mappings()[0][kind])
     }
 
 
