@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import custom_models
 import pytest
 import tiny
 import torch
@@ -334,3 +335,37 @@ def test_a_graft_that_was_cut_is_read_by_peft(tmp_path):
     assert sum(kept) == 2
     graft.save(tmp_path)
     close(inner(read_by_peft(made("maps"), tmp_path))(x), graft.model(x))
+
+
+# ---- small modules of every kind
+
+
+LINEAR = ["MLP", "MLP without bias", "DeepMLP"]
+CONVOLUTIONS = ["Conv2d", "Conv2d strided", "Conv2d dilated", "Conv2d1x1"]
+MORE = [
+    "Conv1d", "Conv1d strided", "Conv1dKernel1", "Conv1dGroups", "Conv2d without bias", "Conv2dGroups", "Conv2dDepthwise",
+]  # fmt: skip
+NAMES = ["lin0", "lin1", "up", "down", "conv1d", "conv2d"]
+MODULES = [
+    *[("vera", name) for name in LINEAR],
+    *[("adalora", name) for name in [*LINEAR, *CONVOLUTIONS]],
+    *[(method, name) for method in ("loha", "lokr") for name in [*LINEAR, *CONVOLUTIONS, *MORE]],
+]
+
+
+@pytest.mark.parametrize("method,name", MODULES)
+@pytest.mark.parametrize("cores", [False, True])
+def test_small_modules(method, name, cores, tmp_path):
+    if cores and (method not in ("loha", "lokr") or not name.startswith("Conv")):
+        pytest.skip("there are no cores")
+    if cores and method == "lokr" and name.startswith("Conv1d"):
+        pytest.skip("PEFT fails there with a rank of 1; the larger one is above")
+    there = [n for n in NAMES if any(m.endswith(n) for m, _ in custom_models.make(name).named_modules())]
+    settings: dict[str, Any] = {"target_modules": there}
+    settings |= {"init_r": 3, "target_r": 1, "lora_alpha": 4, **STEPS} if method == "adalora" else {"r": 2}
+    if method in ("loha", "lokr"):
+        settings |= {"alpha": 3, "use_effective_conv2d": cores}
+    if method == "lokr":
+        settings["r"] = 1
+    odd = method == "loha" and cores  # PEFT's own backward, see above
+    custom_models.compare(name, CONFIGS[method](**settings), tmp_path, grads=not odd)
