@@ -221,7 +221,9 @@ def line(runs: list[dict]) -> str:
         timed = [{**short, "seconds": short["seconds"] * runs[0]["steps"] / short["steps"]}]
     seconds = f"{statistics.median(run['seconds'] for run in timed):.0f}" if timed else "not timed"
     memory = f"{max(run['peak_memory_bytes'] for run in timed) / 1e9:.2f} GB" if timed else "not measured"
-    spread = f"{min(accuracies):.4f} to {max(accuracies):.4f} ({len(runs)} seeds)"
+    spread = (
+        f"{min(accuracies):.4f} to {max(accuracies):.4f} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+    )
     return (
         f"| `{runs[0]['method']}` | {statistics.mean(accuracies):.4f} | {spread} | {runs[0]['trained_parameters']:,} "
         f"| {runs[0]['epochs']} | {seconds} | {memory} |\n"

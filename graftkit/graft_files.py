@@ -92,10 +92,16 @@ def stored_name(graft: Graft, parameter: str) -> str:
 
 
 def _peft_form(graft: Graft) -> PeftForm | None:
-    forms = [method.to_peft(graft.backbone, graft.name) for method in graft.method.methods]
-    form = next((form for form in forms if form is not None), None)
-    if form is None:
+    """The graft as PEFT would write it; None where PEFT cannot express the whole of it, but for a pooled head."""
+    forms = {
+        method.name: form
+        for method in graft.method.methods
+        if (form := method.to_peft(graft.backbone, graft.name)) is not None
+    }
+    others = {group.method for group in graft.labels.values() if group.role != "head"} - set(forms)
+    if len(forms) != 1 or others:  # a part alone would load without a word and give other outputs
         return None
+    form = next(iter(forms.values()))
     tensors = dict(form.tensors)
     head = {n: p for n, p in graft.parameters.items() if n in graft.backbone.base_parameters}
     head = {n: p for n, p in head.items() if graft.labels[n].role == "head"}

@@ -8,10 +8,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from shaken import shaken
 
 from graftkit import UserError, attach, load
 
-METHOD = "lora(rank=2) + unfreeze(sites='norms')"
+METHOD = "lora(rank=2) + head(classes=3, pooling='mean')"
 
 
 @pytest.fixture
@@ -112,30 +113,30 @@ def test_truncated_tensors(folder, file, kept):
 
 
 def test_missing_tensor(folder):
-    change_tensors(folder, "graft.safetensors", lambda t: t.pop("embeddings.LayerNorm.bias"))
-    refused(folder, "graft.safetensors lacks 'embeddings.LayerNorm.bias'")
+    change_tensors(folder, "graft.safetensors", lambda t: t.pop("head_default.output.bias"))
+    refused(folder, "graft.safetensors lacks 'head_default.output.bias'")
 
 
 def test_tensor_that_the_description_leaves_out(folder):
     tensors = json.loads((folder / "graft.json").read_text())["tensors"]
-    tensors.pop("embeddings.LayerNorm.bias")
+    tensors.pop("head_default.output.bias")
     describe(folder, tensors=tensors)
-    refused(folder, "graft.safetensors holds 'embeddings.LayerNorm.bias', which graft.json does not name")
+    refused(folder, "graft.safetensors holds 'head_default.output.bias', which graft.json does not name")
 
 
 def test_unexpected_tensor(folder):
     tensors = json.loads((folder / "graft.json").read_text())["tensors"]
-    tensors["pooler.dense.bias"] = tensors["embeddings.LayerNorm.bias"]
+    tensors["pooler.dense.bias"] = tensors["head_default.output.bias"]
     describe(folder, tensors=tensors)
     refused(folder, "unexpected pooler.dense.bias", "missing nothing")
 
 
 def test_misshapen_tensor(folder):
     def cut(tensors):
-        tensors["embeddings.LayerNorm.bias"] = tensors["embeddings.LayerNorm.bias"][:-1].clone()
+        tensors["head_default.output.bias"] = tensors["head_default.output.bias"][:-1].clone()
 
     change_tensors(folder, "graft.safetensors", cut)
-    refused(folder, "embeddings.LayerNorm.bias", "(15,)", "(16,)")
+    refused(folder, "head_default.output.bias", "(2,)", "(3,)")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_misshapen_tensor(folder):
 )
 def test_other_file_names(folder, file):
     tensors = json.loads((folder / "graft.json").read_text())["tensors"]
-    tensors["embeddings.LayerNorm.bias"]["file"] = file
+    tensors["head_default.output.bias"]["file"] = file
     describe(folder, tensors=tensors)
     refused(folder, "not part of a graft", file)
 
@@ -181,3 +182,14 @@ def test_fields_of_another_type(folder, key, value):
 def test_a_method_that_is_none(folder, method):
     describe(folder, method=method)
     refused(folder, "method" if method != "lora(rank=-1)" else "rank")
+
+
+@pytest.mark.parametrize(
+    "text", ["lora() + norms()", "lora() + unfreeze('blocks[-1:]')", "ia3() + bitfit()", "lora() + ia3()"]
+)
+def test_no_adapter_is_written_where_it_would_be_a_part_only(text, tmp_path):
+    graft = shaken(tiny.bare("bert"), text)
+    graft.save(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert torch.equal(tiny.outputs(load(tiny.bare("bert"), tmp_path).model), tiny.outputs(graft.model))
