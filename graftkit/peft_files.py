@@ -122,7 +122,12 @@ def read_peft(folder: Path) -> Stored:
     in_file = {id(tensor): key for key, tensor in contents.items()}
     keys = {own: in_file[id(tensor)] for own, tensor in found.items() if id(tensor) in in_file}
     return Stored(
-        folder, str(Call(name, arguments)), found, backbone=config.get("base_model_name_or_path"), saved=saved, keys=keys
+        folder,
+        str(Call(name, arguments)),
+        found,
+        backbone=config.get("base_model_name_or_path"),
+        saved=saved,
+        keys=keys,
     )
 
 

@@ -280,7 +280,9 @@ def test_sums_in_one_graft_and_in_several_are_folded():
     one = shaken(model, "ia3(feedforward='none')", name="one")
     two = shaken(model, "lora(rank=2)", name="two", seed=6)
     wanted = tiny.outputs(model)
-    with pytest.raises(NotFoldable, match=r"'two' cannot be folded into 'h\.0\.attn\.c_attn'.*the graft 'one'"):
+    with pytest.raises(
+        NotFoldable, match=r"'two' cannot be folded into 'h\.0\.attn\.c_attn'.*the graft 'one'"
+    ):
         two.fold()  # it is added to what the first graft scales
     one.fold()
     assert tiny.relative(tiny.outputs(model), wanted) < 1e-5
