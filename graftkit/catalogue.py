@@ -273,7 +273,10 @@ def _call(node: ast.expr, family: str, expression: str) -> Call:
     known = entries(family)
     name = name_node.id
     if name not in known:
-        raise UserError(f"there is no {family} {name!r} (known: {listing(known)}).{nearest(name, known)}")
+        hint = nearest(name, known)
+        if not hint and family in OWN_FOLDERS:
+            hint = f" A {family} of your own is found where {OWN_FOLDERS[family]} names its folder."
+        raise UserError(f"there is no {family} {name!r} (known: {listing(known, 30)}).{hint}")
     entry = known[name]
     arguments: dict[str, Any] = {}
     if isinstance(node, ast.Call):

@@ -21,7 +21,7 @@ from graftkit import Backbone, NotFoldable, UserError, attach, detach, load
 from graftkit.methods.base import read
 
 OWN, THEIRS = "graft.safetensors", "adapter_model.safetensors"
-METHOD = "lora(rank=2) + unfreeze(sites='norms')"
+METHOD = "lora(rank=2) + head(classes=3, pooling='mean')"
 BRIDGED = "peft('hra', {'r': 4})"
 
 
@@ -260,10 +260,16 @@ def test_a_pickle_under_the_name(folder):
     "changes,said",
     [
         ({"fingerprint": "0" * 16}, "trained on another backbone"),
-        ({"method": "lora(rank=3) + unfreeze(sites='norms')"}, "has shape (2, 16), but (3, 16) is needed"),
+        (
+            {"method": "lora(rank=3) + head(classes=3, pooling='mean')"},
+            "has shape (2, 16), but (3, 16) is needed",
+        ),
         ({"method": "lora(rank=2)"}, "unexpected "),
-        ({"method": "lora(rank=2) + unfreeze(sites='norms,pooler')"}, "missing pooler.dense"),
-        ({"method": "lora(rank=2, sites='q') + unfreeze(sites='norms')"}, "unexpected "),
+        (
+            {"method": "lora(rank=2) + norms() + head(classes=3, pooling='mean')"},
+            "missing embeddings.LayerNorm",
+        ),
+        ({"method": "lora(rank=2, sites='q') + head(classes=3, pooling='mean')"}, "unexpected "),
         ({"method": "bitfit() + unfreeze(sites='norms')"}, "both claim"),
         ({"method": "peft('hra')"}, "missing "),
         ({"method": ""}, "cannot be read"),
