@@ -12,6 +12,7 @@ as in PATH. See docs/new-method.md.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -20,6 +21,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,14 @@ from graftkit.errors import UserError, listing, nearest
 
 FAMILIES = {"method": "methods", "task": "tasks"}
 OWN_FOLDERS = {"method": "GRAFTKIT_METHODS"}
-NOT_ENTRIES = {"__init__", "base", "low_rank", "metrics", "mixtures", "peft_lora", "updates"}
+NOT_ENTRIES = {
+    "__init__",
+    "base",
+    "low_rank",
+    "mixtures",
+    "peft_lora",
+    "updates",
+}  # of methods: they define bases
 
 
 def option(
@@ -51,6 +60,8 @@ BASES = (
     "SizedMethod",
     "LowRankMethod",
     "Task",
+    "TextTask",
+    "LabelTask",
 )  # a class is an entry if it derives from one of these
 
 
@@ -105,7 +116,7 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One method or task as its file declares it."""
+    """One method or task as its file declares it. `constants`: plain values that the class body assigns."""
 
     name: str
     class_name: str
@@ -113,6 +124,7 @@ class Entry:
     path: Path
     docstring: str
     options: dict[str, Option]
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -210,8 +222,16 @@ def _read(path: Path, module: str) -> Entry | None:
                 path,
                 ast.get_docstring(node) or "",
                 {o.name: o for o in options},
+                dict(_constants(node)),
             )
     return None
+
+
+def _constants(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
+            with contextlib.suppress(ValueError):
+                yield item.target.id, ast.literal_eval(item.value)
 
 
 def _called(node: ast.expr) -> str:

@@ -208,7 +208,7 @@ def evaluate(
         return
     from graftkit.report.summary import show_metrics
 
-    show_metrics(_console(False), found)
+    show_metrics(_console(False), found, found["headline"])
 
 
 def _refuse_empty(data: str | None) -> None:
@@ -241,6 +241,7 @@ def predict(
     predictions = found["predictions"]
     if out is not None:
         write_rows(out, predictions)
+    lines = found.pop("lines")
     if found["skipped"]:
         print(
             f"{found['skipped']} bad rows were left out:",
@@ -253,8 +254,7 @@ def predict(
     elif out is not None:
         print(f"{len(predictions)} answers are in {out}", file=sys.stderr)
     else:
-        for row in predictions:
-            print(f"{row['label']}\t{row['probability']:.3f}\t{row['text']}")
+        print("\n".join(lines))
 
 
 @app.command()

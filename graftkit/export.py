@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from graftkit.backbone.load import find_source
 from graftkit.before import remove_additions
 from graftkit.data.columns import find_again
-from graftkit.data.read import read_table
 from graftkit.engine.frozen import pooled_head
 from graftkit.errors import UserError, listing
 from graftkit.files import TEMPORARY, read_json, write_json, write_tensors, write_text
 from graftkit.methods.head import PooledHead
-from graftkit.use import Loaded, load_run, logits_of
+from graftkit.prepare import reading_of
+from graftkit.tasks.base import Dataset
+from graftkit.use import Loaded, load_run
 
 ROWS = 64  # real rows on which export and run are compared
 MARKER = "graftkit_export.json"  # the files that an export wrote: no others may be overwritten
@@ -47,18 +50,26 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
             "graft on it with graftkit.load(module, RUN/graft); graft.fold() gives the module with the graft melted in."
         )
     _refuse(to, "the model that the run started from", base.resolve())
-    texts, pairs, real = _real_rows(loaded)
-    before = logits_of(loaded, texts, pairs)
-    loaded.graft.fold()
     head = pooled_head(loaded.graft)
+    if head is not None and (loaded.task.name != "classify" or head.pooling == "tokens"):
+        raise UserError(
+            f"the head of this run, head(pooling={head.pooling!r}), has no place in a plain model for {loaded.task.name}; "
+            "train it with head(pooling='own') where the architecture has such a head. graftkit.load(model, RUN/graft) "
+            "loads it as it is."
+        )
+    dataset, real = _real_rows(loaded)
+    rows = np.arange(min(ROWS, len(dataset)))
+    before = _logits(loaded.forward.graft.model, dataset, rows)
+    loaded.graft.fold()
     temporary = to.with_name(f"{to.name}.{os.getpid()}{TEMPORARY}")
     try:
         written = _write(loaded, head, temporary)
-        after = _reload(temporary, head, loaded, texts, pairs)
-        difference = float((after - before).abs().max())
-        if difference > TOLERANCE * max(1.0, float(before.abs().max())):
+        after = _reload(temporary, head, loaded, dataset, rows)
+        differences = [float((a - b).abs().max()) for a, b in zip(after, before)]
+        difference = max(differences)
+        if difference > TOLERANCE * max(1.0, *(float(b.abs().max()) for b in before)):
             raise UserError(
-                f"the exported model differs from the run by {difference:.2g} in its logits on {len(texts)} rows, "
+                f"the exported model differs from the run by {difference:.2g} in its logits on {len(rows)} rows, "
                 "so nothing was written. Please report this with the recipe."
             )
         _put(temporary, to, written)
@@ -68,8 +79,9 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
         shutil.rmtree(temporary, ignore_errors=True)
     return {
         "run": str(folder), "to": str(to), "files": written, "native": head is None,
-        "rows_compared": len(texts), "rows_real": real, "largest_difference": difference,
-        "same_answers": bool((after.argmax(-1) == before.argmax(-1)).all()), "load_with": _how(to, head),
+        "rows_compared": len(rows), "rows_real": real, "largest_difference": difference,
+        "same_answers": all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in zip(after, before)),
+        "load_with": _how(to, head, loaded),
     }  # fmt: skip
 
 
@@ -128,21 +140,38 @@ def _put(temporary: Path, to: Path, written: list[str]) -> None:
     os.replace(temporary / MARKER, to / MARKER)
 
 
-def _real_rows(loaded: Loaded) -> tuple[list[str], list[str] | None, bool]:
+def _real_rows(loaded: Loaded) -> tuple[Dataset, bool]:
     """Rows of the first data file of the run that can be read, else made-up ones; and whether they are real."""
-    data = loaded.recipe.data
+    data, task = loaded.recipe.data, loaded.task
     for source in (data.train, data.eval, data.test):
         if not isinstance(source, str):
             continue
         try:
-            table = read_table(source, encoding=data.encoding, skip_bad=True)
-            columns = find_again(table, loaded.task.columns, loaded.columns, leave_out=("label",))
-            examples = loaded.task.examples(table, columns, loaded.labels, True, targets=False)
+            table = task.read(source, replace(reading_of(loaded.recipe), skip_bad=True), source)
+            table = table.take(range(min(4 * ROWS, len(table))))
+            columns = find_again(table, task.columns, loaded.columns)
+            examples = task.examples(table, columns, loaded.labels, True)
         except UserError:  # it has moved, or was in memory
             continue
-        return examples.texts[:ROWS], examples.pairs[:ROWS] if examples.pairs else None, True
-    texts = [f"{label}: how does this compare?" for label in loaded.labels][:ROWS]
-    return texts, texts[::-1] if "text_pair" in loaded.columns else None, False
+        return task.dataset(examples, loaded.backbone, loaded.max_length), True
+    texts = [f"{label}: how does this compare?" for label in loaded.labels or ("an export",)][:ROWS]
+    items: list[Any] = list(zip(texts, texts[::-1])) if "text_pair" in loaded.columns else texts
+    given = task.given(items, loaded.columns) if task.modality == "text" else None
+    if given is None:
+        raise UserError(
+            "no data file of the run can be read, and export compares the plain model with the run on real rows; put "
+            "the files back where recipe.yaml says."
+        )
+    table = task.read(given, reading_of(loaded.recipe), "rows")
+    columns = find_again(table, task.columns, loaded.columns, leave_out=task.labelled)
+    examples = task.examples(table, columns, loaded.labels, False, targets=False)
+    return task.dataset(examples, loaded.backbone, loaded.max_length), False
+
+
+@torch.no_grad()
+def _logits(model: Any, dataset: Dataset, rows: np.ndarray) -> list[torch.Tensor]:
+    """What the model gives for each row alone, in fp32."""
+    return [dataset.logits(model, dataset.batch(rows[i : i + 1])).float().cpu() for i in range(len(rows))]
 
 
 def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
@@ -161,8 +190,10 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
         write_text(folder / "classifier.py", CLASSIFIER)
     else:
         remove_additions(model, loaded.graft.name)
-        model.config.id2label = dict(enumerate(loaded.labels))  # type: ignore[union-attr, assignment]
-        model.config.label2id = {label: i for i, label in enumerate(loaded.labels)}  # type: ignore[union-attr, assignment]
+        names = loaded.task.output_names(loaded.labels) if loaded.task.head else ()
+        if names:
+            model.config.id2label = dict(enumerate(names))  # type: ignore[union-attr, assignment]
+            model.config.label2id = {name: i for i, name in enumerate(names)}  # type: ignore[union-attr, assignment]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.config.use_cache = True  # type: ignore[union-attr, assignment]
@@ -176,29 +207,44 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
 
 @torch.no_grad()
 def _reload(
-    folder: Path, head: PooledHead | None, loaded: Loaded, texts: list[str], pairs: list[str] | None
-) -> torch.Tensor:
+    folder: Path, head: PooledHead | None, loaded: Loaded, dataset: Dataset, rows: np.ndarray
+) -> list[torch.Tensor]:
     """Logits of what was written, loaded with plain transformers."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
     if head is not None:
         space: dict[str, Any] = {"__name__": "classifier", "__file__": str(folder / "classifier.py")}
         exec(compile((folder / "classifier.py").read_text(encoding="utf-8"), "classifier.py", "exec"), space)
-        return space["Classifier"](folder).logits(texts, pairs)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
-    results = []
-    for i, text in enumerate(texts):
-        given = (text,) if pairs is None else (text, pairs[i])
-        batch = tokenizer(*given, truncation=True, max_length=loaded.max_length, return_tensors="pt")
-        results.append(model(**batch).logits[0])
-    return torch.stack(results)
+        values = dataset.examples.values
+        pairs = values.get("text_pair")
+        logits = space["Classifier"](folder).logits(values["text"][: len(rows)], pairs and pairs[: len(rows)])
+        return list(logits.unsqueeze(1))
+    plain = getattr(transformers, type(loaded.graft.model).__name__)
+    model = plain.from_pretrained(folder, local_files_only=True).eval()
+    return _logits(model, dataset, rows)
 
 
-def _how(to: Path, head: PooledHead | None) -> str:
-    if head is None:
-        return f"transformers.pipeline('text-classification', {json.dumps(str(to))})"
-    return f"python {to / 'classifier.py'} 'a text'   (or import Classifier from it; it needs torch and transformers only)"
+PIPELINES = {
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+    "ImageClassification": "image-classification",
+    "AudioClassification": "audio-classification",
+    "ForCausalLM": "text-generation",
+}
+
+
+def _how(to: Path, head: PooledHead | None, loaded: Loaded) -> str:
+    if head is not None:
+        return f"python {to / 'classifier.py'} 'a text'   (or import Classifier from it; it needs torch and transformers only)"
+    name = type(loaded.graft.model).__name__
+    pipeline = next((pipeline for ending, pipeline in PIPELINES.items() if name.endswith(ending)), None)
+    place = json.dumps(str(to))
+    return (
+        f"transformers.pipeline({pipeline!r}, {place})"
+        if pipeline
+        else f"transformers.{name}.from_pretrained({place})"
+    )
 
 
 CLASSIFIER = '''"""The classifier in this folder with plain transformers: python classifier.py "a text" ..."""

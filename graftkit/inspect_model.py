@@ -9,12 +9,20 @@ from graftkit import selection
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_map
 from graftkit.backbone.backbone import widths
+from graftkit.backbone.load import CLASSES
 from graftkit.errors import UserError
 from graftkit.methods.base import read
 from graftkit.prepare import attach_new, prepare_backbone
 from graftkit.report.console import Console, count
+from graftkit.tasks.base import Task
 
 EXAMPLE_CLASSES = 2  # a head needs a number of classes before the data is known
+
+
+class AnyTask(Task):
+    """Stands for a task that chooses a label, of whatever the model takes."""
+
+    families = CLASSES
 
 
 def inspect_model(model: str, method: str | None, weights: str | None = None) -> dict[str, Any]:
@@ -23,7 +31,7 @@ def inspect_model(model: str, method: str | None, weights: str | None = None) ->
     given = (getattr(m, "classes", None) for m in chain.methods if m.name == "head")
     classes = next(given, None) or EXAMPLE_CLASSES
     labels = tuple(map(str, range(classes)))
-    backbone, chain = prepare_backbone(model, chain, labels, weights=weights, meta=True)
+    backbone, chain = prepare_backbone(model, chain, AnyTask(), labels, weights=weights, meta=True)
     found: dict[str, Any] = {
         "model": model,
         "class": type(backbone.model).__name__,

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.load import find_source, head_class, load_backbone, pooling_of, positions_of
-from graftkit.backbone.prompts import positions_taken
+from graftkit.backbone.load import auto_class, find_source, load_backbone, pooling_of
 from graftkit.catalogue import build, parse
 from graftkit.data.batches import steps_per_epoch
 from graftkit.data.columns import find_again, find_columns
-from graftkit.data.read import Table, read_table
-from graftkit.data.split import hold_out
+from graftkit.data.read import Table
 from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
@@ -28,9 +26,7 @@ from graftkit.methods.base import read as read_method
 from graftkit.methods.head import Head
 from graftkit.plan import Plan, make_plan
 from graftkit.recipe import Recipe
-from graftkit.tasks.base import Examples, Task
-
-MAX_DEFAULT_LENGTH = 512
+from graftkit.tasks.base import Examples, Reading, Task
 
 
 @dataclass(frozen=True)
@@ -80,11 +76,10 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
     """Read and check every row before a model is loaded. `train` ... are tables in memory, from Python."""
     task = make_task(recipe.task)
     data = recipe.data
+    reading = reading_of(recipe)
 
     def read(source: Any, given: Any, name: str) -> Table:
-        return read_table(
-            source if given is None else given, encoding=data.encoding, skip_bad=data.skip_bad, name=name
-        )
+        return task.read(source if given is None else given, reading, name)
 
     table = read(data.train, train, "train")
     columns = find_columns(table, task.columns, data.columns)
@@ -94,8 +89,8 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
     if evaluation is not None or isinstance(data.eval, str):
         held = _examples(task, read(data.eval, evaluation, "eval"), columns, labels, data.skip_bad)
     elif data.eval is not None:
-        kept, out = hold_out(_targets(examples), data.eval, recipe.seed)
-        held, examples = _take(examples, out), _take(examples, kept)
+        kept, out = task.hold_out(examples, data.eval, recipe.seed)
+        held, examples = examples.take(out), examples.take(kept)
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
@@ -108,53 +103,70 @@ def _examples(
     return task.examples(table, find_again(table, task.columns, columns), labels, skip_bad)
 
 
-def _targets(examples: Examples) -> list[int]:
-    assert examples.targets is not None
-    return examples.targets.tolist()
-
-
-def _take(examples: Examples, rows: list[int]) -> Examples:
-    return Examples(
-        examples.table.take(rows),
-        [examples.texts[i] for i in rows],
-        None if examples.pairs is None else [examples.pairs[i] for i in rows],
-        None if examples.targets is None else examples.targets[rows],
-        examples.skipped,
-    )
+def reading_of(recipe: Recipe) -> Reading:
+    """How the files of a run are read."""
+    return Reading(recipe.data.encoding, recipe.data.skip_bad, recipe.data.columns)
 
 
 def prepare_backbone(
     model: str,
     method: Chain,
+    task: Task,
     labels: tuple[str, ...],
     *,
     weights: str | None = None,
     meta: bool = False,
     seed: int = 0,
 ) -> tuple[Backbone, Chain]:
-    """Load the backbone as the method's head needs it; the method with its classes and pooling filled in."""
+    """Load the backbone as the task and the method's head need it; the method with its classes and pooling filled in."""
     head = next((m for m in method.methods if isinstance(m, Head)), None)
-    if head is not None and head.classes not in (None, len(labels)):
+    outputs = task.outputs(labels)
+    if head is not None and head.classes not in (None, outputs):
         raise UserError(
-            f"head(classes={head.classes}) does not fit the {len(labels)} labels of the training rows; "
+            f"head(classes={head.classes}) does not fit the {outputs} "
+            f"{'labels of the training rows' if outputs == len(labels) else f'outputs that {task.name}() needs'}; "
             "leave classes out, they are counted."
         )
     source = find_source(model, weights)
-    method = with_classes(method, len(labels))
-    pooling = None
+    native = auto_class(source, task.families)
+    if not task.head:
+        if native is None and source.made is None:
+            raise UserError(f"model {model!r} is no language model that {task.name}() could use.")
+        return load_backbone(source, native, complete=True, meta=meta, seed=seed), method
+    method, pooling = with_classes(method, outputs), None
+    if head is not None and task.per_token:
+        method, head = _per_token(method, head, native is not None)
     if head is not None and source.made is None:
         pooling = head.pooling
-        has_own = head_class(source) is not None
-        if pooling == "auto" and not head.hidden and has_own and pooling_of(source.folder) is None:
+        said = None if task.per_token else pooling_of(source.folder)
+        if pooling == "auto" and not head.hidden and native is not None and said is None:
             pooling = "own"
-        if pooling in ("own", "stacked") and not has_own:
+        if pooling in ("own", "stacked") and native is None:
+            others = "'tokens'" if task.per_token else "'mean', 'cls' or 'last'"
             raise UserError(
-                f"transformers has no classification head for {model!r}; use head(pooling='mean'), 'cls' or 'last'."
+                f"transformers has no head for {model!r} that {task.name}() could use; use head(pooling={others})."
             )
     backbone = load_backbone(
-        source, labels=labels if pooling == "own" else None, stored_head=pooling == "stacked", meta=meta, seed=seed
+        source, native if pooling in ("own", "stacked") else None,
+        labels=task.output_names(labels) if pooling == "own" else None, complete=pooling == "stacked", meta=meta,
+        seed=seed,
     )  # fmt: skip
     return backbone, method
+
+
+def _per_token(method: Chain, head: Head, native: bool) -> tuple[Chain, Head]:
+    """The head of a task that answers for each token: the architecture's own, or a map of each token's state."""
+    if head.pooling not in ("auto", "own", "tokens"):
+        raise UserError(
+            f"head(pooling={head.pooling!r}) gives one vector for a whole text, but this task answers for each token; "
+            "use head(), or pooling='own' or 'tokens'."
+        )
+    if head.pooling == "auto" and (head.hidden or not native):
+        head = dataclasses.replace(head, pooling="tokens")
+        method = Chain(tuple(
+            dataclasses.replace(m, pooling="tokens") if isinstance(m, Head) else m for m in method.methods
+        ))  # fmt: skip
+    return method, head
 
 
 def without_classes(method: Chain) -> Chain:
@@ -184,7 +196,8 @@ def attach_new(backbone: Backbone, method: Chain, *, meta: bool) -> Graft:
 def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     """Load, graft, and count. `meta`: shapes only, for the plan."""
     backbone, method = prepare_backbone(
-        recipe.model, read_method(recipe.method), rows.labels, weights=recipe.weights, meta=meta, seed=recipe.seed
+        recipe.model, read_method(recipe.method or ""), rows.task, rows.labels, weights=recipe.weights, meta=meta,
+        seed=recipe.seed,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -208,7 +221,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     )  # fmt: skip
     settings = Settings(
         steps, train.batch_size, train.accumulate, train.lr, train.weight_decay, train.warmup, train.schedule,
-        train.clip, train.label_smoothing, recipe.seed,
+        train.clip, recipe.seed,
     )  # fmt: skip
     return Prepared(
         recipe,
@@ -220,24 +233,5 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
         device,
         kind,
         phases,
-        max_length(recipe.data.max_length, backbone),
+        rows.task.max_length(recipe.data.max_length, backbone),
     )
-
-
-def max_length(wanted: int | None, backbone: Backbone) -> int:
-    """Tokens of a row at most. Raises `UserError` where the recipe asks for more than the model takes.
-
-    Virtual tokens that a method puts before the text have a part of the model's positions.
-    """
-    positions = positions_of(backbone.model)
-    limit = backbone.max_length or positions or MAX_DEFAULT_LENGTH
-    taken = positions_taken(backbone.model) if positions else 0
-    most = max(limit, positions or 0) - taken
-    if wanted is None:
-        return min(limit, most, MAX_DEFAULT_LENGTH)
-    if wanted > most:
-        beside = f" beside {taken} virtual ones" if taken else ""
-        raise UserError(
-            f"data.max_length is {wanted}, but {backbone.source} takes {most} tokens at most{beside}."
-        )
-    return wanted

@@ -108,7 +108,9 @@ class Recipe(Section):
     task: str = Field(
         default="classify", description="what is learned, for example classify(class_weights='balanced')"
     )
-    method: str = Field(default="lora() + head()", description="how, for example lora(rank=8) + head()")
+    method: str | None = Field(
+        default=None, description="how, for example lora(rank=8) + head(); null: what suits the task"
+    )
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     seed: int = Field(
@@ -118,7 +120,9 @@ class Recipe(Section):
 
     @field_validator("method")
     @classmethod
-    def _method(cls, value: str) -> str:
+    def _method(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         calls = catalogue.parse(value, "method")
         for call in calls:
             if "sites" in call.arguments:
@@ -138,9 +142,15 @@ class Recipe(Section):
             )
         return value
 
-    @field_validator("task")
+    @field_validator("task", mode="before")
     @classmethod
-    def _task(cls, value: str) -> str:
+    def _task(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) == 1:  # {tag: {scheme: bio}}
+            (name, options), *_ = value.items()
+            value = str(catalogue.Call(str(name).replace("-", "_"), options or {}))
+        if not isinstance(value, str):
+            return value
+        value = re.sub(r"^[a-z]+(-[a-z]+)+", lambda name: name[0].replace("-", "_"), value.strip())
         calls = catalogue.parse(value, "task")
         if len(calls) != 1:
             raise UserError(f"task {value!r}: a run has one task.")
@@ -152,9 +162,22 @@ class Recipe(Section):
             raise UserError(
                 "train.early_stopping needs rows to evaluate on: set data.eval to a file or a share."
             )
-        if "head" not in [call.name for call in catalogue.parse(self.method, "method")]:
-            self.method = f"{self.method} + head()"
+        self._fit_method()
         return self
+
+    def _fit_method(self) -> None:
+        """Give the method what the task says: its default, and a head unless the model brings it."""
+        task = catalogue.parse(self.task, "task")[0].name
+        constants = catalogue.entries("task")[task].constants
+        self.method = self.method or constants.get("method", "lora() + head()")
+        names = [call.name for call in catalogue.parse(self.method, "method")]
+        if not constants.get("head", True):
+            if "head" in names:
+                raise UserError(
+                    f"{task}() uses the head that the model brings; leave head() out of the method."
+                )
+        elif "head" not in names:
+            self.method = f"{self.method} + head()"
 
     def dump(self) -> str:
         """The recipe as YAML; read again it describes the same run."""

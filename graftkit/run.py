@@ -197,19 +197,12 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
            resumed: bool) -> dict[str, Any]:  # fmt: skip
     """The steps, and around them logging, evaluation and checkpoints; the result."""
     train, rows = prepared.recipe.train, prepared.rows
-    show_found(console, prepared, datasets)
+    show_found(console, prepared, datasets, statistics(prepared, datasets))
     show_plan(console, prepared.plan)
     start = time.monotonic()
     forward = _training_forward(prepared, datasets["train"])
-    loop = Loop(
-        prepared.graft,
-        datasets["train"],
-        forward,
-        prepared.phases,
-        rows.task,
-        len(rows.labels),
-        prepared.settings,
-    )
+    criterion = rows.task.criterion(datasets["train"], rows.labels, train.label_smoothing)
+    loop = Loop(prepared.graft, datasets["train"], forward, prepared.phases, criterion, prepared.settings)
     watch = Watch(prepared, datasets, folder, loop, start)
     if resumed:
         watch.restore(console)
@@ -259,7 +252,7 @@ def _encode(prepared: Prepared) -> dict[str, Dataset]:
     rows = prepared.rows
     parts = {"train": rows.train, "eval": rows.eval, "test": rows.test}
     return {
-        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
+        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length, training=name == "train")
         for name, examples in parts.items()
         if examples is not None
     }
@@ -269,8 +262,15 @@ def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]
     """The plan as it is written, with digests by which other rows are known when the run is resumed."""
     return {
         **prepared.plan.as_dict(),
+        "statistics": statistics(prepared, datasets),
         run_folder.ROWS: run_folder.digests(datasets, prepared.rows.labels),
     }
+
+
+def statistics(prepared: Prepared, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
+    """What each part of the data is like."""
+    rows = prepared.rows
+    return {name: rows.task.statistics(dataset, rows.labels) for name, dataset in datasets.items()}
 
 
 def _due(every: int | str, step: Step, per_epoch: int, total: int) -> bool:
@@ -284,16 +284,20 @@ def _due(every: int | str, step: Step, per_epoch: int, total: int) -> bool:
 
 
 class _Smooth:
-    """Running means for the progress line."""
+    """Running means for the progress line; no accuracy where the task has none in training."""
 
     def __init__(self) -> None:
-        self.loss = self.accuracy = self.weight = 0.0
+        self.loss = self.weight = 0.0
+        self.accuracy: float | None = 0.0
 
     def add(self, step: Step) -> None:
         self.weight = 0.98 * self.weight + 0.02
         share = 0.02 / self.weight
         self.loss += share * (step.loss - self.loss)
-        self.accuracy += share * (step.correct / step.rows - self.accuracy)
+        if step.accuracy is None or self.accuracy is None:
+            self.accuracy = None
+        else:
+            self.accuracy += share * (step.accuracy - self.accuracy)
 
 
 def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:

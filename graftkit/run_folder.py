@@ -11,15 +11,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from graftkit import recipe as recipes
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
 from graftkit.recipe import IN_MEMORY, Recipe
 from graftkit.tasks.base import Dataset
 
-RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS = (
+RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST = (
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -27,8 +25,9 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS = (
     "README.md",
     "graft",
     "checkpoints",
+    "worst.jsonl",
 )
-ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS)
+ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
 ROWS = "rows_sha256"  # in the plan: a digest of each part of the data
 
@@ -102,18 +101,12 @@ def how_to_resume(recipe: Recipe, folder: Path) -> str:
 
 
 def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[str, str]:
-    """A digest of labels, targets and token ids for each part of the data."""
-    found = {}
-    for name, dataset in datasets.items():
-        digest = hashlib.sha256("\0".join(labels).encode())
-        if dataset.examples.targets is not None:
-            digest.update(np.ascontiguousarray(dataset.examples.targets).tobytes())
-        digest.update(np.asarray(dataset.encoded.lengths, dtype=np.int64).tobytes())
-        for feature in sorted(dataset.encoded.features):
-            for row in dataset.encoded.features[feature]:
-                digest.update(np.asarray(row, dtype=np.int32).tobytes())
-        found[name] = digest.hexdigest()
-    return found
+    """A digest of labels and rows for each part of the data."""
+    names = "\0".join(labels)
+    return {
+        name: hashlib.sha256(f"{names}\n{dataset.digest()}".encode()).hexdigest()
+        for name, dataset in datasets.items()
+    }
 
 
 def refuse_other_rows(folder: Path, recipe: Recipe, found: Mapping[str, str]) -> None:

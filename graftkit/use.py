@@ -6,17 +6,15 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from graftkit import graft_files
 from graftkit import recipe as recipes
 from graftkit.backbone import Backbone
 from graftkit.data.columns import find_again
-from graftkit.data.read import SUFFIXES, read_table
+from graftkit.data.read import SUFFIXES
 from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Forward
 from graftkit.engine.loop import predict as run_predict
@@ -24,11 +22,12 @@ from graftkit.errors import UserError
 from graftkit.graft import Graft
 from graftkit.graft_files import load
 from graftkit.methods.base import read as read_method
-from graftkit.prepare import make_task, prepare_backbone
+from graftkit.prepare import make_task, prepare_backbone, reading_of
 from graftkit.recipe import Recipe
 from graftkit.tasks.base import Task
 
 BATCH = 64
+WORST_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,9 @@ def load_run(folder: Path, *, exact: bool = False) -> Loaded:
             "restore it from a copy."
         )
     labels = tuple(about["labels"])
+    task = make_task(about["task"])
     backbone, _ = prepare_backbone(
-        recipe.model, read_method(recipe.method), labels, weights=recipe.weights, seed=recipe.seed
+        recipe.model, read_method(recipe.method or ""), task, labels, weights=recipe.weights, seed=recipe.seed
     )
     graft = load(backbone, folder / "graft")
     device = parallel.device()
@@ -74,28 +74,27 @@ def load_run(folder: Path, *, exact: bool = False) -> Loaded:
     if config is not None:
         config.use_cache = False
     forward = Forward(graft, device, kind)
-    task = make_task(about["task"])
     return Loaded(recipe, backbone, graft, task, labels, about["columns"], about["max_length"], forward)
 
 
 def evaluate(folder: str | Path, data: Any) -> dict[str, Any]:
     """Metrics of a run on labelled rows: a file, or a table in memory."""
     loaded = load_run(Path(folder))
-    settings = loaded.recipe.data
+    reading, task = reading_of(loaded.recipe), loaded.task
     with _settings_of(folder):
-        table = read_table(data, encoding=settings.encoding, skip_bad=settings.skip_bad, name="data")
-        columns = find_again(table, loaded.task.columns, loaded.columns)
-        examples = loaded.task.examples(table, columns, loaded.labels, settings.skip_bad)
-    dataset = loaded.task.dataset(examples, loaded.backbone, loaded.max_length)
-    logits = run_predict(
-        loaded.graft, dataset, loaded.forward, 2 * loaded.recipe.train.batch_size
+        table = task.read(data, reading, "data")
+        columns = find_again(table, task.columns, loaded.columns)
+        examples = task.examples(table, columns, loaded.labels, reading.skip_bad)
+    dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
+    outcomes = run_predict(
+        dataset, loaded.forward, task, 2 * loaded.recipe.train.batch_size
     )  # as `tune` does
-    assert examples.targets is not None
-    metrics = loaded.task.metrics(logits, examples.targets, loaded.labels)
     return {
         "run": str(folder),
-        "metrics": metrics,
-        "truncated": dataset.encoded.truncated,
+        "metrics": task.metrics(outcomes, dataset, loaded.labels),
+        "worst": task.worst(outcomes, dataset, loaded.labels, WORST_ROWS),
+        "headline": list(task.headline),
+        "truncated": dataset.truncated,
         "skipped": len(examples.skipped),
     }
 
@@ -113,54 +112,28 @@ def answer(folder: str | Path, given: Any) -> dict[str, Any]:
     if isinstance(given, str) and not os.path.exists(os.path.expanduser(given)):
         _refuse_text(given)
     loaded = load_run(Path(folder))
-    settings = loaded.recipe.data
-    texts = _as_rows(given, loaded.columns)
+    task = loaded.task
+    items = task.given(given, loaded.columns) if isinstance(given, list) else None
+    reading = reading_of(loaded.recipe)
+    if items is not None:
+        reading = replace(reading, skip_bad=False)
     with _settings_of(folder):
-        table = read_table(
-            given if texts is None else texts,
-            encoding=settings.encoding,
-            skip_bad=settings.skip_bad and texts is None,
-            name="data",
-        )
-        columns = find_again(table, loaded.task.columns, loaded.columns, leave_out=("label",))
-        skip_bad = settings.skip_bad and texts is None
-        examples = loaded.task.examples(table, columns, loaded.labels, skip_bad, targets=False)
-    dataset = loaded.task.dataset(examples, loaded.backbone, loaded.max_length)
-    logits = run_predict(loaded.graft, dataset, loaded.forward, BATCH)
-    answers = loaded.task.answers(logits, loaded.labels)
-    inputs: list[dict[str, Any]] = [{"text": text} for text in examples.texts]
-    if texts is None:
-        inputs = [{"row": number, **row} for number, row in zip(examples.table.numbers, inputs)]
-    if examples.pairs is not None:
-        inputs = [{**row, "text_pair": pair} for row, pair in zip(inputs, examples.pairs)]
+        table = task.read(given if items is None else items, reading, "data")
+        columns = find_again(table, task.columns, loaded.columns, leave_out=task.labelled)
+        examples = task.examples(table, columns, loaded.labels, reading.skip_bad, targets=False)
+    dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
+    outcomes = run_predict(dataset, loaded.forward, task, BATCH)
+    answers = task.answers(outcomes, dataset, loaded.labels)
+    asked = [task.asked(examples, row) for row in range(len(examples))]
+    if items is None:
+        asked = [{"row": number, **row} for number, row in zip(examples.table.numbers, asked)]
+    predictions = [{**row, **found} for row, found in zip(asked, answers)]
     return {
-        "predictions": [{**row, **found} for row, found in zip(inputs, answers)],
+        "predictions": predictions,
+        "lines": [task.line(row) for row in predictions],
         "skipped": len(examples.skipped),
         "skipped_rows": list(examples.skipped),
     }
-
-
-def _as_rows(given: Any, columns: dict[str, str]) -> list[dict[str, str]] | None:
-    """Rows of a list of texts or of pairs, none of them empty; None for anything else."""
-    if not isinstance(given, list):
-        return None
-    if not given:
-        raise UserError("there is no text to answer; give one or more, or --data FILE.")
-    single = all(isinstance(text, str) for text in given)
-    if not single and not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in given):
-        return None
-    if single and "text_pair" in columns:
-        raise UserError(
-            "this run was trained on pairs of texts; give --data FILE, or a list of pairs in Python."
-        )
-    if not single and "text_pair" not in columns:
-        raise UserError("this run was trained on single texts, but pairs are given; give a list of texts.")
-    names = [columns[name] for name in ("text", "text_pair") if name in columns]
-    rows = [dict(zip(names, [item] if single else item)) for item in given]
-    for number, row in enumerate(rows, start=1):
-        if any(isinstance(text, str) and not text.strip() for text in row.values()):
-            raise UserError(f"text {number} of {len(rows)} is empty; there is nothing to answer.")
-    return rows
 
 
 def _refuse_text(given: str) -> None:
@@ -181,16 +154,3 @@ def _settings_of(folder: str | Path) -> Iterator[None]:
             raise
         where = Path(folder) / "recipe.yaml"
         raise UserError(f"{str(error).rstrip('.')} (a setting of this run, in {where}).") from None
-
-
-@torch.no_grad()
-def logits_of(loaded: Loaded, texts: list[str], pairs: list[str] | None = None) -> torch.Tensor:
-    """Logits (rows, classes) of texts, in fp32."""
-    from graftkit.data.encode import encode_texts
-    from graftkit.data.read import Table
-    from graftkit.tasks.base import Dataset, Examples
-
-    table = Table({"text": list(texts)}, "texts", list(range(1, len(texts) + 1)), "row")
-    encoded = encode_texts(loaded.backbone.processor, texts, pairs, loaded.max_length)
-    dataset = Dataset(Examples(table, texts, pairs, None), encoded)
-    return torch.from_numpy(run_predict(loaded.graft, dataset, loaded.forward, BATCH))

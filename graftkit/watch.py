@@ -22,11 +22,12 @@ from graftkit.files import append_lines, write_json, write_text
 from graftkit.prepare import Prepared
 from graftkit.report.card import model_card
 from graftkit.report.console import Console
-from graftkit.report.summary import show_end
-from graftkit.run_folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, how_to_resume
+from graftkit.report.summary import show_end, title
+from graftkit.run_folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.tasks.base import Dataset
 
 CHECKPOINT_SECONDS = 120.0
+WORST_ROWS = 20  # examples that the model got most wrong, kept in the run folder
 
 
 class Watch:
@@ -41,6 +42,8 @@ class Watch:
         self.last_checkpoint = time.monotonic()
         self.best: dict[str, Any] | None = None
         self.waited = 0
+        self.worst: list[dict[str, Any]] = []  # of the rows looked at last
+        self.best_worst: list[dict[str, Any]] = []  # of the evaluation rows, by the best weights
         self.pending: list[dict[str, Any]] = []
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
@@ -62,10 +65,11 @@ class Watch:
         return patience is not None and self.waited >= patience
 
     def log(self, step: Step) -> None:
+        right = {} if step.accuracy is None else {"accuracy": step.accuracy}
         self.pending.append({
-            "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss,
-            "accuracy": step.correct / step.rows, "gradient_norm": step.gradient_norm,
-            "lr_factor": step.lr_factor, "rows": step.rows, "tokens": step.tokens, "seconds": round(self.seconds, 3),
+            "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss, **right,
+            "gradient_norm": step.gradient_norm, "lr_factor": step.lr_factor, "rows": step.rows, "tokens": step.tokens,
+            "seconds": round(self.seconds, 3),
         })  # fmt: skip
 
     def flush(self) -> None:
@@ -75,13 +79,11 @@ class Watch:
         self.pending = []
 
     def metrics(self, name: str) -> dict[str, Any]:
-        dataset = self.datasets[name]
-        logits = predict(
-            self.prepared.graft, dataset, self.forwards[name], 2 * self.prepared.settings.batch_size
-        )
-        rows = self.prepared.rows
-        assert dataset.examples.targets is not None
-        return rows.task.metrics(logits, dataset.examples.targets, rows.labels)
+        rows, dataset = self.prepared.rows, self.datasets[name]
+        size = 2 * self.prepared.settings.batch_size
+        outcomes = predict(dataset, self.forwards[name], rows.task, size)
+        self.worst = rows.task.worst(outcomes, dataset, rows.labels, WORST_ROWS)
+        return rows.task.metrics(outcomes, dataset, rows.labels)
 
     def evaluate(self, step: Step, console: Console) -> None:
         """Metrics of the evaluation rows; the best weights so far are kept in a file of their own."""
@@ -89,21 +91,18 @@ class Watch:
             return
         metrics = self.metrics("eval")
         self.pending.append({"kind": "evaluation", "step": step.number, **metrics})
-        better = self.best is None or (metrics["accuracy"], -metrics["loss"]) > (
-            self.best["accuracy"],
-            -self.best["loss"],
-        )
+        task = self.prepared.rows.task
+        better = self.best is None or task.better(metrics, self.best)
         if better:
-            self.best, self.waited = {"step": step.number, **metrics}, 0
+            self.best, self.waited, self.best_worst = {"step": step.number, **metrics}, 0, self.worst
             if self.main:
                 with self._telling_how_to_go_on():
                     checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.graft.tensors)
         else:
             self.waited += 1
-        console.line(
-            f"step {step.number}: evaluation accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "
-            f"loss {metrics['loss']:.4f}{' (best so far)' if better else ''}"
-        )
+        names = dict.fromkeys([name for name in task.headline if name in metrics] + ["loss"])
+        figures = ", ".join(f"{title(name)} {metrics[name]:.4f}" for name in names)
+        console.line(f"step {step.number}: evaluation {figures}{' (best so far)' if better else ''}")
         self.checkpoint()
 
     def maybe_checkpoint(self, every: int | None, force: bool) -> None:
@@ -120,7 +119,9 @@ class Watch:
         with self._telling_how_to_go_on():
             self.flush()
             if self.main:
-                position = {"best": self.best, "waited": self.waited, "seconds": self.seconds}
+                position = {
+                    "best": self.best, "waited": self.waited, "seconds": self.seconds, "worst": self.best_worst,
+                }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
 
@@ -139,7 +140,7 @@ class Watch:
         step = position["step"] if position is not None else 0
         if position is not None:
             self.best, self.waited = position["best"], position["waited"]
-            self.seconds_before = position["seconds"]
+            self.seconds_before, self.best_worst = position["seconds"], position["worst"]
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
         if path.is_file():  # lines after the checkpoint will be written again
@@ -154,8 +155,10 @@ class Watch:
             checkpoint.load_best(folder / CHECKPOINTS, self.loop.graft.tensors)
         seconds = self.seconds
         found = {"eval": {k: v for k, v in self.best.items() if k != "step"}} if self.best else {}
+        worst = self.best_worst
         if "test" in self.datasets:
             found["test"] = self.metrics("test")
+            worst = self.worst
         result = {
             "run": str(folder),
             "metrics": found.get("test") or found.get("eval") or {},
@@ -169,7 +172,7 @@ class Watch:
             "precision": prepared.precision,
             "device": str(prepared.device),
             "method": str(prepared.graft.method),
-            "rows_truncated": sum(dataset.encoded.truncated for dataset in self.datasets.values()),
+            "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
             "rows_skipped": len(prepared.rows.skipped),
         }
         if self.main:
@@ -181,12 +184,15 @@ class Watch:
             for name, metrics in found.items():
                 self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
             self.flush()
-            write_text(folder / CARD, model_card(prepared, result, found))
+            if found:
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
+                write_text(folder / WORST, "".join(lines))
+            write_text(folder / CARD, model_card(prepared, result, found, worst))
             write_json(folder / RESULT, result)
             for path in checkpoint.existing(folder / CHECKPOINTS):
                 path.unlink()
         wait()  # for the folder to be whole
-        show_end(console, prepared, result, found)
+        show_end(console, prepared, result, found, worst)
         return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import graftkit
 from graftkit.data.read import read_table
 from graftkit.errors import UserError
 from graftkit.tasks.classify import Classify
+from graftkit.tasks.labels import cross_entropy
 
 COLUMNS = {"text": "text", "label": "label"}
 SETTINGS = {"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.01, "train.steps": 4}
@@ -34,15 +36,15 @@ def tables(rows: list[dict]):
 
 def test_balanced_weights_equal_scikit_learn():
     targets = np.array([0] * 70 + [1] * 20 + [2] * 10)
-    weights = Classify(class_weights="balanced").weights(targets, 3)
+    weights = Classify(class_weights="balanced").class_weight(Counter(targets.tolist()), 3)
     expected = compute_class_weight("balanced", classes=np.arange(3), y=targets)
     assert weights.tolist() == pytest.approx(expected.tolist())
     assert weights[torch.from_numpy(targets)].mean().item() == pytest.approx(1)
-    assert Classify().weights(targets, 3) is None
+    assert Classify().class_weight(Counter(targets.tolist()), 3) is None
 
 
 def test_a_class_that_was_held_out_entirely_gets_a_finite_weight():
-    assert torch.isfinite(Classify(class_weights="balanced").weights(np.array([0, 0, 2]), 3)).all()
+    assert torch.isfinite(Classify(class_weights="balanced").class_weight(Counter([0, 0, 2]), 3)).all()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -54,16 +56,16 @@ def test_losses(smoothing):
     )
     logs = logits.log_softmax(1)
     expected = -(1 - smoothing) * logs[range(6), targets] - smoothing * logs.mean(1)
-    assert torch.allclose(Classify().row_losses(logits, targets, smoothing, None), expected)
+    assert torch.allclose(cross_entropy(logits, targets, smoothing), expected)
     weights = torch.tensor([0.5, 1.0, 3.0])
-    weighed = Classify().row_losses(logits, targets, smoothing, weights)
+    weighed = cross_entropy(logits, targets, smoothing, weights)
     assert torch.allclose(weighed, expected * weights[targets])
 
 
 def test_answers_are_the_likeliest_with_their_probability():
     logits = np.array([[1.0, 3.0, 0.0], [1000.0, 0.0, 0.0]], dtype=np.float32)
     expected = torch.tensor(logits).softmax(1)
-    answers = Classify().answers(logits, ("a", "b", "c"))
+    answers = Classify().answers(list(logits), None, ("a", "b", "c"))
     assert [answer["label"] for answer in answers] == ["b", "a"]
     assert answers[0]["probability"] == pytest.approx(expected[0, 1].item(), abs=1e-4)
 

@@ -203,8 +203,8 @@ def test_no_randomness_and_no_statistics_in_what_is_frozen(ready):
 
 def test_prediction_keeps_the_order_and_does_not_depend_on_the_batch(ready):
     run = ready("lora() + head()")
-    whole = predict(run.graft, run.dataset, run.forward, 96)
-    one = predict(run.graft, run.dataset, run.forward, 1)
+    whole = np.stack(predict(run.dataset, run.forward, run.prepared.rows.task, 96))
+    one = np.stack(predict(run.dataset, run.forward, run.prepared.rows.task, 1))
     assert np.allclose(whole, one, atol=1e-5)
 
 

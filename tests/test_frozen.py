@@ -15,6 +15,7 @@ from graftkit.data.read import Table
 from graftkit.engine.frozen import CachedForward, Forward, frozen_depth, make_forward, set_training
 from graftkit.graft import Graft
 from graftkit.tasks.base import Dataset, Examples
+from graftkit.tasks.texts import TextDataset
 
 CPU = torch.device("cpu")
 TEXT = ["bert", "roberta", "modernbert", "gpt2", "llama", "qwen3", "glm", "mixtral", "deberta_v2", "t5"]
@@ -28,9 +29,8 @@ def dataset(lengths: tuple[int, ...] = (7, 3, 5, 6, 2, 7)) -> Dataset:
     rows = list(range(len(lengths)))
     table = Table({"text": ["a"] * len(lengths)}, "rows", rows, "row")
     targets = np.array([row % 2 for row in rows])
-    return Dataset(
-        Examples(table, ["a"] * len(lengths), None, targets), Encoded(features, np.array(lengths), 0, {})
-    )
+    encoded = Encoded(features, np.array(lengths), 0, {})
+    return TextDataset(Examples(table, dict(table.columns), targets), encoded, targets)
 
 
 def agree(graft: Graft, kept: Forward, data: Dataset) -> None:

@@ -17,6 +17,7 @@ def test_the_folder_holds_what_it_should(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "recipe.yaml", "plan.json", "metrics.jsonl", "result.json", "graft", "checkpoints", "README.md",
+        "worst.jsonl",
     }  # fmt: skip
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
@@ -173,16 +174,16 @@ def test_padding_is_that_of_the_config(tiny_gpt2, tmp_path):
 
     from graftkit.backbone.load import find_source, load_backbone
 
-    folder = shutil.copytree(tiny_gpt2, tmp_path / "gpt2")
+    folder, native = shutil.copytree(tiny_gpt2, tmp_path / "gpt2"), "AutoModelForSequenceClassification"
     config = json.loads((folder / "config.json").read_text())
     for named, expected in ((3, 3), (None, 0)):
         (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": named}))
-        backbone = load_backbone(find_source(str(folder)), labels=("a", "b"))
+        backbone = load_backbone(find_source(str(folder)), native, labels=("a", "b"))
         assert backbone.processor.pad_token_id == backbone.model.config.pad_token_id == expected
     about = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": None}))
     with pytest.raises(graftkit.UserError, match="no padding token"):
-        load_backbone(find_source(str(folder)), labels=("a", "b"))
+        load_backbone(find_source(str(folder)), native, labels=("a", "b"))
     assert load_backbone(find_source(str(folder))).processor.pad_token_id is None
 
 
@@ -261,5 +262,5 @@ def test_real_data_and_a_real_model(shared, tmp_path):
     [("epoch", [5, 10, 15, 17]), ("2 epochs", [10, 17]), (4, [4, 8, 12, 16, 17]), ("end", [17])],
 )
 def test_evaluations_come_when_the_recipe_says(every: int | str, steps: list[int]) -> None:
-    taken = [Step(n, n / 5, 0.0, 0.0, 1.0, 1, 0, 1) for n in range(1, 18)]
+    taken = [Step(n, n / 5, 0.0, 0.0, 1.0, 1, 1.0, 0.0, 1) for n in range(1, 18)]
     assert [step.number for step in taken if _due(every, step, per_epoch=5, total=17)] == steps

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graftkit import Backbone, UserError, attach
 from graftkit.engine.frozen import frozen_depth
-from graftkit.prepare import max_length
+from graftkit.tasks.classify import Classify
 
 W = tiny.WIDTH
 METHODS = pytest.mark.parametrize("text", ["prompt(tokens=3)", "ptuning(tokens=3, hidden=5)"])
@@ -243,7 +243,7 @@ def test_virtual_tokens_take_positions():
     def room(text: str, wanted: int | None = None) -> int:
         backbone = Backbone(tiny.bare("bert"))
         attach(backbone, text)
-        return max_length(wanted, backbone)
+        return Classify().max_length(wanted, backbone)
 
     assert room("lora(rank=2)") == 48
     assert room("prompt(tokens=8)") == room("prefix(tokens=8, shift=True)") == 40

@@ -148,17 +148,18 @@ def pooling_of(folder: Path | None) -> str | None:
 
 def load_backbone(
     source: Source,
+    native: str | None = None,
     *,
     labels: Sequence[str] | None = None,
-    stored_head: bool = False,
+    complete: bool = False,
     meta: bool = False,
     seed: int = 0,
 ) -> Backbone:
     """Load the model and its processor.
 
-    `labels`: build the architecture's own classification head for these labels (`AutoModelForSequenceClassification`,
-    or its equal for images or audio). `stored_head`: load that head as it is in the folder. Without both: the bare
-    encoder or decoder. `meta`: shapes only, no weights are read; for the plan and for `inspect`.
+    `native`: the auto class of transformers that builds the architecture with a head of its own (see `auto_class`);
+    without it the bare encoder or decoder. `labels`: that head is made for these outputs. `complete`: it must be in
+    the folder as it is. `meta`: shapes only, no weights are read; for the plan and for `inspect`.
     """
     if source.made is not None:
         if source.weights is not None:
@@ -185,8 +186,7 @@ def load_backbone(
     tokenizer = processor if hasattr(processor, "pad_token_id") else None
     if tokenizer is not None:
         _agree_on_padding(tokenizer, config)
-    native = stored_head or labels is not None
-    auto = getattr(transformers, (native and head_class(source)) or "AutoModel")
+    auto = getattr(transformers, native or "AutoModel")
     try:
         if meta:
             with torch.device("meta"):
@@ -199,12 +199,13 @@ def load_backbone(
     model.eval()
     length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None
     backbone = Backbone(model, processor, source.name, pooling_of(source.folder), length, missing=missing)
-    if native and tokenizer is not None and tokenizer.pad_token_id is None and backbone.is_decoder:
+    pools = native is not None and "SequenceClassification" in native
+    if pools and tokenizer is not None and tokenizer.pad_token_id is None and backbone.is_decoder:
         raise UserError(
             f"the tokenizer of {source.name!r} has no padding token and no end token, and the model's own head needs "
             "one to find the end of a row; use head(pooling='mean'), or 'last'."
         )
-    _refuse_holes(backbone, stored_head)
+    _refuse_holes(backbone, complete)
     return backbone
 
 
@@ -268,12 +269,12 @@ def _missing(model: nn.Module, folder: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in lacking if name.rpartition(".")[0] in heads))
 
 
-def _refuse_holes(backbone: Backbone, stored_head: bool) -> None:
+def _refuse_holes(backbone: Backbone, complete: bool) -> None:
     """A base parameter that the weights lack would be random, and another one after each load."""
-    if stored_head and backbone.missing:
+    if complete and backbone.missing:
         raise UserError(
             f"the weights of {backbone.source!r} hold no trained head ({listing(backbone.missing, 4)} are missing), so "
-            "nothing can be stacked on it; use head() without pooling='stacked'."
+            "nothing can be stacked on it or asked of it; use head() without pooling='stacked', or another model."
         )
     roles = {site.name: site.role for site in backbone.sites}
     holes = [
@@ -286,17 +287,29 @@ def _refuse_holes(backbone: Backbone, stored_head: bool) -> None:
         )
 
 
-def head_class(source: Source) -> str | None:
-    """The auto class of transformers that builds this architecture with its own classification head, if it has one."""
+CLASSES = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+AUTO_CLASSES = {
+    "SEQUENCE_CLASSIFICATION": "AutoModelForSequenceClassification",
+    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
+    "AUDIO_CLASSIFICATION": "AutoModelForAudioClassification",
+    "TOKEN_CLASSIFICATION": "AutoModelForTokenClassification",
+    "QUESTION_ANSWERING": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_TO_SEQ_CAUSAL_LM": "AutoModelForSeq2SeqLM",
+    "MASKED_LM": "AutoModelForMaskedLM",
+}
+
+
+def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
+    """The auto class of transformers that builds this architecture with a head of one of these families, if it has one."""
     if source.folder is None:
         return None
     from transformers.models.auto import modeling_auto
 
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    for kind in ("Sequence", "Image", "Audio"):
-        names = getattr(modeling_auto, f"MODEL_FOR_{kind.upper()}_CLASSIFICATION_MAPPING_NAMES")
-        if config.get("model_type") in names:
-            return f"AutoModelFor{kind}Classification"
+    for family in families:
+        if config.get("model_type") in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
+            return AUTO_CLASSES[family]
     return None
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from graftkit.before import has_statistics
 from graftkit.data.batches import ordered_batches
+from graftkit.engine.kept import Kept
 from graftkit.engine.precision import autocast
 from graftkit.graft import Graft
 from graftkit.methods.base import Labels
@@ -137,7 +138,7 @@ def only_head_trains(graft: Graft, labels: Labels) -> bool:
 
 
 class Forward:
-    """Logits (rows, classes) of a batch: the model called as it is."""
+    """What the task's loss and outcomes are computed from, of a batch: the model called as it is."""
 
     def __init__(self, graft: Graft, device: torch.device, precision: str) -> None:
         self.graft = graft
@@ -145,13 +146,8 @@ class Forward:
         self.precision = precision
 
     def __call__(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.device)
         with autocast(self.device, self.precision):
-            return self._logits(batch)
-
-    def _logits(self, batch: Batch) -> Tensor:
-        output = self.graft.model(**batch.inputs)
-        return output if isinstance(output, Tensor) else output.logits
+            return batch.dataset.logits(self.graft.model, batch)
 
     def enter(self, phase: Phase) -> None:
         """Told by the loop where other parameters are trained from now on; for most methods there is one phase."""
@@ -190,58 +186,34 @@ class CachedForward(Forward):
         self.blocks = [backbone.module(name) for name in backbone.blocks]
         self.depth = depth
         self.head = pooled_head(graft) if features else None
-        self.offsets = np.concatenate([[0], np.cumsum(dataset.encoded.lengths)])
+        pooled = self.head is not None and self.head.pooling != "tokens"
+        self.kept = Kept(dataset.lengths, ragged=not (pooled or dataset.uniform))
         with _evaluating(graft.model), torch.no_grad():
-            self.kept = self._fill(dataset)
+            for rows in ordered_batches(dataset.lengths, FILL_BATCH):
+                self.kept.put(rows, self._capture(dataset.batch(rows, device)))
 
     def __call__(self, batch: Batch) -> Tensor:
+        states = self.kept.get(batch.rows).to(self.device)
         if self.head is not None:
-            return self.head.logits(self.kept[torch.from_numpy(batch.rows)].to(self.device))
-        batch = batch.to(self.device)
-        states = self._states(batch).to(self.device)
-        with _skipping(self.blocks, self.depth, states), autocast(self.device, self.precision):
-            return self._logits(batch)
-
-    def _states(self, batch: Batch) -> Tensor:
-        """Kept states (rows, length, width) of the batch's rows, zero where there is padding."""
-        width = batch.inputs["input_ids"].shape[1]
-        states = self.kept.new_zeros(len(batch.rows), width, self.kept.shape[1])
-        for i, row in enumerate(batch.rows):
-            part = self.kept[self.offsets[row] : self.offsets[row + 1]]
-            states[i, : len(part)] = part
-        return states
-
-    def _fill(self, dataset: Dataset) -> Tensor:
-        kept: Tensor | None = None
-        for rows in ordered_batches(dataset.encoded.lengths, FILL_BATCH):
-            values = self._capture(dataset.batch(rows).to(self.device))
-            if self.head is not None:
-                kept = values.new_empty(len(dataset), values.shape[1]) if kept is None else kept
-                kept[torch.from_numpy(rows)] = values
-                continue
-            kept = values.new_empty(int(self.offsets[-1]), values.shape[2]) if kept is None else kept
-            for i, row in enumerate(rows):
-                start, end = self.offsets[row], self.offsets[row + 1]
-                kept[start:end] = values[i, : end - start]
-        assert kept is not None
-        return kept
+            return self.head.logits(states)
+        with _skipping(self.blocks, self.depth, states):
+            return super().__call__(batch)
 
     def _capture(self, batch: Batch) -> Tensor:
-        """What comes in at the head (rows, width) or at the first trained block (rows, length, width), on the CPU."""
+        """What comes in at the head (rows, width), or at the first trained block (rows, length, width)."""
         got: list[Tensor] = []
-        with autocast(self.device, self.precision):
-            if self.head is not None:
-                with _grabbing(self.head, got):
-                    self.graft.model(**batch.inputs)
-            else:
-                handle = self.blocks[self.depth].register_forward_pre_hook(_stop_with(got), with_kwargs=True)
-                try:
-                    self.graft.model(**batch.inputs)
-                except _Captured:
-                    pass
-                finally:
-                    handle.remove()
-        return got[0].cpu()
+        if self.head is not None:
+            with _grabbing(self.head, got):
+                super().__call__(batch)
+            return got[0]
+        handle = self.blocks[self.depth].register_forward_pre_hook(_stop_with(got), with_kwargs=True)
+        try:
+            super().__call__(batch)
+        except _Captured:
+            pass
+        finally:
+            handle.remove()
+        return got[0]
 
 
 def make_forward(
@@ -259,31 +231,32 @@ def make_forward(
     """
     plain = Forward(graft, device, precision)
     features = only_head_trains(graft, graft.labels if labels is None else labels)
-    if passes < 2:
+    if passes < 2 or not dataset.keeps:
         return plain
     if features:
         head = pooled_head(graft)
-        size = len(dataset) * (head.width if head is not None else 0)
+        assert head is not None
+        size = head.width * (int(dataset.lengths.sum()) if head.pooling == "tokens" else len(dataset))
     else:
         depth = min(depth, len(graft.backbone.blocks) - 1)  # what follows the last block is computed anew
-        width = _passed_on(plain, depth, dataset) if depth > 0 else None
-        if width is None:
+        found = _passed_on(plain, depth, dataset) if depth > 0 else None
+        if found is None:
             return plain
-        size = int(dataset.encoded.lengths.sum()) * width
+        size = found
     if size * 4 >= MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return plain
     return CachedForward(graft, device, precision, depth, dataset, features)
 
 
 def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> int | None:
-    """Width of the input of block `depth` where this is all that the blocks before it are computed for; else None.
+    """Numbers in the input of block `depth` for all rows, where this is all that the blocks before it are for; else None.
 
     Found by trying it on the longest and the shortest row: nothing trained lies before it, each of these blocks is
     called once, gives its states alone, and these are what the next is given; without them the result is the same.
     It is not so where a decoder looks at all of an encoder, or where something lies between the blocks.
     """
-    lengths = dataset.encoded.lengths
-    batch = dataset.batch(np.unique([lengths.argmax(), lengths.argmin()])).to(plain.device)
+    lengths = dataset.lengths
+    batch = dataset.batch(np.unique([lengths.argmax(), lengths.argmin()]), plain.device)
     blocks = [plain.graft.backbone.module(name) for name in plain.graft.backbone.blocks]
     entered: list[tuple[int, Any]] = []
     left: list[tuple[int, Any]] = []
@@ -304,15 +277,18 @@ def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> int | None:
     states = entered[-1][1] if entered else None
     in_order = [i for i, _ in entered] == list(range(depth + 1)) == [i for i, _ in left]
     linked = in_order and all(left[i][1] is entered[i + 1][1] for i in range(depth))
-    shape = batch.inputs["input_ids"].shape if "input_ids" in batch.inputs else None
-    if not linked or not isinstance(states, Tensor) or states.requires_grad or states.shape[:2] != shape:
+    if not linked or not isinstance(states, Tensor) or states.requires_grad or len(states) != len(batch.rows):
+        return None
+    if not dataset.uniform and (states.dim() != 3 or states.shape[1] != lengths[batch.rows].max()):
         return None
     states = states.clone()
-    for i, row in enumerate(batch.rows):
+    for i, row in enumerate(batch.rows if not dataset.uniform else ()):
         states[i, lengths[row] :] = 0
     with _evaluating(plain.graft.model), torch.no_grad(), _skipping(blocks, depth, states):
         got = plain(batch)
-    return states.shape[2] if (got - wanted).abs().max() <= SAME * wanted.abs().max() else None
+    if (got - wanted).abs().max() > SAME * wanted.abs().max():
+        return None
+    return states[0].numel() * len(dataset) if dataset.uniform else int(lengths.sum()) * states.shape[2]
 
 
 def _entering(args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from graftkit.before import has_statistics
 from graftkit.data.batches import epoch_batches, ordered_batches, steps_per_epoch
@@ -24,7 +23,7 @@ from graftkit.errors import UserError
 from graftkit.graft import Graft
 from graftkit.methods.base import Labels
 from graftkit.optim.schedule import factor
-from graftkit.tasks.base import Dataset, Task
+from graftkit.tasks.base import Calls, Criterion, Dataset, Task
 
 LOW = 0.01  # share of the learning rate below which a step may be too small to change a number
 
@@ -41,13 +40,13 @@ class Settings:
     warmup: float
     schedule: str
     clip: float
-    label_smoothing: float
     seed: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its 1-based number, mean loss and right answers over its rows, and the gradient's norm."""
+    """One optimizer step: its 1-based number, the mean loss over its units (rows, or labelled tokens), and the
+    gradient's norm. `hits`: units answered right; nan where a task cannot say."""
 
     number: int
     epoch: float
@@ -55,8 +54,14 @@ class Step:
     gradient_norm: float
     lr_factor: float
     rows: int
-    correct: int
+    units: float
+    hits: float
     tokens: int
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the units that were answered right in training."""
+        return None if math.isnan(self.hits) else self.hits / self.units
 
 
 class NotFinite(UserError):
@@ -69,19 +74,16 @@ class Loop:
     `phases`: what is trained when. What is not yet trained has no gradient, and so no optimizer state and no decay.
     """
 
-    def __init__(self, graft: Graft, dataset: Dataset, forward: Forward, phases: Sequence[Phase], task: Task,
-                 classes: int, settings: Settings) -> None:  # fmt: skip
+    def __init__(self, graft: Graft, dataset: Dataset, forward: Forward, phases: Sequence[Phase],
+                 criterion: Criterion, settings: Settings) -> None:  # fmt: skip
         self.graft = graft
         self.dataset = dataset
         self.forward = forward
         self.phases = phases
-        self.task = task
+        self.criterion = criterion
         self.settings = settings
         self.parameters = graft.parameters  # those that are trained now
         self.step = 0
-        targets = dataset.examples.targets
-        assert targets is not None
-        self.weights = task.weights(targets, classes)
         groups = graft.param_groups(settings.lr, settings.weight_decay)
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=forward.device.type in ("cpu", "cuda"))
@@ -132,8 +134,11 @@ class Loop:
         """The row numbers of each batch of a step (0-based), over all processes."""
         epoch, position = divmod(step, self.per_epoch)
         if self._order is None or self._order[0] != epoch:
-            lengths = self.dataset.encoded.lengths
-            self._order = epoch, epoch_batches(lengths, self.settings.batch_size, self.settings.seed, epoch)
+            settings = self.settings
+            self._order = (
+                epoch,
+                epoch_batches(self.dataset.lengths, settings.batch_size, settings.seed, epoch),
+            )
         width = self.settings.accumulate * self.world
         return self._order[1][position * width : (position + 1) * width]
 
@@ -143,7 +148,7 @@ class Loop:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
         batches = self.batches(self.step)
-        loss, correct, tokens = self._gradients(batches)
+        loss, hits, tokens = self._gradients(batches)
         sum_gradients(self.parameters.values())
         if audit is not None:
             audit.after_backward()
@@ -163,11 +168,16 @@ class Loop:
             )
         self.graft.after_step(self.step, settings.steps)
         self.optimizer.zero_grad()
-        rows = sum(map(len, batches))
-        return Step(self.step, self.step / self.per_epoch, loss, norm, scale, rows, correct, tokens)
+        rows, units = sum(map(len, batches)), self._units(batches)
+        epoch = self.step / self.per_epoch
+        return Step(self.step, epoch, loss, norm, scale, rows, units, hits, tokens)
 
-    def _gradients(self, batches: list[np.ndarray]) -> tuple[float, int, int]:
-        """Gradients of the mean loss over all rows of the step; memory that runs out halves the parts."""
+    def _units(self, batches: list[np.ndarray]) -> float:
+        """How many units the loss of a step is the mean over."""
+        return max(1.0, sum(float(self.dataset.units[rows].sum()) for rows in batches))
+
+    def _gradients(self, batches: list[np.ndarray]) -> tuple[float, float, int]:
+        """Gradients of the mean loss over all units of the step; memory that runs out halves the parts."""
         while True:
             try:
                 return self._accumulate(batches)
@@ -182,10 +192,10 @@ class Loop:
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
-    def _accumulate(self, batches: list[np.ndarray]) -> tuple[float, int, int]:
-        rows = sum(map(len, batches))
+    def _accumulate(self, batches: list[np.ndarray]) -> tuple[float, float, int]:
+        units = self._units(batches)
         total = torch.zeros((), dtype=torch.float64)
-        correct = tokens = 0
+        hits, tokens = 0.0, 0
         device = self.forward.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             seed = self.settings.seed * 1_000_003 + self.step * self.world + self.index
@@ -193,36 +203,30 @@ class Loop:
             with _numpy_seeded(seed), fast_dropout(device, self.settings.seed, self.step, self.index):
                 for whole in batches[self.index :: self.world]:
                     for part in np.array_split(whole, min(self.split, len(whole))):
-                        batch = self.dataset.batch(part)
-                        logits = self.forward(batch)
-                        targets = batch.to(device).targets
-                        assert targets is not None
-                        losses = self._losses(logits, targets)
-                        (losses.sum() / rows).backward()
-                        total += losses.detach().sum().double().cpu()
-                        correct += int((logits.detach().argmax(-1) == targets).sum())
-                        tokens += int(self.dataset.encoded.lengths[part].sum())
+                        batch = self.dataset.batch(part, device)
+                        scores = self.criterion(self.forward(batch), batch)
+                        (scores.losses.sum() / units).backward()
+                        total += scores.losses.detach().sum().double().cpu()
+                        hits += math.nan if scores.hits is None else float(scores.hits.sum())
+                        tokens += int(self.dataset.lengths[part].sum())
             extra = (
                 self.graft.extra_loss() if self.index == 0 else None
             )  # gradients are summed over processes
             if extra is not None and extra.requires_grad:
                 extra.backward()
-        loss, hits, read = sum_numbers([float(total) / rows, correct, tokens])
-        return loss, int(hits), int(read)
-
-    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.task.row_losses(logits, targets, self.settings.label_smoothing, self.weights)
+        loss, hits, read = sum_numbers([float(total) / units, hits, tokens])
+        return loss, hits, int(read)
 
     @torch.no_grad()
     def _not_finite(self, loss: float, norm: float, batches: list[np.ndarray]) -> str:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         rows, guilty = np.concatenate(batches), []
         for part in batches:
-            batch = self.dataset.batch(part)
-            losses = self._losses(self.forward(batch), batch.to(self.forward.device).targets)  # type: ignore[arg-type]
+            batch = self.dataset.batch(part, self.forward.device)
+            losses = self.criterion(self.forward(batch), batch).losses
             guilty += part[~torch.isfinite(losses).cpu().numpy()].tolist()
         named = sorted(guilty or rows.tolist())
-        places = "; ".join(self.dataset.examples.where(row) for row in named[:8])
+        places = "; ".join(self.dataset.where(row) for row in named[:8])
         more = f"; and {len(named) - 8} more" if len(named) > 8 else ""
         which = "rows whose own loss is not finite" if guilty else "rows of the batch"
         return (
@@ -264,14 +268,11 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def predict(graft: Graft, dataset: Dataset, forward: Forward, batch_size: int) -> np.ndarray:
-    """Logits (rows, classes) of every row in fp32, in the dataset's order."""
-    graft.model.eval()
-    result: np.ndarray | None = None
-    for rows in ordered_batches(dataset.encoded.lengths, batch_size):
-        logits = forward(dataset.batch(rows)).float().cpu().numpy()
-        if result is None:
-            result = np.empty((len(dataset), logits.shape[1]), dtype=np.float32)
-        result[rows] = logits
-    assert result is not None
+def predict(dataset: Dataset, forward: Calls, task: Task, batch_size: int) -> list[Any]:
+    """The task's outcome of every row, in the dataset's order."""
+    forward.graft.model.eval()
+    result: list[Any] = [None] * len(dataset)
+    for rows in ordered_batches(dataset.lengths, batch_size):
+        for row, outcome in zip(rows, task.outcomes(forward, dataset.batch(rows, forward.device))):
+            result[row] = outcome
     return result

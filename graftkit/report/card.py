@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftkit.report.console import count, duration, size
+from graftkit.report.summary import mistake, title
 
 if TYPE_CHECKING:
     from graftkit.prepare import Prepared
 
 
-def model_card(prepared: Prepared, result: dict[str, Any], found: dict[str, Any]) -> str:
+def model_card(
+    prepared: Prepared, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]
+) -> str:
     """Markdown: what was trained on what, how well it does, and how to load it."""
     rows, recipe = prepared.rows, prepared.recipe
+    names = list(dict.fromkeys([*rows.task.headline, "loss"]))
+    names = [name for name in names if any(name in metrics for metrics in found.values())]
     figures = "\n".join(
-        f"| {name} | {m['rows']:,} | {m['accuracy']:.4f} ({m['accuracy_interval'][0]:.4f} to {m['accuracy_interval'][1]:.4f}) "
-        f"| {m['macro_f1']:.4f} ({m['macro_f1_interval'][0]:.4f} to {m['macro_f1_interval'][1]:.4f}) | {m['loss']:.4f} |"
-        for name, m in found.items()
+        f"| {part} | {metrics['rows']:,} | {' | '.join(_figure(metrics, name) for name in names)} |"
+        for part, metrics in found.items()
     )
     metrics = result["metrics"]
     classes = "\n".join(
@@ -26,16 +30,8 @@ def model_card(prepared: Prepared, result: dict[str, Any], found: dict[str, Any]
     )
     skipped = f" {len(rows.train.skipped)} bad rows were left out." if rows.train.skipped else ""
     labels = ", ".join(map(_plain, rows.labels[:20])) + (" ..." if len(rows.labels) > 20 else "")
-    tables = (
+    by_class = (
         f"""
-## Figures
-
-Intervals are 95% bootstrap intervals over the rows.
-
-| data | rows | accuracy | macro F1 | loss |
-| --- | --- | --- | --- | --- |
-{figures}
-
 <details><summary>By class</summary>
 
 | class | precision | recall | F1 | rows |
@@ -44,6 +40,20 @@ Intervals are 95% bootstrap intervals over the rows.
 
 </details>
 """
+        if classes
+        else ""
+    )
+    mistakes = "".join(f"- {row['where']}: {_plain(mistake(row))}\n" for row in worst[:10])
+    tables = (
+        f"""
+## Figures
+
+Intervals are 95% bootstrap intervals over the rows.
+
+| data | rows | {" | ".join(map(title, names))} |
+| --- | --- |{" --- |" * len(names)}
+{figures}
+{by_class}{f"{chr(10)}## Most wrong{chr(10)}{chr(10)}{mistakes}" if mistakes else ""}"""
         if found
         else "\nThe run had no rows to evaluate on.\n"
     )
@@ -53,14 +63,14 @@ A graft on [{recipe.model}]: {count(result["trained_parameters"])} trained param
 of {count(result["total_parameters"])}.
 
 - data: `{recipe.data.train}`, {len(rows.train):,} training rows, columns {rows.columns}.{skipped}
-- labels ({len(rows.labels)}): {labels}
+{f"- labels ({len(rows.labels)}): {labels}" if labels else f"- task: {rows.task.name}"}
 - training: {count(result["steps"])} steps of {prepared.plan.batch_size} rows, {result["precision"]}, seed {recipe.seed};
   {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}
 {tables}
 ## Use
 
 ```
-graftkit predict {result["run"]} "a text"
+graftkit predict {result["run"]} {_example(rows.task.modality)}
 graftkit evaluate {result["run"]} --data FILE
 graftkit export {result["run"]} --to FOLDER    # a plain model, where the method can be folded
 graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # the same run once more
@@ -76,12 +86,21 @@ graft = graftkit.load(model, {result["run"] + "/graft"!r})
 {_in_peft(result)}"""
 
 
+def _figure(metrics: dict[str, Any], name: str) -> str:
+    if name not in metrics:
+        return ""
+    low, high = metrics.get(f"{name}_interval") or (None, None)
+    return f"{metrics[name]:.4f}" + ("" if low is None else f" ({low:.4f} to {high:.4f})")
+
+
+def _example(modality: str) -> str:
+    return {"text": '"a text"', "image": "picture.jpg", "audio": "sound.wav"}[modality]
+
+
 def _base(prepared: Prepared) -> str:
     """The lines that make the plain model."""
     name = prepared.recipe.model
-    poolings = [getattr(method, "pooling", "") for method in prepared.graft.method.methods]
-    own = any(pooling in ("own", "stacked") for pooling in poolings)
-    kind = "AutoModelForSequenceClassification" if own else "AutoModel"
+    kind = type(prepared.backbone.model).__name__
     package, _, function = name.partition(":")
     called = bool(function) and not Path(name).exists()
     lines = [f"from {package} import {function}"] if called else []

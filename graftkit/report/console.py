@@ -90,14 +90,17 @@ class Console:
             self._task = self._progress.add_task("", total=total, completed=done)
             self._progress.start()
 
-    def step(self, number: int, total: int, epoch: float, loss: float, accuracy: float, rows: int) -> None:
+    def step(
+        self, number: int, total: int, epoch: float, loss: float, accuracy: float | None, rows: int
+    ) -> None:
         """One optimizer step: smoothed loss and accuracy on training rows, rows per second, time left."""
         self._rows += rows
         now = time.monotonic()
         elapsed = max(now - self._started, 1e-9)
         left = elapsed / max(1, number - self._first) * (total - number)
+        right = "" if accuracy is None else f"accuracy {accuracy:.3f}  "
         text = (
-            f"step {number}/{total}  epoch {epoch:.2f}  loss {loss:.3f}  accuracy {accuracy:.3f}  "
+            f"step {number}/{total}  epoch {epoch:.2f}  loss {loss:.3f}  {right}"
             f"{self._rows / elapsed:.0f} rows/s  {duration(left)} left"
         )
         if self._progress is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graftkit.data.batches import epoch_batches, padding_share
@@ -17,8 +17,23 @@ if TYPE_CHECKING:
     from graftkit.tasks.base import Dataset
 
 
-def show_found(console: Console, prepared: Prepared, datasets: dict[str, Dataset] | None = None) -> None:
-    """Backbone, sites, labels, rows."""
+HARDEST = 3  # classes, and examples that went most wrong, that are shown
+
+
+def title(name: str) -> str:
+    """How the name of a figure is written for people."""
+    return {"macro_f1": "macro F1", "f1": "F1", "exact_match": "exact match"}.get(
+        name, name.replace("_", " ")
+    )
+
+
+def show_found(
+    console: Console,
+    prepared: Prepared,
+    datasets: dict[str, Dataset] | None = None,
+    statistics: dict[str, Any] | None = None,
+) -> None:
+    """Backbone, sites, labels, rows; `statistics` of each part of the data, as tasks give them."""
     backbone, rows = prepared.backbone, prepared.rows
     roles = Counter(site.role for site in backbone.sites)
     console.heading("Found")
@@ -32,28 +47,42 @@ def show_found(console: Console, prepared: Prepared, datasets: dict[str, Dataset
         ),
         ("sites", ", ".join(f"{number} {role}" for role, number in roles.items())),
         ("rows", f"{', '.join(parts)}; columns {columns}"),
-        (
-            "labels",
-            f"{len(rows.labels)}: {', '.join(rows.labels[:4])}{' ...' if len(rows.labels) > 4 else ''}",
-        ),
     ]
+    train = (statistics or {}).get("train", {})
+    if rows.labels:
+        text = f"{len(rows.labels)}: {', '.join(rows.labels[:4])}{' ...' if len(rows.labels) > 4 else ''}"
+        lines.append(("labels", text + _spread(train.get("labels"))))
     if rows.skipped:
         lines.append(("left out", f"{len(rows.skipped)} bad rows, the first: {rows.skipped[0]}"))
     if datasets:
-        cut = sum(dataset.encoded.truncated for dataset in datasets.values())
-        total = sum(map(len, datasets.values()))
-        lengths = datasets["train"].encoded.lengths
+        lines.append(("sizes", _sizes(prepared, datasets)))
+    console.pairs(lines)
+
+
+def _spread(counts: dict[str, int] | None) -> str:
+    """How many rows the rarest and the commonest label have."""
+    if not counts:
+        return ""
+    (rare, fewest), (common, most) = (pick(counts.items(), key=lambda item: item[1]) for pick in (min, max))
+    return f"; {count(fewest)} ({rare}) to {count(most)} ({common}) training rows each"
+
+
+def _sizes(prepared: Prepared, datasets: dict[str, Dataset]) -> str:
+    """How long rows are, how much of the batches is padding, and how many rows were cut."""
+    dataset = datasets["train"]
+    lengths = dataset.lengths
+    if dataset.uniform:
+        text = f"{count(len(dataset))} rows of one size"
+    else:
         batches = epoch_batches(lengths, prepared.settings.batch_size, prepared.settings.seed, 0)
         text = (
-            f"{lengths.sum():,} tokens, {lengths.mean():.1f} a row, longest {lengths.max()}, "
+            f"{lengths.sum():,} {dataset.unit}, {lengths.mean():.1f} a row, longest {lengths.max():,}, "
             f"{padding_share(lengths, batches):.1%} padding"
         )
-        if cut:
-            text += (
-                f"; {cut:,} of {total:,} rows are longer than {prepared.max_length} tokens and were truncated"
-            )
-        lines.append(("texts", text))
-    console.pairs(lines)
+    cut, total = sum(part.truncated for part in datasets.values()), sum(map(len, datasets.values()))
+    if cut:
+        text += f"; {cut:,} of {total:,} rows are longer than {prepared.max_length:,} {dataset.unit} and were truncated"
+    return text
 
 
 def _width(backbone: Backbone) -> str:
@@ -99,20 +128,42 @@ def _schedule(plan: Plan) -> Iterator[str]:
         )
 
 
-def show_end(console: Console, prepared: Prepared, result: dict[str, Any], found: dict[str, Any]) -> None:
-    """Figures with their intervals, time, memory, and where the run is."""
+def show_end(
+    console: Console, prepared: Prepared, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]
+) -> None:  # fmt: skip
+    """Figures with their intervals, what went most wrong, time, memory, and where the run is."""
     console.heading("Result")
-    lines = [line for name, metrics in found.items() for line in _metric_lines(name, metrics)]
+    headline = prepared.rows.task.headline
+    lines = [line for name, metrics in found.items() for line in _metric_lines(name, metrics, headline)]
     lines.append(("time", duration(result["seconds"])))
     lines.append(("peak memory", size(result["peak_memory_bytes"])))
     lines.append(("run folder", result["run"]))
     console.pairs(lines)
+    show_worst(console, worst)
 
 
-def show_metrics(console: Console, found: dict[str, Any]) -> None:
-    """What `evaluate` found, with the table by class."""
+def show_worst(console: Console, worst: list[dict[str, Any]]) -> None:
+    """The examples that the model got most wrong."""
+    if worst:
+        console.heading("Most wrong")
+        console.pairs([(row["where"].rpartition("/")[2], mistake(row)) for row in worst[:HARDEST]])
+
+
+def mistake(row: dict[str, Any]) -> str:
+    """What was asked, what should have come, and what came."""
+    asked = [str(value) for key, value in row.items() if key not in ("where", "expected", "answer", "loss")]
+    return f"{_short(' | '.join(asked))} -> {_short(str(row['answer']))}, not {_short(str(row['expected']))}"
+
+
+def _short(text: str, most: int = 80) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def show_metrics(console: Console, found: dict[str, Any], headline: Sequence[str]) -> None:
+    """What `evaluate` found, with the table by class where there is one."""
     metrics = found["metrics"]
-    lines = _metric_lines("", metrics)
+    lines = _metric_lines("", metrics, headline)
     if found["truncated"]:
         lines.append(("truncated", f"{count(found['truncated'])} rows are longer than the model takes"))
     if found["skipped"]:
@@ -120,20 +171,26 @@ def show_metrics(console: Console, found: dict[str, Any]) -> None:
     console.pairs(lines)
     rows = [
         [label, f"{m['precision']:.3f}", f"{m['recall']:.3f}", f"{m['f1']:.3f}", str(m["rows"])]
-        for label, m in metrics["per_class"].items()
+        for label, m in metrics.get("per_class", {}).items()
     ]
-    console.heading("By class")
-    console.table(["class", "precision", "recall", "F1", "rows"], rows)
+    if rows:
+        console.heading("By class")
+        console.table(["class", "precision", "recall", "F1", "rows"], rows)
+    show_worst(console, found.get("worst", []))
 
 
-def _metric_lines(name: str, metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    low, high = metrics["accuracy_interval"]
-    worst = sorted((m["f1"], label) for label, m in metrics["per_class"].items() if m["rows"])[:3]
-    accuracy = (
-        f"{metrics['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, {count(metrics['rows'])} rows)"
-    )
-    return [
-        (f"{name} accuracy".strip(), accuracy),
-        (f"{name} macro F1".strip(), f"{metrics['macro_f1']:.4f}"),
-        ("hardest", ", ".join(f"{label} (F1 {f1:.2f})" for f1, label in worst)),
-    ]
+def _metric_lines(name: str, metrics: dict[str, Any], headline: Sequence[str]) -> list[tuple[str, str]]:
+    lines = []
+    for figure in headline:
+        if figure not in metrics:
+            continue
+        text = f"{metrics[figure]:.4f}"
+        interval = metrics.get(f"{figure}_interval")
+        if interval and figure == headline[0]:
+            text += f" (95% interval {interval[0]:.4f} to {interval[1]:.4f}, {count(metrics['rows'])} rows)"
+        lines.append((f"{name} {title(figure)}".strip(), text))
+    by_class = metrics.get("per_class", {})
+    worst = sorted((m["f1"], label) for label, m in by_class.items() if m["rows"])[:HARDEST]
+    if worst:
+        lines.append(("hardest", ", ".join(f"{label} (F1 {f1:.2f})" for f1, label in worst)))
+    return lines

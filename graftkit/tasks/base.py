@@ -2,84 +2,185 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.load import positions_of
+from graftkit.backbone.prompts import positions_taken
 from graftkit.catalogue import as_expression, check_values
 from graftkit.data.columns import Column
-from graftkit.data.encode import Encoded
-from graftkit.data.read import Table
+from graftkit.data.read import Table, read_table
+from graftkit.data.split import hold_out
+from graftkit.errors import UserError
 
-
-@dataclass
-class Batch:
-    """Some rows of a dataset: `targets` (rows,), and `inputs`, tensors (rows, length), padded when first asked for."""
-
-    encoded: Encoded
-    rows: np.ndarray
-    targets: Tensor | None
-    device: torch.device | None = None
-
-    @cached_property
-    def inputs(self) -> dict[str, Tensor]:
-        padded = self.encoded.pad(self.rows.tolist())
-        if self.device is None:
-            return padded
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in padded.items()}
-
-    def to(self, device: torch.device) -> Batch:
-        if device.type == "cpu":
-            return self
-        targets = None if self.targets is None else self.targets.to(device)
-        return Batch(self.encoded, self.rows, targets, device)
+MAX_DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Checked rows of one table: texts, pairs and targets of one length, and where each row came from."""
+    """Checked rows of one table, and a message for each bad one that was left out.
+
+    `values`: by name of the task's column, one for each row. `targets`: what is learned, one for each row, in the
+    form that the task likes; None where rows are only to be answered.
+    """
 
     table: Table
-    texts: list[str]
-    pairs: list[str] | None
-    targets: np.ndarray | None
+    values: dict[str, list[Any]]
+    targets: Sequence[Any] | np.ndarray | None = None
     skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.table)
 
     def where(self, row: int) -> str:
         return self.table.where(row)
 
+    def take(self, rows: Sequence[int]) -> Examples:
+        targets = self.targets
+        if targets is not None:
+            targets = targets[list(rows)] if isinstance(targets, np.ndarray) else [targets[i] for i in rows]
+        values = {name: [column[i] for i in rows] for name, column in self.values.items()}
+        return replace(self, table=self.table.take(rows), values=values, targets=targets)
 
-@dataclass(frozen=True)
+
+class Batch:
+    """Some rows of a dataset on a device. `inputs` and `targets` are made when first asked for, and once.
+
+    Kept outputs of a frozen prefix often make `inputs` unnecessary.
+    """
+
+    def __init__(self, dataset: Dataset, rows: np.ndarray, device: torch.device | None = None) -> None:
+        self.dataset = dataset
+        self.rows = rows
+        self.device = device
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        return {name: self.move(tensor) for name, tensor in self.dataset.inputs(self.rows).items()}
+
+    @cached_property
+    def targets(self) -> Tensor | None:
+        targets = self.dataset.targets(self.rows)
+        return None if targets is None else self.move(targets)
+
+    def move(self, tensor: Tensor) -> Tensor:
+        return tensor if self.device is None else tensor.to(self.device, non_blocking=True)
+
+
 class Dataset:
-    """Encoded rows with their targets."""
+    """Rows as a model takes them. There can be more or fewer than examples: windows of long texts, packed texts.
 
-    examples: Examples
-    encoded: Encoded
+    `lengths`: size of each row, in tokens where it has any; rows of like size share a batch. `units`: how many things
+    the loss of each row is a sum over, 1 or its labelled tokens; a step's loss is the mean over the units of all its
+    batches. `truncated`: how many rows lost something because they are longer than the model takes.
+    """
+
+    unit: ClassVar[str] = "tokens"  # of `lengths`
+    uniform: bool = False  # inputs of all rows have one shape, so that nothing is padded
+    keeps: bool = (
+        True  # a row is the same in each epoch and is one row for the model: its outputs may be kept
+    )
+    truncated: int = 0
+
+    def __init__(self, examples: Examples, lengths: np.ndarray, units: np.ndarray | None = None) -> None:
+        self.examples = examples
+        self.lengths = lengths
+        self.units = np.ones(len(lengths)) if units is None else units
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        return len(self.lengths)
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        targets = self.examples.targets
-        return Batch(self.encoded, rows, None if targets is None else torch.from_numpy(targets[rows]))
+    def batch(self, rows: np.ndarray, device: torch.device | None = None) -> Batch:
+        return Batch(self, rows, device)
+
+    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """What the model is called with for these rows."""
+        raise NotImplementedError
+
+    def targets(self, rows: np.ndarray) -> Tensor | None:
+        """What the loss of these rows is computed from; None where they have none."""
+        return None
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the task's loss and outcomes are computed from, by calling the model on a batch."""
+        output = model(**batch.inputs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def where(self, row: int) -> str:
+        """The place of a row in what the user handed over."""
+        return self.examples.where(row)
+
+    def digest(self) -> str:
+        """Of all that a run learns from; another one tells that the rows are not those that a run began with."""
+        digest = hashlib.sha256()
+        for part in self.digested():
+            digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
+    def digested(self) -> Sequence[bytes | np.ndarray]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the rows of one batch: `losses` (rows,), in fp32, each summed over the row's units; `hits`: how many units
+    were answered right, (rows,) or a sum, where that can be said."""
+
+    losses: Tensor
+    hits: Tensor | None = None
+
+
+Criterion = Callable[[Tensor, Batch], Scores]
+
+
+class Calls(Protocol):
+    """The engine's forward function, as tasks see it."""
+
+    graft: Any
+    device: torch.device
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read: what `data` in a recipe says of it."""
+
+    encoding: str = "utf-8"
+    skip_bad: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 class Task:
-    """Base of all tasks. Subclasses are frozen dataclasses whose fields are declared with `option`."""
+    """Base of all tasks. Subclasses are frozen dataclasses whose fields are declared with `option`.
+
+    Literals of the class that a recipe needs before torch is loaded: `method`, what is trained by default, and `head`,
+    whether a head is put on the model.
+    """
 
     columns: ClassVar[tuple[Column, ...]] = ()
+    labelled: ClassVar[tuple[str, ...]] = ("label",)  # columns that hold the answer; `predict` needs none
+    modality: ClassVar[str] = "text"
+    method: ClassVar[str] = "lora() + head()"
+    head: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    per_token: ClassVar[bool] = False  # the head answers for each token, not for a whole text
+    # the figures that are shown first; the first chooses the best weights, larger is better but for 'loss'
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+    # which classes of transformers have the head of this task, in the order in which they are looked for
+    families: ClassVar[tuple[str, ...]] = ("SEQUENCE_CLASSIFICATION",)
 
     def __post_init__(self) -> None:
-        check_values(self, "task")
+        check_values(self, "task")  # of the dataclass that a subclass is
 
     def __str__(self) -> str:
         return as_expression(self)
@@ -88,9 +189,15 @@ class Task:
     def name(self) -> str:
         return type(self).__module__.rsplit(".", 1)[-1]
 
+    # what is handed over
+
+    def read(self, source: Any, reading: Reading, name: str) -> Table:
+        """The table of a file, a folder, or what Python holds, which messages call `name`."""
+        return read_table(source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name)
+
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
-        """The answers there are, from the training table."""
-        raise NotImplementedError
+        """The answers there are, from the training table; none where a task has no fixed ones."""
+        return ()
 
     def examples(
         self,
@@ -103,21 +210,122 @@ class Task:
         """Rows checked one by one; a bad row is a `UserError`, or left out where `skip_bad` says so."""
         raise NotImplementedError
 
-    def dataset(self, examples: Examples, backbone: Backbone, max_length: int) -> Dataset:
+    def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Row numbers to train on and to evaluate on."""
+        targets = examples.targets
+        whole = targets.tolist() if isinstance(targets, np.ndarray) else [0] * len(examples)
+        return hold_out(whole, share, seed)
+
+    def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
+        """Rows made of what a person hands to `predict` without a file; None where this is a table already.
+
+        A list of strings, where the task needs one column to answer. Raises `UserError` for what cannot be answered.
+        """
         raise NotImplementedError
 
-    def weights(self, targets: np.ndarray, classes: int) -> Tensor | None:
-        """Weight of each class in the loss, or None."""
-        return None
+    # what the model sees
 
-    def row_losses(
-        self, logits: Tensor, targets: Tensor, label_smoothing: float, weights: Tensor | None
-    ) -> Tensor:
-        """Loss of each row, (rows,), in fp32."""
+    def outputs(self, labels: Sequence[str]) -> int:
+        """How many outputs the head has."""
+        return len(labels)
+
+    def output_names(self, labels: Sequence[str]) -> Sequence[str]:
+        """A name for each output of the head."""
+        return labels
+
+    def max_length(self, wanted: int | None, backbone: Backbone) -> int:
+        """Tokens of a row at most. Raises `UserError` where the recipe asks for more than the model takes.
+
+        Virtual tokens that a method puts before the text have a part of the model's positions.
+        """
+        positions = positions_of(backbone.model)
+        limit = backbone.max_length or positions or MAX_DEFAULT_LENGTH
+        taken = positions_taken(backbone.model) if positions else 0
+        most = max(limit, positions or 0) - taken
+        if wanted is None:
+            return min(limit, most, MAX_DEFAULT_LENGTH)
+        if wanted > most:
+            beside = f" beside {taken} virtual ones" if taken else ""
+            raise UserError(
+                f"data.max_length is {wanted}, but {backbone.source} takes {most} tokens at most{beside}."
+            )
+        return wanted
+
+    def dataset(
+        self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
+    ) -> Dataset:
+        """`training`: the rows are learned from, so augmentation has its place."""
         raise NotImplementedError
 
-    def metrics(self, logits: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    # what is learned
+
+    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+        """The loss, made once for a run on the rows of `dataset`."""
         raise NotImplementedError
 
-    def answers(self, logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    # what comes out
+
+    def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Any]:
+        """What is kept of each row of a batch, small and on the CPU; by default its logits in fp32."""
+        return list(forward(batch).float().cpu().numpy())
+
+    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        """Figures of rows with targets: those of `headline`, each with `NAME_interval` where it has one, `rows`, ..."""
         raise NotImplementedError
+
+    def better(self, metrics: dict[str, Any], best: dict[str, Any]) -> bool:
+        """Whether weights with these metrics are to be kept instead of the best so far."""
+        name = self.headline[0]
+        sign = -1 if name in ("loss", "perplexity") else 1
+        return (sign * metrics[name], -metrics["loss"]) > (sign * best[name], -best["loss"])
+
+    def answers(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """The answer to each example, to be written beside what was asked."""
+        raise NotImplementedError
+
+    def asked(self, examples: Examples, row: int) -> dict[str, Any]:
+        """What was asked, as it stands in a row of answers."""
+        return {name: values[row] for name, values in examples.values.items() if name not in self.labelled}
+
+    def line(self, answer: dict[str, Any]) -> str:
+        """One answer for the terminal."""
+        raise NotImplementedError
+
+    def worst(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
+    ) -> list[dict[str, Any]]:
+        """The examples that the model got most wrong: `where`, what was asked, `expected`, `answer`, `loss`."""
+        return []
+
+    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        """What the rows are like, before training: `rows`, and by size and label what the task knows."""
+        lengths = dataset.lengths
+        return {
+            "rows": len(dataset.examples),
+            "lengths": {"unit": dataset.unit, "sum": int(lengths.sum()), "mean": float(lengths.mean()),
+                        "longest": int(lengths.max())},
+            "truncated": dataset.truncated,
+        }  # fmt: skip
+
+
+def check_rows(
+    table: Table, problem: Callable[[int], str | None], skip_bad: bool
+) -> tuple[Table, tuple[str, ...]]:
+    """The good rows of a table, and a message for each bad one. `problem` says what is wrong with a row, and where.
+
+    Raises `UserError` for the first bad row unless `skip_bad`, and where no row is good.
+    """
+    good, skipped = [], list(table.skipped)
+    for row in range(len(table)):
+        found = problem(row)
+        if found is None:
+            good.append(row)
+        elif skip_bad:
+            skipped.append(found)
+        else:
+            raise UserError(f"{found} Mend it, or leave such rows out with data.skip_bad=true.")
+    if not good:
+        raise UserError(f"{table.source} has no good rows: {skipped[0]}")
+    return table.take(good), tuple(skipped)

@@ -27,14 +27,12 @@ def classification(
         targets, predictions, labels=np.arange(classes), zero_division=0
     )
     accuracies, macro_f1s = _bootstrap(targets, predictions, classes, seed)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return {
         "accuracy": float((predictions == targets).mean()),
         "accuracy_interval": _interval(accuracies),
         "macro_f1": float(f1[present].mean()),
         "macro_f1_interval": _interval(macro_f1s),
-        "loss": float(-log_probabilities[np.arange(len(targets)), targets].mean()),
+        "loss": float(-log_softmax(logits)[np.arange(len(targets)), targets].mean()),
         "rows": len(targets),
         "per_class": {
             label: {
@@ -46,6 +44,12 @@ def classification(
             for i, label in enumerate(labels)
         },
     }
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logarithms of probabilities over the last dimension."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def _bootstrap(

@@ -1,0 +1,172 @@
+"""What tasks share whose answer is one of several labels: names, loss, metrics, answers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftkit.data.read import Table
+from graftkit.errors import UserError, listing, nearest
+from graftkit.tasks.base import Batch, Criterion, Dataset, Scores, Task
+from graftkit.tasks.metrics import classification, log_softmax
+
+LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment", "y")
+
+
+class LabelTask(Task):
+    """Base of tasks that choose one label for each example. `examples.targets` are numbers of labels, (rows,) int64."""
+
+    def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
+        values = [value for value in table.columns[columns["label"]] if not is_missing(value)]
+        names = sorted({label_text(value) for value in values}, key=_natural)
+        if not names:
+            raise UserError(f"column {columns['label']!r} of {table.source} has no labels at all.")
+        if len(names) == 1:
+            raise UserError(
+                f"column {columns['label']!r} of {table.source} has one class only ({names[0]!r}), so there is "
+                "nothing to tell apart. Name another column with data.columns={label: ...}, or add rows."
+            )
+        if len(names) > max(20, len(values) // 2):
+            raise UserError(
+                f"column {columns['label']!r} of {table.source} has {len(names)} different values in {len(values)} "
+                "rows, so it does not look like a label. Name the label column with data.columns={label: ...}."
+            )
+        return tuple(names)
+
+    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
+        """Weight of each class in the loss, or None. `counts`: training rows of each."""
+        return None
+
+    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+        """Cross-entropy of logits (rows, classes)."""
+        targets = dataset.examples.targets
+        assert isinstance(targets, np.ndarray)
+        weights = self.class_weight(Counter(targets.tolist()), len(labels))
+
+        def scores(logits: Tensor, batch: Batch) -> Scores:
+            assert batch.targets is not None
+            return Scores(
+                cross_entropy(logits, batch.targets, label_smoothing, weights),
+                logits.detach().argmax(-1) == batch.targets,
+            )
+
+        return scores
+
+    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        targets = dataset.examples.targets
+        assert isinstance(targets, np.ndarray)
+        return classification(np.stack(outcomes), targets, labels)
+
+    def answers(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """The likeliest label of each row and its probability."""
+        probabilities = np.exp(log_softmax(np.stack(outcomes)))
+        best = probabilities.argmax(axis=1)
+        return [
+            {"label": labels[b], "probability": round(float(p[b]), 4)} for b, p in zip(best, probabilities)
+        ]
+
+    def line(self, answer: dict[str, Any]) -> str:
+        asked = [str(v) for k, v in answer.items() if k not in ("row", "label", "probability")]
+        return "\t".join([answer["label"], f"{answer['probability']:.3f}", *asked])
+
+    def worst(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
+    ) -> list[dict[str, Any]]:
+        """Wrong answers, that with the largest loss first."""
+        targets, chances = dataset.examples.targets, log_softmax(np.stack(outcomes))
+        assert isinstance(targets, np.ndarray)
+        losses = -chances[np.arange(len(targets)), targets]
+        wrong = [int(i) for i in np.argsort(-losses) if chances[i].argmax() != targets[i]]
+        return [
+            {
+                "where": dataset.examples.where(i),
+                **self.asked(dataset.examples, i),
+                "expected": labels[targets[i]],
+                "answer": labels[int(chances[i].argmax())],
+                "loss": round(float(losses[i]), 4),
+            }
+            for i in wrong[:count]
+        ]
+
+    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        found, targets = super().statistics(dataset, labels), dataset.examples.targets
+        if targets is not None:
+            counts = Counter(np.asarray(targets).tolist())
+            found["labels"] = {label: counts.get(i, 0) for i, label in enumerate(labels)}
+        return found
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
+    """Loss of each row, (rows,), in fp32; `weights` (classes,) multiply it."""
+    losses = torch.nn.functional.cross_entropy(
+        logits.float(), targets, reduction="none", label_smoothing=label_smoothing
+    )
+    return losses if weights is None else losses * weights.to(losses.device)[targets]
+
+
+def balanced(counts: Counter[int], classes: int) -> Tensor:
+    """Rows / (classes * rows of the class): mean 1 over the rows."""
+    rows = sum(counts.values())
+    return torch.tensor([rows / (len(counts) * counts.get(c, 1)) for c in range(classes)])
+
+
+def label_problem(value: Any, labels: LabelIndex) -> str | None:
+    """What is wrong with a label: it is none of the training data's."""
+    if labels.find(label_text(value)) is not None:
+        return None
+    return (
+        f"label {label_text(value)!r} is not among the {len(labels.labels)} labels of the "
+        f"training data ({listing(labels.labels, 8)}).{nearest(label_text(value), labels.labels)}"
+    )
+
+
+def is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and np.isnan(value)) or not str(value).strip()
+
+
+def label_text(value: Any) -> str:
+    """A label as text: 3, 3.0 and '3' are one label."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+class LabelIndex:
+    """The place of a label. One that is written otherwise in another kind of file ('1.0' in CSV and 1 in Parquet,
+    'true' and True) is found where only one label can be meant."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = labels
+        self._places = {label: i for i, label in enumerate(labels)}
+        forms = Counter(map(_normal, labels))
+        self._normal = {_normal(label): i for i, label in enumerate(labels) if forms[_normal(label)] == 1}
+
+    def find(self, name: str) -> int | None:
+        place = self._places.get(name)
+        return self._normal.get(_normal(name)) if place is None else place
+
+
+def _normal(name: str) -> str:
+    if re.fullmatch(r"-?\d+\.0+", name):
+        return name.partition(".")[0]
+    return name.lower() if name.lower() in ("true", "false") else name
+
+
+def _natural(name: str) -> tuple[int, float, str]:
+    """Numbers in their order, then texts; 'nan' and 'inf' are texts, for nan has no place in an order."""
+    try:
+        number = float(name)
+    except ValueError:
+        number = math.nan
+    return (0, number, name) if math.isfinite(number) else (1, 0.0, name)

@@ -1,0 +1,97 @@
+"""What tasks on texts share: a text or a pair of texts in each row, encoded by the model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftkit.backbone import Backbone
+from graftkit.data.encode import Encoded, encode_texts
+from graftkit.data.read import Table
+from graftkit.errors import UserError
+from graftkit.tasks.base import Dataset, Examples, Task
+from graftkit.tasks.labels import is_missing
+
+TEXT = ("sentence", "content", "review", "question", "query", "utterance", "tweet", "comment", "document")
+FIRST = ("text", "text1", "sentence1", "sentence_1", "premise", "question1")
+SECOND = ("text2", "sentence2", "sentence_2", "hypothesis", "question2", "pair")
+
+
+class TextDataset(Dataset):
+    """Token ids of each row, padded when a batch is made. `numbers`: what is learned, one number or list a row."""
+
+    def __init__(
+        self, examples: Examples, encoded: Encoded, numbers: np.ndarray | None = None, units: np.ndarray | None = None
+    ) -> None:  # fmt: skip
+        super().__init__(examples, encoded.lengths, units)
+        self.encoded = encoded
+        self.numbers = numbers
+        self.truncated = encoded.truncated
+
+    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+        return self.encoded.pad(rows.tolist())
+
+    def targets(self, rows: np.ndarray) -> Tensor | None:
+        return None if self.numbers is None else torch.from_numpy(self.numbers[rows])
+
+    def digested(self) -> Sequence[bytes | np.ndarray]:
+        numbers = [] if self.numbers is None else [self.numbers]
+        rows = (row for name in sorted(self.encoded.features) for row in self.encoded.features[name])
+        lengths = np.asarray(self.lengths, dtype=np.int64)
+        return [*numbers, lengths, *(np.asarray(row, dtype=np.int32) for row in rows)]
+
+
+class TextTask(Task):
+    """Base of tasks whose input is the columns `text` and, where there is one, `text_pair`."""
+
+    def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
+        """Rows of a list of texts or of pairs, none of them empty; None for anything else."""
+        if not items:
+            raise UserError("there is no text to answer; give one or more, or --data FILE.")
+        single = all(isinstance(text, str) for text in items)
+        if not single and not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
+            return None
+        if single and "text_pair" in columns:
+            raise UserError(
+                "this run was trained on pairs of texts; give --data FILE, or a list of pairs in Python."
+            )
+        if not single and "text_pair" not in columns:
+            raise UserError(
+                "this run was trained on single texts, but pairs are given; give a list of texts."
+            )
+        names = [columns[name] for name in ("text", "text_pair") if name in columns]
+        rows = [dict(zip(names, [item] if single else item)) for item in items]
+        for number, row in enumerate(rows, start=1):
+            if any(isinstance(text, str) and not text.strip() for text in row.values()):
+                raise UserError(f"text {number} of {len(rows)} is empty; there is nothing to answer.")
+        return rows
+
+
+def tokenizer_of(backbone: Backbone, task: Task) -> Any:
+    """The tokenizer of a backbone. Raises `UserError` where it has none."""
+    if backbone.processor is None or not hasattr(backbone.processor, "pad_token_id"):
+        raise UserError(f"{backbone.source} has no tokenizer, which {task.name}() needs.")
+    return backbone.processor
+
+
+def text_problem(table: Table, column: str, row: int) -> str | None:
+    """What is wrong with the text in a column of a row."""
+    value = table.columns[column][row]
+    if is_missing(value):
+        return f"{table.where(row)}: column {column!r} is empty."
+    if not isinstance(value, str | int | float):
+        return f"{table.where(row)}: column {column!r} is a {type(value).__name__}, not a text."
+    return None
+
+
+def encode(
+    task: Task, examples: Examples, backbone: Backbone, max_length: int, numbers: np.ndarray | None
+) -> TextDataset:
+    """Texts, or pairs of texts, as a model takes them."""
+    values = examples.values
+    encoded = encode_texts(tokenizer_of(backbone, task), values["text"], values.get("text_pair"), max_length)
+    return TextDataset(examples, encoded, numbers)
