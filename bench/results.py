@@ -28,6 +28,7 @@ from common import MODEL, ROOT, child_arguments, machine
 
 FOLDER = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "results.md"
+TASKS = "<!-- tasks: written by bench/tasks.py -->"  # from here on the page is that script's
 SEEDS = (0, 1, 2)
 FULL, TOP = "full(lr=1e-4) + layerwise_lr(decay=0.85)", "unfreeze('blocks[-2:]', lr=2e-4)"
 COMMON = {"train.label_smoothing": 0.1}
@@ -193,7 +194,8 @@ def time_all() -> None:
 
 def write() -> None:
     """The page, from the kept figures."""
-    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*-?.json"))]
+    paths = sorted(path for part in PARTS for path in FOLDER.glob(f"{part}-*-?.json"))
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     text = (ROOT / "bench" / "results_head.md").read_text(encoding="utf-8")
     titles = {
         "full": "All 10,003 training rows",
@@ -209,7 +211,8 @@ def write() -> None:
             if runs:
                 text += line(runs)
     alone = next((run["machine"] for run in kept if run["alone"]), kept[0]["machine"])
-    PAGE.write_text(text + f"\nMachine: {alone}.\n", encoding="utf-8")
+    _, mark, tasks = PAGE.read_text(encoding="utf-8").partition(TASKS) if PAGE.exists() else ("", "", "")
+    PAGE.write_text(text + f"\nMachine: {alone}.\n" + (f"\n{mark}{tasks}" if mark else ""), encoding="utf-8")
     print(PAGE)
 
 
