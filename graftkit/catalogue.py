@@ -5,8 +5,8 @@ dataclass that a recipe writes as `lora(rank=8)`. Its fields are declared with `
 types, bounds and help can be read here from the syntax tree: a recipe is checked, and `--help` answers,
 before anything heavy is loaded.
 
-Methods of one's own are such files too: the environment variable GRAFTKIT_METHODS names their folders, separated
-as in PATH. See docs/new-method.md.
+Methods and tasks of one's own are such files too: the environment variables GRAFTKIT_METHODS and GRAFTKIT_TASKS name
+their folders, separated as in PATH. See docs/new-method.md and docs/new-task.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from graftkit.errors import UserError, listing, nearest
 
 FAMILIES = {"method": "methods", "task": "tasks"}
-OWN_FOLDERS = {"method": "GRAFTKIT_METHODS"}
+OWN_FOLDERS = {"method": "GRAFTKIT_METHODS", "task": "GRAFTKIT_TASKS"}
 NOT_ENTRIES = {
     "__init__",
     "base",
@@ -294,7 +294,7 @@ def _call(node: ast.expr, family: str, expression: str) -> Call:
     name = name_node.id
     if name not in known:
         hint = nearest(name, known)
-        if not hint and family in OWN_FOLDERS:
+        if not hint:
             hint = f" A {family} of your own is found where {OWN_FOLDERS[family]} names its folder."
         raise UserError(f"there is no {family} {name!r} (known: {listing(known, 30)}).{hint}")
     entry = known[name]

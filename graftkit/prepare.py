@@ -130,9 +130,9 @@ def prepare_backbone(
     source = find_source(model, weights)
     native = auto_class(source, task.families)
     if not task.head:
-        if native is None and source.made is None:
+        if native is None and source.made is None and task.families:
             raise UserError(f"model {model!r} is no language model that {task.name}() could use.")
-        return load_backbone(source, native, complete=True, meta=meta, seed=seed), method
+        return load_backbone(source, native, complete=native is not None, meta=meta, seed=seed), method
     method, pooling = with_classes(method, outputs), None
     if head is not None and task.per_token:
         method, head = _per_token(method, head, native is not None)
