@@ -1,6 +1,7 @@
 """Real results of every task: the rows of bench/task_rows on real data, three seeds; a section of docs/results.md.
 
     python bench/tasks.py run [--data ../shared/data] [--only wnut17,xquad] [--rows lora] [--seeds 0,1,2]
+                               [--jobs 2]
     python bench/tasks.py write
 
 Each run is a process of its own and its figures are kept in bench/results/, so that an interrupted measurement goes
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -65,38 +67,37 @@ def path_of(name: str, row: str, seed: int) -> Path:
     return FOLDER / f"task-{name}-{row.replace(' ', '')}-{seed}.json"
 
 
-def run_all(data: Path, seeds: list[int], only: list[str], wanted: list[str]) -> None:
+def run_all(data: Path, seeds: list[int], only: list[str], wanted: list[str], jobs: int) -> None:
     FOLDER.mkdir(exist_ok=True)
-    for seed in seeds:
-        for name, module in sets().items():
-            if only and name not in only:
-                continue
-            for row in names_of(module, data / name):
-                path = path_of(name, row, seed)
-                if path.exists() or (wanted and row not in wanted):
-                    continue
-                given = json.dumps({"name": name, "row": row, "seed": seed, "data": str(data)})
-                done = subprocess.run(
-                    [sys.executable, __file__, "--child", given], capture_output=True, text=True,
-                    env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                )  # fmt: skip
-                if done.returncode != 0:
-                    print(
-                        f"{name}, {row}, seed {seed} failed: {done.stderr[-2000:]}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    continue
-                result = json.loads(done.stdout.strip().splitlines()[-1])
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                print(
-                    name,
-                    row,
-                    seed,
-                    round(result["metrics"][module.METRIC], 4),
-                    round(result["seconds"]),
-                    flush=True,
-                )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+    work = [
+        (module, name, row, seed)
+        for seed in seeds
+        for name, module in sets().items()
+        if not only or name in only
+        for row in names_of(module, data / name)
+        if not path_of(name, row, seed).exists() and (not wanted or row in wanted)
+    ]
+
+    def one(item: tuple[ModuleType, str, str, int]) -> None:
+        module, name, row, seed = item
+        given = json.dumps({"name": name, "row": row, "seed": seed, "data": str(data)})
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", given], capture_output=True, text=True, env=environment
+        )
+        if done.returncode != 0:
+            print(f"{name}, {row}, seed {seed} failed: {done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            return
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        path_of(name, row, seed).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(
+            name, row, seed, round(result["metrics"][module.METRIC], 4), round(result["seconds"]), flush=True
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, work))
 
 
 def write() -> None:
@@ -132,10 +133,9 @@ def write() -> None:
 def line(runs: list[dict], metric: str) -> str:
     values = [run["metrics"][metric] for run in runs]
     seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
-    seconds = statistics.median(run["seconds"] for run in runs)
     return (
         f"| {runs[0]['row']} | `{runs[0]['method']}` | {statistics.mean(values):.4f} | {min(values):.4f} to "
-        f"{max(values):.4f} ({seeds}) | {runs[0]['trained_parameters']:,} | {seconds:.0f} |"
+        f"{max(values):.4f} ({seeds}) | {runs[0]['trained_parameters']:,} |"
     )
 
 
@@ -148,10 +148,14 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--rows", default="")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes at a time; two or more have one thread each"
+    )
     options = parser.parse_args()
     if options.command == "run":
         only, wanted = ([part for part in text.split(",") if part] for text in (options.only, options.rows))
-        run_all(options.data.expanduser().resolve(), [int(s) for s in options.seeds.split(",")], only, wanted)
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        run_all(options.data.expanduser().resolve(), seeds, only, wanted, options.jobs)
     write()
 
 
