@@ -42,6 +42,7 @@ EXPRESSIONS = {
         "head(classes=5)",
         "head(classes=3, pooling='mean', hidden=6)",
         "head(classes=2, pooling='attention')",
+        "head(classes=3, pooling='tokens', hidden=4)",
     ],
     "ia3": ["ia3()", "ia3(sites='all-linear') + head(classes=2)"],
     "layerwise_lr": ["unfreeze('blocks') + layerwise_lr(decay=0.5)"],

@@ -8,6 +8,7 @@ import torch
 from shaken import ALL_KINDS, message, shaken
 from torch.nn import functional as F
 
+import graftkit
 from graftkit import Backbone, attach, load
 
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
@@ -115,3 +116,41 @@ def test_a_trained_pooler_is_loaded_on_a_plain_model(tmp_path):
     graft.save(tmp_path)
     again = load(tiny.with_head("bert"), tmp_path)
     assert torch.equal(tiny.outputs(again.model), tiny.outputs(graft.model))
+
+
+@pytest.mark.parametrize("hidden", [0, 6])
+def test_a_head_for_each_token(hidden):
+    """Logits (batch, length, classes) of the last states, and the mean loss over what is labelled."""
+    model = tiny.bare("bert")
+    graft = shaken(model, f"head(classes=4, pooling='tokens', hidden={hidden})")
+    given = tiny.batch()
+    labels = torch.full_like(given["input_ids"], -100)
+    labels[:, 1:3] = torch.tensor([[0, 3], [1, 2], [2, 2], [3, 0]])[: len(labels)]
+    with torch.no_grad():
+        output = model(**given, labels=labels)
+        states = tiny.bare("bert")(**given).last_hidden_state
+        values = {name.removeprefix("head_default."): p for name, p in graft.parameters.items()}
+        if hidden:
+            states = F.gelu(F.linear(states, values["hidden.weight"], values["hidden.bias"]))
+        wanted = F.linear(states, values["output.weight"], values["output.bias"])
+        loss = F.cross_entropy(wanted.transpose(1, 2), labels)
+        torch.testing.assert_close(output.logits, wanted)
+        torch.testing.assert_close(output.loss, loss)
+        again = model(**given, labels=labels, num_items_in_batch=16)
+        torch.testing.assert_close(again.loss, loss * (labels != -100).sum() / 16)
+
+
+def test_heads_for_each_token_mixed_by_row():
+    model = tiny.bare("bert")
+    given = tiny.batch()
+    wanted = {}
+    for seed, name in enumerate(("a", "b")):
+        graft = shaken(model, "head(classes=4, pooling='tokens', hidden=3)", name, seed)
+        with torch.no_grad():
+            wanted[name] = model(**given).logits
+        graft.disable()
+    rows = ["a", "b"] * (len(given["input_ids"]) // 2)
+    with torch.no_grad(), graftkit.using(model, rows=rows):
+        got = model(**given).logits
+    for i, name in enumerate(rows):
+        torch.testing.assert_close(got[i], wanted[name][i])

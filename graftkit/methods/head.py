@@ -29,6 +29,8 @@ from graftkit.errors import UserError, listing
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
 from graftkit.methods.mixtures import Mixture
 
+IGNORED = -100  # the label of what has no part in the loss, as in all of transformers
+
 
 @dataclass(frozen=True)
 class Head(Method):
@@ -37,9 +39,10 @@ class Head(Method):
     `pooling` says what it stands on. 'own': the head that the model brings, its last map (linear or a convolution)
     replaced where the number of classes differs. 'stacked': the outputs of the model's own head, which stays as it
     is, for example 1000 classes of ImageNet. Else on the states below any head: 'cls' (the first token), 'mean' (over
-    tokens that are not padding, or over all places of a feature map), 'last' (the last token that is not padding) or
-    'attention' (a learned weighted mean). 'auto': what a sentence-transformers folder says, else 'own', else 'last'
-    for causal models, 'cls' where a class token stands in front, 'mean' for the others.
+    tokens that are not padding, or over all places of a feature map), 'last' (the last token that is not padding),
+    'attention' (a learned weighted mean) or 'tokens' (each token by itself, for tasks that answer for each). 'auto':
+    what a sentence-transformers folder says, else 'own', else 'last' for causal models, 'cls' where a class token
+    stands in front, 'mean' for the others.
     In a user's own module with a head, 'mean' is the mean of what comes into that head. An encoder with a decoder
     is pooled over the decoder's states; without decoder inputs it is given its own input, shifted by one.
     When: classes are predicted; alone it is the cheapest of all, since the backbone is computed once and kept.
@@ -49,10 +52,9 @@ class Head(Method):
 
     classes: int | None = option(None, "number of outputs; the task knows it", at_least=1)
     pooling: str = option(
-        "auto",
-        "what the head stands on",
-        choices=("auto", "own", "stacked", "cls", "mean", "last", "attention"),
-    )
+        "auto", "what the head stands on",
+        choices=("auto", "own", "stacked", "cls", "mean", "last", "attention", "tokens"),
+    )  # fmt: skip
     hidden: int = option(0, "width of a hidden layer; 0 for none", at_least=0)
     dropout: float = option(0.1, "dropout on pooled features; 'own' has the model's", at_least=0, below=1)
     lr: float | None = option(None, "learning rate; null means 0.005", above=0)
@@ -110,6 +112,8 @@ class Head(Method):
         what = f"head(pooling={self.pooling!r}) takes tokens, but {backbone.source}"
         if is_convolutional(backbone):
             raise UserError(f"{what} gives feature maps (batch, channels, height, width); {instead}.")
+        if self.pooling == "tokens":
+            return  # `features` sees whether there is a state for each
         if below_head(backbone)[1]:
             own = next(site.name for site in backbone.sites if site.role == "head")
             raise UserError(f"{what} gives its head {own!r} one vector a row; {instead}.")
@@ -250,9 +254,7 @@ class PooledHead(Addition):
         self.labels: Any = None
         self.items: Any = None
         self.shifts = False  # the input of an encoder-decoder is its decoder's too
-        self.elsewhere = (
-            ""  # name of the module in the model that gives the states, where it is not the model
-        )
+        self.elsewhere = ""  # name of the module that gives the states, where it is not the model itself
         self.given: dict[str, Any] = {}
         self.seen: Tensor | None = None
 
@@ -274,13 +276,14 @@ class PooledHead(Addition):
             self.seen = self.features(module, output, named(module, args, kwargs))
 
     def features(self, module: nn.Module, output: Any, given: dict[str, Any]) -> Tensor:
-        """Features (batch, width) in fp32 of what a module gave for the inputs `given`."""
+        """Features (batch, width), for 'tokens' (batch, length, width), in fp32 of what a module gave for `given`."""
         states: Tensor = output if isinstance(output, Tensor) else output[0]
         with torch.autocast(states.device.type, enabled=False):
             result = self._pooled(module, states, output, given)
-        if result.dim() != 2 or result.shape[1] != self.width:
+        dimensions, each = (3, "token") if self.pooling == "tokens" else (2, "row")
+        if result.dim() != dimensions or result.shape[-1] != self.width:
             raise UserError(
-                f"head(pooling={self.pooling!r}) was made for {self.width} features a row, but {type(module).__name__} gives "
+                f"head(pooling={self.pooling!r}) was made for {self.width} features a {each}, but {type(module).__name__} gives "
                 f"{list(states.shape)}; give the module an attribute hidden_size that says its width, or use another "
                 "pooling."
             )
@@ -290,7 +293,7 @@ class PooledHead(Addition):
         if states.dim() == 4:
             return maps_to_features(states, output)
         states = states.float()
-        if states.dim() != 3 or self.pooling == "stacked":
+        if states.dim() != 3 or self.pooling in ("stacked", "tokens"):
             return states
         mask = mask_of_states(module, states, given)
         if self.pooling != "attention":
@@ -313,7 +316,7 @@ class PooledHead(Addition):
         return self.query(states).squeeze(-1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (batch, classes) of features (batch, width)."""
+        """Logits (batch, classes) of features (batch, width), or of each token: (batch, length, classes)."""
         if hasattr(self, "hidden"):
             features = nn.functional.gelu(self.hidden(features))
         return self.output(self.dropout(features))
@@ -336,7 +339,7 @@ class PooledHead(Addition):
         return args, kept
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        from transformers.modeling_outputs import SequenceClassifierOutput
+        from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
         features = self.seen if self.elsewhere else self.features(site, output, named(site, args, kwargs))
         if features is None:
@@ -348,12 +351,14 @@ class PooledHead(Addition):
             logits = self.acting.logits(features)
         loss = None
         if self.labels is not None:
-            summed = nn.functional.cross_entropy(logits, self.labels, reduction="sum")
-            loss = summed / (self.items if self.items is not None else len(logits))
+            rows, labels = logits.flatten(0, -2), self.labels.flatten()
+            summed = nn.functional.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum")
+            loss = summed / (self.items or (labels != IGNORED).sum().clamp(min=1))
         self.labels = self.items = self.seen = None
         self.given = {}
         del self.__dict__["caller"]
-        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        output_class = TokenClassifierOutput if self.pooling == "tokens" else SequenceClassifierOutput
+        return output_class(loss=loss, logits=logits)  # type: ignore[arg-type]
 
 
 class HeadMixture(Mixture):
@@ -389,5 +394,6 @@ class HeadMixture(Mixture):
         return self._map("output", features)
 
     def _map(self, name: str, x: Tensor) -> Tensor:
-        product = x.unsqueeze(1) @ self.parts[f"{name}.weight"].mT
-        return product.squeeze(1) + self.parts[f"{name}.bias"]
+        tokens, weight = (x if x.dim() == 3 else x.unsqueeze(1)), self.parts[f"{name}.weight"]
+        product = tokens @ weight.mT + self.parts[f"{name}.bias"].unsqueeze(1)
+        return product if x.dim() == 3 else product.squeeze(1)
