@@ -362,7 +362,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _refuse_untrainable(backbone: Backbone, chain: Chain, labels: Labels, before: Before) -> None:
-    if not labels:
+    if not labels and chain.methods:
         raise UserError(f"{chain} trains nothing; add a method such as lora() or head().")
     new = tuple(f"{name}." for name in before.replaced(backbone.model))
     random = [

@@ -172,7 +172,7 @@ class Stored:
         others = [re.escape(owner) for owner in dict.fromkeys(others) if owner not in heads]
         if others:
             text += f" + unfreeze({'re:' + '|'.join(others)!r})"
-        return read_method(text)
+        return read_method(text) if text else Chain()  # of a task that trains nothing
 
     def tensors_for(self, graft: Graft) -> dict[str, Tensor]:
         """Tensors by the parameter names that the graft has on its backbone. Raises `UserError` for misfits."""

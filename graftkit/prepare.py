@@ -72,6 +72,11 @@ def make_task(expression: str) -> Task:
     return build(parse(expression, "task"), "task")[0]
 
 
+def method_of(recipe: Recipe) -> Chain:
+    """The method of a recipe; an empty one where the task trains nothing."""
+    return read_method(recipe.method) if recipe.method else Chain()
+
+
 def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test: Any = None) -> Rows:
     """Read and check every row before a model is loaded. `train` ... are tables in memory, from Python."""
     task = make_task(recipe.task)
@@ -91,6 +96,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
     elif data.eval is not None:
         kept, out = task.hold_out(examples, data.eval, recipe.seed)
         held, examples = examples.take(out), examples.take(kept)
+    task = task.resolve(examples, recipe.seed)
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
@@ -196,7 +202,7 @@ def attach_new(backbone: Backbone, method: Chain, *, meta: bool) -> Graft:
 def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     """Load, graft, and count. `meta`: shapes only, for the plan."""
     backbone, method = prepare_backbone(
-        recipe.model, read_method(recipe.method or ""), rows.task, rows.labels, weights=recipe.weights, meta=meta,
+        recipe.model, method_of(recipe), rows.task, rows.labels, weights=recipe.weights, meta=meta,
         seed=recipe.seed,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -212,7 +218,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
         config.use_cache = False
     train = recipe.train
     per_epoch = steps_per_epoch(len(rows.train), train.batch_size, train.accumulate * parallel.processes()[1])
-    steps = train.steps or math.ceil(train.epochs * per_epoch)
+    steps = (train.steps or math.ceil(train.epochs * per_epoch)) if rows.task.trains else 0
     graft.method.check_steps(steps)
     phases = find_phases(graft, steps, per_epoch)
     plan = make_plan(

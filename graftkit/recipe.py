@@ -169,6 +169,10 @@ class Recipe(Section):
         """Give the method what the task says: its default, and a head unless the model brings it."""
         task = catalogue.parse(self.task, "task")[0].name
         constants = catalogue.entries("task")[task].constants
+        if not constants.get("trains", True):
+            if self.method is not None:
+                raise UserError(f"{task}() asks the model as it is and trains nothing; leave the method out.")
+            return
         self.method = self.method or constants.get("method", "lora() + head()")
         names = [call.name for call in catalogue.parse(self.method, "method")]
         if not constants.get("head", True):

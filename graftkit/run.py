@@ -23,7 +23,7 @@ from graftkit.plan import Plan
 from graftkit.prepare import Prepared, prepare, prepare_rows, without_classes
 from graftkit.recipe import IN_MEMORY, Recipe
 from graftkit.report.console import Console
-from graftkit.report.summary import show_found, show_plan
+from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.run_folder import PLAN, RECIPE, RESULT, how_to_resume
 from graftkit.tasks.base import Dataset
 from graftkit.watch import Watch
@@ -199,6 +199,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     train, rows = prepared.recipe.train, prepared.rows
     show_found(console, prepared, datasets, statistics(prepared, datasets))
     show_plan(console, prepared.plan)
+    show_rendered(console, rows.task.rendered(datasets["train"]))
     start = time.monotonic()
     forward = _training_forward(prepared, datasets["train"])
     criterion = rows.task.criterion(datasets["train"], rows.labels, train.label_smoothing)
@@ -206,7 +207,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     watch = Watch(prepared, datasets, folder, loop, start)
     if resumed:
         watch.restore(console)
-    console.heading("Training")
+    console.heading("Training" if prepared.settings.steps else "Evaluation")
     console.start(prepared.settings.steps, loop.step)
     smooth = _Smooth()
     try:
@@ -218,7 +219,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                     step.number, prepared.settings.steps, step.epoch, smooth.loss, smooth.accuracy, step.rows
                 )
                 if _due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
-                    watch.evaluate(step, console)
+                    watch.evaluate(step.number, console)
                 stop = bool(stopped)
                 if loop.world > 1:  # all stop where one of them is told to
                     stop = sum_numbers([float(stop)])[0] > 0
@@ -230,6 +231,8 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                     )
                 if watch.ended:
                     break
+        if not prepared.settings.steps and watch.best is None:
+            watch.evaluate(0, console)
     finally:
         console.stop()
         with suppress(
@@ -314,7 +317,7 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     })  # fmt: skip
     train = recipe.train.model_copy(update={"precision": prepared.precision})
     model = absolute(recipe.model) if Path(recipe.model).expanduser().is_dir() else recipe.model
-    method = str(without_classes(prepared.graft.method))  # other data may have other labels
+    method = str(without_classes(prepared.graft.method)) or None  # other data may have other labels
     return recipe.model_copy(update={
         "model": model, "weights": absolute(recipe.weights), "data": data, "train": train, "method": method,
         "out": str(folder),

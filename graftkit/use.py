@@ -21,8 +21,7 @@ from graftkit.engine.loop import predict as run_predict
 from graftkit.errors import UserError
 from graftkit.graft import Graft
 from graftkit.graft_files import load
-from graftkit.methods.base import read as read_method
-from graftkit.prepare import make_task, prepare_backbone, reading_of
+from graftkit.prepare import make_task, method_of, prepare_backbone, reading_of
 from graftkit.recipe import Recipe
 from graftkit.tasks.base import Task
 
@@ -62,7 +61,7 @@ def load_run(folder: Path, *, exact: bool = False) -> Loaded:
     labels = tuple(about["labels"])
     task = make_task(about["task"])
     backbone, _ = prepare_backbone(
-        recipe.model, read_method(recipe.method or ""), task, labels, weights=recipe.weights, seed=recipe.seed
+        recipe.model, method_of(recipe), task, labels, weights=recipe.weights, seed=recipe.seed
     )
     graft = load(backbone, folder / "graft")
     device = parallel.device()

@@ -85,16 +85,16 @@ class Watch:
         self.worst = rows.task.worst(outcomes, dataset, rows.labels, WORST_ROWS)
         return rows.task.metrics(outcomes, dataset, rows.labels)
 
-    def evaluate(self, step: Step, console: Console) -> None:
+    def evaluate(self, step: int, console: Console) -> None:
         """Metrics of the evaluation rows; the best weights so far are kept in a file of their own."""
         if "eval" not in self.datasets:
             return
         metrics = self.metrics("eval")
-        self.pending.append({"kind": "evaluation", "step": step.number, **metrics})
+        self.pending.append({"kind": "evaluation", "step": step, **metrics})
         task = self.prepared.rows.task
         better = self.best is None or task.better(metrics, self.best)
         if better:
-            self.best, self.waited, self.best_worst = {"step": step.number, **metrics}, 0, self.worst
+            self.best, self.waited, self.best_worst = {"step": step, **metrics}, 0, self.worst
             if self.main:
                 with self._telling_how_to_go_on():
                     checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.graft.tensors)
@@ -102,7 +102,7 @@ class Watch:
             self.waited += 1
         names = dict.fromkeys([name for name in task.headline if name in metrics] + ["loss"])
         figures = ", ".join(f"{title(name)} {metrics[name]:.4f}" for name in names)
-        console.line(f"step {step.number}: evaluation {figures}{' (best so far)' if better else ''}")
+        console.line(f"step {step}: evaluation {figures}{' (best so far)' if better else ''}")
         self.checkpoint()
 
     def maybe_checkpoint(self, every: int | None, force: bool) -> None:
@@ -171,7 +171,7 @@ class Watch:
             "steps": self.loop.step,
             "precision": prepared.precision,
             "device": str(prepared.device),
-            "method": str(prepared.graft.method),
+            "method": str(prepared.graft.method) or "none",
             "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
             "rows_skipped": len(prepared.rows.skipped),
         }

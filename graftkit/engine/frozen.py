@@ -61,7 +61,7 @@ def phases(graft: Graft, steps: int, per_epoch: int) -> tuple[Phase, ...]:
         end = bisect_right(range(start, steps), len(labels), key=lambda step: len(at(step))) + start
         found.append(Phase(start, end, labels, frozen_depth(graft, labels)))
         start = end
-    return tuple(found)
+    return tuple(found) or (Phase(0, 0, {}, frozen_depth(graft, {})),)
 
 
 def frozen_depth(graft: Graft, labels: Labels | None = None) -> int:

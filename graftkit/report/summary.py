@@ -100,8 +100,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.heading("Plan")
     console.pairs(
         [
-            ("method", plan.method),
-            ("trained", f"{count(plan.trained_parameters)} of {count(plan.total_parameters)} parameters ({share:.2%}): {groups}"),
+            ("method", plan.method or "none: the model as it is"),
+            ("trained", f"{count(plan.trained_parameters)} of {count(plan.total_parameters)} parameters ({share:.2%}){': ' if groups else ''}{groups}"),
             *schedule,
             ("frozen", f"the first {plan.frozen_blocks} of {plan.blocks} blocks are computed without gradients"),
             ("memory", f"weights {size(plan.weight_bytes)}, gradients {size(plan.gradient_bytes)}, "
@@ -109,6 +109,14 @@ def show_plan(console: Console, plan: Plan) -> None:
             ("steps", f"{count(plan.steps)} of {plan.batch_size} rows ({count(plan.steps_per_epoch)} an epoch), {plan.precision}"),
         ]
     )  # fmt: skip
+
+
+def show_rendered(console: Console, text: str) -> None:
+    """A row as the model reads it, where its task has one to show."""
+    if text:
+        console.heading("A row as the model reads it")
+        for line in text.splitlines():
+            console.line(f"  {line}")
 
 
 def _schedule(plan: Plan) -> Iterator[str]:

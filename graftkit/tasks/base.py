@@ -172,7 +172,7 @@ class Task:
     modality: ClassVar[str] = "text"
     method: ClassVar[str] = "lora() + head()"
     head: ClassVar[bool] = True
-    trains: ClassVar[bool] = True
+    trains: ClassVar[bool] = True  # False: the model is asked as it is, and a run has no steps and no method
     per_token: ClassVar[bool] = False  # the head answers for each token, not for a whole text
     # the figures that are shown first; the first chooses the best weights, larger is better but for 'loss'
     headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
@@ -223,6 +223,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def resolve(self, examples: Examples, seed: int) -> Task:
+        """The task with what only the training rows tell written into its options, which are saved with the graft."""
+        return self
+
     # what the model sees
 
     def outputs(self, labels: Sequence[str]) -> int:
@@ -256,6 +260,10 @@ class Task:
     ) -> Dataset:
         """`training`: the rows are learned from, so augmentation has its place."""
         raise NotImplementedError
+
+    def rendered(self, dataset: Dataset) -> str:
+        """A row as the model reads it, to be shown before anything is done; empty where there is nothing to see."""
+        return ""
 
     # what is learned
 
