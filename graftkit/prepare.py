@@ -26,7 +26,7 @@ from graftkit.methods.base import read as read_method
 from graftkit.methods.head import Head
 from graftkit.plan import Plan, make_plan
 from graftkit.recipe import Recipe
-from graftkit.tasks.base import Examples, Reading, Task
+from graftkit.tasks.base import Dataset, Examples, Reading, Task
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Prepared:
     precision: str
     phases: tuple[Phase, ...]
     max_length: int
+    train: Dataset
 
     @property
     def depth(self) -> int:
@@ -138,7 +139,9 @@ def prepare_backbone(
     if not task.head:
         if native is None and source.made is None and task.families:
             raise UserError(f"model {model!r} is no language model that {task.name}() could use.")
-        return load_backbone(source, native, complete=native is not None, meta=meta, seed=seed), method
+        backbone = load_backbone(source, native, complete=native is not None, meta=meta, seed=seed)
+        task.settle(backbone)
+        return backbone, method
     method, pooling = with_classes(method, outputs), None
     if head is not None and task.per_token:
         method, head = _per_token(method, head, native is not None)
@@ -157,6 +160,7 @@ def prepare_backbone(
         labels=task.output_names(labels) if pooling == "own" else None, complete=pooling == "stacked", meta=meta,
         seed=seed,
     )  # fmt: skip
+    task.settle(backbone)
     return backbone, method
 
 
@@ -217,12 +221,14 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     if config is not None:
         config.use_cache = False
     train = recipe.train
-    per_epoch = steps_per_epoch(len(rows.train), train.batch_size, train.accumulate * parallel.processes()[1])
+    max_length = rows.task.max_length(recipe.data.max_length, backbone)
+    dataset = rows.task.dataset(rows.train, backbone, max_length, training=True)
+    per_epoch = steps_per_epoch(len(dataset), train.batch_size, train.accumulate * parallel.processes()[1])
     steps = (train.steps or math.ceil(train.epochs * per_epoch)) if rows.task.trains else 0
     graft.method.check_steps(steps)
     phases = find_phases(graft, steps, per_epoch)
     plan = make_plan(
-        graft, rows=len(rows.train), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
+        graft, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
         steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases,
     )  # fmt: skip
     settings = Settings(
@@ -239,5 +245,6 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
         device,
         kind,
         phases,
-        rows.task.max_length(recipe.data.max_length, backbone),
+        max_length,
+        dataset,
     )

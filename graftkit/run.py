@@ -253,10 +253,10 @@ def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:
 
 def _encode(prepared: Prepared) -> dict[str, Dataset]:
     rows = prepared.rows
-    parts = {"train": rows.train, "eval": rows.eval, "test": rows.test}
-    return {
-        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length, training=name == "train")
-        for name, examples in parts.items()
+    others = {"eval": rows.eval, "test": rows.test}
+    return {"train": prepared.train} | {
+        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
+        for name, examples in others.items()
         if examples is not None
     }
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,8 @@ class Watch:
         seconds = self.seconds
         found = {"eval": {k: v for k, v in self.best.items() if k != "step"}} if self.best else {}
         worst = self.best_worst
+        task = prepared.rows.task.settled(found.get("eval"))
+        self.prepared = prepared = replace(prepared, rows=replace(prepared.rows, task=task))
         if "test" in self.datasets:
             found["test"] = self.metrics("test")
             worst = self.worst

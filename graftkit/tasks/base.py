@@ -227,7 +227,15 @@ class Task:
         """The task with what only the training rows tell written into its options, which are saved with the graft."""
         return self
 
+    def settled(self, metrics: dict[str, Any] | None) -> Task:
+        """The same with what the evaluation rows decide, such as a threshold. `metrics`: theirs with the weights that
+        are kept; None where a run had none."""
+        return self
+
     # what the model sees
+
+    def settle(self, backbone: Backbone) -> None:
+        """Set what the task's options say in a model that was just loaded, before anything is attached to it."""
 
     def outputs(self, labels: Sequence[str]) -> int:
         """How many outputs the head has."""
