@@ -50,6 +50,13 @@ class Backbone:
         }
 
     @property
+    def idle(self) -> set[str]:
+        """Base parameters without a part in the output: what stands for masked sound where the config masks none."""
+        config = getattr(self.model, "config", None)
+        masking = getattr(config, "apply_spec_augment", True) and getattr(config, "mask_time_prob", 1) > 0
+        return {name for name in self.base_parameters if name.endswith("masked_spec_embed") and not masking}
+
+    @property
     def fingerprint(self) -> str:
         """Digest of the names and shapes of the base's parameters, its head excluded.
 

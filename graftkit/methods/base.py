@@ -237,6 +237,8 @@ class Chain(Method):
                     )
         for method in self.methods:
             labels = method.relabel(backbone, labels)
+        idle = backbone.idle
+        labels = {name: group for name, group in labels.items() if name not in idle}
         order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
         lost = next((name for name in labels if name not in order), None)
         if lost is not None:
