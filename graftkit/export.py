@@ -239,6 +239,8 @@ def _how(to: Path, head: PooledHead | None, loaded: Loaded) -> str:
         return f"python {to / 'classifier.py'} 'a text'   (or import Classifier from it; it needs torch and transformers only)"
     name = type(loaded.graft.model).__name__
     pipeline = next((pipeline for ending, pipeline in PIPELINES.items() if name.endswith(ending)), None)
+    if loaded.task.modality == "audio":  # wav2vec2 and its kin have classes "for sequences"
+        pipeline = PIPELINES["AudioClassification"]
     place = json.dumps(str(to))
     return (
         f"transformers.pipeline({pipeline!r}, {place})"

@@ -1,0 +1,199 @@
+"""Sounds as rows of a dataset: read when needed, kept while there is room, changed at random in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.data.sounds import Sound
+from graftkit.errors import UserError, first_line, listing
+from graftkit.tasks.audio_inputs import Front
+from graftkit.tasks.base import Dataset, Examples
+
+ROOM = 1 << 30  # bytes of decoded sounds that a dataset keeps
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a row in training, drawn from torch's generator.
+
+    `gain`: decibels up or down at most; `shift`: samples earlier or later at most; `masks` stripes of time and as many
+    of frequency, each at most the share `time` of the frames, or `frequency` of the bands.
+    """
+
+    gain: float = 0.0
+    shift: int = 0
+    masks: int = 0
+    time: float = 0.0
+    frequency: float = 0.0
+
+    @property
+    def of_waves(self) -> bool:
+        return bool(self.gain or self.shift)
+
+    def wave(self, wave: np.ndarray) -> np.ndarray:
+        """Louder or softer, earlier or later, as long as before."""
+        if self.gain:
+            wave = wave * np.float32(10 ** (self.gain * (2 * float(torch.rand(())) - 1) / 20))
+        most = min(self.shift, len(wave) - 1)
+        if most:
+            by = int(torch.randint(-most, most + 1, ()))
+            wave = np.concatenate([np.zeros(max(by, 0), wave.dtype), wave[max(-by, 0) : len(wave) - max(by, 0)],
+                                   np.zeros(max(-by, 0), wave.dtype)])  # fmt: skip
+        return wave
+
+    def features(self, features: np.ndarray, time: int, frames: int) -> np.ndarray:
+        """Stripes of features, of which `frames` are not padding, set to their mean (Park et al. 2019, section 2)."""
+        if not self.masks:
+            return features
+        result = features.copy()
+        rows = np.moveaxis(result, time, 0)[:frames]  # (frames, bands), a view
+        mean = rows.mean()
+        for _ in range(self.masks):
+            rows[_stripe(len(rows), self.time)] = mean
+            rows[:, _stripe(rows.shape[1], self.frequency)] = mean
+        return result
+
+
+def _stripe(places: int, share: float) -> slice:
+    width = int(torch.randint(0, round(share * places) + 1, ()))
+    start = int(torch.randint(0, places - width + 1, ()))
+    return slice(start, start + width)
+
+
+class SoundDataset(Dataset):
+    """Sounds as a model takes them; `lengths` in samples at the model's rate.
+
+    `longest`: samples of a row at most, the rest is cut away as `cut` says. `padded`: each row is padded to that, so
+    that an answer does not depend on the other rows of a batch where the model is told nothing of padding.
+    """
+
+    unit: ClassVar[str] = "samples"
+
+    def __init__(self, examples: Examples, front: Front, longest: int, cut: str, padded: bool,
+                 augmentation: Augmentation) -> None:  # fmt: skip
+        self.sounds: list[Sound] = examples.values["audio"]
+        whole = np.array([sound.length(front.rate) for sound in self.sounds])
+        super().__init__(examples, np.minimum(whole, longest))
+        self.truncated = int((whole > longest).sum())
+        self.front, self.longest, self.cut = front, longest, cut
+        self.padded = padded
+        self.uniform = front.fixed or padded
+        self.augmentation = augmentation
+        self.keeps = augmentation == Augmentation()
+        self._kept: dict[int, np.ndarray] = {}
+        self._room = ROOM
+
+    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+        features = [self._features(int(row)) for row in rows]
+        if self.front.fixed:
+            return {self.front.name: torch.from_numpy(np.stack(features))}
+        sizes = np.array([len(row) for row in features])
+        padded = np.full((len(rows), sizes.max(), *features[0].shape[1:]), self.front.padding, np.float32)
+        for place, row in zip(padded, features):
+            place[: len(row)] = row
+        found = {self.front.name: torch.from_numpy(np.ascontiguousarray(self.front.batch(padded)))}
+        if self.front.mask:
+            found["attention_mask"] = torch.from_numpy(
+                (np.arange(sizes.max()) < sizes[:, None]).astype(np.int64)
+            )
+        return found
+
+    def _features(self, row: int) -> np.ndarray:
+        augmentation, front = self.augmentation, self.front
+        if not augmentation.of_waves:
+            features = self._keeping(row, lambda: self._made(self._wave(row)))
+        else:
+            features = self._made(augmentation.wave(self._keeping(row, lambda: self._wave(row))))
+        if front.time is None:
+            return features
+        share = self.lengths[row] / self.longest if self.uniform else 1.0
+        frames = max(1, round(share * features.shape[front.time]))
+        return augmentation.features(features, front.time, frames)
+
+    def _keeping(self, row: int, make: Any) -> np.ndarray:
+        found = self._kept.get(row)
+        if found is None:
+            found = make()
+            if found.nbytes <= self._room:
+                self._kept[row] = found
+                self._room -= found.nbytes
+        return found
+
+    def _wave(self, row: int) -> np.ndarray:
+        return self.sounds[row].piece(self.front.rate, self.longest, self.cut)
+
+    def _made(self, wave: np.ndarray) -> np.ndarray:
+        features = self.front.row(wave) if self.front.time is None or not self.padded else None
+        if not self.padded:
+            assert features is not None
+            return features
+        missing = self.longest - len(wave)
+        if features is None:  # silence in front of the spectrogram, not zeros in it
+            return self.front.row(np.pad(wave, (0, missing)))
+        return np.pad(features, (0, missing), constant_values=self.front.padding)
+
+    def targets(self, rows: np.ndarray) -> Tensor | None:
+        targets = self.examples.targets
+        return None if targets is None else torch.from_numpy(np.asarray(targets)[rows])
+
+    def digested(self) -> Sequence[bytes | np.ndarray]:
+        targets = self.examples.targets
+        known = [] if targets is None else [np.asarray(targets)]
+        return [*known, self.lengths.astype(np.int64), *(sound.digest for sound in self.sounds)]
+
+    def refuse_misfits(self, backbone: Backbone) -> None:
+        """Raise `UserError` where the model cannot take the sounds, or names those that are too short for it.
+
+        Found by trying: the shortest, and where that fails the longest, and those between by halving.
+        """
+        order = np.argsort(self.lengths, kind="stable")
+        if self._misfit(backbone, order[0]) is None:
+            return
+        problem = self._misfit(backbone, order[-1])
+        if problem is not None:
+            shape = "x".join(map(str, self._features(int(order[-1])).shape))
+            raise UserError(
+                f"{backbone.source} cannot take {self.front.name} of {shape} a row: {first_line(problem)}. "
+                "The transform (the feature extractor of its folder, or the options of audio_classify()) has to fit it."
+            )
+        low, high = 0, len(order) - 1  # the shortest at `low` fails, that at `high` passes
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._misfit(backbone, order[middle]) is None:
+                high = middle
+            else:
+                low = middle
+        seconds = self.lengths[order[low]] / self.front.rate
+        raise UserError(
+            f"{high} of {len(order)} sounds are too short for {backbone.source}, {seconds:.3g} s or less: "
+            f"{listing((self.where(int(row)) for row in order[:high]), 10)}. Leave them out, or join them to longer ones."
+        )
+
+    @torch.no_grad()
+    def _misfit(self, backbone: Backbone, row: Any) -> Exception | None:
+        """What goes wrong with this row alone, if anything does."""
+        if self.lengths[row] < self.front.shortest:
+            return ValueError("shorter than one window")
+        model: nn.Module = backbone.model
+        modes = [(module, module.training) for module in model.modules()]
+        some = next(model.parameters())
+        half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+        state = torch.get_rng_state()
+        try:
+            model.eval()
+            with torch.autocast(some.device.type, torch.bfloat16, enabled=half):
+                self.logits(model, self.batch(np.array([row]), some.device))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return error
+        finally:
+            torch.set_rng_state(state)
+            for module, training in modes:
+                module.training = training
+        return None
