@@ -1,0 +1,82 @@
+"""What the commands share: their options, recipes from words, output. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftkit.errors import UserError
+
+if TYPE_CHECKING:
+    from graftkit.report.console import Console
+
+Json = Annotated[
+    bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")
+]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="a recipe, and settings put over it"),
+]
+Model = Annotated[str | None, typer.Option(help="model folder, hub id, or package.module:function")]
+Weights = Annotated[
+    str | None, typer.Option(help="safetensors file for the module that package.module:function makes")
+]
+TaskName = Annotated[str | None, typer.Option("--task", help="what is learned, for example classify")]
+Train = Annotated[str | None, typer.Option(help="training rows")]
+Eval = Annotated[
+    str | None, typer.Option(help="rows to evaluate on, or the share of the training rows to hold out")
+]
+Test = Annotated[str | None, typer.Option(help="rows that are only looked at in the end")]
+MethodName = Annotated[str | None, typer.Option("--method", help="how, for example 'lora(rank=8) + head()'")]
+Out = Annotated[str | None, typer.Option(help="run folder; default: a new one under runs/")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+
+
+def recipe_values(arguments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
+    from graftkit import recipe as recipes
+
+    arguments = list(arguments or [])
+    values: dict[str, Any] = {}
+    if arguments and "=" not in arguments[0]:
+        values = recipes.read(Path(arguments.pop(0)))
+    files = [argument for argument in arguments if "=" not in argument]
+    if files:
+        raise UserError(f"{files[0]!r} is neither the recipe (which comes first) nor a key=value setting.")
+    for key, value in given.items():
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{key.removeprefix('data.')} is empty.")
+        if value is not None:
+            recipes.place(values, key, _share(value) if key == "data.eval" else value)
+    return recipes.override(values, arguments)
+
+
+def _share(text: str) -> str | float | None:
+    if text in ("null", "none"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def given_values(model: Any, weights: Any, task: Any, train: Any, eval: Any, test: Any, method: Any,
+           out: Any) -> dict[str, Any]:  # fmt: skip
+    return {
+        "model": model, "weights": weights, "task": task, "data.train": train, "data.eval": eval, "data.test": test,
+        "method": method, "out": out,
+    }  # fmt: skip
+
+
+def console_of(as_json: bool) -> Console:
+    from graftkit.report.console import Console
+
+    return Console(json=as_json)
+
+
+def emit(as_json: bool, value: dict[str, Any]) -> None:
+    if as_json and os.environ.get("RANK", "0") == "0":  # the first of several processes
+        print(json.dumps(value, ensure_ascii=False))
