@@ -56,6 +56,7 @@ def show_found(
         lines.append(("left out", f"{len(rows.skipped)} bad rows, the first: {rows.skipped[0]}"))
     if datasets:
         lines.append(("sizes", _sizes(prepared, datasets)))
+    lines += [("note", text) for text in train.get("notes", ())]
     console.pairs(lines)
 
 

@@ -1,0 +1,379 @@
+"""Image classification: one image, one answer of several."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.catalogue import option
+from graftkit.data.augment import Augmentation
+from graftkit.data.columns import Column
+from graftkit.data.folders import given_files, locate_files, read_files
+from graftkit.data.images import SUFFIXES, Picture, load, look_at
+from graftkit.data.read import Table
+from graftkit.errors import UserError, listing
+from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Reading, Scores, check_rows
+from graftkit.tasks.image_inputs import (
+    IMAGENET_DEVIATION,
+    IMAGENET_MEAN,
+    Pixels,
+    Transform,
+    argument_of,
+    processor_of,
+    same_size,
+)
+from graftkit.tasks.labels import (
+    LABEL,
+    LabelIndex,
+    LabelTask,
+    balanced,
+    is_missing,
+    label_problem,
+    label_text,
+)
+
+NOUN = "image"
+PATHS = ("img", "file", "path", "file_name", "filename", "filepath", "file_path", "image_path", "image_file")
+
+
+class MixedBatch(Batch):
+    """A batch whose images are mixed in pairs. `targets` are those of its own rows; `share`: how much of each image is
+    its own; `partners`: the rows that the rest is of."""
+
+    @cached_property
+    def mixed(self) -> tuple[Tensor, Tensor, float]:
+        dataset = self.dataset
+        assert isinstance(dataset, ImageDataset)
+        return dataset.augmentation.mix(dataset.inputs(self.rows)[dataset.argument])
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        assert isinstance(self.dataset, ImageDataset)
+        return {self.dataset.argument: self.move(self.mixed[0])}
+
+    @cached_property
+    def partners(self) -> Batch:
+        return Batch(self.dataset, self.rows[self.mixed[1].numpy()], self.device)
+
+    @property
+    def share(self) -> float:
+        return self.mixed[2]
+
+
+class ImageDataset(Dataset):
+    """Images, decoded when a batch is made; none of them is kept."""
+
+    unit = "images"
+    uniform = True
+
+    def __init__(self, examples: Examples, pixels: Pixels, argument: str, augmentation: Augmentation) -> None:
+        super().__init__(examples, np.ones(len(examples), dtype=np.int64))
+        self.pictures: list[Picture] = examples.values["image"]
+        self.pixels = pixels
+        self.argument = argument
+        self.augmentation = augmentation
+        self.keeps = not augmentation
+
+    def batch(self, rows: np.ndarray, device: torch.device | None = None) -> Batch:
+        return (MixedBatch if self.augmentation.mixes else Batch)(self, rows, device)
+
+    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """(rows, channels, height, width) under the name by which the model takes images."""
+        change, pixels = self.augmentation, self.pixels
+        on_images = change.crop == "resized" or change.operations
+        drawn = change.draw(len(rows)) if on_images else None
+
+        def make(image: Any, place: int) -> Tensor:
+            if drawn is None:
+                return pixels(image)
+            image = change.image(image, drawn[place], pixels.size(image), pixels.resample)
+            return pixels(image, whole=change.crop != "resized")
+
+        made = load([self.pictures[row] for row in rows], make)
+        if len({tuple(one.shape) for one in made}) > 1:
+            raise UserError(f"the images of a batch come out in several sizes ({pixels}).")
+        return {self.argument: change.pixels(torch.stack(made))}
+
+    def targets(self, rows: np.ndarray) -> Tensor | None:
+        targets = self.examples.targets
+        return None if targets is None else torch.from_numpy(np.asarray(targets)[rows])
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        output = model(**batch.inputs)
+        found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(output).__name__
+            raise UserError(
+                f"{type(model).__name__} gives {shape}, where logits (images, classes) should come out."
+            )
+        return found
+
+    def digested(self) -> Sequence[bytes | np.ndarray]:
+        targets = [] if self.examples.targets is None else [np.asarray(self.examples.targets)]
+        return [*targets, *(picture.digest for picture in self.pictures)]
+
+
+@dataclass(frozen=True)
+class ImageClassify(LabelTask):
+    """One answer of several for an image: folders of images, or a table with paths or bytes.
+
+    A model of transformers has its own image processor. Other modules are told by `resize`, `crop`, `channels`, `scale`,
+    `mean` and `deviation` what the network was trained on; left out, they are those of most CNNs of ImageNet.
+    """
+
+    method: ClassVar[str] = "head()"
+    modality: ClassVar[str] = "image"
+    families: ClassVar[tuple[str, ...]] = ("IMAGE_CLASSIFICATION",)
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("image", PATHS, "text"),
+        Column("label", LABEL, "label"),
+    )
+
+    resize: int | tuple | None = option(
+        None, "pixels of the shorter side, or [height, width], for modules without a processor", at_least=1
+    )
+    crop: int | tuple | None = option(
+        None, "side of the square cut from the middle, or [height, width]", at_least=1
+    )
+    channels: str | None = option(
+        None, "order of the colours; null means RGB", choices=("RGB", "BGR", "rgb", "bgr")
+    )
+    scale: float | None = option(None, "pixels of 0 to 255 times this; null means 1/255", above=0)
+    mean: float | tuple | None = option(
+        None, "taken off, one number or one for each channel in their order; null means ImageNet's"
+    )
+    deviation: float | tuple | None = option(
+        None,
+        "divided by, one number or one for each channel; null means ImageNet's, or 1 where mean is given",
+    )
+    interpolation: str | None = option(
+        None, "null means bilinear", choices=("nearest", "bilinear", "bicubic", "lanczos")
+    )
+    random_crop: str | None = option(
+        None,
+        "of training images: 'resized', a random box brought to size; 'padded', moved by some pixels",
+        choices=("resized", "padded"),
+    )
+    smallest_crop: float = option(
+        0.08, "share of the area that a random box has at least", above=0, at_most=1
+    )
+    padding: int = option(4, "pixels by which 'padded' moves an image at most", at_least=1)
+    flip: float = option(
+        0.0, "probability that left and right of a training image are exchanged", at_least=0, at_most=1
+    )
+    randaugment: int = option(0, "operations of RandAugment on each training image", at_least=0, at_most=12)
+    magnitude: int = option(9, "strength of RandAugment", at_least=0, at_most=30)
+    mixup: float = option(0.0, "alpha of mixup, for example 0.2; 0 for none", at_least=0)
+    cutmix: float = option(0.0, "alpha of cutmix, for example 1.0; 0 for none", at_least=0)
+    class_weights: str | None = option(
+        None, "'balanced' weighs each row by the rarity of its class", choices=("balanced",)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        resize, crop = _sides(self.resize, "resize"), _sides(self.crop, "crop")
+        if resize is not None and crop is not None and (resize[0] < crop[0] or resize[1] < crop[1]):
+            raise UserError(
+                f"image_classify(): crop is {self.crop!r}, which is more than resize={self.resize!r} leaves."
+            )
+        _triple(self.mean, "mean")
+        if min(_triple(self.deviation, "deviation") or (1,)) <= 0:
+            raise UserError(f"image_classify(): deviation is {self.deviation!r}, but must be above 0.")
+
+    def read(self, source: Any, reading: Reading, name: str) -> Table:
+        return read_files(
+            source, suffixes=SUFFIXES, column=reading.columns.get("image", "image"), noun=NOUN, name=name,
+            encoding=reading.encoding, skip_bad=reading.skip_bad,
+        )  # fmt: skip
+
+    def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
+        if not items:
+            raise UserError("there is no image to answer; name one or more, or give --data FOLDER.")
+        return given_files(items, columns.get("image", "image"), NOUN)
+
+    def examples(
+        self,
+        table: Table,
+        columns: dict[str, str],
+        labels: Sequence[str],
+        skip_bad: bool,
+        targets: bool = True,
+    ) -> Examples:
+        """Every image is decoded once, several at a time, and none is kept."""
+        column = columns["image"]
+        sources, problems = locate_files(table, column, noun=NOUN, skip_bad=skip_bad)
+        pictures: list[Any] = [None] * len(table)
+        there = [row for row in range(len(table)) if row not in problems]
+        names = [_name(table, column, row) for row in there]
+        for row, name, found in zip(there, names, look_at([sources[row] for row in there], names)):
+            pictures[row] = found
+            if isinstance(found, str):
+                where = table.where(row)
+                problems[row] = f"{where if where == name else f'{where}: {name}'} {found}."
+        index = LabelIndex(labels)
+
+        def problem(row: int) -> str | None:
+            if row in problems or not targets:
+                return problems.get(row)
+            value = table.columns[columns["label"]][row]
+            if is_missing(value):
+                return f"{table.where(row)}: column {columns['label']!r} is empty."
+            found = label_problem(value, index)
+            return None if found is None else f"{table.where(row)}: {found}"
+
+        looked_at = replace(table, columns={**table.columns, column: pictures})
+        kept, skipped = check_rows(looked_at, problem, skip_bad)
+        numbers = None
+        if targets:
+            values = kept.columns[columns["label"]]
+            numbers = np.array([index.find(label_text(value)) for value in values], dtype=np.int64)
+        return Examples(kept, {"image": kept.columns[column]}, numbers, skipped)
+
+    def max_length(self, wanted: int | None, backbone: Backbone) -> int:
+        if wanted is not None:
+            raise UserError("data.max_length is of texts, and images have no tokens; leave it out.")
+        return 1
+
+    def dataset(
+        self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
+    ) -> ImageDataset:
+        pictures: list[Picture] = examples.values["image"]
+        processor = processor_of(backbone)
+        told = [name for name in TRANSFORM if getattr(self, name) is not None]
+        if processor is not None and told:
+            raise UserError(
+                f"{backbone.source} comes with its own image processor ({processor}); leave {listing(told)} out of "
+                "image_classify()."
+            )
+        pixels: Pixels = processor or self.transform()
+        if isinstance(pixels, Transform):
+            same_size(pixels, [(p.width, p.height) for p in pictures], [p.name for p in pictures])
+        change = self.augmentation() if training else Augmentation()
+        return ImageDataset(examples, pixels, argument_of(backbone.model), change)
+
+    def transform(self) -> Transform:
+        """What is done to images for a module that brings no processor."""
+        from PIL.Image import Resampling
+
+        resize = (
+            self.resize
+            if self.resize is None or isinstance(self.resize, int)
+            else _sides(self.resize, "resize")
+        )
+        channels = (self.channels or "RGB").upper()
+        order = slice(None, None, -1) if channels == "BGR" else slice(None)
+        scale = 1 / 255 if self.scale is None else self.scale
+        mean, deviation = _triple(self.mean, "mean"), _triple(self.deviation, "deviation")
+        if deviation is None:
+            known = self.mean is None
+            deviation = (
+                tuple(v * 255 * scale for v in IMAGENET_DEVIATION[order]) if known else (1.0, 1.0, 1.0)
+            )
+        if mean is None:
+            mean = tuple(v * 255 * scale for v in IMAGENET_MEAN[order])
+        resample = Resampling[(self.interpolation or "bilinear").upper()]
+        return Transform(resize, _sides(self.crop, "crop"), channels, scale, mean, deviation, int(resample))
+
+    def augmentation(self) -> Augmentation:
+        """What is done to training images."""
+        return Augmentation(
+            self.random_crop, self.smallest_crop, self.padding, self.flip, self.randaugment, self.magnitude,
+            self.mixup, self.cutmix,
+        )  # fmt: skip
+
+    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+        """Cross-entropy; of mixed images that of both labels, by their shares."""
+        plain = super().criterion(dataset, labels, label_smoothing)
+
+        def scores(logits: Tensor, batch: Batch) -> Scores:
+            own = plain(logits, batch)
+            if not isinstance(batch, MixedBatch):
+                return own
+            other, share = plain(logits, batch.partners), batch.share
+            assert own.hits is not None and other.hits is not None
+            return Scores(
+                share * own.losses + (1 - share) * other.losses, share * own.hits + (1 - share) * other.hits
+            )
+
+        return scores
+
+    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
+        return None if self.class_weights is None else balanced(counts, classes)
+
+    def asked(self, examples: Examples, row: int) -> dict[str, Any]:
+        return {"image": examples.values["image"][row].name}
+
+    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        assert isinstance(dataset, ImageDataset)
+        pictures = dataset.pictures
+        several = sum(picture.several for picture in pictures)
+        sides = {name: [getattr(p, name) for p in pictures] for name in ("width", "height")}
+        sizes = {
+            name: {"least": min(found), "median": int(np.median(found)), "most": max(found)}
+            for name, found in sides.items()
+        }
+        notes = [
+            f"{sizes['width']['least']} to {sizes['width']['most']} wide and {sizes['height']['least']} to "
+            f"{sizes['height']['most']} high; {dataset.pixels}"
+        ]
+        if several:
+            notes.append(f"{several} files have several pictures or frames; the first of each is taken")
+        if dataset.augmentation:
+            notes.append(
+                f"changed at random in training: {dataset.augmentation}; so no output is kept for another epoch"
+            )
+        return {
+            **super().statistics(dataset, labels),
+            "sizes": sizes,
+            "several_pictures": several,
+            "notes": notes,
+        }
+
+
+TRANSFORM = ("resize", "crop", "channels", "scale", "mean", "deviation", "interpolation")
+
+
+def _name(table: Table, column: str, row: int) -> str:
+    """What an image is called: its path, or its number."""
+    value = table.columns[column][row]
+    if isinstance(value, Mapping):
+        value = value.get("path")
+    return (
+        os.fspath(value)
+        if isinstance(value, (str, os.PathLike)) and value
+        else f"{NOUN} {table.numbers[row]}"
+    )
+
+
+def _sides(value: Any, name: str) -> tuple[int, int] | None:
+    """(height, width) of an option that is one side of a square, or both."""
+    if value is None:
+        return None
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(
+            f"image_classify(): {name} is {value!r}, but must be a number of pixels, or [height, width]."
+        )
+    return sides
+
+
+def _triple(value: Any, name: str) -> tuple[float, ...] | None:
+    """One number for each of three channels, of an option that is one for all, or three."""
+    if value is None:
+        return None
+    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+    if len(values) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        raise UserError(
+            f"image_classify(): {name} is {value!r}, but must be one number, or one for each of 3 channels."
+        )
+    return tuple(map(float, values))

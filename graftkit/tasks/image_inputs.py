@@ -1,0 +1,164 @@
+"""From an image to the numbers a model takes: by the model's own processor, or as a recipe says for other modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue between 0 and 1
+IMAGENET_DEVIATION: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+class Pixels(Protocol):
+    """`resample`: how PIL is to resize, by its number."""
+
+    @property
+    def resample(self) -> int: ...
+
+    def size(self, image: Image) -> tuple[int, int]:
+        """(height, width) of what is made of an image."""
+        ...
+
+    def __call__(self, image: Image, whole: bool = True) -> Tensor:
+        """(channels, height, width) of an RGB image; without `whole` it has its size already."""
+        ...
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize, crop the middle, order the channels, scale, take off the mean, divide by the deviation.
+
+    `resize`: pixels of the shorter side, or (height, width). `crop`: (height, width). Mean and deviation are of the
+    channels in the order of `channels`, in the unit that `scale` gives.
+    """
+
+    resize: int | tuple[int, int] | None
+    crop: tuple[int, int] | None
+    channels: str
+    scale: float
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    resample: int
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) of an image before it is cropped."""
+        if self.resize is None:
+            return height, width
+        if not isinstance(self.resize, int):
+            return self.resize
+        longer = int(self.resize * max(width, height) / min(width, height))
+        return (longer, self.resize) if height > width else (self.resize, longer)
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) of what is made of an image of this size."""
+        return self.crop or self.resized(width, height)
+
+    def size(self, image: Image) -> tuple[int, int]:
+        return self.size_of(image.width, image.height)
+
+    def __call__(self, image: Image, whole: bool = True) -> Tensor:
+        if whole:
+            height, width = self.resized(image.width, image.height)
+            if (width, height) != image.size:
+                image = image.resize((width, height), resample=self.resample)  # type: ignore[arg-type]
+            if self.crop is not None:
+                top, left = round((height - self.crop[0]) / 2), round((width - self.crop[1]) / 2)
+                image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        values = np.asarray(image, dtype=np.float32)
+        if self.channels == "BGR":
+            values = values[..., ::-1]
+        values = values * np.float32(self.scale) - np.array(self.mean, dtype=np.float32)
+        values /= np.array(self.deviation, dtype=np.float32)
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+    def __str__(self) -> str:
+        sides = "as they are" if self.resize is None else f"resized to {_sides(self.resize)}"
+        crop = "" if self.crop is None else f", the middle {self.crop[0]} x {self.crop[1]}"
+        mean, deviation = (" ".join(f"{v:g}" for v in values) for values in (self.mean, self.deviation))
+        return f"{sides}{crop}, {self.channels} times {self.scale:.4g}, minus {mean}, by {deviation}"
+
+
+def _sides(resize: int | tuple[int, int]) -> str:
+    return f"a shorter side of {resize}" if isinstance(resize, int) else f"{resize[0]} x {resize[1]}"
+
+
+class Processor:
+    """The image processor that a model of transformers came with."""
+
+    def __init__(self, processor: Any, source: str) -> None:
+        self.processor = processor
+        self.source = source
+        self.resample = int(getattr(processor, "resample", None) or 2)
+        from PIL import Image
+
+        self.given = tuple(self(Image.new("RGB", (64, 64))).shape[1:])
+        self.as_it_is = {
+            name: False
+            for name in ("do_resize", "do_center_crop", "do_pad")
+            if getattr(processor, name, None) is not None
+        }
+
+    def size(self, image: Image) -> tuple[int, int]:
+        return self.given  # type: ignore[return-value]
+
+    def __call__(self, image: Image, whole: bool = True) -> Tensor:
+        try:
+            made = self.processor(image, return_tensors="np", **({} if whole else self.as_it_is))
+        except Exception as error:  # a processor's own arithmetic
+            raise UserError(
+                f"the image processor of {self.source} fails on an image of {image.width} x {image.height}: "
+                f"{type(error).__name__}: {first_line(error)}."
+            ) from None
+        values = dict(made).get("pixel_values")
+        if values is None or np.ndim(values) != 4:
+            raise UserError(
+                f"the image processor of {self.source} gives {', '.join(made)} and no pixel_values of one image each, so it "
+                "is not for classification."
+            )
+        return torch.from_numpy(np.ascontiguousarray(values[0], dtype=np.float32))
+
+    def __str__(self) -> str:
+        return f"{self.given[0]} x {self.given[1]} by {type(self.processor).__name__}"
+
+
+def argument_of(model: nn.Module) -> str:
+    """The name under which a model takes images."""
+    if hasattr(model, "config"):
+        return getattr(model, "main_input_name", "pixel_values")
+    return next(iter(inspect.signature(model.forward).parameters))
+
+
+def processor_of(backbone: Backbone) -> Processor | None:
+    """The image processor of a model, if it came with one. Raises `UserError` for a model that takes no images."""
+    if backbone.processor is None and not hasattr(backbone.model, "config"):
+        return None
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    if isinstance(backbone.processor, BaseImageProcessor):
+        return Processor(backbone.processor, backbone.source)
+    raise UserError(f"{backbone.source} has no image processor, so it takes no images.")
+
+
+def same_size(transform: Transform, sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> None:
+    """Raise `UserError` unless all images come out in one size; `sizes` are (width, height)."""
+    first = transform.size_of(*sizes[0])
+    for (width, height), name in zip(sizes, names):
+        found = transform.size_of(width, height)
+        if found != first:
+            raise UserError(
+                f"images come out in several sizes: {names[0]} as {first[0]} x {first[1]}, {name} as {found[0]} x "
+                f"{found[1]} (height x width). Give the task a size that the model takes, for example "
+                "image_classify(resize=256, crop=224)."
+            )
