@@ -309,6 +309,11 @@ class Task:
         """One answer for the terminal."""
         raise NotImplementedError
 
+    def plain(self, labels: Sequence[str]) -> dict[str, Any]:
+        """What who reads the outputs of an exported model has to know: its `problem_type` in transformers, where it has
+        one there, and `how` outputs become answers, where not as there."""
+        return {}
+
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:

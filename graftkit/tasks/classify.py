@@ -1,35 +1,47 @@
-"""Text classification: one text or a pair of texts, one answer of several."""
+"""Text classification and regression: one text or a pair of texts; one answer of several, a set of them, a step of a
+scale, or a number."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.catalogue import option
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
-from graftkit.tasks.base import Dataset, Examples, check_rows
-from graftkit.tasks.labels import (
-    LABEL,
-    LabelIndex,
-    LabelTask,
-    balanced,
-    is_missing,
-    label_problem,
-    label_text,
-)
-from graftkit.tasks.texts import FIRST, SECOND, TEXT, TextTask, encode, text_problem
+from graftkit.errors import UserError, listing
+from graftkit.tasks.base import Criterion, Dataset, Examples
+from graftkit.tasks.classify_form import Form, OneLabel, Ordinal
+from graftkit.tasks.classify_multi import ManyLabels
+from graftkit.tasks.classify_number import Number, units_of
+from graftkit.tasks.labels import LABEL, label_text
+from graftkit.tasks.texts import FIRST, SECOND, TEXT, TextTask, encode, read_texts
+
+BELONGS = {  # options that one kind of answer has, and in which kinds
+    "class_weights": ("single", "ordinal"),
+    "order": ("ordinal",),
+    "threshold": ("multi",),
+    "separator": ("multi",),
+    "indicators": ("multi",),
+    "center": ("regression",),
+    "scale": ("regression",),
+}
 
 
 @dataclass(frozen=True)
-class Classify(TextTask, LabelTask):
-    """One answer of several for a text, or for a pair of texts."""
+class Classify(TextTask):
+    """One of several labels, a set of labels, a step of a scale, or a number, for a text or for a pair of texts.
+
+    `kind='single'`: one of several labels, by cross-entropy. `kind='multi'`: a set of labels, which may be empty, by a
+    binary cross-entropy for each label; the column holds lists, or texts with a separator, or `indicators` names columns
+    of 0 and 1. `kind='ordinal'`: labels with an order, by the chances to go on from each to the next (Shi, Cao and
+    Raschka 2021). `kind='regression'`: a number, by squared error in units of the training rows' deviation.
+    """
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("text", (*FIRST, *TEXT), "text"),
@@ -37,9 +49,57 @@ class Classify(TextTask, LabelTask):
         Column("label", LABEL, "label"),
     )
 
+    kind: str = option("single", "what an answer is", choices=("single", "multi", "ordinal", "regression"))
     class_weights: str | None = option(
         None, "'balanced' weighs each row by the rarity of its class", choices=("balanced",)
     )
+    order: tuple | None = option(None, "ordinal: the labels from lowest to highest; null: numbers")
+    threshold: float | None = option(
+        None, "multi: a label holds above this probability; null means 0.5", above=0, below=1
+    )
+    separator: str | None = option(None, "multi: what stands between labels in a text; null: any of ; | ,")
+    indicators: tuple | None = option(None, "multi: columns of 0 and 1, one for each label, instead of one")
+    center: float | None = option(None, "regression: what is 0 to the model; null: the training rows' mean")
+    scale: float | None = option(
+        None, "regression: what is 1 to the model; null: the training rows' deviation", above=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kinds in BELONGS.items():
+            if getattr(self, name) is not None and self.kind not in kinds:
+                allowed = " or ".join(f"kind={kind!r}" for kind in kinds)
+                raise UserError(f"classify(): {name} is for {allowed}, but kind is {self.kind!r}.")
+        _check_list("order", self.order)
+        _check_list("indicators", self.indicators)
+        if self.separator is not None and not self.separator.strip(" "):
+            raise UserError("classify(): separator is empty; name what stands between labels, such as ';'.")
+        # these depend on the kind; they are the class's in all other tasks
+        object.__setattr__(self, "headline", self.form.headline)
+        object.__setattr__(self, "columns", self._columns())
+
+    def _columns(self) -> tuple[Column, ...]:
+        texts = tuple(column for column in type(self).columns if column.kind == "text")
+        if self.indicators is not None:
+            return texts
+        return (*texts, Column("label", self.form.aliases, "label"))
+
+    @cached_property
+    def form(self) -> Form:
+        """What is read, learned and measured for this kind of answer."""
+        if self.kind == "multi":
+            threshold = 0.5 if self.threshold is None else self.threshold
+            return ManyLabels(threshold, self.separator, self.indicators)
+        if self.kind == "regression":
+            return Number(self.center, self.scale)
+        return (
+            Ordinal(self.order, self.class_weights)
+            if self.kind == "ordinal"
+            else OneLabel(self.class_weights)
+        )
+
+    def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
+        return self.form.label_names(table, columns, skip_bad)
 
     def examples(
         self,
@@ -49,31 +109,29 @@ class Classify(TextTask, LabelTask):
         skip_bad: bool,
         targets: bool = True,
     ) -> Examples:
-        index = LabelIndex(labels)
-        texts = [name for name in ("text", "text_pair") if name in columns]
+        wrong = self.form.wrong(table, columns, labels) if targets else None
+        kept, values, skipped = read_texts(table, columns, wrong, skip_bad)
+        return Examples(kept, values, self.form.numbers(kept, columns, labels) if targets else None, skipped)
 
-        def problem(row: int) -> str | None:
-            for name in texts:
-                found = text_problem(table, columns[name], row)
-                if found is not None:
-                    return found
-            if not targets:
-                return None
-            value = table.columns[columns["label"]][row]
-            if is_missing(value):
-                return f"{table.where(row)}: column {columns['label']!r} is empty."
-            found = label_problem(value, index)
-            return None if found is None else f"{table.where(row)}: {found}"
+    def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
+        return self.form.hold_out(examples, share, seed)
 
-        kept, skipped = check_rows(table, problem, skip_bad)
-        values: dict[str, list] = {
-            name: [str(value) for value in kept.columns[columns[name]]] for name in texts
-        }
-        numbers = None
-        if targets:
-            found = [index.find(label_text(value)) for value in kept.columns[columns["label"]]]
-            numbers = np.array(found, dtype=np.int64)
-        return Examples(kept, values, numbers, skipped)
+    def resolve(self, examples: Examples, seed: int) -> Classify:
+        """A regression knows the numbers' mean and deviation, by which its outputs become numbers again."""
+        if self.kind != "regression" or None not in (self.center, self.scale):
+            return self
+        center, scale = units_of(examples)
+        return replace(
+            self,
+            center=center if self.center is None else self.center,
+            scale=scale if self.scale is None else self.scale,
+        )
+
+    def outputs(self, labels: Sequence[str]) -> int:
+        return self.form.outputs(labels)
+
+    def output_names(self, labels: Sequence[str]) -> Sequence[str]:
+        return self.form.output_names(labels)
 
     def dataset(
         self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
@@ -81,5 +139,41 @@ class Classify(TextTask, LabelTask):
         targets = examples.targets
         return encode(self, examples, backbone, max_length, None if targets is None else np.asarray(targets))
 
-    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
-        return None if self.class_weights is None else balanced(counts, classes)
+    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+        return self.form.criterion(dataset, labels, label_smoothing)
+
+    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        return self.form.metrics(outcomes, dataset, labels)
+
+    def answers(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        return self.form.answers(outcomes, dataset, labels)
+
+    def line(self, answer: dict[str, Any]) -> str:
+        return self.form.line(answer)
+
+    def worst(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
+    ) -> list[dict[str, Any]]:
+        return self.form.worst(outcomes, dataset, labels, count)
+
+    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        return self.form.statistics(dataset, labels)
+
+    def plain(self, labels: Sequence[str]) -> dict[str, Any]:
+        return self.form.plain(labels)
+
+
+def _check_list(name: str, given: Sequence[Any] | None) -> None:
+    """Raise `UserError` unless a list of names has at least two, none of them twice."""
+    if given is None:
+        return
+    names = [label_text(value) for value in given]
+    if len(names) < 2:
+        raise UserError(
+            f"classify(): {name} has {len(names)} name{'s' * (len(names) != 1)}; at least two are needed."
+        )
+    twice = [label for label in dict.fromkeys(names) if names.count(label) > 1]
+    if twice:
+        raise UserError(f"classify(): {name} names {listing(map(repr, twice))} twice.")

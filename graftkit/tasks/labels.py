@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Batch, Criterion, Dataset, Scores, Task
-from graftkit.tasks.metrics import classification, log_softmax
+from graftkit.tasks.metrics import log_softmax, of_choices
 
 LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment", "y")
 
@@ -25,7 +25,7 @@ class LabelTask(Task):
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         values = [value for value in table.columns[columns["label"]] if not is_missing(value)]
-        names = sorted({label_text(value) for value in values}, key=_natural)
+        names = sorted({label_text(value) for value in values}, key=natural)
         if not names:
             raise UserError(f"column {columns['label']!r} of {table.source} has no labels at all.")
         if len(names) == 1:
@@ -39,6 +39,36 @@ class LabelTask(Task):
                 "rows, so it does not look like a label. Name the label column with data.columns={label: ...}."
             )
         return tuple(names)
+
+    def wrong(
+        self, table: Table, columns: dict[str, str], labels: Sequence[str]
+    ) -> Callable[[int], str | None]:
+        """What is wrong with the label of a row, and where; None where nothing is."""
+        index, column = LabelIndex(labels), columns["label"]
+
+        def problem(row: int) -> str | None:
+            value = table.columns[column][row]
+            if is_missing(value):
+                return f"{table.where(row)}: column {column!r} is empty."
+            found = label_problem(value, index)
+            return None if found is None else f"{table.where(row)}: {found}"
+
+        return problem
+
+    def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
+        """The number of each row's label, (rows,), in a table without bad rows."""
+        index = LabelIndex(labels)
+        return np.array(
+            [index.find(label_text(value)) for value in table.columns[columns["label"]]], np.int64
+        )
+
+    def log_probabilities(self, outcomes: Sequence[Any]) -> np.ndarray:
+        """(rows, classes)"""
+        return log_softmax(np.stack(outcomes))
+
+    def choices(self, chances: np.ndarray) -> np.ndarray:
+        """The label that is answered, (rows,), of log-probabilities (rows, classes)."""
+        return chances.argmax(axis=1)
 
     def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
         """Weight of each class in the loss, or None. `counts`: training rows of each."""
@@ -62,16 +92,18 @@ class LabelTask(Task):
     def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
-        return classification(np.stack(outcomes), targets, labels)
+        chances = self.log_probabilities(outcomes)
+        losses = -chances[np.arange(len(targets)), targets]
+        return of_choices(self.choices(chances), targets, losses, labels)
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
         """The likeliest label of each row and its probability."""
-        probabilities = np.exp(log_softmax(np.stack(outcomes)))
-        best = probabilities.argmax(axis=1)
+        chances = self.log_probabilities(outcomes)
         return [
-            {"label": labels[b], "probability": round(float(p[b]), 4)} for b, p in zip(best, probabilities)
+            {"label": labels[b], "probability": round(float(np.exp(p[b])), 4)}
+            for b, p in zip(self.choices(chances), chances)
         ]
 
     def line(self, answer: dict[str, Any]) -> str:
@@ -82,16 +114,17 @@ class LabelTask(Task):
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:
         """Wrong answers, that with the largest loss first."""
-        targets, chances = dataset.examples.targets, log_softmax(np.stack(outcomes))
+        targets, chances = dataset.examples.targets, self.log_probabilities(outcomes)
+        chosen = self.choices(chances)
         assert isinstance(targets, np.ndarray)
         losses = -chances[np.arange(len(targets)), targets]
-        wrong = [int(i) for i in np.argsort(-losses) if chances[i].argmax() != targets[i]]
+        wrong = [int(i) for i in np.argsort(-losses) if chosen[i] != targets[i]]
         return [
             {
                 "where": dataset.examples.where(i),
                 **self.asked(dataset.examples, i),
                 "expected": labels[targets[i]],
-                "answer": labels[int(chances[i].argmax())],
+                "answer": labels[chosen[i]],
                 "loss": round(float(losses[i]), 4),
             }
             for i in wrong[:count]
@@ -163,7 +196,7 @@ def _normal(name: str) -> str:
     return name.lower() if name.lower() in ("true", "false") else name
 
 
-def _natural(name: str) -> tuple[int, float, str]:
+def natural(name: str) -> tuple[int, float, str]:
     """Numbers in their order, then texts; 'nan' and 'inf' are texts, for nan has no place in an order."""
     try:
         number = float(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,21 @@ RESAMPLES = 1000
 def classification(
     logits: np.ndarray, targets: np.ndarray, labels: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
+    """`of_choices` for the largest of the logits (rows, classes); the loss is cross-entropy."""
+    losses = -log_softmax(logits)[np.arange(len(targets)), targets]
+    return of_choices(logits.argmax(axis=1), targets, losses, labels, seed)
+
+
+def of_choices(
+    predictions: np.ndarray, targets: np.ndarray, losses: np.ndarray, labels: Sequence[str], seed: int = 0
+) -> dict[str, Any]:
     """Accuracy, macro F1 and loss, 95% bootstrap intervals of the first two, and a table by class.
 
-    logits (rows, classes), targets (rows,). Macro F1 is the mean over classes that occur in targets or
+    predictions, targets and losses (rows,). Macro F1 is the mean over classes that occur in targets or
     predictions, as scikit-learn has it. The intervals are percentiles over 1,000 resamples of the rows.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    predictions = logits.argmax(axis=1)
     classes = len(labels)
     present = np.union1d(targets, predictions)
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -29,10 +36,10 @@ def classification(
     accuracies, macro_f1s = _bootstrap(targets, predictions, classes, seed)
     return {
         "accuracy": float((predictions == targets).mean()),
-        "accuracy_interval": _interval(accuracies),
+        "accuracy_interval": interval(accuracies),
         "macro_f1": float(f1[present].mean()),
-        "macro_f1_interval": _interval(macro_f1s),
-        "loss": float(-log_softmax(logits)[np.arange(len(targets)), targets].mean()),
+        "macro_f1_interval": interval(macro_f1s),
+        "loss": float(losses.mean()),
         "rows": len(targets),
         "per_class": {
             label: {
@@ -74,6 +81,15 @@ def _bootstrap(
     return accuracies, macro_f1s
 
 
-def _interval(values: np.ndarray) -> list[float]:
+def resamples(rows: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each row is drawn in each of 1,000 resamples of the rows: (some of them, rows) at a time."""
+    random, shares = np.random.default_rng(seed), np.full(rows, 1 / rows)
+    size = max(1, min(RESAMPLES, 4_000_000 // rows))
+    for start in range(0, RESAMPLES, size):
+        yield random.multinomial(rows, shares, size=min(size, RESAMPLES - start)).astype(np.float64)
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """What lies between the 2.5% and the 97.5% percentile of resampled figures."""
     low, high = np.percentile(values, [2.5, 97.5])
     return [float(low), float(high)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from graftkit.backbone import Backbone
 from graftkit.data.encode import Encoded, encode_texts
 from graftkit.data.read import Table
 from graftkit.errors import UserError
-from graftkit.tasks.base import Dataset, Examples, Task
+from graftkit.tasks.base import Dataset, Examples, Task, check_rows
 from graftkit.tasks.labels import is_missing
 
 TEXT = ("sentence", "content", "review", "question", "query", "utterance", "tweet", "comment", "document")
@@ -86,6 +86,22 @@ def text_problem(table: Table, column: str, row: int) -> str | None:
     if not isinstance(value, str | int | float):
         return f"{table.where(row)}: column {column!r} is a {type(value).__name__}, not a text."
     return None
+
+
+def read_texts(
+    table: Table, columns: dict[str, str], wrong: Callable[[int], str | None] | None, skip_bad: bool
+) -> tuple[Table, dict[str, list[Any]], tuple[str, ...]]:
+    """The good rows, their texts by column, and a message for each bad row. `wrong` says what is wrong with the
+    rest of a row. Raises `UserError` as `check_rows` does."""
+    names = [name for name in ("text", "text_pair") if name in columns]
+
+    def problem(row: int) -> str | None:
+        found = (text_problem(table, columns[name], row) for name in names)
+        first = next((text for text in found if text is not None), None)
+        return first if first is not None or wrong is None else wrong(row)
+
+    kept, skipped = check_rows(table, problem, skip_bad)
+    return kept, {name: [str(value) for value in kept.columns[columns[name]]] for name in names}, skipped
 
 
 def encode(

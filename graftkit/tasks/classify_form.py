@@ -1,0 +1,185 @@
+"""The kinds of answers that `classify` learns: what they share, and one label or one step of a scale for each text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftkit.data.read import Table
+from graftkit.errors import UserError, listing
+from graftkit.tasks.base import Batch, Criterion, Dataset, Scores, Task
+from graftkit.tasks.labels import LABEL, LabelTask, balanced, cross_entropy, is_missing, label_text
+from graftkit.tasks.metrics import interval, resamples
+
+SCALE = (
+    "score",
+    "rating",
+    "stars",
+    "grade",
+    "level",
+    "similarity",
+    "value",
+)  # other names of a label with an order
+
+
+class Form(Task):
+    """How one kind of answer is read from a table, learned, measured and given. A part of a task."""
+
+    aliases: ClassVar[tuple[str, ...]] = LABEL
+
+    def wrong(
+        self, table: Table, columns: dict[str, str], labels: Sequence[str]
+    ) -> Callable[[int], str | None]:
+        """What is wrong with the answer of a row, and where; None where nothing is."""
+        raise NotImplementedError
+
+    def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
+        """What is learned of each row of a table without bad rows: (rows,), or (rows, labels)."""
+        raise NotImplementedError
+
+
+class OneLabel(LabelTask, Form):
+    """One of several labels."""
+
+    def __init__(self, class_weights: str | None = None) -> None:
+        self.class_weights = class_weights
+
+    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
+        return None if self.class_weights is None else balanced(counts, classes)
+
+    def plain(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {"kind": "single", "problem_type": "single_label_classification"}
+
+
+class Ordinal(OneLabel):
+    """One of several labels that have an order, through the chances to go on from each to the next.
+
+    Output k says how likely an answer lies above label k if it is not below it, f_k = sigmoid(z_k), so that
+    P(y = k) = (1 - f_k) f_0 ... f_(k-1): always a distribution, and its loss is -log P(y). The answer is the median,
+    the number of labels with P(y > k) > 1/2. Shi, Cao and Raschka 2021, "Deep Neural Networks for Rank-Consistent
+    Ordinal Regression Based On Conditional Probabilities", equations 4 and 5; classically the model of continuation
+    ratios. Frank and Hall 2001 have the K - 1 questions, Cao et al. 2020 (CORAL) the consistency.
+    """
+
+    headline: ClassVar[tuple[str, ...]] = (
+        "quadratic_weighted_kappa", "mean_absolute_error", "accuracy", "macro_f1",
+    )  # fmt: skip
+    aliases: ClassVar[tuple[str, ...]] = (*LABEL, *SCALE)
+
+    def __init__(self, order: Sequence[str] | None, class_weights: str | None = None) -> None:
+        super().__init__(class_weights)
+        self.order = None if order is None else tuple(label_text(label) for label in order)
+
+    def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
+        names = super().label_names(table, columns, skip_bad)
+        if self.order is not None:
+            return self.order
+        words = [name for name in names if not _is_number(name)]
+        if words:
+            raise UserError(
+                f"column {columns['label']!r} of {table.source} has labels that are no numbers "
+                f"({listing(map(repr, words), 4)}), so their order has to be said, the lowest first: "
+                "classify(kind='ordinal', order=['bad', 'fair', 'good'])."
+            )
+        return names
+
+    def outputs(self, labels: Sequence[str]) -> int:
+        return len(labels) - 1
+
+    def output_names(self, labels: Sequence[str]) -> Sequence[str]:
+        return [f"above {label}" for label in labels[:-1]]
+
+    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+        """-log P(y) of logits (rows, classes - 1)."""
+        targets = dataset.examples.targets
+        assert isinstance(targets, np.ndarray)
+        weights = self.class_weight(Counter(targets.tolist()), len(labels))
+
+        def scores(logits: Tensor, batch: Batch) -> Scores:
+            assert batch.targets is not None
+            chances = chances_of_steps(logits.float())
+            losses = cross_entropy(chances, batch.targets, label_smoothing, weights)
+            return Scores(losses, median(chances.detach()) == batch.targets)
+
+        return scores
+
+    def log_probabilities(self, outcomes: Sequence[Any]) -> np.ndarray:
+        return chances_of_steps(torch.from_numpy(np.stack(outcomes))).numpy()
+
+    def choices(self, chances: np.ndarray) -> np.ndarray:
+        return median(torch.from_numpy(chances)).numpy()
+
+    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        targets, chosen = dataset.examples.targets, self.choices(self.log_probabilities(outcomes))
+        assert isinstance(targets, np.ndarray)
+        return super().metrics(outcomes, dataset, labels) | of_steps(chosen, targets, len(labels))
+
+    def plain(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {
+            "kind": "ordinal", "labels": list(labels),
+            "how": "the answer is the label at the number of k with sigmoid(z_0) * ... * sigmoid(z_k) > 0.5",
+        }  # fmt: skip
+
+
+def chances_of_steps(logits: Tensor) -> Tensor:
+    """log P(y), (rows, classes), of logits (rows, classes - 1) to go on from each class to the next."""
+    reached = torch.nn.functional.logsigmoid(logits).cumsum(dim=1)
+    start = torch.zeros_like(logits[:, :1])
+    stopped = torch.nn.functional.logsigmoid(-logits)
+    return torch.cat([start, reached], dim=1) + torch.cat([stopped, start], dim=1)
+
+
+def median(chances: Tensor) -> Tensor:
+    """The class in the middle of each distribution, (rows,), of log-probabilities (rows, classes) in order."""
+    above = 1 - chances.exp().cumsum(dim=1)[:, :-1]
+    return (above > 0.5).sum(dim=1)
+
+
+def of_steps(predictions: np.ndarray, targets: np.ndarray, classes: int) -> dict[str, Any]:
+    """How far answers (rows,) are from targets on a scale of classes: the mean distance in steps, and Cohen's kappa
+    with quadratic weights (Cohen 1968), each with its 95% interval.
+
+    Kappa is 0 where it has no value, as all answers and targets are one class: nothing is said beyond chance.
+    """
+    distances = np.abs(predictions - targets)
+    cells = targets * classes + predictions
+    far, kappas = [], []
+    for drawn in resamples(len(targets)):
+        far += [*(drawn @ distances / len(targets))]
+        kappas += [
+            _kappa(np.bincount(cells, counts, classes**2).reshape(classes, classes)) for counts in drawn
+        ]
+    return {
+        "mean_absolute_error": float(distances.mean()),
+        "mean_absolute_error_interval": interval(np.array(far)),
+        "quadratic_weighted_kappa": _kappa(
+            np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+        ),
+        "quadratic_weighted_kappa_interval": interval(np.array(kappas)),
+    }
+
+
+def _kappa(table: np.ndarray) -> float:
+    steps = np.arange(len(table))
+    weights = (steps[:, None] - steps) ** 2
+    chance = float((weights * np.outer(table.sum(axis=1), table.sum(axis=0))).sum() / table.sum())
+    return 1 - float((weights * table).sum()) / chance if chance else 0.0
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return bool(np.isfinite(float(name)))
+    except ValueError:
+        return False
+
+
+def refuse_empty(table: Table, column: str, row: int) -> str | None:
+    """What is wrong with a cell that is to hold one answer: nothing is in it."""
+    if is_missing(table.columns[column][row]):
+        return f"{table.where(row)}: column {column!r} is empty."
+    return None

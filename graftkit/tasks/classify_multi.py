@@ -1,0 +1,298 @@
+"""Any number of labels for each text: multi-label classification."""
+
+from __future__ import annotations
+
+import ast
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftkit.data.read import Table
+from graftkit.data.split import hold_out
+from graftkit.errors import UserError, listing, nearest
+from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Scores
+from graftkit.tasks.classify_form import Form
+from graftkit.tasks.labels import LABEL, LabelIndex, is_missing, label_problem, label_text, natural
+from graftkit.tasks.metrics import interval, resamples
+
+SETS = ("labels", "tags", "categories", "classes", "topics", "genres", "emotions", "intents")
+SEPARATORS = r"[;|,]"
+YES, NO = ("1", "true", "yes"), ("0", "false", "no")
+
+
+class ManyLabels(Form):
+    """A set of labels, which may be empty: from a list, from a text in which a separator stands between labels, or from
+    several columns of 0 and 1. Each label has a loss of its own, binary cross-entropy, and a row's is their mean."""
+
+    headline: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
+    aliases: ClassVar[tuple[str, ...]] = (*SETS, *(name for name in LABEL if name not in SETS))
+
+    def __init__(self, threshold: float, separator: str | None, indicators: Sequence[str] | None) -> None:
+        self.threshold = threshold
+        self.separator = SEPARATORS if separator is None else re.escape(separator)
+        self.indicators = None if indicators is None else tuple(indicators)
+
+    def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
+        if self.indicators is not None:
+            self._refuse_absent(table)
+            return self.indicators
+        column = columns["label"]
+        sets = [self._parts(value) or [] for value in table.columns[column]]
+        names = sorted({name for row in sets for name in row}, key=natural)
+        if not names:
+            raise UserError(f"column {column!r} of {table.source} has no labels at all.")
+        if all(len(set(row)) == len(names) for row in sets):
+            raise UserError(
+                f"each row of {table.source} has the same labels in column {column!r} ({listing(names, 4)}), so there "
+                "is nothing to tell apart. Name another column with data.columns={label: ...}, or add rows."
+            )
+        if len(names) > max(20, len(sets) // 2):
+            raise UserError(
+                f"column {column!r} of {table.source} has {len(names)} different labels in {len(sets)} rows, so it does "
+                "not look like sets of labels. Name the column with data.columns={label: ...}, and what stands between "
+                "labels with classify(kind='multi', separator='...')."
+            )
+        return tuple(names)
+
+    def wrong(
+        self, table: Table, columns: dict[str, str], labels: Sequence[str]
+    ) -> Callable[[int], str | None]:
+        index = LabelIndex(labels)
+
+        def problem(row: int) -> str | None:
+            if self.indicators is not None:
+                cells = ((name, table.columns[name][row]) for name in self.indicators)
+                bad = next((cell for cell in cells if _flag(cell[1]) is None), None)
+                return (
+                    bad and f"{table.where(row)}: column {bad[0]!r} is {bad[1]!r}, which is neither 0 nor 1."
+                )
+            column = columns["label"]
+            value = table.columns[column][row]
+            parts = self._parts(value)
+            if parts is None:
+                what = f"is a {type(value).__name__}" if isinstance(value, dict) else "is missing"
+                return (
+                    f"{table.where(row)}: column {column!r} {what}; for no label write [] or an empty text."
+                )
+            found = (label_problem(part, index) for part in parts)
+            first = next((text for text in found if text is not None), None)
+            return None if first is None else f"{table.where(row)}: {first}"
+
+        if self.indicators is not None:
+            self._refuse_absent(table)
+        return problem
+
+    def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
+        """(rows, labels) float32, 1 where a label holds."""
+        if self.indicators is not None:
+            return np.array(
+                [[_flag(v) for v in table.columns[name]] for name in self.indicators], np.float32
+            ).T.copy()
+        index, values = LabelIndex(labels), table.columns[columns["label"]]
+        targets = np.zeros((len(values), len(labels)), np.float32)
+        for row, value in enumerate(values):
+            for part in self._parts(value) or ():
+                targets[row, index.find(part)] = 1
+        return targets
+
+    def _parts(self, value: Any) -> list[str] | None:
+        """The labels in a cell; None where it is missing, or no set at all."""
+        if isinstance(value, str):
+            text = value.strip()
+            value = _literal(text) if text.startswith("[") and text.endswith("]") else None
+            if value is None:
+                value = re.split(self.separator, text)
+        elif isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
+            value = [value]
+        if not isinstance(value, list | tuple | set | np.ndarray):
+            return None
+        return [label_text(part) for part in value if not is_missing(part)]
+
+    def _refuse_absent(self, table: Table) -> None:
+        for name in self.indicators or ():
+            if name not in table.columns:
+                raise UserError(
+                    f"column {name!r}, one of the indicators, is not in {table.source} (columns: "
+                    f"{listing(table.columns)}).{nearest(name, table.columns)}"
+                )
+
+    def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """About `share` of the rows of each label, the rarest label first (Sechidis et al. 2011)."""
+        targets = np.asarray(examples.targets) > 0
+        total = len(hold_out([0] * len(targets), share, seed)[1])
+        free = random.Random(seed).sample(range(len(targets)), len(targets))
+        held: list[int] = []
+        counts = targets.sum(axis=0)
+        for label in np.argsort(counts, kind="stable"):
+            mine = [row for row in free if targets[row, label]]
+            already = int(targets[held, label].sum())
+            wanted = min(round(counts[label] * share), int(counts[label]) - 1) - already
+            held += mine[: max(0, min(wanted, total - len(held)))]
+            free = [row for row in free if not targets[row, label]]
+        held += free[: total - len(held)]
+        if not held:
+            held = hold_out([0] * len(targets), share, seed)[1]
+        kept = set(range(len(targets))) - set(held)
+        return sorted(kept), sorted(held)
+
+    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+        """Binary cross-entropy of logits (rows, labels), the mean over labels; smoothing draws targets to 1/2."""
+
+        def scores(logits: Tensor, batch: Batch) -> Scores:
+            assert batch.targets is not None
+            wanted = batch.targets * (1 - label_smoothing) + label_smoothing / 2
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(
+                logits.float(), wanted, reduction="none"
+            ).mean(dim=1)
+            right = (logits.detach().float().sigmoid() > self.threshold) == (batch.targets > 0)
+            return Scores(losses, right.all(dim=1))
+
+        return scores
+
+    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        targets = np.asarray(dataset.examples.targets) > 0
+        return of_sets(np.stack(outcomes), targets, labels, self.threshold)
+
+    def answers(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Labels that are likelier than the threshold, and the probability of each label there is."""
+        found = []
+        for row in probabilities_of(np.stack(outcomes)):
+            chosen = [label for label, p in zip(labels, row) if p > self.threshold]
+            found.append({
+                "labels": chosen, "probabilities": {label: round(float(p), 4) for label, p in zip(labels, row)},
+            })  # fmt: skip
+        return found
+
+    def line(self, answer: dict[str, Any]) -> str:
+        asked = [str(v) for k, v in answer.items() if k not in ("row", "labels", "probabilities")]
+        chances = "; ".join(f"{answer['probabilities'][label]:.3f}" for label in answer["labels"])
+        return "\t".join([_joined(answer["labels"]), chances, *asked])
+
+    def worst(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
+    ) -> list[dict[str, Any]]:
+        """Sets that are not as they should be, that with the largest loss first."""
+        examples, logits = dataset.examples, np.stack(outcomes)
+        targets, losses = np.asarray(examples.targets) > 0, losses_of(logits, np.asarray(examples.targets))
+        chosen = probabilities_of(logits) > self.threshold
+        wrong = [i for i in np.argsort(-losses, kind="stable").tolist() if (chosen[i] != targets[i]).any()]
+        return [
+            {
+                "where": examples.where(i),
+                **self.asked(examples, i),
+                "expected": _joined([label for label, holds in zip(labels, targets[i]) if holds]),
+                "answer": _joined([label for label, holds in zip(labels, chosen[i]) if holds]),
+                "loss": round(float(losses[i]), 4),
+            }
+            for i in wrong[:count]
+        ]
+
+    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        found, targets = super().statistics(dataset, labels), dataset.examples.targets
+        if targets is not None:
+            counts = np.asarray(targets).sum(axis=0)
+            found["labels"] = {label: int(count) for label, count in zip(labels, counts)}
+            found["labels_per_row"] = float(counts.sum() / len(dataset.examples))
+        return found
+
+    def plain(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {
+            "kind": "multi", "problem_type": "multi_label_classification", "threshold": self.threshold,
+            "how": f"the labels whose sigmoid is above {self.threshold}",
+        }  # fmt: skip
+
+
+def of_sets(
+    logits: np.ndarray, targets: np.ndarray, labels: Sequence[str], threshold: float
+) -> dict[str, Any]:
+    """Figures of logits and targets (rows, labels), named and computed as scikit-learn has them for sets of labels.
+
+    `accuracy`, which is `exact_match`: the whole set is right; `label_accuracy`: the share of single decisions that are;
+    `f1` over all decisions (micro); `macro_f1`, the mean over labels that occur in targets or answers (where none does,
+    nothing was to be found and nothing was: 1). 95% bootstrap intervals over the rows.
+    """
+    chosen = probabilities_of(logits) > threshold
+    both, some = (chosen & targets).astype(float), chosen.astype(float) + targets
+    exact = (chosen == targets).all(axis=1)
+    accuracies, micro, macro = [], [], []
+    for drawn in resamples(len(targets)):
+        hits, total = drawn @ both, drawn @ some
+        accuracies.append(drawn @ exact / len(targets))
+        micro.append(_ratio(2 * hits.sum(axis=1), total.sum(axis=1)))
+        macro.append(_mean_of_present(_ratio(2 * hits, total), total))
+    hits, total = both.sum(axis=0), some.sum(axis=0)
+    found, given = targets.sum(axis=0), chosen.sum(axis=0)
+    f1 = _ratio(2 * hits, total)
+    return {
+        "f1": float(_ratio(2 * hits.sum(), total.sum())),
+        "f1_interval": interval(np.concatenate(micro)),
+        "macro_f1": float(_mean_of_present(f1, total)),
+        "macro_f1_interval": interval(np.concatenate(macro)),
+        "accuracy": float(exact.mean()),
+        "accuracy_interval": interval(np.concatenate(accuracies)),
+        "exact_match": float(exact.mean()),
+        "label_accuracy": float((chosen == targets).mean()),
+        "loss": float(losses_of(logits, targets).mean()),
+        "rows": len(targets),
+        "per_class": {
+            label: {
+                "precision": float(hits[i] / given[i]) if given[i] else 0.0,
+                "recall": float(hits[i] / found[i]) if found[i] else 0.0,
+                "f1": float(f1[i]) if total[i] else 0.0,
+                "rows": int(found[i]),
+            }
+            for i, label in enumerate(labels)
+        },
+    }
+
+
+def probabilities_of(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).sigmoid().numpy()
+
+
+def losses_of(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Binary cross-entropy of each row, (rows,), the mean over labels."""
+    wanted = torch.from_numpy(np.asarray(targets, np.float32))
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.from_numpy(logits).float(), wanted, reduction="none"
+    )
+    return losses.mean(dim=1).numpy()
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    """1 where there is nothing to find and nothing was found."""
+    return np.where(np.asarray(whole) > 0, part / np.maximum(whole, 1e-12), 1.0)
+
+
+def _mean_of_present(figures: np.ndarray, total: np.ndarray) -> Any:
+    """The mean over labels that occur, along the last dimension; 1 where none does."""
+    occurs = total > 0
+    return _ratio((figures * occurs).sum(axis=-1), occurs.sum(axis=-1))
+
+
+def _literal(text: str) -> list[Any] | None:
+    """A list as JSON or Python writes it, which files of text hold; None where it is none."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
+def _flag(value: Any) -> int | None:
+    """A cell of an indicator: 0, 1, or None where it is neither."""
+    text = label_text(value).casefold()
+    text = text.partition(".")[0] if re.fullmatch(r"[01]\.0+", text) else text
+    return 1 if text in YES else 0 if text in NO else None
+
+
+def _joined(labels: Sequence[str]) -> str:
+    return "; ".join(labels) or "(none)"

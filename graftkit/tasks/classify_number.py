@@ -1,0 +1,201 @@
+"""A number for each text: regression."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from graftkit.data.read import Table
+from graftkit.data.split import hold_out
+from graftkit.errors import UserError
+from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Scores
+from graftkit.tasks.classify_form import SCALE, Form, refuse_empty
+from graftkit.tasks.labels import LABEL
+from graftkit.tasks.metrics import interval, resamples
+
+ROWS_OF_A_PART = 4  # at least, of those with the nearest numbers, some of which are held out
+
+
+class Number(Form):
+    """One number. The loss is the squared error in units of the training rows' deviation from their mean, so that
+    learning rates mean what they mean elsewhere; all figures are in the numbers' own units."""
+
+    headline: ClassVar[tuple[str, ...]] = ("loss", "mean_absolute_error", "pearson", "spearman", "r2")
+    aliases: ClassVar[tuple[str, ...]] = (*SCALE, *LABEL)
+
+    def __init__(self, center: float | None, scale: float | None) -> None:
+        self.center = 0.0 if center is None else center
+        self.scale = 1.0 if scale is None else scale
+
+    def wrong(
+        self, table: Table, columns: dict[str, str], labels: Sequence[str]
+    ) -> Callable[[int], str | None]:
+        column = columns["label"]
+
+        def problem(row: int) -> str | None:
+            found = refuse_empty(table, column, row)
+            if found is not None:
+                return found
+            value = table.columns[column][row]
+            number = _number(value)
+            if number is None:
+                return f"{table.where(row)}: column {column!r} is {value!r}, not a number."
+            if not math.isfinite(number):
+                return f"{table.where(row)}: column {column!r} is {value!r}; a finite number is needed."
+            return None
+
+        return problem
+
+    def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
+        return np.array([float(value) for value in table.columns[columns["label"]]])
+
+    def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Some of the rows of each part of the range: low, middle and high numbers are on both sides."""
+        targets = np.asarray(examples.targets)
+        parts = max(1, min(round(len(targets) * share), len(targets) // ROWS_OF_A_PART))
+        ranks = np.argsort(np.argsort(targets, kind="stable"))
+        return hold_out((ranks * parts // max(1, len(targets))).tolist(), share, seed)
+
+    def outputs(self, labels: Sequence[str]) -> int:
+        return 1
+
+    def output_names(self, labels: Sequence[str]) -> Sequence[str]:
+        return ("value",)
+
+    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+        """Squared error of logits (rows, 1), in squared deviations."""
+        if label_smoothing:
+            raise UserError(
+                "train.label_smoothing spreads a target over classes, and a regression has none; leave it out."
+            )
+
+        def scores(logits: Tensor, batch: Batch) -> Scores:
+            assert batch.targets is not None
+            wanted = ((batch.targets - self.center) / self.scale).float()
+            return Scores((logits[:, 0].float() - wanted) ** 2)
+
+        return scores
+
+    def values(self, outcomes: Sequence[Any]) -> np.ndarray:
+        """Outputs in the numbers' own units, (rows,)."""
+        return np.stack(outcomes)[:, 0].astype(np.float64) * self.scale + self.center
+
+    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        return of_numbers(self.values(outcomes), np.asarray(dataset.examples.targets))
+
+    def answers(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        return [{"value": _short(value)} for value in self.values(outcomes)]
+
+    def line(self, answer: dict[str, Any]) -> str:
+        asked = [str(v) for k, v in answer.items() if k not in ("row", "value")]
+        return "\t".join([f"{answer['value']:g}", *asked])
+
+    def worst(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
+    ) -> list[dict[str, Any]]:
+        """The largest errors first."""
+        examples, values = dataset.examples, self.values(outcomes)
+        targets = np.asarray(examples.targets)
+        errors = (values - targets) ** 2
+        return [
+            {
+                "where": examples.where(i),
+                **self.asked(examples, i),
+                "expected": _short(targets[i]),
+                "answer": _short(values[i]),
+                "loss": _short(errors[i]),
+            }
+            for i in np.argsort(-errors, kind="stable")[:count].tolist()
+            if errors[i] > 0
+        ]
+
+    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        found, targets = super().statistics(dataset, labels), dataset.examples.targets
+        if targets is not None:
+            values = np.asarray(targets)
+            found["values"] = {
+                "mean": float(values.mean()), "deviation": float(values.std()), "lowest": float(values.min()),
+                "highest": float(values.max()),
+            }  # fmt: skip
+        return found
+
+    def plain(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {
+            "kind": "regression", "problem_type": "regression", "center": self.center, "scale": self.scale,
+            "how": f"the number is output * {self.scale!r} + {self.center!r}",
+        }  # fmt: skip
+
+
+def units_of(examples: Examples) -> tuple[float, float]:
+    """Mean and deviation of the training rows' numbers. Raises `UserError` where they are all the same."""
+    values = np.asarray(examples.targets)
+    if not values.std() > 1e-12 * max(1.0, float(np.abs(values).max())):
+        raise UserError(
+            f"all training rows of {examples.table.source} have the same number ({values[0]:g}), so there is nothing "
+            "to learn. Name another column with data.columns={label: ...}, or add rows."
+        )
+    return float(values.mean()), float(values.std())
+
+
+def of_numbers(values: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """Mean squared error (`loss`), mean absolute error, both correlations and the share of variance explained, r2,
+    of values and targets (rows,); 95% intervals of the errors and of Pearson's correlation.
+
+    A correlation is 0 where one side never changes. r2 is then as scikit-learn has it, 1 if all is right and else 0.
+    """
+    errors = values - targets
+    spread = float(((targets - targets.mean()) ** 2).sum())
+    unexplained = float((errors**2).sum())
+    right = 1.0 if unexplained == 0 else 0.0
+    squares, sizes, correlations = [], [], []
+    for drawn in resamples(len(targets)):
+        shares = drawn / len(targets)
+        squares.append(shares @ errors**2)
+        sizes.append(shares @ np.abs(errors))
+        correlations.append(_correlation(values, targets, shares))
+    whole = np.full((1, len(targets)), 1 / len(targets))
+    return {
+        "loss": float((errors**2).mean()),
+        "loss_interval": interval(np.concatenate(squares)),
+        "mean_absolute_error": float(np.abs(errors).mean()),
+        "mean_absolute_error_interval": interval(np.concatenate(sizes)),
+        "pearson": float(_correlation(values, targets, whole)[0]),
+        "pearson_interval": interval(np.concatenate(correlations)),
+        "spearman": float(_correlation(_ranks(values), _ranks(targets), whole)[0]),
+        "r2": 1 - unexplained / spread if spread else right,
+        "rows": len(targets),
+    }
+
+
+def _correlation(values: np.ndarray, targets: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Pearson's correlation under each row of weights (resamples, rows), each of which sums to 1."""
+    first, second = values - values.mean(), targets - targets.mean()
+    mean, other = shares @ first, shares @ second
+    covariance = shares @ (first * second) - mean * other
+    variances = (shares @ first**2 - mean**2) * (shares @ second**2 - other**2)
+    tiny = 1e-14 * max(1e-300, float((first**2).mean() * (second**2).mean()))
+    return np.where(variances > tiny, covariance / np.sqrt(np.maximum(variances, 1e-300)), 0.0)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Places in the order, equal values sharing the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[place]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
