@@ -1,0 +1,321 @@
+"""Extractive question answering: the answer to a question is a piece of a text."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from graftkit.backbone import Backbone
+from graftkit.catalogue import option
+from graftkit.data.columns import Column
+from graftkit.data.read import Table
+from graftkit.data.squad import Gold, locate, nested, read_answers, squad_table
+from graftkit.errors import UserError, listing
+from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Reading, Task, check_rows
+from graftkit.tasks.labels import is_missing
+from graftkit.tasks.span_metrics import best_threshold, figures, score
+from graftkit.tasks.span_windows import Best, Found, Windows, cut_windows, gather, search, span_loss
+from graftkit.tasks.texts import text_problem, tokenizer_of
+
+NO_ANSWER = "no answer"
+STARTS = ("answer_start", "answer_starts", "start")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Span(Task):
+    """The answer to a question, found as a piece of a text; or that the text holds none."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("question", ("query",), "text"),
+        Column("context", ("passage", "paragraph", "document", "text"), "text"),
+        Column("answers", ("answer",), "answers", required=False),
+    )
+    labelled: ClassVar[tuple[str, ...]] = ("answers",)
+    per_token: ClassVar[bool] = True
+    headline: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
+    families: ClassVar[tuple[str, ...]] = ("QUESTION_ANSWERING",)
+
+    doc_stride: int = option(
+        128,
+        "tokens that a window of a long text shares with the one before, half a window at most",
+        at_least=0,
+    )
+    max_answer_length: int = option(30, "tokens of an answer at most", at_least=1)
+    n_best: int = option(20, "how many spans of each window are compared", at_least=1)
+    threshold: float | None = option(
+        None, "lead of the no-answer score above which there is no answer; null: found on the evaluation rows"
+    )
+
+    def read(self, source: Any, reading: Reading, name: str) -> Table:
+        whole = nested(source, reading.encoding)
+        if whole is None:
+            return super().read(source, reading, name)
+        called = str(source) if not isinstance(source, dict) else f"{name} (in memory)"
+        return squad_table(whole, called, reading.skip_bad)
+
+    def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
+        """('answer', 'no answer') where some questions have none, else nothing."""
+        golds = (_golds(table, columns, row) for row in range(len(table)) if "answers" in columns)
+        return ("answer", NO_ANSWER) if any(gold is not None and not gold.answers for gold in golds) else ()
+
+    def outputs(self, labels: Sequence[str]) -> int:
+        return 2
+
+    def output_names(self, labels: Sequence[str]) -> Sequence[str]:
+        return "start", "end"
+
+    def examples(
+        self,
+        table: Table,
+        columns: dict[str, str],
+        labels: Sequence[str],
+        skip_bad: bool,
+        targets: bool = True,
+    ) -> Examples:
+        if targets and "answers" not in columns:
+            raise UserError(
+                f"{table.source} has no column 'answers' (columns: {listing(table.columns)}). Name it with "
+                "data.columns={answers: ...}."
+            )
+        seen: dict[Any, int] = {}
+
+        def problem(row: int) -> str | None:
+            where = table.where(row)
+            for name in ("question", "context"):
+                found = text_problem(table, columns[name], row)
+                if found is not None:
+                    return found
+                if HALF_PAIR.search(str(table.columns[columns[name]][row])):
+                    return f"{where}: column {columns[name]!r} has half of a surrogate pair, which is no character."
+            if "id" in table.columns and not is_missing(identity := table.columns["id"][row]):
+                first = seen.setdefault(identity, row)
+                if first != row:
+                    return f"{where}: id {identity!r} is that of {table.where(first)} too; each question needs its own."
+            try:
+                if targets:
+                    read_gold(table, columns, row)
+            except ValueError as error:
+                return f"{where}: column {columns['answers']!r}: {error}."
+            return None
+
+        kept, skipped = check_rows(table, problem, skip_bad)
+        values: dict[str, list[Any]] = {"id": kept.columns["id"]} if "id" in kept.columns else {}
+        values |= {name: [str(v) for v in kept.columns[columns[name]]] for name in ("question", "context")}
+        golds = [read_gold(kept, columns, row) for row in range(len(kept))] if targets else None
+        return Examples(kept, values, golds, skipped)
+
+    def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Whole articles are held out, or contexts where there is one article at most: no text is on both sides."""
+        table, rows = examples.table, range(len(examples))
+        titles = table.columns.get("title", [None] * len(examples))
+        groups = examples.values["context"] if len(set(titles)) < 2 else [str(title) for title in titles]
+        if len(set(groups)) < 2:
+            raise UserError(
+                f"all questions of {table.source} are on one text, so none can be held out for evaluation. Set data.eval "
+                "to a file, or to null for none"
+            )
+        names = sorted(set(groups))
+        random.Random(int(seed)).shuffle(names)
+        sizes = Counter(groups)
+        held: set[str] = set()
+        wanted, total = share * len(examples), 0
+        for name in names[:-1]:
+            if total + sizes[name] / 2 <= wanted or not held:
+                held.add(name)
+                total += sizes[name]
+        return [i for i in rows if groups[i] not in held], [i for i in rows if groups[i] in held]
+
+    def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
+        """Rows of a list of pairs (question, context), or of one such pair."""
+        if items and all(isinstance(item, str) for item in items):
+            if len(items) != 2:
+                raise UserError(
+                    f"a question is answered from a text: give both, QUESTION and CONTEXT ({len(items)} "
+                    f"{'text is' if len(items) == 1 else 'texts are'} given), or --data FILE; in Python a list of pairs."
+                )
+            items = [tuple(items)]
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
+            return None
+        if not items:
+            raise UserError("there is no question to answer; give QUESTION and CONTEXT, or --data FILE.")
+        for number, pair in enumerate(items, start=1):
+            for name, text in zip(("question", "context"), pair):
+                if not isinstance(text, str) or not text.strip():
+                    raise UserError(f"the {name} of pair {number} of {len(items)} is empty or no text.")
+        return [{columns["question"]: question, columns["context"]: context} for question, context in items]
+
+    def dataset(
+        self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
+    ) -> Dataset:
+        tokenizer = tokenizer_of(backbone, self)
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"the tokenizer of {backbone.source} does not say where its tokens stand in the text, which span() "
+                "needs; use a model with a fast tokenizer (tokenizer.json)."
+            )
+        # models that pad on the left have the text first, unless they read from left to right only
+        question_first = tokenizer.padding_side == "right" or backbone.is_decoder
+        windows = cut_windows(tokenizer, examples, max_length, self.doc_stride, question_first)
+        data = Windows(examples, windows, tokenizer.pad_token_id or 0)
+        if training and not data.units.any():
+            raise UserError(
+                f"no answer of {examples.table.source} is whole in a window of {max_length} tokens; raise data.max_length."
+            )
+        return data
+
+    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+        return span_loss(label_smoothing)
+
+    def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Found]:
+        logits = forward(batch)
+        windows = batch.dataset
+        assert isinstance(windows, Windows)
+        losses = np.full(len(batch.rows), np.nan)
+        if batch.targets is not None:
+            known = (batch.targets[:, 0] >= 0).cpu().numpy()
+            losses[known] = span_loss(0.0)(logits, batch).losses.detach().cpu().numpy()[known]
+        scores = logits.float().cpu().numpy()
+        return [
+            replace(
+                search(windows.windows[row], scores[i], self.max_answer_length, self.n_best), loss=losses[i]
+            )
+            for i, row in enumerate(batch.rows)
+        ]
+
+    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        """As evaluate-v2.0 has it where questions without an answer are among them or were trained on, else as
+        evaluate-v1.1; shares of 1 instead of percents."""
+        golds = _golds_of(dataset)
+        second = NO_ANSWER in labels or any(not gold for gold in golds)
+        bests, texts = self._best(outcomes, dataset, labels)
+        answerable = np.array([bool(gold) for gold in golds])
+        pairs = np.array([score(text, gold, second) for text, gold in zip(texts, golds)])
+        more: dict[str, Any] = {}
+        if NO_ANSWER in labels:
+            more["threshold"] = limit = self._limit(bests, texts, dataset)
+            empty = np.array([best.lead > limit for best in bests])
+            pairs[empty] = (~answerable[empty, None]).astype(float)
+        losses = [outcome.loss for outcome in outcomes if not np.isnan(outcome.loss)]
+        return {
+            **figures(pairs[:, 0], pairs[:, 1], answerable, second), **more,
+            "loss": float(np.mean(losses)) if losses else float("nan"), "rows": len(golds),
+        }  # fmt: skip
+
+    def settled(self, metrics: dict[str, Any] | None) -> Span:
+        if self.threshold is not None or (metrics is not None and "threshold" not in metrics):
+            return self
+        return replace(self, threshold=0.0 if metrics is None else metrics["threshold"])
+
+    def _best(
+        self, outcomes: Sequence[Found], dataset: Dataset, labels: Sequence[str]
+    ) -> tuple[list[Best], list[str]]:
+        """The best span of each question, and its text."""
+        assert isinstance(dataset, Windows)
+        contexts = dataset.examples.values["context"]
+        bests = gather(outcomes, dataset.question_of, contexts, self.n_best, NO_ANSWER in labels)
+        return bests, [context[best.start : best.end] for context, best in zip(contexts, bests)]
+
+    def _limit(self, bests: Sequence[Best], texts: Sequence[str], dataset: Dataset) -> float:
+        """The threshold: as it is set, else the best for these questions where their answers are known."""
+        golds = _golds_of(dataset)
+        if self.threshold is not None or not golds:
+            return self.threshold or 0.0
+        answered = [score(text, gold, True)[1] for text, gold in zip(texts, golds)]
+        return best_threshold([best.lead for best in bests], answered, [bool(gold) for gold in golds])
+
+    def answers(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """The best span of each question: its text, the characters of the context that it goes from and to (without
+        the last), its probability and score. Where there is no answer: '', and no characters."""
+        bests, texts = self._best(outcomes, dataset, labels)
+        limit = self._limit(bests, texts, dataset) if NO_ANSWER in labels else np.inf
+        rows = []
+        for best, text in zip(bests, texts):
+            none = best.lead > limit
+            found: dict[str, Any] = {
+                "answer": "" if none else text,
+                "start": None if none else best.start,
+                "end": None if none else best.end,
+                "probability": round(best.null_probability if none else best.probability, 4),
+                "score": round(best.score + best.lead if none else best.score, 4),
+            }
+            rows.append(found)
+        return rows
+
+    def line(self, answer: dict[str, Any]) -> str:
+        text = " ".join(answer["answer"].split()) or f"({NO_ANSWER})"
+        place = "-" if answer["start"] is None else f"{answer['start']}-{answer['end']}"
+        return "\t".join([text, f"{answer['probability']:.3f}", place, answer["question"]])
+
+    def worst(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
+    ) -> list[dict[str, Any]]:
+        """Answers that share no word with a right one, or should or should not be there; the largest loss first."""
+        golds = _golds_of(dataset)
+        second = NO_ANSWER in labels or any(not gold for gold in golds)
+        bests, _ = self._best(outcomes, dataset, labels)
+        said = [found["answer"] for found in self.answers(outcomes, dataset, labels)]
+        ranked = sorted(
+            (score(text, gold, second)[1], -np.nan_to_num(best.loss), i)
+            for i, (best, text, gold) in enumerate(zip(bests, said, golds))
+        )
+        return [
+            {
+                "where": dataset.examples.where(i),
+                **self.asked(dataset.examples, i),
+                "expected": " / ".join(dict.fromkeys(golds[i])) or NO_ANSWER,
+                "answer": said[i] or NO_ANSWER,
+                "f1": round(f1, 4),
+                "loss": round(-float(loss), 4),
+            }
+            for f1, loss, i in ranked[:count] if f1 < 1
+        ]  # fmt: skip
+
+    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        found = super().statistics(dataset, labels)
+        examples = dataset.examples
+        found |= {"windows": len(dataset), "contexts": len(set(examples.values["context"]))}
+        if examples.targets is not None:
+            golds: list[Gold] = list(examples.targets)
+            lengths = [len(text) for gold in golds for text, _ in gold.answers[:1]]
+            found["answers"] = {
+                "unit": "characters", "mean": float(np.mean(lengths)) if lengths else 0.0,
+                "longest": max(lengths, default=0), "moved": sum(gold.moved for gold in golds),
+            }  # fmt: skip
+            if labels:
+                answered = sum(bool(gold.answers) for gold in golds)
+                found["labels"] = {"answer": answered, NO_ANSWER: len(golds) - answered}
+        return found
+
+
+def _golds_of(dataset: Dataset) -> list[list[str]]:
+    """Texts of the right answers of each question."""
+    return [[text for text, _ in gold.answers] for gold in dataset.examples.targets or ()]
+
+
+def read_gold(table: Table, columns: dict[str, str], row: int) -> Gold:
+    """The right answers of a row, each where it stands. Raises `ValueError` that says what is wrong."""
+    start = next((name for name in STARTS if name in table.columns), None)
+    said = table.columns.get("is_impossible", [None] * len(table))[row]
+    impossible = str(said).strip().lower() in ("true", "1", "1.0")
+    answers = read_answers(
+        table.columns[columns["answers"]][row], table.columns[start][row] if start else None, impossible
+    )
+    context = str(table.columns[columns["context"]][row])
+    located = [locate(context, text, begin) for text, begin in answers]
+    return Gold(tuple((text, begin) for text, begin, _ in located), sum(moved for *_, moved in located))
+
+
+def _golds(table: Table, columns: dict[str, str], row: int) -> Gold | None:
+    try:
+        return read_gold(table, columns, row)
+    except ValueError:
+        return None  # told where rows are checked
