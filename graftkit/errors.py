@@ -10,6 +10,14 @@ class UserError(Exception):
     """A mistake in what was handed over. The command line prints its message alone and exits with 1."""
 
 
+class NoGoodRows(UserError):
+    """All rows are bad; `skipped` has a message for each of them."""
+
+    def __init__(self, message: str, skipped: Iterable[str]) -> None:
+        super().__init__(message)
+        self.skipped = tuple(skipped)
+
+
 class NotFoldable(UserError):
     """A graft has no equal inside the plain architecture; the message gives the reason."""
 

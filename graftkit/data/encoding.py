@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import encodings.aliases
 import re
+import sys
+from collections.abc import Iterable, Iterator
 
 from graftkit.errors import UserError, listing, nearest
 
@@ -25,16 +27,38 @@ UTF16_MARKS, UTF32_MARKS = (b"\xff\xfe", b"\xfe\xff"), (b"\xff\xfe\0\0", b"\0\0\
 
 def decode(raw: bytes, source: str, encoding: str) -> str:
     """The file's text without byte-order mark."""
+    return "".join(decode_blocks([raw], source, encoding))
+
+
+def decode_blocks(blocks: Iterable[bytes], source: str, encoding: str) -> Iterator[str]:
+    """The text of a file that comes in blocks of at least some kilobytes, without byte-order mark.
+
+    Raises `UserError` for bytes that do not belong there; what it suggests is judged by their block.
+    """
+    offset, line, raw, begun = 0, 1, b"", False
+    is_utf8 = False
     try:
-        is_utf8 = codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
-        if is_utf8:
-            _refuse_wide_characters(raw, source, encoding)
-        return raw.decode("utf-8" if is_utf8 else encoding).removeprefix("\ufeff")
+        name = codecs.lookup(encoding).name
+        is_utf8 = name in ("utf-8", "utf-8-sig")
+        b"".decode(encoding)  # refuses codecs that are not of text
+        for raw, last in _with_last(blocks):
+            if not offset:
+                if is_utf8:
+                    _refuse_wide_characters(raw, source, encoding)
+                elif name in ("utf-16", "utf-32") and not raw.startswith(UTF16_MARKS + UTF32_MARKS):
+                    name += f"-{sys.byteorder[0]}e"  # without a mark it is of this machine
+                decoder = codecs.getincrementaldecoder("utf-8" if is_utf8 else name)()
+            text = decoder.decode(raw, last)
+            offset, line = offset + len(raw), line + raw.count(b"\n")
+            yield text if begun else text.removeprefix("\ufeff")
+            begun = begun or bool(text)
     except UnicodeDecodeError as error:
-        byte, line = raw[error.start], raw.count(b"\n", 0, error.start) + 1
+        seen = bytes(error.object)  # begins with what was left of the block before
+        left = len(seen) - len(raw)
+        byte, line = seen[error.start], line + seen.count(b"\n", left, error.start)
         raise UserError(
-            f"{source} is not {encoding}: byte 0x{byte:02x} at offset {error.start} (line {line}) does not "
-            f"belong there. {_suggest_encoding(raw, is_utf8)}"
+            f"{source} is not {encoding}: byte 0x{byte:02x} at offset {offset - left + error.start} (line {line}) "
+            f"does not belong there. {_suggest_encoding(seen, is_utf8)}"
         ) from None
     except UnicodeError as error:
         raise UserError(f"{source} is not {encoding}: {error}. {_suggest_encoding(raw, False)}") from None
@@ -43,6 +67,16 @@ def decode(raw: bytes, source: str, encoding: str) -> str:
         raise UserError(
             f"data.encoding='{encoding}' is not a known text encoding (such as {listing(ENCODINGS)}).{hint}"
         ) from None
+
+
+def _with_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each block, and whether none comes after it."""
+    before: bytes | None = None
+    for block in blocks:
+        if before is not None:
+            yield before, False
+        before = block
+    yield before or b"", True
 
 
 def _refuse_wide_characters(raw: bytes, source: str, encoding: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -19,7 +19,7 @@ from graftkit.catalogue import as_expression, check_values
 from graftkit.data.columns import Column
 from graftkit.data.read import Table, read_table
 from graftkit.data.split import hold_out
-from graftkit.errors import UserError
+from graftkit.errors import NoGoodRows, UserError
 
 MAX_DEFAULT_LENGTH = 512
 
@@ -176,6 +176,7 @@ class Task:
     per_token: ClassVar[bool] = False  # the head answers for each token, not for a whole text
     # the figures that are shown first; the first chooses the best weights, larger is better but for 'loss'
     headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+    using: ClassVar[tuple[str, ...]] = ()  # options that may be given anew where a finished run is used
     # which classes of transformers have the head of this task, in the order in which they are looked for
     families: ClassVar[tuple[str, ...]] = ("SEQUENCE_CLASSIFICATION",)
 
@@ -194,6 +195,10 @@ class Task:
     def read(self, source: Any, reading: Reading, name: str) -> Table:
         """The table of a file, a folder, or what Python holds, which messages call `name`."""
         return read_table(source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name)
+
+    def used(self, columns: dict[str, str], named: Mapping[str, str], table: Table) -> dict[str, str]:
+        """Those of the columns found that are read, where rows can have several forms; `named`: by the recipe."""
+        return columns
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         """The answers there are, from the training table; none where a task has no fixed ones."""
@@ -285,6 +290,10 @@ class Task:
         """What is kept of each row of a batch, small and on the CPU; by default its logits in fp32."""
         return list(forward(batch).float().cpu().numpy())
 
+    def stream(self, forward: Calls, dataset: Dataset, show: Callable[[str], None]) -> Sequence[Any] | None:
+        """The outcome of a dataset of one row, shown while it comes; None where a task has it at once."""
+        return None
+
     def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
         """Figures of rows with targets: those of `headline`, each with `NAME_interval` where it has one, `rows`, ..."""
         raise NotImplementedError
@@ -348,5 +357,5 @@ def check_rows(
         else:
             raise UserError(f"{found} Mend it, or leave such rows out with data.skip_bad=true.")
     if not good:
-        raise UserError(f"{table.source} has no good rows: {skipped[0]}")
+        raise NoGoodRows(f"{table.source} has no good rows: {skipped[0]}", skipped)
     return table.take(good), tuple(skipped)
