@@ -88,7 +88,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
         return task.read(source if given is None else given, reading, name)
 
     table = read(data.train, train, "train")
-    columns = find_columns(table, task.columns, data.columns)
+    columns = task.used(find_columns(table, task.columns, data.columns), data.columns, table)
     labels = task.label_names(table, columns, data.skip_bad)
     examples = task.examples(table, columns, labels, data.skip_bad)
     held: Examples | None = None
@@ -97,7 +97,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
     elif data.eval is not None:
         kept, out = task.hold_out(examples, data.eval, recipe.seed)
         held, examples = examples.take(out), examples.take(kept)
-    task = task.resolve(examples, recipe.seed)
+    task = task.resolve(examples, labels, recipe.seed)
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
@@ -237,7 +237,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     )  # fmt: skip
     return Prepared(
         recipe,
-        rows,
+        dataclasses.replace(rows, train=dataset.examples),
         backbone,
         graft,
         settings,

@@ -124,7 +124,7 @@ def run_recipe(
     tables = tables or {}
     rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
     prepared = prepare(recipe, rows)
-    datasets = _encode(prepared)
+    prepared, datasets = _encode(prepared)
     prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
     if processes()[0] == 0:
         if overwrite and folder.exists():
@@ -166,7 +166,7 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
             )
     rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
     prepared = prepare(recipe, rows)
-    datasets = _encode(prepared)
+    prepared, datasets = _encode(prepared)
     planned = _planned(prepared, datasets)
     run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
     if processes()[0] == 0:
@@ -251,14 +251,18 @@ def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:
     return make_forward(*where, prepared.depth, dataset, passes, prepared.phases[0].labels)
 
 
-def _encode(prepared: Prepared) -> dict[str, Dataset]:
+def _encode(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
+    """The rows as the model takes them, less those that turn out to be bad then."""
     rows = prepared.rows
     others = {"eval": rows.eval, "test": rows.test}
-    return {"train": prepared.train} | {
+    found = {
         name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
         for name, examples in others.items()
         if examples is not None
     }
+    kept = {name: dataset.examples for name, dataset in found.items()}
+    rows = replace(rows, eval=kept.get("eval"), test=kept.get("test"))
+    return replace(prepared, rows=rows), {"train": prepared.train, **found}
 
 
 def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]:

@@ -1,0 +1,340 @@
+"""Conversations as rows of a language model: token ids, which of them are learned, and where their logits stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.data.chat import Marked, Message, Template, TemplateFails, tokens_of
+from graftkit.data.packing import leaks, pack, positions
+from graftkit.errors import UserError
+from graftkit.tasks.base import Batch, Dataset, Examples
+from graftkit.tasks.generate_scores import token_scores
+from graftkit.tasks.generate_text import Writing, decoder_start
+
+OPEN, CLOSE = "⟦", "⟧"  # around what is learned, where a row is shown
+SHOWN = 2000  # characters of a row that is shown, at most
+
+
+@dataclass(frozen=True)
+class Dialogues(Examples):
+    """Rows of conversations; `skip_bad`: those that turn out to have nothing to learn are left out.
+
+    `targets`: the text of each answer, the last one of a conversation.
+    """
+
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """One row in tokens: `ids` and `learned` (tokens,) are what is learned from; `prompt` is what is gone on from."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+    prompt: np.ndarray
+
+
+class GenerateDataset(Dataset):
+    """Rows of a causal language model, of one conversation each or, packed, of several behind one another.
+
+    `prompts`: what each example is to be gone on from; `writing`: how, where texts are written.
+    """
+
+    def __init__(
+        self, examples: Examples, rows: Sequence[Written], tokenizer: Any, groups: Sequence[Sequence[int]] | None = None,
+        truncated: int = 0, writing: Writing | None = None,
+    ) -> None:  # fmt: skip
+        self.packed = groups is not None
+        groups = [[i] for i in range(len(rows))] if groups is None else groups
+        self.ids = [np.concatenate([rows[i].ids for i in group]) for group in groups]
+        self.learned = [np.concatenate([rows[i].learned for i in group]) for group in groups]
+        self.parts = [[len(rows[i].ids) for i in group] for group in groups]
+        self.groups = groups
+        units = np.array([float(learned.sum()) for learned in self.learned])
+        super().__init__(examples, self._lengths(rows), units)
+        self.prompts = [row.prompt for row in rows]
+        self.tokenizer = tokenizer
+        self.padding = tokenizer.pad_token_id or 0
+        self.truncated = truncated
+        self.writing = writing
+
+    def _lengths(self, rows: Sequence[Written]) -> np.ndarray:
+        return np.array([len(ids) for ids in self.ids])
+
+    @property
+    def answered(self) -> bool:
+        return self.examples.targets is not None
+
+    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Ids, padded on the right, and a mask; for packed rows positions that begin anew, which say the same."""
+        ids = self._padded([self.ids[row] for row in rows], self.padding)
+        if not self.packed:
+            return {
+                "input_ids": ids,
+                "attention_mask": self._padded([np.ones(len(self.ids[row])) for row in rows], 0),
+            }
+        width = ids.shape[1]
+        numbers = [positions([*self.parts[row], width - len(self.ids[row])]) for row in rows]
+        return {"input_ids": ids, "position_ids": self._padded(numbers, 0)}
+
+    def targets(self, rows: np.ndarray) -> Tensor | None:
+        return self.labels(rows) if self.answered else None
+
+    def labels(self, rows: np.ndarray) -> Tensor:
+        """The ids of all learned tokens of these rows, one row after another."""
+        return torch.from_numpy(
+            np.concatenate([self.ids[row][self.learned[row]] for row in rows]).astype(np.int64)
+        )
+
+    def places(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Row in the batch and position of the logits that tell each learned token: those of the token before."""
+        found = [np.flatnonzero(self.learned[row]) - 1 for row in rows]
+        return _counted(found), torch.from_numpy(np.concatenate(found))
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scores of the learned tokens, (labels, 3), as `token_scores` has them."""
+        rows, places = map(batch.move, self.places(batch.rows))
+        return token_scores(model, batch.inputs, rows, places, batch.move(self.labels(batch.rows)))
+
+    def where(self, row: int) -> str:
+        return "; ".join(self.examples.where(i) for i in self.groups[row])
+
+    def digested(self) -> Sequence[bytes | np.ndarray]:
+        return [
+            np.asarray(self.lengths, dtype=np.int64),
+            *self.ids,
+            *self.learned,
+            *map(np.array, self.parts),
+        ]
+
+    def shown(self, row: int) -> list[tuple[str, bool]]:
+        """The text of a row, of a packed one its first part, in stretches, each with whether it is learned."""
+        part = slice(self.parts[row][0])
+        return stretches(self.tokenizer, self.ids[row][part], self.learned[row][part])
+
+    @staticmethod
+    def _padded(arrays: Sequence[np.ndarray], padding: int) -> Tensor:
+        result = np.full((len(arrays), max(map(len, arrays))), padding, dtype=np.int64)
+        for row, values in enumerate(arrays):
+            result[row, : len(values)] = values
+        return torch.from_numpy(result)
+
+
+class PromptedDataset(GenerateDataset):
+    """Rows of an encoder, which reads the prompt, and a decoder, which writes the answer."""
+
+    keeps = False  # two sequences in a row
+
+    def __init__(self, *given: Any, start: int, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.start = start
+
+    def _lengths(self, rows: Sequence[Written]) -> np.ndarray:
+        return np.array([len(row.ids) + len(row.prompt) for row in rows])
+
+    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+        prompts = [self.prompts[row] for row in rows]
+        before = [np.concatenate([[self.start], self.ids[row][:-1]]) for row in rows]
+        return {
+            "input_ids": self._padded(prompts, self.padding),
+            "attention_mask": self._padded([np.ones(len(prompt)) for prompt in prompts], 0),
+            "decoder_input_ids": self._padded(before, self.padding),
+        }
+
+    def places(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        found = [np.flatnonzero(self.learned[row]) for row in rows]
+        return _counted(found), torch.from_numpy(np.concatenate(found))
+
+    def digested(self) -> Sequence[bytes | np.ndarray]:
+        return [*super().digested(), *self.prompts]
+
+    def shown(self, row: int) -> list[tuple[str, bool]]:
+        nothing = np.zeros(len(self.prompts[row]), dtype=bool)
+        return [*stretches(self.tokenizer, self.prompts[row], nothing), *super().shown(row)]
+
+
+def _counted(found: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.repeat(np.arange(len(found)), [len(part) for part in found]))
+
+
+def stretches(tokenizer: Any, ids: np.ndarray, learned: np.ndarray) -> list[tuple[str, bool]]:
+    cuts = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    return [(tokenizer.decode(ids[a:b].tolist()), bool(learned[a])) for a, b in pairwise(cuts) if b > a]
+
+
+def marked_text(parts: Sequence[tuple[str, bool]]) -> str:
+    """The text of a row with what is learned between marks."""
+    text = "".join(f"{OPEN}{part}{CLOSE}" if learned else part for part, learned in parts)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+
+
+def conversation(examples: Examples, row: int) -> list[Message] | str:
+    """What stands in a row: its messages, the answer last where there is one; or a text without roles."""
+    values = {name: column[row] for name, column in examples.values.items()}
+    if "text" in values:
+        return str(values["text"])
+    messages = (
+        list(values["messages"])
+        if "messages" in values
+        else [asking(values["prompt"], values.get("input", ""))]
+    )
+    if examples.targets is not None:
+        messages.append({"role": "assistant", "content": examples.targets[row]})
+    return messages
+
+
+def asking(prompt: str, more: str) -> Message:
+    """The message of a user; templates that have a place for the input of an instruction find it by its name."""
+    parts = {"instruction": prompt, "input": more} if more else {}
+    return {"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt, **parts}
+
+
+def causal_rows(
+    examples: Dialogues, tokenizer: Any, template: Template, max_length: int, everything: bool, prompts: bool
+) -> tuple[list[Written], list[str | None]]:
+    """Each row in tokens, and what is wrong with it. `prompts`: also what an answer follows, without the answer."""
+    marked, problems = _each(
+        examples, lambda talk: _mark(talk, template, everything, examples.targets is not None)
+    )
+    tokens = iter(tokens_of(tokenizer, [text for text in marked if text is not None]))
+    asked = None
+    if prompts and examples.targets is not None and "text" not in examples.values:
+        opened, _ = _each(examples, lambda talk: template.prompt(talk[:-1]))  # type: ignore[arg-type]
+        asked = iter(tokens_of(tokenizer, [text for text in opened if text is not None]))
+    rows = []
+    for place, text in enumerate(marked):
+        ids, learned = (
+            (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)) if text is None else next(tokens)
+        )
+        prompt = ids if asked is None or text is None else next(asked)[0]
+        rows.append(Written(ids, learned, prompt))
+        if text is not None and examples.targets is not None:
+            problems[place] = no_label(learned, max_length)
+        elif text is not None and not len(ids):
+            problems[place] = "there are no tokens in it"
+    return rows, problems
+
+
+def _mark(talk: list[Message] | str, template: Template, everything: bool, answered: bool) -> Marked:
+    if isinstance(talk, str):
+        return Marked(talk, ((0, len(talk)),), True, answered)
+    if answered:
+        return template.mark(talk, everything)
+    text = template.prompt(talk)
+    return replace(text, learned=((0, len(text.text)),))
+
+
+def prompted_rows(
+    examples: Dialogues, tokenizer: Any, template: Template, max_length: int
+) -> tuple[list[Written], list[str | None]]:
+    """The same for an encoder and a decoder: the prompt is read by the one, the answer written by the other."""
+    answered = examples.targets is not None
+
+    def asked(talk: list[Message] | str) -> str:
+        assert not isinstance(talk, str)
+        before = talk[:-1] if answered else talk
+        return template.write(before, True) if template.given else before[0]["content"]
+
+    texts, problems = _each(examples, asked)
+    rows, end = [], tokenizer.eos_token_id
+    for place, text in enumerate(texts):
+        prompt = np.array(tokenizer(text or "")["input_ids"], dtype=np.int32)
+        ids, words = [end if end is not None else 0], 1
+        if answered:
+            found = tokenizer(text_target=examples.targets[place], return_special_tokens_mask=True)  # type: ignore[index]
+            ids, words = found["input_ids"], len(found["input_ids"]) - sum(found["special_tokens_mask"])
+            ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
+        rows.append(Written(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool), prompt))
+        if text is not None and answered and not words:
+            problems[place] = "its completion has no tokens, so there is nothing to learn"
+    return rows, problems
+
+
+def no_label(learned: np.ndarray, max_length: int) -> str | None:
+    """Why a row of so many tokens has nothing to learn from."""
+    if learned[:max_length].any():
+        return None
+    if learned.any():
+        return (
+            f"nothing is left to learn of it: its completion begins behind token {int(learned.argmax())}, and rows are cut "
+            f"at {max_length} (data.max_length)"
+        )
+    return "it has no token to learn: its completion is empty, or nothing stands before it"
+
+
+def _each(
+    examples: Examples, make: Callable[[list[Message] | str], Any]
+) -> tuple[list[Any], list[str | None]]:
+    """What is made of each conversation, and where its template failed, why."""
+    made: list[Any] = []
+    problems: list[str | None] = []
+    for row in range(len(examples)):
+        try:
+            made.append(make(conversation(examples, row)))
+            problems.append(None)
+        except TemplateFails as error:
+            made.append(None)
+            problems.append(str(error))
+    return made, problems
+
+
+def good_rows(
+    examples: Dialogues, rows: Sequence[Written], problems: Sequence[str | None]
+) -> tuple[Dialogues, list[Written]]:
+    """The rows without a problem. Raises `UserError` for the first bad one unless they are to be left out."""
+    found = [
+        f"{examples.where(row)}: {problem}." for row, problem in enumerate(problems) if problem is not None
+    ]
+    if found and not examples.skip_bad:
+        raise UserError(f"{found[0]} Mend it, or leave such rows out with data.skip_bad=true.")
+    good = [row for row, problem in enumerate(problems) if problem is None]
+    if not good:
+        raise UserError(f"{examples.table.source} has no good rows: {found[0]}")
+    kept = examples.take(good) if found else examples
+    assert isinstance(kept, Dialogues)
+    return replace(kept, skipped=(*kept.skipped, *found)), [rows[row] for row in good]
+
+
+def cut(rows: Sequence[Written], max_length: int, room: int | None, both: bool) -> tuple[list[Written], int]:
+    """Rows of at most `max_length` tokens, prompts of at most `room`, and how many lost something.
+
+    Of a row the end is cut, of a prompt the beginning: what is asked stands at its end. An encoder's is cut at its end.
+    """
+    longest = min(max_length, room or max_length)
+    result, truncated = [], 0
+    for row in rows:
+        prompt = row.prompt[:longest] if both else row.prompt[max(0, len(row.prompt) - longest) :]
+        lost = len(row.ids) > max_length or len(prompt) < len(row.prompt)
+        truncated += lost
+        result.append(Written(row.ids[:max_length], row.learned[:max_length], prompt))
+    return result, truncated
+
+
+def packed_groups(task: Any, backbone: Backbone, rows: Sequence[Written], max_length: int) -> list[list[int]]:
+    """Which rows go into one. Raises `UserError` where the model would let them see each other."""
+    meta = next(backbone.model.parameters()).is_meta
+    reason = None if meta else leaks(backbone.model, [row.ids for row in rows])
+    if reason is not None:
+        raise UserError(
+            f"{task.name}(packing=True): rows of {backbone.source} ({type(backbone.model).__name__}) cannot be packed: "
+            f"{reason}. Leave packing out."
+        )
+    return pack([len(row.ids) for row in rows], max_length)
+
+
+def start_of(backbone: Backbone) -> int:
+    """The token that the decoder begins with. Raises `UserError` where the model says none."""
+    start = decoder_start(backbone.model)
+    if start is None:
+        raise UserError(
+            f"{backbone.source} does not say what its decoder begins with (decoder_start_token_id)."
+        )
+    return start

@@ -1,0 +1,167 @@
+"""Texts written by a language model, with the cache of `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftkit.backbone.load import positions_of
+from graftkit.backbone.prompts import positions_taken
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How texts are written. `ends`: tokens that end one; `stop`: texts that end one and are no part of it."""
+
+    new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    ends: tuple[int, ...]
+    stop: tuple[str, ...]
+
+
+def room_for(model: Any, wanted: int) -> tuple[int | None, int]:
+    """Tokens that a prompt may have (None: any number), and how many are written behind the longest.
+
+    Both share the positions of a decoder; of an encoder and a decoder each has its own.
+    """
+    limit = positions_of(model)
+    if limit is None:
+        return None, wanted
+    if model.config.is_encoder_decoder:
+        return limit - positions_taken(model), min(wanted, limit - 1)
+    limit -= positions_taken(model)
+    new = max(1, min(wanted, limit // 2))
+    return limit - new, new
+
+
+@torch.no_grad()
+def write(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    how: Writing,
+    device: torch.device,
+    half: bool,
+    show: Callable[[str], None] | None = None,
+) -> list[str]:
+    """What follows each prompt. Prompts are padded on the left, so that all go on at the same place.
+
+    `half`: products in bf16; `show`: is given the text of a single prompt piece by piece while it is written.
+    """
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    both = bool(model.config.is_encoder_decoder)
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        at = slice(0, len(prompt)) if both else slice(width - len(prompt), width)
+        ids[row, at], mask[row, at] = torch.from_numpy(prompt.astype(np.int64)), 1
+    sampled = how.temperature > 0
+    more = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if sampled else {}
+    settings = GenerationConfig(
+        max_new_tokens=how.new_tokens, do_sample=sampled, use_cache=True, pad_token_id=padding,
+        eos_token_id=list(how.ends) or None, bos_token_id=getattr(model.config, "bos_token_id", None),
+        decoder_start_token_id=decoder_start(model) if both else None, **more,
+    )  # fmt: skip
+    skip = 1 if both else width
+    stops = StoppingCriteriaList([_Stops(tokenizer, how.stop, skip)] if how.stop else [])
+    streamer = None if show is None else _Streamer(tokenizer, skip, how.stop, show)
+    model.eval()
+    devices = [device] if device.type == "cuda" else []
+    kept, model.generation_config = (
+        model.generation_config,
+        settings,
+    )  # whose beams and penalties would be mixed in
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.autocast(device.type, torch.bfloat16, enabled=half),
+        ):
+            torch.manual_seed(how.seed)
+            written = model.generate(
+                ids.to(device), attention_mask=mask.to(device), stopping_criteria=stops, streamer=streamer
+            )
+    finally:
+        model.generation_config = kept
+    return [
+        _cut(tokenizer.decode(row, skip_special_tokens=True), how.stop)[0] for row in written[:, skip:].cpu()
+    ]
+
+
+def decoder_start(model: Any) -> int | None:
+    """The token that a decoder begins with."""
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        found = getattr(model.config, name, None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def ends_of(model: Any, tokenizer: Any, end: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Tokens and texts that end an answer: the end tokens of tokenizer and model, and what the template writes behind
+    an answer (`end`), a token where it is one and a text where it is several.
+    """
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    stop: tuple[str, ...] = ()
+    if end:
+        pieces = tokenizer(end, add_special_tokens=False)["input_ids"]
+        if pieces and (len(pieces) == 1 or pieces[0] in tokenizer.all_special_ids):
+            ends.append(pieces[0])
+        else:
+            stop = (end,)
+    return tuple(dict.fromkeys(token for token in ends if token is not None)), stop
+
+
+def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first of these, and whether one of them is there."""
+    places = [place for place in (text.find(end) for end in stop) if place >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+class _Stops:
+    """Ends the rows in which one of the texts has been written."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], skip: int) -> None:
+        self.tokenizer, self.stop, self.skip = tokenizer, stop, skip
+
+    def __call__(self, ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        texts = (self.tokenizer.decode(row[self.skip :], skip_special_tokens=True) for row in ids)
+        return torch.tensor([_cut(text, self.stop)[1] for text in texts], device=ids.device)
+
+
+class _Streamer:
+    """Shows a text while it is written: what can still change, or can still begin an end, is held back."""
+
+    def __init__(self, tokenizer: Any, skip: int, stop: Sequence[str], show: Callable[[str], None]) -> None:
+        self.tokenizer, self.skip, self.stop, self.show = tokenizer, skip, stop, show
+        self.tokens: list[int] = []
+        self.shown = 0
+        self.hold = max(map(len, stop), default=1) - 1
+
+    def put(self, value: Tensor) -> None:
+        tokens = value.flatten().tolist()
+        if self.skip:  # the prompt comes first
+            tokens, self.skip = tokens[self.skip :], max(0, self.skip - len(tokens))
+        self.tokens += tokens
+        text, ended = _cut(self.tokenizer.decode(self.tokens, skip_special_tokens=True), self.stop)
+        self._show(text, len(text) if ended else len(text) - self.hold - text.endswith("\ufffd"))
+
+    def end(self) -> None:
+        text = _cut(self.tokenizer.decode(self.tokens, skip_special_tokens=True), self.stop)[0]
+        self._show(text, len(text))
+
+    def _show(self, text: str, until: int) -> None:
+        if until > self.shown:
+            self.show(text[self.shown : until])
+            self.shown = until
