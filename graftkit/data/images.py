@@ -142,7 +142,7 @@ def _open(raw: Any) -> Image:
     except Image.DecompressionBombError:
         raise BadImage(_too_large("")) from None
     except Exception as error:  # what a broken header makes of a parser can be anything
-        raise BadImage(f"is broken ({type(error).__name__}: {first_line(error)})") from None
+        raise BadImage(_broken(error)) from None
     _refuse_large(image)
     return image
 
@@ -177,9 +177,12 @@ def _rgb(image: Image) -> Image:
     except MemoryError:
         raise BadImage(f"does not fit into memory ({image.width:,} x {image.height:,} pixels)") from None
     except Exception as error:
-        short = "truncated" in str(error).lower() or isinstance(error, EOFError)
-        what = "is cut short" if short else "is broken"
-        raise BadImage(f"{what} ({first_line(error)})") from None
+        raise BadImage(_broken(error)) from None
+
+
+def _broken(error: Exception) -> str:
+    short = "truncated" in str(error).lower() or isinstance(error, EOFError)
+    return f"{'is cut short' if short else 'is broken'} ({type(error).__name__}: {first_line(error)})"
 
 
 def _eight_bits(image: Image) -> Image:
