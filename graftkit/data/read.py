@@ -157,15 +157,23 @@ def _read_arrow(raw: bytes, kind: str, bad: BadRows) -> Table:
             table = pyarrow.feather.read_table(buffer)
         else:  # what `datasets` writes: the streaming format
             table = pyarrow.ipc.open_stream(buffer).read_all()
-        check_names(table.column_names, bad.source)
-        kept = [name for name in table.column_names if not name.startswith("__index_level_")]  # pandas' index
+        kept = keep_columns(table.column_names, bad.source)
         columns = {name: table.column(name).to_pylist() for name in kept}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{bad.source} is not a whole {kind.title()} file: {reason}. Write it again"
-        ) from None
+        raise broken(bad.source, kind, error) from None
     return bad.table(columns, list(range(1, table.num_rows + 1)))
+
+
+def keep_columns(names: list[str], source: str) -> list[str]:
+    """The columns of a Parquet or Arrow file but for pandas' index."""
+    check_names(names, source)
+    return [name for name in names if not name.startswith("__index_level_")]
+
+
+def broken(source: str, kind: str, error: Exception) -> UserError:
+    """What is said of a Parquet or Arrow file that cannot be read to its end."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{source} is not a whole {kind.title()} file: {reason}. Write it again")
 
 
 def _read_memory(source: Any, bad: BadRows) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -19,6 +19,7 @@ from graftkit.catalogue import as_expression, check_values
 from graftkit.data.columns import Column
 from graftkit.data.read import Table, read_table
 from graftkit.data.split import hold_out
+from graftkit.data.stream import slices, stream_table
 from graftkit.errors import NoGoodRows, UserError
 
 MAX_DEFAULT_LENGTH = 512
@@ -196,6 +197,14 @@ class Task:
         """The table of a file, a folder, or what Python holds, which messages call `name`."""
         return read_table(source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name)
 
+    def pieces(self, source: Any, reading: Reading, name: str, rows: int) -> Iterator[Table]:
+        """What `read` gives in tables of at most `rows` rows; where `read` is the one above, only one is in memory."""
+        if type(self).read is Task.read:
+            return stream_table(
+                source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name, rows=rows
+            )
+        return slices(self.read(source, reading, name), rows)
+
     def used(self, columns: dict[str, str], named: Mapping[str, str], table: Table) -> dict[str, str]:
         """Those of the columns found that are read, where rows can have several forms; `named`: by the recipe."""
         return columns
@@ -228,7 +237,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def resolve(self, examples: Examples, seed: int) -> Task:
+    def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Task:
         """The task with what only the training rows tell written into its options, which are saved with the graft."""
         return self
 
