@@ -1,0 +1,207 @@
+"""Entities as tags of words and as chunks, and what they are scored by: precision, recall and F1 as conlleval has them.
+
+A chunk is a run of words of one type: (first word, behind the last, type). Tags are those of BIO, IOB1, BIOES, BILOU or
+BMES; all of them say chunks, and chunks are written as BIO.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
+Chunk = tuple[int, int, str]
+PREFIXES = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S", "M": "I"}
+SCHEMES = {"E": "BIOES", "S": "BIOES", "M": "BMES", "L": "BILOU", "U": "BILOU"}
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_tag(tag: str) -> tuple[str, str] | None:
+    """('B', 'person') of 'B-person', ('O', '') of 'O'; None for what is no tag of an entity."""
+    if tag == "O":
+        return "O", ""
+    prefix, dash, kind = tag.partition("-")
+    if prefix not in PREFIXES or bool(dash) != bool(kind):
+        return None
+    return PREFIXES[prefix], kind
+
+
+def are_of_entities(tags: Sequence[str]) -> bool:
+    """Whether a set of tags says entities: some begin with B- or I-, or S- and U- stand beside O."""
+    named = [tag for tag in tags if tag[1:2] == "-" and len(tag) > 2]
+    if any(tag[0] in "BI" for tag in named):
+        return True
+    bare = {tag for tag in tags if tag in ("B", "I", "O")}
+    return "O" in tags and (any(tag[0] in "SU" for tag in named) or ("B" in bare and len(set(tags)) <= 3))
+
+
+def chunks(tags: Sequence[str]) -> list[Chunk]:
+    """The entities that tags say, by the rules of conlleval: B begins one, and so does any other tag but O behind O, behind
+    an end, or behind another type. Source: Tjong Kim Sang and Buchholz, 2000, conlleval.pl, startOfChunk and endOfChunk;
+    E and S as in seqeval.
+    """
+    found: list[Chunk] = []
+    start, before, type_before = 0, "O", ""
+    for place, tag in enumerate(tags):
+        prefix, kind = parse_tag(tag) or ("O", "")
+        begins = prefix != "O" and (prefix in "BS" or before in "OES" or kind != type_before)
+        if before != "O" and (begins or prefix == "O"):
+            found.append((start, place, type_before))
+        if begins:
+            start = place
+        before, type_before = prefix, kind
+    if before != "O":
+        found.append((start, len(tags), type_before))
+    return found
+
+
+def bio(found: Sequence[Chunk], words: int) -> list[str]:
+    """BIO tags of chunks that do not overlap."""
+    tags = ["O"] * words
+    for start, end, kind in found:
+        tags[start] = join("B", kind)
+        tags[start + 1 : end] = [join("I", kind)] * (end - start - 1)
+    return tags
+
+
+def join(prefix: str, kind: str) -> str:
+    return f"{prefix}-{kind}" if kind else prefix
+
+
+def names_of(types: Sequence[str]) -> tuple[str, ...]:
+    """The BIO tags of types: what a model tells apart."""
+    return ("O", *(join(prefix, kind) for kind in types for prefix in "BI"))
+
+
+def types_of(labels: Sequence[str]) -> tuple[str, ...]:
+    """The types of BIO tags; none where labels are no such tags."""
+    if not labels or labels[0] != "O" or len(labels) % 2 == 0:
+        return ()
+    types = tuple("" if label == "B" else label[2:] for label in labels[1::2])
+    return types if names_of(types) == tuple(labels) else ()
+
+
+def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
+    """The scheme in which sentences are tagged, for people: 'BIO', 'IOB1', 'BIOES', 'BILOU' or 'BMES'."""
+    tags = {tag for sentence in sentences for tag in sentence}
+    special = [SCHEMES[tag[0]] for tag in tags if tag != "O" and tag[:1] in SCHEMES]
+    for scheme in ("BMES", "BILOU", "BIOES"):
+        if scheme in special:
+            return scheme
+    needless = False  # a B where IOB1 would have I
+    started_by_i = False
+    for sentence in sentences:
+        before = ("O", "")
+        for tag in sentence:
+            prefix, kind = parse_tag(tag) or ("O", "")
+            goes_on = before[0] != "O" and before[1] == kind
+            needless |= prefix == "B" and not goes_on
+            started_by_i |= prefix == "I" and not goes_on
+            before = prefix, kind
+    return "IOB1" if started_by_i and not needless else "BIO"
+
+
+def entity_scores(
+    wanted: Sequence[Sequence[Chunk]], found: Sequence[Sequence[Chunk]], types: Sequence[str]
+) -> dict[str, Any]:
+    """Precision, recall and F1 over all entities (`f1`) and by type, the mean of F1 over types that occur (`macro_f1`), and
+    95% intervals over resamples of the sentences. An entity is right where first word, last word and type are.
+    """
+    places = {kind: i for i, kind in enumerate(types)}
+    counts = np.zeros((len(wanted), 3, len(types)), dtype=np.int64)  # right, found, wanted
+    for i, (gold, guess) in enumerate(zip(wanted, found)):
+        for row, group in enumerate((set(gold) & set(guess), guess, gold)):
+            for _, _, kind in group:
+                counts[i, row, places[kind]] += 1
+    totals = counts.sum(axis=0)
+    precision, recall, f1 = rates(*totals.sum(axis=1))
+    whole, by_type = _resampled(counts.sum(axis=2)), _resampled(counts.reshape(len(counts), -1))
+    by_type = by_type.reshape(len(by_type), 3, len(types)).swapaxes(0, 1)
+    return {
+        "f1": float(f1),
+        "f1_interval": interval(rates(*whole.T)[2]),
+        "precision": float(precision),
+        "recall": float(recall),
+        "macro_f1": float(macro_f1(*totals)),
+        "macro_f1_interval": interval(macro_f1(*by_type)),
+        "entities": int(totals[2].sum()),
+        "per_class": by_class(types, *totals),
+    }
+
+
+def tag_scores(
+    wanted: Sequence[np.ndarray], found: Sequence[np.ndarray], labels: Sequence[str]
+) -> dict[str, Any]:
+    """The same for tags that stand each for themselves, numbers of `labels` for each sentence (words,)."""
+    counts = np.zeros((len(wanted), 3, len(labels)), dtype=np.int64)
+    for i, (gold, guess) in enumerate(zip(wanted, found)):
+        for row, group in enumerate((gold[gold == guess], guess, gold)):
+            counts[i, row] = np.bincount(group, minlength=len(labels))
+    totals = counts.sum(axis=0)
+    drawn = _resampled(counts.reshape(len(counts), -1)).reshape(-1, 3, len(labels)).swapaxes(0, 1)
+    return {
+        "macro_f1": float(macro_f1(*totals)),
+        "macro_f1_interval": interval(macro_f1(*drawn)),
+        "per_class": by_class(labels, *totals),
+    }
+
+
+def accuracy_of(right: np.ndarray, words: np.ndarray) -> dict[str, Any]:
+    """Share of the words that are right, with its interval; both (sentences,)."""
+    drawn = _resampled(np.stack([right, words], axis=1))
+    return {
+        "accuracy": float(right.sum() / words.sum()),
+        "accuracy_interval": interval(drawn[:, 0] / drawn[:, 1]),
+    }
+
+
+def rates(right: Any, found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 of counts; 0 where there is nothing to divide by."""
+    right = np.asarray(right, dtype=np.float64)
+    total = np.asarray(found) + np.asarray(wanted)
+    return tuple(
+        np.divide(part, whole, out=np.zeros_like(right), where=np.asarray(whole) > 0)
+        for part, whole in ((right, found), (right, wanted), (2 * right, total))
+    )  # type: ignore[return-value]
+
+
+def macro_f1(right: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Mean of F1 over the classes (..., classes) that were wanted or found; 0 where none was."""
+    there = (found + wanted) > 0
+    return rates(right, found, wanted)[2].sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
+
+
+def by_class(
+    names: Sequence[str], right: np.ndarray, found: np.ndarray, wanted: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    precision, recall, f1 = rates(right, found, wanted)
+    return {
+        name or "entity": {
+            "precision": float(precision[i]),
+            "recall": float(recall[i]),
+            "f1": float(f1[i]),
+            "rows": int(wanted[i]),
+        }
+        for i, name in enumerate(names)
+    }
+
+
+def interval(values: np.ndarray) -> list[float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def _resampled(counts: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Sums of `counts` (sentences, numbers) over 1,000 resamples of the sentences, (1000, numbers).
+
+    Sentences with the same counts are one cell, of which as many are drawn as chance has it.
+    """
+    cells, sizes = np.unique(counts, axis=0, return_counts=True)
+    random, shares = np.random.default_rng(seed), sizes / len(counts)
+    sums = np.empty((RESAMPLES, counts.shape[1]), dtype=np.int64)
+    for i in range(RESAMPLES):
+        sums[i] = random.multinomial(len(counts), shares) @ cells
+    return sums

@@ -1,0 +1,108 @@
+"""What a model reads and says of tagged texts: their parts as rows, and the answers to parts put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftkit.data.encode import Encoded
+from graftkit.tasks.base import Dataset, Examples
+from graftkit.tasks.entities import bio, chunks, types_of
+from graftkit.tasks.tag_words import Part, Spans
+from graftkit.tasks.texts import TextDataset
+
+IGNORED = -100
+
+
+class TagDataset(TextDataset):
+    """Parts of sentences, with a label at the first token of each word and -100 at all others.
+
+    `spans`: where the words of each example are in its text; `parts`: a row each.
+    """
+
+    def __init__(
+        self, examples: Examples, texts: list[str], spans: list[Spans], parts: list[Part], padding: int
+    ) -> None:
+        features = {
+            "input_ids": [part.ids for part in parts],
+            "attention_mask": [np.ones(len(part.ids), dtype=np.int32) for part in parts],
+        }
+        lengths = np.array([len(part.ids) for part in parts])
+        cut = len({part.example for part in parts if part.cut})
+        self.labels: list[np.ndarray] | None = None
+        units = None
+        if examples.targets is not None:
+            self.labels = [_labelled(part, examples.targets[part.example]) for part in parts]
+            units = np.array([float((labels != IGNORED).sum()) for labels in self.labels])
+        super().__init__(examples, Encoded(features, lengths, cut, {"input_ids": padding}), units=units)
+        self.texts, self.spans, self.parts = texts, spans, parts
+
+    def targets(self, rows: np.ndarray) -> Tensor | None:
+        """Label numbers (rows, length)."""
+        if self.labels is None:
+            return None
+        padded = np.full((len(rows), int(self.lengths[rows].max())), IGNORED, dtype=np.int64)
+        for i, row in enumerate(rows):
+            padded[i, : len(self.labels[row])] = self.labels[row]
+        return torch.from_numpy(padded)
+
+    def where(self, row: int) -> str:
+        return self.examples.where(self.parts[row].example)
+
+    def digested(self) -> Sequence[bytes | np.ndarray]:
+        return [*super().digested(), *(self.labels or ())]
+
+
+def _labelled(part: Part, labels: np.ndarray) -> np.ndarray:
+    found = np.full(len(part.ids), IGNORED, dtype=np.int64)
+    found[part.places[part.own]] = labels[part.words[part.own]]
+    return found
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one example: a label, its probability and the loss for each word, nan where there is none."""
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    losses: np.ndarray
+
+
+def rejoined(outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> list[Answer]:
+    """The answer to each example from those to its parts. What a model says of entities is made BIO.
+
+    A word without a token of its own goes on with the entity around it, or has none.
+    """
+    assert isinstance(dataset, TagDataset)
+    answers = [
+        Answer(np.full(len(spans), -1), np.zeros(len(spans)), np.full(len(spans), np.nan)) for spans in dataset.spans
+    ]  # fmt: skip
+    types = types_of(labels)
+    for part, outcome in zip(dataset.parts, outcomes):
+        answer = answers[part.example]
+        numbers = outcome[:, 0].astype(np.int64)
+        if types:  # a token over several words begins one entity
+            numbers = np.where(~part.own & (numbers % 2 == 1), numbers + 1, numbers)
+        answer.labels[part.words], answer.probabilities[part.words] = numbers, outcome[:, 1]
+        answer.losses[part.words] = outcome[:, 2]
+    numbers_of_tags = {tag: number for number, tag in enumerate(labels)}
+    for answer in answers:
+        _fill(answer.labels, bool(types))
+        if types:
+            tags = bio(chunks([labels[number] for number in answer.labels]), len(answer.labels))
+            answer.labels[:] = [numbers_of_tags[tag] for tag in tags]
+    return answers
+
+
+def _fill(numbers: np.ndarray, entities: bool) -> None:
+    """Labels for words without a token: I where an entity is on both sides, else O or the first label."""
+    for i in np.flatnonzero(numbers < 0):
+        behind = next((number for number in numbers[i:] if number >= 0), 0)
+        before = numbers[i - 1] if i else 0
+        goes_on = entities and behind > 0 and behind % 2 == 0 and before in (behind, behind - 1)
+        numbers[i] = behind if goes_on else 0

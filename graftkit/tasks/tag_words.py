@@ -1,0 +1,195 @@
+"""Words of texts, the tokens that a model reads them as, and long texts in parts.
+
+A text is looked at as it stands, whether it came as one or as a list of tokens, which are then joined by spaces. Words
+and tokens are brought together by their places in the text, which every fast tokenizer tells, so that it does not matter
+how a tokenizer writes a space or the rest of a word.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graftkit.errors import UserError
+
+Spans = list[tuple[int, int]]
+# scripts that put no space between words: each character is a word here
+UNSPACED = (
+    "CJK UNIFIED",
+    "CJK COMPATIBILITY",
+    "HIRAGANA",
+    "KATAKANA",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+    "TIBETAN",
+)
+STOPS = tuple(".!?\u3002\uff01\uff1f")
+JOINERS = "\u200c\u200d\ufe0e\ufe0f"
+
+
+@functools.lru_cache(maxsize=65536)
+def _kind(character: str) -> str:
+    """'space'; 'letter', which goes on a word; 'mark', which goes on whatever it stands behind; 'single'."""
+    if character.isspace():
+        return "space"
+    category = unicodedata.category(character)
+    if category[0] == "M" or character in JOINERS:
+        return "mark"
+    if category[0] == "L" and unicodedata.name(character, "").startswith(UNSPACED):
+        return "single"
+    return "letter" if category[0] in "LN" or character == "_" else "single"
+
+
+def split_words(text: str) -> Spans:
+    """Where the words of a text are: runs of letters and digits, and each other character that is no space, by itself."""
+    spans: list[list[int]] = []
+    before = "space"
+    for place, character in enumerate(text):
+        kind = _kind(character)
+        if kind != "space":
+            if before != "space" and (kind == "mark" or kind == before == "letter"):
+                spans[-1][1] = place + 1
+                kind = before
+            else:
+                spans.append([place, place + 1])
+                kind = "letter" if kind == "mark" else kind
+        before = kind
+    return [(start, end) for start, end in spans]
+
+
+def text_of(value: str | list[str]) -> tuple[str, Spans]:
+    """A text and the places of its words; `value` is the text, or its tokens."""
+    if isinstance(value, str):
+        return value, split_words(value)
+    spans, at = [], 0
+    for token in value:
+        spans.append((at, at + len(token)))
+        at += len(token) + 1
+    return " ".join(value), spans
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a model reads at once: all of an example, or a part of it that ends at a word.
+
+    `ids`: its tokens with the special ones. `words` (words,): which words of the example; `places` (words,): the first
+    token of each in `ids`. `own` (words,): whether that token is this word's, and not one that began in the word before.
+    """
+
+    example: int
+    ids: np.ndarray
+    words: np.ndarray
+    places: np.ndarray
+    own: np.ndarray
+    cut: bool = False  # a word was longer than a part may be
+
+
+def split_all(
+    tokenizer: Any, texts: Sequence[str], words: Sequence[Spans], max_length: int, source: str
+) -> list[Part]:
+    """Every text in parts of at most `max_length` tokens, the special ones counted.
+
+    Raises UserError where a tokenizer does not tell the places of its tokens, or nothing fits beside special tokens.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"the tokenizer of {source} does not tell where its tokens are in a text, which tag() needs; use a model with "
+            "a fast tokenizer (tokenizer.json)."
+        )
+    before, behind = special_tokens(tokenizer)
+    room = max_length - len(before) - len(behind)
+    if room < 1:
+        raise UserError(
+            f"data.max_length is {max_length}, of which {len(before) + len(behind)} are special tokens of {source}; raise it."
+        )
+    encoding = tokenizer(
+        list(texts), add_special_tokens=False, truncation=False, return_offsets_mapping=True,
+        return_attention_mask=False, verbose=False,
+    )  # fmt: skip
+    filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    parts = []
+    for example, (text, spans) in enumerate(zip(texts, words)):
+        ids, offsets = encoding["input_ids"][example], encoding["offset_mapping"][example]
+        places, own = align(text, spans, offsets)
+        kept = np.flatnonzero(places >= 0)
+        for start, end, stop, cut in _portions(
+            places[kept], own[kept], _ends(text, spans, kept), len(ids), room
+        ):
+            inside = kept[(places[kept] >= start) & (places[kept] < stop)]
+            chosen = [*before, *ids[start:end], *behind] or [filler]
+            parts.append(Part(
+                example, np.array(chosen, dtype=np.int32), inside, places[inside] - start + len(before), own[inside], cut
+            ))  # fmt: skip
+    return parts
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and behind a text."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
+    first = special.index(0) if 0 in special else len(ids)
+    last = len(ids) - special[::-1].index(0) if 0 in special else len(ids)
+    return ids[:first], ids[last:]
+
+
+def align(text: str, spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The token of each word (words,), -1 where it vanished, and whether the token began in that word.
+
+    It is the first with a character of the word other than a space; a token over several words stands for each of them.
+    """
+    places, own = np.full(len(spans), -1), np.zeros(len(spans), dtype=bool)
+    word = 0
+    for token, (start, end) in enumerate(offsets):
+        while start < end and text[start].isspace():
+            start += 1
+        if start == end:
+            continue
+        while word < len(spans) and spans[word][1] <= start:
+            word += 1
+        reached, first = word, True
+        while reached < len(spans) and spans[reached][0] < end:
+            if places[reached] < 0:
+                places[reached], own[reached] = token, first
+            reached, first = reached + 1, False
+    return places, own
+
+
+def _ends(text: str, spans: Spans, kept: np.ndarray) -> np.ndarray:
+    """Whether a sentence may end before each of the words `kept`."""
+    return np.array([word > 0 and text[: spans[word - 1][1]].endswith(STOPS) for word in kept], dtype=bool)
+
+
+def _portions(
+    places: np.ndarray, own: np.ndarray, ends: np.ndarray, tokens: int, room: int
+) -> list[tuple[int, int, int, bool]]:
+    """Which tokens are read at once: (first, behind the last that is read, behind the last, whether some are left out).
+
+    A portion is as long as it can be, but ends with a sentence where one ends in its last quarter. A word of more than
+    `room` tokens loses those behind.
+    """
+    if tokens <= room:
+        return [(0, tokens, tokens, False)]
+    bounds = places[own]
+    stops = set(places[own & ends].tolist())
+    found, start = [], 0
+    while tokens - start > room:
+        fitting = bounds[(bounds > start) & (bounds <= start + room)]
+        good = [int(b) for b in fitting if int(b) in stops and b >= start + 0.75 * room]
+        if len(fitting):
+            stop = good[-1] if good else int(fitting[-1])
+            found.append((start, stop, stop, False))
+        else:  # one word alone is longer
+            later = bounds[bounds > start]
+            stop = int(later[0]) if len(later) else tokens
+            found.append((start, start + room, stop, True))
+        start = stop
+    if start < tokens:
+        found.append((start, tokens, tokens, False))
+    return found
