@@ -57,6 +57,10 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
             "train it with head(pooling='own') where the architecture has such a head. graftkit.load(model, RUN/graft) "
             "loads it as it is."
         )
+    if not loaded.task.trains:
+        raise UserError(
+            f"{loaded.task.name}() trained nothing, so there is nothing to export: {loaded.recipe.model} is the plain model."
+        )
     dataset, real = _real_rows(loaded)
     rows = np.arange(min(ROWS, len(dataset)))
     before = _logits(loaded.forward.graft.model, dataset, rows)
@@ -81,7 +85,7 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
         "run": str(folder), "to": str(to), "files": written, "native": head is None,
         "rows_compared": len(rows), "rows_real": real, "largest_difference": difference,
         "same_answers": all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in zip(after, before)),
-        "load_with": _how(to, head, loaded),
+        "load_with": _how(to, head, loaded), "outputs": loaded.task.plain(loaded.labels).get("how"),
     }  # fmt: skip
 
 
@@ -155,7 +159,8 @@ def _real_rows(loaded: Loaded) -> tuple[Dataset, bool]:
             continue
         return task.dataset(examples, loaded.backbone, loaded.max_length), True
     texts = [f"{label}: how does this compare?" for label in loaded.labels or ("an export",)][:ROWS]
-    items: list[Any] = list(zip(texts, texts[::-1])) if "text_pair" in loaded.columns else texts
+    paired = bool({"text_pair", "context"} & set(loaded.columns))
+    items: list[Any] = list(zip(texts, texts[::-1])) if paired else texts
     given = task.given(items, loaded.columns) if task.modality == "text" else None
     if given is None:
         raise UserError(
@@ -185,6 +190,7 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
             "pooling": head.pooling,
             "hidden": "hidden.weight" in tensors,
             "max_length": loaded.max_length,
+            **loaded.task.plain(loaded.labels),
         }
         write_json(folder / "head.json", about)
         write_text(folder / "classifier.py", CLASSIFIER)
@@ -194,6 +200,10 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
         if names:
             model.config.id2label = dict(enumerate(names))  # type: ignore[union-attr, assignment]
             model.config.label2id = {name: i for i, name in enumerate(names)}  # type: ignore[union-attr, assignment]
+        plain = loaded.task.plain(loaded.labels)
+        model.config.problem_type = plain.get("problem_type")  # type: ignore[union-attr, assignment]
+        if "how" in plain:
+            model.config.graftkit = plain  # type: ignore[union-attr, assignment]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.config.use_cache = True  # type: ignore[union-attr, assignment]
@@ -227,7 +237,6 @@ def _reload(
 PIPELINES = {
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
-    "QuestionAnswering": "question-answering",
     "ImageClassification": "image-classification",
     "AudioClassification": "audio-classification",
     "ForCausalLM": "text-generation",
@@ -302,10 +311,19 @@ class Classifier:
         return torch.stack(results)
 
     def __call__(self, texts, pairs=None):
-        return [self.about["labels"][i] for i in self.logits(texts, pairs).argmax(dim=1)]
+        """The answer to each text: a label, a list of labels, or a number."""
+        logits, about = self.logits(texts, pairs), self.about
+        kind, labels = about.get("kind", "single"), about["labels"]
+        if kind == "regression":
+            return (logits[:, 0].double() * about["scale"] + about["center"]).tolist()
+        if kind == "multi":
+            return [[labels[i] for i in torch.where(row > about["threshold"])[0]] for row in logits.sigmoid()]
+        if kind == "ordinal":
+            return [labels[i] for i in (logits.sigmoid().cumprod(dim=1) > 0.5).sum(dim=1)]
+        return [labels[i] for i in logits.argmax(dim=1)]
 
 
 if __name__ == "__main__":
-    for text, label in zip(sys.argv[1:], Classifier()(sys.argv[1:])):
-        print(f"{label}\\t{text}")
+    for text, answer in zip(sys.argv[1:], Classifier()(sys.argv[1:])):
+        print(f"{'; '.join(answer) if isinstance(answer, list) else answer}\\t{text}")
 '''

@@ -116,7 +116,7 @@ class Classify(TextTask):
     def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
         return self.form.hold_out(examples, share, seed)
 
-    def resolve(self, examples: Examples, seed: int) -> Classify:
+    def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Classify:
         """A regression knows the numbers' mean and deviation, by which its outputs become numbers again."""
         if self.kind != "regression" or None not in (self.center, self.scale):
             return self

@@ -1,0 +1,97 @@
+"""How likely a language model finds each word after a prompt, or in place of a mask, in few forward passes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Move = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of what a row asks. For a masked model: one sequence for each length of words, with as many masks, and
+    the place of the first mask in it; for a causal model one sequence, which the words follow."""
+
+    ids: dict[int, np.ndarray]
+    places: dict[int, int]
+    shots: int  # examples in it
+    cut: bool  # something of the row's own texts is missing
+
+    @property
+    def length(self) -> int:
+        return max(map(len, self.ids.values()))
+
+
+def causal_scores(
+    model: nn.Module, prompts: Sequence[Prompt], words: Sequence[Sequence[int]], pad: int, move: Move
+) -> Tensor:
+    """The sum over the tokens of each word of log p(token | prompt, tokens before it), (rows, words), in fp32.
+
+    One pass for each beginning of words (all tokens but the last) that is not part of a longer one: a single pass
+    where words are single tokens.
+    """
+    starts = sorted({tuple(word[:-1]) for word in words}, key=len, reverse=True)
+    passes = [s for i, s in enumerate(starts) if not any(t[: len(s)] == s for t in starts[:i])]
+    given = [prompt.ids[0] for prompt in prompts]
+    scores: dict[int, Tensor] = {}
+    for start in passes:
+        rows = [np.concatenate([ids, start]).astype(np.int64) for ids in given]
+        at = np.array([[len(ids) - 1 + i for i in range(len(start) + 1)] for ids in given])
+        logs = _logs(model, _moved(padded(rows, pad), move), at)
+        for number, word in enumerate(words):
+            if number not in scores and tuple(word[:-1]) == start[: len(word) - 1]:
+                picked = [logs[:, i, token] for i, token in enumerate(word)]
+                scores[number] = torch.stack(picked, dim=1).sum(dim=1)
+    return torch.stack([scores[number] for number in range(len(words))], dim=1)
+
+
+def masked_scores(
+    model: nn.Module, prompts: Sequence[Prompt], words: Sequence[Sequence[int]], pad: int, move: Move
+) -> Tensor:
+    """The sum over the tokens of each word of log p(token | its mask), (rows, words), in fp32: a word of several tokens
+    has as many masks, which are read at once. One pass for each length of words."""
+    scores: dict[int, Tensor] = {}
+    for length in sorted({len(word) for word in words}):
+        rows = [prompt.ids[length] for prompt in prompts]
+        at = np.array([[prompt.places[length] + i for i in range(length)] for prompt in prompts])
+        logs = _logs(model, _moved(padded(rows, pad), move), at)
+        for number, word in enumerate(words):
+            if len(word) == length:
+                picked = [logs[:, i, token] for i, token in enumerate(word)]
+                scores[number] = torch.stack(picked, dim=1).sum(dim=1)
+    return torch.stack([scores[number] for number in range(len(words))], dim=1)
+
+
+def _moved(inputs: dict[str, Tensor], move: Move) -> dict[str, Tensor]:
+    return {name: move(tensor) for name, tensor in inputs.items()}
+
+
+def padded(rows: Sequence[np.ndarray], pad: int) -> dict[str, Tensor]:
+    """Rows padded on the right, and their mask."""
+    ids = np.full((len(rows), max(map(len, rows))), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def _logs(model: nn.Module, inputs: dict[str, Tensor], at: np.ndarray) -> Tensor:
+    """log p of all tokens at places `at` (rows, places) of each row, (rows, places, vocabulary), in fp32.
+
+    A model that can leaves out all other places, whose logits are most of the memory where a vocabulary is large.
+    """
+    places, more = torch.from_numpy(at).to(inputs["input_ids"].device), {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kept, places = places.unique(return_inverse=True)
+        more["logits_to_keep"] = kept
+    output: Any = model(**inputs, **more)
+    logits = output if isinstance(output, Tensor) else output.logits
+    rows = torch.arange(len(places), device=places.device).unsqueeze(1)
+    return logits[rows, places].float().log_softmax(dim=-1)
