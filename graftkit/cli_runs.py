@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from graftkit.cli_options import Json, RunFolder, console_of, emit
 from graftkit.errors import UserError
 
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", metavar="KEY=VALUE", help="an option of the task, given anew, as temperature=0.7"
+    ),
+]
+
+
+def _options(given: list[str] | None) -> dict[str, Any]:
+    from graftkit import recipe as recipes
+
+    return recipes.override({}, given or [])
+
 
 def evaluate(
-    run: RunFolder, data: Annotated[str, typer.Option(help="labelled rows")], as_json: Json = False
+    run: RunFolder,
+    data: Annotated[str, typer.Option(help="labelled rows")],
+    option: Options = None,
+    as_json: Json = False,
 ) -> None:
     """Metrics of a run on labelled rows."""
     _refuse_empty(data)
     from graftkit.use import evaluate as run_evaluate
 
-    found = run_evaluate(run, data)
+    found = run_evaluate(run, data, _options(option))
     if as_json:
         emit(True, found)
         return
@@ -38,26 +55,46 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT ...]", help="texts to answer")] = None,
     data: Annotated[str | None, typer.Option(help="rows to answer, a file")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="write the answers as JSON lines or, for .csv, as CSV")
+        Path | None, typer.Option(help="write the answers into a file: .jsonl, .csv, .tsv or .parquet")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the file of answers if it exists")] = False,
+    option: Options = None,
+    stream: Annotated[
+        bool | None, typer.Option(help="show one answer while it is written; in a terminal that is so")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Answers of a run for texts or for the rows of a file."""
+    """Answers of a run for texts or for the rows of a file, which may be larger than memory."""
     if bool(texts) == (data is not None):
         raise UserError("give either texts or --data FILE to predict.")
     _refuse_empty(data)
-    from graftkit.report.table import check_path, write_rows
-
     if out is not None:
-        check_path(out, data, overwrite)
-    from graftkit.use import answer
+        from graftkit.use import predict_into
 
-    found = answer(run, data if data is not None else texts)
-    predictions = found["predictions"]
-    if out is not None:
-        write_rows(out, predictions)
-    lines = found.pop("lines")
+        given = data if data is not None else texts
+        done = predict_into(run, given, out, _options(option), overwrite=overwrite, tell=_progress(as_json))
+        _tell_skipped(done)
+        emit(as_json, {"run": str(run), **done})
+        if not as_json:
+            print(f"{done['rows']} answers are in {out}", file=sys.stderr)
+        return
+    from graftkit.use import Answers
+
+    alone = texts is not None and len(texts) == 1 and not as_json
+    show = _show if alone and (sys.stdout.isatty() if stream is None else stream) else None
+    answers = Answers(run, data if data is not None else texts, _options(option), show=show)
+    predictions = []
+    for piece in answers.pieces():
+        if as_json:
+            predictions += piece
+        else:
+            print("" if answers.streamed else "\n".join(map(answers.line, piece)))
+    found = {"skipped": answers.skipped, "skipped_rows": answers.skipped_rows}
+    _tell_skipped(found)
+    emit(as_json, {"run": str(run), "predictions": predictions, **found})
+
+
+def _tell_skipped(found: dict[str, Any]) -> None:
     if found["skipped"]:
         print(
             f"{found['skipped']} bad rows were left out:",
@@ -65,12 +102,17 @@ def predict(
             sep="\n",
             file=sys.stderr,
         )
-    if as_json:
-        emit(True, {"run": str(run), **found})
-    elif out is not None:
-        print(f"{len(predictions)} answers are in {out}", file=sys.stderr)
-    else:
-        print("\n".join(lines))
+
+
+def _progress(as_json: bool) -> Callable[[int], None] | None:
+    """Redraws the number of answers in a terminal."""
+    if as_json or not sys.stderr.isatty():
+        return None
+    return lambda count: print(f"\r{count:,} answers", end="\r", file=sys.stderr, flush=True)
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
 
 
 def merge(

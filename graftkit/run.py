@@ -41,15 +41,15 @@ class Run:
         """Of the test rows where there are any, else of the evaluation rows."""
         return self.result["metrics"]
 
-    def predict(self, texts: Any) -> list[dict[str, Any]]:
+    def predict(self, texts: Any, options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         from graftkit.use import predict as run_predict
 
-        return run_predict(self.path, texts)
+        return run_predict(self.path, texts, options)
 
-    def evaluate(self, data: Any) -> dict[str, Any]:
+    def evaluate(self, data: Any, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         from graftkit.use import evaluate as run_evaluate
 
-        return run_evaluate(self.path, data)["metrics"]
+        return run_evaluate(self.path, data, options)["metrics"]
 
     def export(self, to: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         from graftkit.export import export as run_export

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,18 +15,21 @@ from graftkit import recipe as recipes
 from graftkit.backbone import Backbone
 from graftkit.data.columns import find_again
 from graftkit.data.read import SUFFIXES
+from graftkit.data.stream import ROWS
 from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Forward
 from graftkit.engine.loop import predict as run_predict
-from graftkit.errors import UserError
+from graftkit.errors import NoGoodRows, UserError, listing, nearest
 from graftkit.graft import Graft
 from graftkit.graft_files import load
 from graftkit.prepare import make_task, method_of, prepare_backbone, reading_of
 from graftkit.recipe import Recipe
-from graftkit.tasks.base import Task
+from graftkit.report.table import check_path, writing
+from graftkit.tasks.base import Dataset, Examples, Task
 
 BATCH = 64
 WORST_ROWS = 20
+MESSAGES = 1000  # of bad rows, that are kept
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class Loaded:
     forward: Forward
 
 
-def load_run(folder: Path, *, exact: bool = False) -> Loaded:
-    """Load backbone and graft of a run. `exact`: in fp32 throughout, instead of the run's number types."""
+def load_run(folder: Path, *, exact: bool = False, options: Mapping[str, Any] | None = None) -> Loaded:
+    """Load backbone and graft of a run. `exact`: in fp32 throughout, instead of the run's number types. `options`: of
+    the task, given anew."""
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / "recipe.yaml").is_file():
@@ -59,7 +63,7 @@ def load_run(folder: Path, *, exact: bool = False) -> Loaded:
             "restore it from a copy."
         )
     labels = tuple(about["labels"])
-    task = make_task(about["task"])
+    task = _with_options(make_task(about["task"]), options or {})
     backbone, _ = prepare_backbone(
         recipe.model, method_of(recipe), task, labels, weights=recipe.weights, seed=recipe.seed
     )
@@ -76,9 +80,19 @@ def load_run(folder: Path, *, exact: bool = False) -> Loaded:
     return Loaded(recipe, backbone, graft, task, labels, about["columns"], about["max_length"], forward)
 
 
-def evaluate(folder: str | Path, data: Any) -> dict[str, Any]:
-    """Metrics of a run on labelled rows: a file, or a table in memory."""
-    loaded = load_run(Path(folder))
+def _with_options(task: Task, options: Mapping[str, Any]) -> Task:
+    for name in options:
+        if name not in task.using:
+            raise UserError(
+                f"{task.name}() has no option {name!r} that a finished run could be used with (there are: "
+                f"{listing(task.using, 12) or 'none'}).{nearest(name, task.using)}"
+            )
+    return replace(task, **options) if options else task  # type: ignore[type-var]
+
+
+def evaluate(folder: str | Path, data: Any, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Metrics of a run on labelled rows: a file, or a table in memory. `options`: of the task, given anew."""
+    loaded = load_run(Path(folder), options=options)
     reading, task = reading_of(loaded.recipe), loaded.task
     with _settings_of(folder):
         table = task.read(data, reading, "data")
@@ -94,45 +108,156 @@ def evaluate(folder: str | Path, data: Any) -> dict[str, Any]:
         "worst": task.worst(outcomes, dataset, loaded.labels, WORST_ROWS),
         "headline": list(task.headline),
         "truncated": dataset.truncated,
-        "skipped": len(examples.skipped),
+        "skipped": len(dataset.examples.skipped),
     }
 
 
-def predict(folder: str | Path, given: Any) -> list[dict[str, Any]]:
+def predict(folder: str | Path, given: Any, options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """Answers for texts (a list of strings, or of pairs), a file, or a table in memory.
 
-    Those for a file or a table have their `row` in it: the line of a text file, else the place, from 1.
+    Those for a file or a table have their `row` in it: the line of a text file, else the place, from 1. `options`: of
+    the task, given anew.
     """
-    return answer(folder, given)["predictions"]
+    return answer(folder, given, options)["predictions"]
 
 
-def answer(folder: str | Path, given: Any) -> dict[str, Any]:
-    """What `predict` gives, and how many bad rows were left out, with a message for each."""
-    if isinstance(given, str) and not os.path.exists(os.path.expanduser(given)):
-        _refuse_text(given)
-    loaded = load_run(Path(folder))
-    task = loaded.task
-    items = task.given(given, loaded.columns) if isinstance(given, list) else None
-    reading = reading_of(loaded.recipe)
-    if items is not None:
-        reading = replace(reading, skip_bad=False)
-    with _settings_of(folder):
-        table = task.read(given if items is None else items, reading, "data")
-        columns = find_again(table, task.columns, loaded.columns, leave_out=task.labelled)
-        examples = task.examples(table, columns, loaded.labels, reading.skip_bad, targets=False)
-    dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
-    outcomes = run_predict(dataset, loaded.forward, task, BATCH)
-    answers = task.answers(outcomes, dataset, loaded.labels)
-    asked = [task.asked(examples, row) for row in range(len(examples))]
-    if items is None:
-        asked = [{"row": number, **row} for number, row in zip(examples.table.numbers, asked)]
-    predictions = [{**row, **found} for row, found in zip(asked, answers)]
+def answer(
+    folder: str | Path,
+    given: Any,
+    options: Mapping[str, Any] | None = None,
+    show: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """What `predict` gives, and how many bad rows were left out, with a message for each of the first 1,000.
+
+    `show`: is given a single answer piece by piece, where the task writes it so; `streamed` says whether it did.
+    """
+    answers = Answers(folder, given, options, show=show)
+    predictions = list(answers)
     return {
         "predictions": predictions,
-        "lines": [task.line(row) for row in predictions],
-        "skipped": len(examples.skipped),
-        "skipped_rows": list(examples.skipped),
+        "lines": [answers.line(row) for row in predictions],
+        "streamed": answers.streamed,
+        "skipped": answers.skipped,
+        "skipped_rows": answers.skipped_rows,
     }
+
+
+def stream(
+    folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, rows: int = ROWS
+) -> Answers:
+    """What `predict` gives, one after another while a file of any size is read, `rows` rows at a time."""
+    return Answers(folder, given, options, rows)
+
+
+def predict_into(
+    folder: str | Path, given: Any, out: str | Path, options: Mapping[str, Any] | None = None, *, overwrite: bool = False,
+    rows: int = ROWS, tell: Callable[[int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write what `predict` gives into a file (.jsonl, .csv, .tsv, .parquet), whole or not at all, `rows` rows at a time.
+
+    The result counts: `rows` answered and `skipped`, with `skipped_rows` a message for each of the first 1,000 bad rows.
+    `tell`: is called with the number of answers so far.
+    """
+    path = Path(out).expanduser()
+    check_path(path, str(given) if isinstance(given, str | Path) else None, overwrite)
+    answers, count = Answers(folder, given, options, rows), 0
+    with writing(path) as write:
+        for piece in answers.pieces():
+            write(piece)
+            count += len(piece)
+            if tell is not None:
+                tell(count)
+    return {
+        "out": str(path), "rows": count, "skipped": answers.skipped, "skipped_rows": answers.skipped_rows,
+    }  # fmt: skip
+
+
+class Answers:
+    """The answers of a run, computed while somebody iterates over them; what is iterated over again is read again.
+
+    `skipped`: how many bad rows were left out so far; `skipped_rows`: a message for each of the first 1,000.
+    `streamed`: whether a single answer was shown while it was written.
+    """
+
+    def __init__(
+        self, folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, rows: int = ROWS,
+        show: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        if isinstance(given, str) and not os.path.exists(os.path.expanduser(given)):
+            _refuse_text(given)
+        self.folder, self.rows, self.show = folder, rows, show
+        self.loaded = load_run(Path(folder), options=options)
+        task = self.loaded.task
+        items = task.given(given, self.loaded.columns) if isinstance(given, list) else None
+        self.numbered = items is None
+        self.given = given if items is None else items
+        reading = reading_of(self.loaded.recipe)
+        self.reading = reading if items is None else replace(reading, skip_bad=False)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.skipped, self.streamed = 0, False
+        self.skipped_rows: list[str] = []
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for piece in self.pieces():
+            yield from piece
+
+    def line(self, answer: dict[str, Any]) -> str:
+        """One answer for the terminal."""
+        return self.loaded.task.line(answer)
+
+    def pieces(self) -> Iterator[list[dict[str, Any]]]:
+        """Lists of answers, none of them empty. Raises `UserError` for a bad row, or where all rows are bad."""
+        self._begin()
+        none_good: NoGoodRows | None = None
+        answered = False
+        for examples in self._examples():
+            if isinstance(examples, NoGoodRows):
+                none_good = none_good or examples
+                self._leave_out(examples.skipped)
+                continue
+            dataset = self.loaded.task.dataset(examples, self.loaded.backbone, self.loaded.max_length)
+            self._leave_out(dataset.examples.skipped)
+            yield self._answer(dataset)
+            answered = True
+        if none_good is not None and not answered:
+            raise none_good
+
+    def _examples(self) -> Iterator[Examples | NoGoodRows]:
+        loaded, task = self.loaded, self.loaded.task
+        columns: dict[str, str] | None = None
+        with _settings_of(self.folder):
+            for table in task.pieces(self.given, self.reading, "data", self.rows):
+                if not len(table):
+                    self._leave_out(table.skipped)
+                    continue
+                columns = columns or find_again(table, task.columns, loaded.columns, leave_out=task.labelled)
+                try:
+                    examples = task.examples(
+                        table, columns, loaded.labels, self.reading.skip_bad, targets=False
+                    )
+                except NoGoodRows as error:
+                    yield error
+                else:
+                    yield examples
+
+    def _answer(self, dataset: Dataset) -> list[dict[str, Any]]:
+        task, examples = self.loaded.task, dataset.examples
+        shown = None
+        if self.show is not None and len(dataset) == 1:
+            shown = task.stream(self.loaded.forward, dataset, self.show)
+        self.streamed = shown is not None
+        outcomes = run_predict(dataset, self.loaded.forward, task, BATCH) if shown is None else shown
+        answers = task.answers(outcomes, dataset, self.loaded.labels)
+        asked = [task.asked(examples, row) for row in range(len(examples))]
+        if self.numbered:
+            asked = [{"row": number, **row} for number, row in zip(examples.table.numbers, asked)]
+        return [{**row, **found} for row, found in zip(asked, answers)]
+
+    def _leave_out(self, messages: Sequence[str]) -> None:
+        self.skipped += len(messages)
+        self.skipped_rows += messages[: max(0, MESSAGES - len(self.skipped_rows))]
 
 
 def _refuse_text(given: str) -> None:
