@@ -242,6 +242,7 @@ def test_operations_keep_size_and_do_nothing_without_strength(operation):
 
 
 def test_it_says_what_is_on():
+    assert str(Augmentation("padded", flip=0.5, mixup=0.2)) == "padded crops, flip 0.5, mixup 0.2"
     assert not Augmentation() and not Augmentation().mixes
     assert Augmentation(flip=0.5) and Augmentation(cutmix=1.0).mixes
 

@@ -45,6 +45,14 @@ class Augmentation:
     def __bool__(self) -> bool:
         return bool(self.crop or self.flip or self.operations or self.mixes)
 
+    def __str__(self) -> str:
+        parts = {
+            f"{self.crop} crops": self.crop, f"flip {self.flip:g}": self.flip, f"mixup {self.mixup:g}": self.mixup,
+            f"{self.operations} operations of strength {self.magnitude}": self.operations,
+            f"cutmix {self.cutmix:g}": self.cutmix,
+        }  # fmt: skip
+        return ", ".join(text for text, on in parts.items() if on)
+
     @property
     def mixes(self) -> bool:
         """Whether images of a batch are mixed, and with them their targets."""

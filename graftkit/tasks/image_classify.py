@@ -32,15 +32,7 @@ from graftkit.tasks.image_inputs import (
     processor_of,
     same_size,
 )
-from graftkit.tasks.labels import (
-    LABEL,
-    LabelIndex,
-    LabelTask,
-    balanced,
-    is_missing,
-    label_problem,
-    label_text,
-)
+from graftkit.tasks.labels import LABEL, LabelTask, balanced
 
 NOUN = "image"
 PATHS = ("img", "file", "path", "file_name", "filename", "filepath", "file_path", "image_path", "image_file")
@@ -220,23 +212,14 @@ class ImageClassify(LabelTask):
             if isinstance(found, str):
                 where = table.where(row)
                 problems[row] = f"{where if where == name else f'{where}: {name}'} {found}."
-        index = LabelIndex(labels)
+        wrong = self.wrong(table, columns, labels) if targets else None
 
         def problem(row: int) -> str | None:
-            if row in problems or not targets:
-                return problems.get(row)
-            value = table.columns[columns["label"]][row]
-            if is_missing(value):
-                return f"{table.where(row)}: column {columns['label']!r} is empty."
-            found = label_problem(value, index)
-            return None if found is None else f"{table.where(row)}: {found}"
+            return problems.get(row) or (None if wrong is None else wrong(row))
 
         looked_at = replace(table, columns={**table.columns, column: pictures})
         kept, skipped = check_rows(looked_at, problem, skip_bad)
-        numbers = None
-        if targets:
-            values = kept.columns[columns["label"]]
-            numbers = np.array([index.find(label_text(value)) for value in values], dtype=np.int64)
+        numbers = self.numbers(kept, columns, labels) if targets else None
         return Examples(kept, {"image": kept.columns[column]}, numbers, skipped)
 
     def max_length(self, wanted: int | None, backbone: Backbone) -> int:
@@ -322,15 +305,16 @@ class ImageClassify(LabelTask):
             name: {"least": min(found), "median": int(np.median(found)), "most": max(found)}
             for name, found in sides.items()
         }
-        notes = [
-            f"{sizes['width']['least']} to {sizes['width']['most']} wide and {sizes['height']['least']} to "
-            f"{sizes['height']['most']} high; {dataset.pixels}"
+        spans = [
+            f"{f['least']}" if f["least"] == f["most"] else f"{f['least']} to {f['most']}"
+            for f in sizes.values()
         ]
+        notes = [f"images are {spans[0]} pixels wide and {spans[1]} high; {dataset.pixels}"]
         if several:
             notes.append(f"{several} files have several pictures or frames; the first of each is taken")
         if dataset.augmentation:
             notes.append(
-                f"changed at random in training: {dataset.augmentation}; so no output is kept for another epoch"
+                f"images are changed at random in training ({dataset.augmentation}), so no output is kept for another epoch"
             )
         return {
             **super().statistics(dataset, labels),
