@@ -51,7 +51,7 @@ def show_found(
     train = (statistics or {}).get("train", {})
     if rows.labels:
         text = f"{len(rows.labels)}: {', '.join(rows.labels[:4])}{' ...' if len(rows.labels) > 4 else ''}"
-        lines.append(("labels", text + _spread(train.get("labels"))))
+        lines.append(("labels", text + _spread(train.get("labels"), train.get("counted", "training rows"))))
     if rows.skipped:
         lines.append(("left out", f"{len(rows.skipped)} bad rows, the first: {rows.skipped[0]}"))
     if datasets:
@@ -60,12 +60,12 @@ def show_found(
     console.pairs(lines)
 
 
-def _spread(counts: dict[str, int] | None) -> str:
-    """How many rows the rarest and the commonest label have."""
+def _spread(counts: dict[str, int] | None, what: str) -> str:
+    """How many rows, or what else a task counts, the rarest and the commonest label have."""
     if not counts:
         return ""
     (rare, fewest), (common, most) = (pick(counts.items(), key=lambda item: item[1]) for pick in (min, max))
-    return f"; {count(fewest)} ({rare}) to {count(most)} ({common}) training rows each"
+    return f"; {count(fewest)} ({rare}) to {count(most)} ({common}) {what} each"
 
 
 def _sizes(prepared: Prepared, datasets: dict[str, Dataset]) -> str:
@@ -190,12 +190,11 @@ def show_metrics(console: Console, found: dict[str, Any], headline: Sequence[str
 
 def _metric_lines(name: str, metrics: dict[str, Any], headline: Sequence[str]) -> list[tuple[str, str]]:
     lines = []
-    for figure in headline:
-        if figure not in metrics:
-            continue
+    shown = [figure for figure in headline if figure in metrics]
+    for figure in shown:
         text = f"{metrics[figure]:.4f}"
         interval = metrics.get(f"{figure}_interval")
-        if interval and figure == headline[0]:
+        if interval and figure == shown[0]:
             text += f" (95% interval {interval[0]:.4f} to {interval[1]:.4f}, {count(metrics['rows'])} rows)"
         lines.append((f"{name} {title(figure)}".strip(), text))
     by_class = metrics.get("per_class", {})
