@@ -98,13 +98,15 @@ def _order_problem(roles: Sequence[str]) -> str | None:
 class Marked:
     """A text, the stretches of it that are learned (from, to, in characters), and how it becomes tokens.
 
-    `special`: the tokenizer adds what it puts around texts; `close`: the end token follows, and is learned.
+    `special`: the tokenizer adds what it puts around texts; `close`: the end token follows, and is learned; `open`: what
+    is learned only shows where the tokens of a prompt end, as a space there is often of the answer's first token.
     """
 
     text: str
     learned: tuple[tuple[int, int], ...]
     special: bool
-    close: bool
+    close: bool = False
+    open: bool = False
 
 
 class Template:
@@ -158,14 +160,17 @@ class Template:
                     "answer as a row of its own, or another template"
                 )
             end = max(start, len(after.rstrip()))
+            close = after[start:end].endswith(message["content"].strip())  # nothing ends the turn
+            if close and place < len(messages) - 1:
+                end = len(after)  # but white space
             spans.append((start, end))
-            close = after[start:end].endswith(message["content"].strip())
-        learned = ((0, len(whole)),) if everything else tuple(spans)
-        return Marked(whole, learned, self.special, close)
+        text = whole[: spans[-1][1]] if close else whole
+        return Marked(text, ((0, len(text)),) if everything else tuple(spans), self.special, close)
 
     def prompt(self, messages: Sequence[Message]) -> Marked:
         """A conversation up to where the assistant's answer begins."""
-        return Marked(self.write(messages, True), (), self.special, False)
+        text = self.write(messages, True)
+        return Marked(f"{text}a", ((len(text), len(text) + 1),), self.special, open=True)
 
     def end(self) -> str:
         """What the template writes behind an answer; empty where it writes nothing."""
@@ -215,6 +220,9 @@ def tokens_of(tokenizer: Any, texts: Sequence[Marked]) -> list[tuple[np.ndarray,
         end_token = tokenizer.eos_token_id
         if text.close and end_token is not None and not (size and ids[-1] == end_token):
             ids, learned = np.append(ids, np.int32(end_token)), np.append(learned, True)
+        if text.open:
+            ids = ids[: int(learned.argmax())]
+            learned = np.ones(len(ids), dtype=bool)
         learned[:1] = False
         found.append((ids, learned))
     return found

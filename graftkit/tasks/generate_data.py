@@ -228,8 +228,7 @@ def _mark(talk: list[Message] | str, template: Template, everything: bool, answe
         return Marked(talk, ((0, len(talk)),), True, answered)
     if answered:
         return template.mark(talk, everything)
-    text = template.prompt(talk)
-    return replace(text, learned=((0, len(text.text)),))
+    return template.prompt(talk)
 
 
 def prompted_rows(
