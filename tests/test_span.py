@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -217,7 +218,7 @@ def test_whole_articles_are_held_out():
     )  # by context where there are no titles
     kept, held = task.hold_out(flat, 0.25, 0)
     assert len(held) == 3 and len({flat.values["context"][i] for i in held}) == 1
-    with pytest.raises(UserError, match="all questions of .* are on one text"):
+    with pytest.raises(UserError, match=r"all questions of .* are on one text"):
         task.hold_out(examples([row(), row(question="when?")]), 0.5, 0)
 
 
@@ -226,7 +227,7 @@ CONTEXT = "Zürich — 東京 naïve  café,\tthe 3½ cats of O'Neill's \u200bho
 
 def fast_tokenizers():
     """WordPiece, byte-level BPE with and without trimmed offsets, and Unigram with '▁', trained on the text."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
@@ -311,7 +312,7 @@ def test_windows_cover_the_context_and_share_their_stride(tiny_bert):
     dataset = Span(doc_stride=10).dataset(made, backbone, 40)
     seen = [tuple(map(tuple, window.offsets.tolist())) for window in dataset.windows]
     assert len(seen) > 3 and {len(part) for part in seen[:-1]} == {len(seen[0])}
-    for left, right in zip(seen, seen[1:]):
+    for left, right in pairwise(seen):
         assert left[-10:] == right[:10]
     assert {pair for part in seen for pair in part} == {
         (begin, begin + len(word)) for begin, word in zip(np.cumsum([0] + [len(w) + 1 for w in words.split()]), words.split())
@@ -336,7 +337,7 @@ def test_an_answer_longer_than_any_window_is_not_learned(tiny_bert):
     logits = torch.randn(len(dataset), int(dataset.lengths.max()), 2)
     losses = Span().criterion(dataset, (), 0.0)(logits, batch).losses
     assert not losses[torch.tensor(first)].any() and (losses[torch.tensor(~first)] > 0).all()
-    with pytest.raises(UserError, match="no answer of .* is whole in a window of 32 tokens"):
+    with pytest.raises(UserError, match=r"no answer of .* is whole in a window of 32 tokens"):
         Span().dataset(examples([long]), backbone, 32, training=True)
 
 
