@@ -69,6 +69,9 @@ def predict(
         raise UserError("give either texts or --data FILE to predict.")
     _refuse_empty(data)
     if out is not None:
+        from graftkit.report.table import check_path
+
+        check_path(out, data, overwrite)  # before torch is loaded
         from graftkit.use import predict_into
 
         given = data if data is not None else texts

@@ -41,10 +41,23 @@ class Run:
         """Of the test rows where there are any, else of the evaluation rows."""
         return self.result["metrics"]
 
-    def predict(self, texts: Any, options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, texts: Any, options: Mapping[str, Any] | None = None, *, out: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> Any:  # fmt: skip
+        """Answers to texts, a file or a table; with `out` they are written there as they come, and counts come back."""
         from graftkit.use import predict as run_predict
+        from graftkit.use import predict_into
 
+        if out is not None:
+            return predict_into(self.path, texts, out, options, overwrite=overwrite)
         return run_predict(self.path, texts, options)
+
+    def predict_rows(self, data: Any, options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """The answers one by one, while a file of any size is read."""
+        from graftkit.use import stream
+
+        return iter(stream(self.path, data, options))
 
     def evaluate(self, data: Any, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         from graftkit.use import evaluate as run_evaluate

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from graftkit.errors import UserError
-from graftkit.files import write_text
+from graftkit.files import replacing
+
+KINDS = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def check_path(path: Path, source: str | None, overwrite: bool) -> None:
     """Raise `UserError` unless answers to the rows of the file `source` may be written to `path`."""
-    if path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
+    if path.suffix.lower() not in KINDS:
         raise UserError(
-            f"answers cannot be written as {path.name!r}; use a name that ends in .jsonl, .csv or .tsv."
+            f"answers cannot be written as {path.name!r}; use a name that ends in {', '.join(KINDS[:-1])} or {KINDS[-1]}."
         )
     given = None if source is None else Path(source).expanduser()
     if given is not None and given.exists() and path.exists() and given.samefile(path):
@@ -31,16 +34,77 @@ def check_path(path: Path, source: str | None, overwrite: bool) -> None:
         raise UserError(f"{path} cannot be written: {folder} is not a folder that this user may write to.")
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as CSV (.csv), TSV (.tsv) or JSON lines (.jsonl), whole or not at all; see `check_path`."""
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Yield a function that writes rows, as often as there are more of them, as CSV (.csv), TSV (.tsv), Parquet
+    (.parquet) or JSON lines (.jsonl): the file is there as a whole when the block ends well, or not at all.
+
+    Lists and dictionaries in a cell of CSV and TSV are JSON. The columns are those of the first rows; see `check_path`.
+    """
     kind = path.suffix.lower()
-    if kind == ".jsonl":
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(rows[0]), delimiter="," if kind == ".csv" else "\t", lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    with replacing(path) as temporary:
+        if kind == ".parquet":
+            with _parquet(path, temporary) as write:
+                yield write
+            return
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            if kind == ".jsonl":
+                yield lambda rows: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                yield _Cells(path, file, "," if kind == ".csv" else "\t").write
+
+
+class _Cells:
+    """Writes CSV or TSV."""
+
+    def __init__(self, path: Path, file: TextIO, delimiter: str) -> None:
+        self.path = path
+        self.writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        self.columns: list[str] = []
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        if not self.columns:
+            self.columns = names
+            self.writer.writerow(names)
+        if other := set(names) - set(self.columns):
+            raise UserError(
+                f"{self.path}: an answer has {sorted(other)[0]!r}, which the first ones had not, so it has no "
+                "column; write JSON lines (.jsonl)."
+            )
+        self.writer.writerows([_cell(row.get(name)) for name in self.columns] for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple | dict) else value
+
+
+@contextmanager
+def _parquet(path: Path, temporary: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Types of the columns are those of the first rows; one that is all null is text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    writer: Any = None
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        nonlocal writer
+        try:
+            if writer is None:
+                names = dict.fromkeys(name for row in rows for name in row)
+                columns = {name: pyarrow.array([row.get(name) for row in rows]) for name in names}
+                fields = [
+                    (n, pyarrow.string() if c.null_count == len(c) else c.type) for n, c in columns.items()
+                ]
+                writer = pyarrow.parquet.ParquetWriter(temporary, pyarrow.schema(fields))
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=writer.schema))
+        except pyarrow.ArrowException as error:
+            raise UserError(
+                f"{path}: the answers do not have the same types throughout ({error}); write JSON lines (.jsonl)."
+            ) from None
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()
