@@ -157,7 +157,7 @@ class Watch:
         seconds = self.seconds
         found = {"eval": {k: v for k, v in self.best.items() if k != "step"}} if self.best else {}
         worst = self.best_worst
-        task = prepared.rows.task.settled(found.get("eval"))
+        task = prepared.rows.task.decided(found.get("eval"))
         self.prepared = prepared = replace(prepared, rows=replace(prepared.rows, task=task))
         if "test" in self.datasets:
             found["test"] = self.metrics("test")

@@ -15,9 +15,10 @@ from graftkit.backbone.load import find_source, load_backbone
 from graftkit.data.squad import locate, squad_table
 from graftkit.errors import UserError
 from graftkit.tasks.base import Reading
+from graftkit.tasks.masked import masked_cross_entropy
 from graftkit.tasks.span import Span
 from graftkit.tasks.span_metrics import best_threshold, score
-from graftkit.tasks.span_windows import Found, Window, cut_windows, gather, masked_cross_entropy, search
+from graftkit.tasks.span_windows import Found, Window, cut_windows, gather, search
 
 COLUMNS = {"question": "question", "context": "context", "answers": "answers"}
 TEXTS = [
@@ -444,11 +445,11 @@ def test_figures_of_whole_answers(tiny_bert):
     assert got["no_answer_f1"] == 1 and got["has_answer_rows"] == 2
     low, high = got["f1_interval"]
     assert low < got["f1"] < high
-    settled = task.settled(got)
+    settled = task.decided(got)
     assert settled == Span(threshold=got["threshold"]) and eval(str(settled), {"span": Span}) == settled
     assert settled.metrics(outcomes, dataset, labels) == got
     assert Span(threshold=-5.0).metrics(outcomes, dataset, labels)["has_answer_f1"] == 0
-    assert task.settled(None) == Span(threshold=0.0) and task.settled({"f1": 1}) == task
+    assert task.decided(None) == Span(threshold=0.0) and task.decided({"f1": 1}) == task
     answers = settled.answers(outcomes, dataset, labels)
     assert [answer["answer"] for answer in answers] == said
     assert (answers[0]["start"], answers[0]["end"], answers[2]["start"]) == (4, 11, None)

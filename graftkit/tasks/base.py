@@ -241,7 +241,7 @@ class Task:
         """The task with what only the training rows tell written into its options, which are saved with the graft."""
         return self
 
-    def settled(self, metrics: dict[str, Any] | None) -> Task:
+    def decided(self, metrics: dict[str, Any] | None) -> Task:
         """The same with what the evaluation rows decide, such as a threshold. `metrics`: theirs with the weights that
         are kept; None where a run had none."""
         return self

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from graftkit.catalogue import option
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.data.squad import Gold, locate, nested, read_answers, squad_table
+from graftkit.data.stream import slices, stream_table
 from graftkit.errors import UserError, listing
 from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Reading, Task, check_rows
 from graftkit.tasks.labels import is_missing
@@ -41,6 +43,7 @@ class Span(Task):
     per_token: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
     families: ClassVar[tuple[str, ...]] = ("QUESTION_ANSWERING",)
+    using: ClassVar[tuple[str, ...]] = ("doc_stride", "max_answer_length", "n_best", "threshold")
 
     doc_stride: int = option(
         128,
@@ -57,8 +60,15 @@ class Span(Task):
         whole = nested(source, reading.encoding)
         if whole is None:
             return super().read(source, reading, name)
-        called = str(source) if not isinstance(source, dict) else f"{name} (in memory)"
+        called = str(source) if isinstance(source, str | Path) else f"{name} (in memory)"
         return squad_table(whole, called, reading.skip_bad)
+
+    def pieces(self, source: Any, reading: Reading, name: str, rows: int) -> Iterator[Table]:
+        if nested(source, reading.encoding) is not None:
+            return slices(self.read(source, reading, name), rows)
+        return stream_table(
+            source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name, rows=rows
+        )
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         """('answer', 'no answer') where some questions have none, else nothing."""
@@ -208,7 +218,7 @@ class Span(Task):
             "loss": float(np.mean(losses)) if losses else float("nan"), "rows": len(golds),
         }  # fmt: skip
 
-    def settled(self, metrics: dict[str, Any] | None) -> Span:
+    def decided(self, metrics: dict[str, Any] | None) -> Span:
         if self.threshold is not None or (metrics is not None and "threshold" not in metrics):
             return self
         return replace(self, threshold=0.0 if metrics is None else metrics["threshold"])

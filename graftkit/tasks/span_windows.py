@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graftkit.data.encode import Encoded
 from graftkit.errors import UserError
 from graftkit.tasks.base import Batch, Criterion, Examples, Scores
+from graftkit.tasks.masked import masked_cross_entropy
 from graftkit.tasks.texts import TextDataset
 
 CHUNK = 256  # questions that are tokenized together
@@ -165,17 +166,6 @@ def span_loss(label_smoothing: float) -> Criterion:
         return Scores(losses.mean(dim=1) * known, (best == places).all(dim=1))
 
     return scores
-
-
-def masked_cross_entropy(logits: Tensor, targets: Tensor, allowed: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy over the last dimension of `logits` (..., classes) where only some classes are `allowed`; of the
-    shape of `targets`. Smoothing spreads its share over these."""
-    logs = logits.masked_fill(~allowed, -torch.inf).log_softmax(dim=-1)
-    losses = -logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    if not label_smoothing:
-        return losses
-    spread = -logs.masked_fill(~allowed, 0).sum(dim=-1) / allowed.sum(dim=-1)
-    return (1 - label_smoothing) * losses + label_smoothing * spread
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,17 @@
+"""A loss over some of the classes, others in each row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, allowed: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy over the last dimension of `logits` (..., classes) where only some classes are `allowed`; of the
+    shape of `targets`. Smoothing spreads its share over these."""
+    logs = logits.masked_fill(~allowed, -torch.inf).log_softmax(dim=-1)
+    losses = -logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    if not label_smoothing:
+        return losses
+    spread = -logs.masked_fill(~allowed, 0).sum(dim=-1) / allowed.sum(dim=-1)
+    return (1 - label_smoothing) * losses + label_smoothing * spread
