@@ -80,7 +80,7 @@ class Part:
     """What a model reads at once: all of an example, or a part of it that ends at a word.
 
     `ids`: its tokens with the special ones. `words` (words,): which words of the example; `places` (words,): the first
-    token of each in `ids`. `own` (words,): whether that token is this word's, and not one that began in the word before.
+    token of each in `ids`. `own` (words,): whether that token is this word's alone, and not first that of the word before.
     """
 
     example: int
@@ -140,7 +140,7 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def align(text: str, spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The token of each word (words,), -1 where it vanished, and whether the token began in that word.
+    """The token of each word (words,), -1 where it vanished, and whether it is not that of a word before.
 
     It is the first with a character of the word other than a space; a token over several words stands for each of them.
     """
@@ -157,7 +157,8 @@ def align(text: str, spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[
         while reached < len(spans) and spans[reached][0] < end:
             if places[reached] < 0:
                 places[reached], own[reached] = token, first
-            reached, first = reached + 1, False
+                first = False
+            reached += 1
     return places, own
 
 
