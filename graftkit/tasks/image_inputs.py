@@ -115,19 +115,19 @@ class Processor:
 
     def __call__(self, image: Image, whole: bool = True) -> Tensor:
         try:
-            made = self.processor(image, return_tensors="np", **({} if whole else self.as_it_is))
+            made = self.processor(image, return_tensors="pt", **({} if whole else self.as_it_is))
         except Exception as error:  # a processor's own arithmetic
             raise UserError(
                 f"the image processor of {self.source} fails on an image of {image.width} x {image.height}: "
                 f"{type(error).__name__}: {first_line(error)}."
             ) from None
         values = dict(made).get("pixel_values")
-        if values is None or np.ndim(values) != 4:
+        if not isinstance(values, Tensor) or values.dim() != 4:
             raise UserError(
                 f"the image processor of {self.source} gives {', '.join(made)} and no pixel_values of one image each, so it "
                 "is not for classification."
             )
-        return torch.from_numpy(np.ascontiguousarray(values[0], dtype=np.float32))
+        return values[0].float()
 
     def __str__(self) -> str:
         return f"{self.given[0]} x {self.given[1]} by {type(self.processor).__name__}"
