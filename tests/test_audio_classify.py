@@ -377,3 +377,16 @@ def test_weights_by_the_rarity_of_a_class(tiny_ast, tones, tmp_path):
         tiny_ast, folder, tmp_path / "run", task="audio_classify(class_weights='balanced')", train__steps=20
     )
     assert run.metrics["macro_f1"] > 0.8
+
+
+def test_the_name_may_be_written_with_a_hyphen():
+    from graftkit.catalogue import parse
+
+    assert (
+        str(parse("audio-classify(seconds=1.0, cut=middle)", "task")[0])
+        == "audio_classify(seconds=1.0, cut='middle')"
+    )
+    assert (
+        recipes.make({"model": "m", "task": "audio-classify", "data": {"train": "x"}}).task
+        == "audio-classify"
+    )
