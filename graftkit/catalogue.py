@@ -19,7 +19,6 @@ import importlib
 import importlib.util
 import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -256,15 +255,12 @@ def parse(expression: str, family: str) -> tuple[Call, ...]:
     """Read `lora(rank=8) + unfreeze('blocks[-2:]') + head()` into checked calls.
 
     Raises `UserError` for a syntax error, an unknown name or option (the nearest known one is named) and
-    for a value of the wrong type or out of bounds. A task's name may be written with hyphens.
+    for a value of the wrong type or out of bounds.
     """
-    expression = expression.strip()
-    if family == "task":
-        expression = re.sub(r"^\w+(-\w+)+", lambda name: name[0].replace("-", "_"), expression)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the backslash of a regular expression in a plain string
-            tree = ast.parse(expression, mode="eval").body
+            tree = ast.parse(expression.strip(), mode="eval").body
         return tuple(_call(node, family, expression) for node in _terms(tree, family, expression))
     except (RecursionError, MemoryError):
         raise UserError(
