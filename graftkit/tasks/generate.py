@@ -187,12 +187,17 @@ class Generate(Task):
             raise UserError(
                 f"{backbone.source} is no language model of transformers, which {self.name}() needs."
             )
+        both = bool(model.config.is_encoder_decoder)
+        if not both and not backbone.is_decoder and not getattr(model.config, "is_decoder", False):
+            raise UserError(
+                f"{backbone.source} ({type(model).__name__}) reads a text from both sides, so it cannot write one; "
+                f"{self.name}() needs a causal language model, or an encoder with a decoder."
+            )
         if not tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer of {backbone.source} does not tell which characters its tokens are of, so that completions "
                 f"cannot be told from prompts; {self.name}() needs a fast one (tokenizer.json)."
             )
-        both = bool(model.config.is_encoder_decoder)
         template = Template(tokenizer, self.template, backbone.source)
         if "messages" in examples.values and not template.given:
             raise UserError(
