@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _FRONT = {
     "tune": "graftkit.run",
     "resume": "graftkit.run",
+    "check": "graftkit.data_check",
     "Run": "graftkit.run",
     "attach": "graftkit.graft",
     "detach": "graftkit.graft",
@@ -28,6 +29,7 @@ _FRONT = {
 
 if TYPE_CHECKING:
     from graftkit.backbone import Backbone as Backbone
+    from graftkit.data_check import check as check
     from graftkit.errors import NotFoldable as NotFoldable
     from graftkit.errors import UserError as UserError
     from graftkit.graft import Graft as Graft

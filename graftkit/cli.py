@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftkit import cli_runs
+from graftkit import cli_data, cli_runs
 from graftkit.cli_options import (
     Arguments,
     Eval,
@@ -141,6 +141,7 @@ def methods(
         typer.echo("\n".join([name, "", known[name].docstring, "", "Options:", *(options or ["  none"])]))
 
 
+app.add_typer(cli_data.app, name="data")
 for finished in (cli_runs.evaluate, cli_runs.predict, cli_runs.merge, cli_runs.export):
     app.command()(finished)
 

@@ -254,6 +254,35 @@ def place(values: dict[str, Any], dotted: str, value: Any) -> None:
     inside[last] = value
 
 
+def gather(
+    recipe: Any, given: Mapping[str, Any], named: Mapping[str, Any], settings: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of a recipe that was handed over in Python, with others put over it, and the tables in memory.
+
+    `recipe`: a `Recipe`, nested values, a YAML file or None. `given`: train, eval and test, where None (for eval: ...)
+    leaves the recipe's. `named`: other keys, where they are not None. `settings`: dotted keys.
+    """
+    if isinstance(recipe, Recipe):
+        values: dict[str, Any] = recipe.model_dump()
+    elif isinstance(recipe, str | Path):
+        values = read(Path(recipe))
+    else:
+        values = dict(recipe or {})
+    tables: dict[str, Any] = {}
+    for name, source in given.items():
+        if source is (... if name == "eval" else None):
+            continue
+        if source is not None and not isinstance(source, str | Path | int | float):
+            tables[name] = source
+            source = IN_MEMORY
+        place(values, f"data.{name}", str(source) if isinstance(source, Path) else source)
+    for key, value in {k: str(v) for k, v in named.items() if v is not None}.items():
+        place(values, key, value)
+    for key, value in (settings or {}).items():
+        place(values, key, value)
+    return values, tables
+
+
 def keys() -> dict[str, str]:
     """Every key of a recipe, dotted, with its description."""
     found = {}

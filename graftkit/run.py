@@ -93,33 +93,10 @@ def tune(
     `eval=None` trains on all rows; left out, the recipe says, and by default a tenth is held out. `settings` holds
     dotted keys such as `{"train.epochs": 3}`. Raises `UserError` for a mistake in any of them.
     """
-    values, tables = _gather(recipe, model, weights, task, train, eval, test, method, out, settings)
-    return run_recipe(recipes.make(values), Console(quiet=quiet), tables=tables, overwrite=overwrite)
-
-
-def _gather(recipe: Any, model: Any, weights: Any, task: Any, train: Any, evaluation: Any, test: Any, method: Any,
-            out: Any, settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    if isinstance(recipe, Recipe):
-        values: dict[str, Any] = recipe.model_dump()
-    elif isinstance(recipe, str | Path):
-        values = recipes.read(Path(recipe))
-    else:
-        values = dict(recipe or {})
-    tables: dict[str, Any] = {}
-    for name, given in (("train", train), ("eval", evaluation), ("test", test)):
-        if given is (... if name == "eval" else None):
-            continue
-        if given is not None and not isinstance(given, str | Path | int | float):
-            tables[name] = given
-            given = IN_MEMORY
-        recipes.place(values, f"data.{name}", str(given) if isinstance(given, Path) else given)
+    given = {"train": train, "eval": eval, "test": test}
     named = {"model": model, "weights": weights, "task": task, "method": method, "out": out}
-    for name, given in named.items():
-        if given is not None:
-            recipes.place(values, name, str(given))
-    for key, value in (settings or {}).items():
-        recipes.place(values, key, value)
-    return values, tables
+    values, tables = recipes.gather(recipe, given, named, settings)
+    return run_recipe(recipes.make(values), Console(quiet=quiet), tables=tables, overwrite=overwrite)
 
 
 def run_recipe(
@@ -192,7 +169,8 @@ def plan(recipe: Recipe, console: Console) -> Plan:
     """What `tune` would print before its first step; no weights are read and nothing is trained."""
     rows = prepare_rows(recipe)
     prepared = prepare(recipe, rows, meta=True)
-    show_found(console, prepared)
+    datasets = {"train": prepared.train}
+    show_found(console, prepared, datasets, statistics(prepared, datasets))
     show_plan(console, prepared.plan)
     return prepared.plan
 

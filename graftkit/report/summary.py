@@ -56,8 +56,51 @@ def show_found(
         lines.append(("left out", f"{len(rows.skipped)} bad rows, the first: {rows.skipped[0]}"))
     if datasets:
         lines.append(("sizes", _sizes(prepared, datasets)))
+    if also := ", ".join(_also(train)):
+        lines.append(("also", also))
     lines += [("note", text) for text in train.get("notes", ())]
     console.pairs(lines)
+
+
+TOLD = {"rows", "lengths", "truncated", "labels", "counted", "notes", "example"}  # in words of their own
+
+
+def statistics_lines(part: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a task says of one part of the data, in words."""
+    lengths = part["lengths"]
+    unit = lengths["unit"]
+    text = f"{count(lengths['sum'])} {unit}, {lengths['mean']:.1f} a row, longest {count(lengths['longest'])}"
+    lines = [("rows", count(part["rows"])), ("sizes", text)]
+    if part["truncated"]:
+        lines.append(("truncated", f"{count(part['truncated'])} row{'s' * (part['truncated'] != 1)}"))
+    if part.get("labels"):
+        spread = _spread(part["labels"], part.get("counted", "rows")).removeprefix("; ")
+        lines.append(("labels", f"{len(part['labels'])}: {spread}"))
+    if also := ", ".join(_also(part)):
+        lines.append(("also", also))
+    return lines + [("note", text) for text in part.get("notes", ())]
+
+
+def _also(part: dict[str, Any]) -> Iterator[str]:
+    """Figures that only some tasks have; zeros and what is nested deeper are left to the JSON."""
+    for name, value in part.items():
+        if name in TOLD:
+            continue
+        if isinstance(value, dict):
+            inner = {key: one for key, one in value.items() if isinstance(one, int | float) and one}
+            if inner:
+                figures = " ".join(f"{key} {_figure(one)}" for key, one in inner.items())
+                yield (
+                    f"{title(name)} ({value['unit']}) {figures}"
+                    if "unit" in value
+                    else f"{title(name)}: {figures}"
+                )
+        elif isinstance(value, str) or (isinstance(value, int | float) and value):
+            yield f"{title(name)} {value if isinstance(value, str) else _figure(value)}"
+
+
+def _figure(value: float) -> str:
+    return count(value) if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _spread(counts: dict[str, int] | None, what: str) -> str:

@@ -1,0 +1,49 @@
+"""Commands for the data of a recipe."""
+
+from __future__ import annotations
+
+import typer
+
+from graftkit.cli_options import (
+    Arguments,
+    Eval,
+    Json,
+    MethodName,
+    Model,
+    TaskName,
+    Test,
+    Train,
+    Weights,
+    console_of,
+    emit,
+    given_values,
+    recipe_values,
+)
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the data of a recipe.")
+
+
+@app.callback()
+def data() -> None:
+    """Look at the data of a recipe."""
+
+
+@app.command()
+def check(
+    arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None,
+    train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Read everything and tell all problems at once. Nothing is trained; 1 is the exit status where there are any.
+
+    A model need not be named; where one is, its tokenizer or processor is used for lengths, and no weights are read.
+    """
+    values = recipe_values(arguments, given_values(model, weights, task, train, eval, test, method, None))
+    from graftkit.data_check import check_values
+    from graftkit.report.checked import show_check
+
+    found = check_values(values, {})
+    if not as_json:
+        show_check(console_of(False), found)
+    emit(as_json, found.as_dict())
+    if not found.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,334 @@
+"""Everything that is wrong with the data of a recipe, told at once; nothing is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graftkit import recipe as recipes
+from graftkit.data.columns import find_again, find_columns
+from graftkit.data.read import Table
+from graftkit.errors import NoGoodRows, UserError, listing
+from graftkit.prepare import Rows, make_task, prepare, reading_of
+from graftkit.recipe import Recipe
+from graftkit.tasks.base import Examples
+
+ORDER = ("train", "eval", "test", "recipe")
+NO_MODEL = "none"  # stands in a recipe that names no model
+RARE, COMMON = 20, 0.9  # a class 20 times as frequent as another, or with 90% of the rows, is told of
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem or a warning. `data`: train, eval, test or recipe; `place`: 'line 17' of the file, where it has one."""
+
+    data: str
+    file: str
+    place: str
+    text: str
+
+
+@dataclass
+class Check:
+    """What was found. `rows`: of each part of the data, how many are good, and how many are bad."""
+
+    problems: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok, "problems": [vars(one) for one in self.problems],
+            "warnings": [vars(one) for one in self.warnings], "rows": self.rows, "labels": list(self.labels),
+            "statistics": self.statistics,
+        }  # fmt: skip
+
+
+def check(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    train: Any = None,
+    eval: Any = ...,
+    test: Any = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Check:
+    """All problems of the data that `tune` would be given, the Python face of `graftkit data check`.
+
+    The arguments are those of `tune`; a model need not be named. Raises `UserError` for a recipe that is wrong itself.
+    """
+    given = {"train": train, "eval": eval, "test": test}
+    values, tables = recipes.gather(recipe, given, {"model": model, "task": task}, settings)
+    return check_values(values, tables)
+
+
+def check_values(values: Mapping[str, Any], tables: Mapping[str, Any]) -> Check:
+    """`check` of the nested values of a recipe and of tables in memory by name."""
+    recipe = recipes.make({"model": NO_MODEL, **values})
+    return _Checker(recipe, tables, "model" in values).check()
+
+
+class _Checker:
+    def __init__(self, recipe: Recipe, tables: Mapping[str, Any], with_model: bool) -> None:
+        self.recipe, self.tables, self.with_model = recipe, tables, with_model
+        self.task = make_task(recipe.task)
+        self.reading = replace(reading_of(recipe), skip_bad=True)
+        self.found = Check()
+        self.files = {name: self._file(name) for name in ("train", "eval", "test") if self._is_given(name)}
+        self.columns: dict[str, str] | None = None
+        self.known = False  # whether the labels are
+        self.examples: dict[str, Examples] = {}
+        self.seen: set[Finding] = set()
+
+    def _is_given(self, name: str) -> bool:
+        source = getattr(self.recipe.data, name)
+        return name in self.tables or (isinstance(source, str) and source != recipes.IN_MEMORY)
+
+    def _file(self, name: str) -> str:
+        return f"{name} (in memory)" if name in self.tables else str(getattr(self.recipe.data, name))
+
+    def check(self) -> Check:
+        tables = {name: self._try(name, lambda name=name: self._read(name)) for name in self.files}  # type: ignore[misc]
+        self._columns(tables.get("train"))
+        for name, table in tables.items():
+            if table is not None:
+                self._rows(name, table)
+        share = self._share() if "train" in self.examples else None
+        for name, examples in self.examples.items():
+            bad = len({one.text for one in self.found.problems if one.data == name and one.place})
+            self.found.rows[name] = {"file": self.files[name], "good": len(examples), "bad": bad}
+        self._repeated()
+        if self.with_model and "train" in self.examples and self.columns is not None:
+            self._try("recipe", lambda: self._measure(share))
+        self._classes()
+        for findings in (self.found.problems, self.found.warnings):
+            findings.sort(key=_in_order)
+        return self.found
+
+    def _read(self, name: str) -> Table:
+        source = self.tables.get(name)
+        return self.task.read(
+            getattr(self.recipe.data, name) if source is None else source, self.reading, name
+        )
+
+    def _columns(self, table: Table | None) -> None:
+        """Columns and labels of the training rows, by which all others are judged."""
+        if table is None:
+            return
+        named, task = self.recipe.data.columns, self.task
+        self.columns = self._try(
+            "train", lambda: task.used(find_columns(table, task.columns, named), named, table)
+        )
+        if self.columns is not None:
+            labels = self._try("train", lambda: task.label_names(table, self.columns or {}, True))
+            self.known = labels is not None
+            self.found.labels = labels or ()
+
+    def _rows(self, name: str, table: Table) -> None:
+        task = self.task
+        for message in table.skipped:
+            self._add(name, message)
+        columns = self.columns
+        if name != "train":
+            if columns is None:
+                return
+            columns = self._try(name, lambda: find_again(table, task.columns, self.columns or {}))
+        if columns is None:
+            return
+        examples = self._try(
+            name, lambda: task.examples(table, columns, self.found.labels, True, targets=self.known)
+        )
+        if examples is not None:
+            self.examples[name] = examples
+            for message in examples.skipped[len(table.skipped) :]:
+                self._add(name, message)
+
+    def _share(self) -> tuple[Examples, Examples | None] | None:
+        """Training rows with those to learn from and those to be held out; None where that cannot be done."""
+        examples, share = self.examples["train"], self.recipe.data.eval
+        if not self.known:
+            return None
+        if "eval" in self.files or share is None:
+            return examples, self.examples.get("eval")
+        parts = self._try("train", lambda: self.task.hold_out(examples, float(share), self.recipe.seed))
+        return None if parts is None else (examples.take(parts[0]), examples.take(parts[1]))
+
+    def _measure(self, share: tuple[Examples, Examples | None] | None) -> None:
+        """Statistics of rows as the model takes them: its tokenizer or processor is loaded, its weights are not."""
+        if share is None:
+            return
+        train, held = share
+        task = self.task.resolve(train, self.found.labels, self.recipe.seed)
+        rows = Rows(task, self.columns or {}, self.found.labels, train, held, self.examples.get("test"))
+        prepared = prepare(self.recipe, rows, meta=True)
+        for name, examples in (("train", train), ("eval", held), ("test", rows.test)):
+            if examples is None:
+                continue
+            dataset = (
+                prepared.train
+                if name == "train"
+                else self._try(name, lambda examples=examples: task.dataset(examples, prepared.backbone, prepared.max_length))  # type: ignore[misc]
+            )  # fmt: skip
+            if dataset is None:
+                continue
+            for message in dataset.examples.skipped:
+                self._add(name if name in self.files else "train", message)
+            self.found.statistics[name] = task.statistics(dataset, rows.labels)
+            if dataset.truncated:
+                limit = f"{prepared.max_length:,} {dataset.unit}"
+                self._warn(
+                    name, f"{dataset.truncated:,} of {len(examples):,} rows are longer than {limit} and would be cut."
+                )  # fmt: skip
+
+    # what is no problem, but should be known
+
+    def _repeated(self) -> None:
+        """Rows that were in the training rows before."""
+        if "train" not in self.examples:
+            return
+        train = self.examples["train"]
+        first: dict[bytes, int] = {}
+        answers = self._answers(train)
+        for row, key in enumerate(self._inputs(train)):
+            before = first.setdefault(key, row)
+            if before == row:
+                continue
+            other = self._other(answers[before], answers[row])
+            self._warn("train", f"{train.where(row)}: the same as {_place(train, before)}{other}.")
+        for name in ("eval", "test"):
+            examples = self.examples.get(name)
+            if examples is None:
+                continue
+            given = self._answers(examples)
+            for row, key in enumerate(self._inputs(examples)):
+                if key in first:
+                    other = self._other(answers[first[key]], given[row])
+                    where = train.where(first[key])
+                    self._warn(name, f"{examples.where(row)}: also in the training rows ({where}){other}.")
+
+    def _inputs(self, examples: Examples) -> list[bytes]:
+        """A digest of what is asked in each row."""
+        names = [column.name for column in self.task.columns]
+        names = [name for name in names if name in examples.values and name not in self.task.labelled]
+        columns = [examples.values[name] for name in names]
+        return [_digest([column[row] for column in columns]) for row in range(len(examples))]
+
+    def _answers(self, examples: Examples) -> list[Any]:
+        """What is to be learned from each row: a label, or a digest of something longer; None where nothing is known."""
+        targets, labels = examples.targets, self.found.labels
+        if targets is not None:
+            if _are_labels(targets) and labels:
+                return [labels[target] for target in targets]
+            return [_digest(target) for target in targets]
+        columns = [examples.values[name] for name in self.task.labelled if name in examples.values]
+        return [
+            _digest([column[row] for column in columns]) if columns else None for row in range(len(examples))
+        ]
+
+    def _other(self, before: Any, now: Any) -> str:
+        if before == now:
+            return ""
+        if isinstance(now, str):
+            return f", but here the label is {now!r}, and there {before!r}"
+        return ", but with another answer"
+
+    def _classes(self) -> None:
+        examples, labels = self.examples.get("train"), self.found.labels
+        if examples is None or not labels or not _are_labels(examples.targets):
+            return
+        counts = Counter({label: 0 for label in labels})
+        counts.update(labels[target] for target in np.asarray(examples.targets))
+        single = [label for label, count in counts.items() if count == 1]
+        if single:
+            have = f"label{'s' * (len(single) > 1)} with one row only"
+            self._warn("train", f"{len(single)} of {len(labels)} {have}: {listing(single, 8)}.")
+        (common, most), (rare, fewest) = counts.most_common()[0], counts.most_common()[-1]
+        if most > COMMON * len(examples):
+            self._warn(
+                "train",
+                f"{common!r} has {most:,} of {len(examples):,} rows: always answering it is right in "
+                f"{most / len(examples):.1%}, so look at macro F1.",
+            )
+        elif most >= RARE * max(fewest, 1):
+            self._warn(
+                "train", f"{common!r} has {most:,} rows and {rare!r} has {fewest:,}; look at macro F1 too."
+            )
+
+    # what is told
+
+    def _try(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` gives, or None where it raises a `UserError`, which is a problem."""
+        try:
+            return work()
+        except NoGoodRows as error:
+            for message in error.skipped:
+                self._add(name, message)
+        except UserError as error:
+            self._add(name, str(error))
+        return None
+
+    def _add(self, name: str, message: str) -> None:
+        finding = self._finding(name, message)
+        if finding not in self.seen:
+            self.seen.add(finding)
+            self.found.problems.append(finding)
+
+    def _warn(self, name: str, message: str) -> None:
+        self.found.warnings.append(self._finding(name, message))
+
+    def _finding(self, name: str, message: str) -> Finding:
+        file = self.files.get(name, "")
+        start = re.match(rf"{re.escape(file)}, (\w+ \d+): ", message) if file else None
+        return Finding(name, file, start[1] if start else "", message[start.end() :] if start else message)
+
+
+def _in_order(finding: Finding) -> tuple[int, int]:
+    """By file, then by row; what is of no row comes last."""
+    number = finding.place.rpartition(" ")[2]
+    return ORDER.index(finding.data), int(number) if number.isdecimal() else sys.maxsize
+
+
+def _place(examples: Examples, row: int) -> str:
+    """'line 17', where the file is known already."""
+    return examples.where(row).removeprefix(f"{examples.table.source}, ")
+
+
+def _are_labels(targets: Any) -> bool:
+    """Whether each row has one label, as its number."""
+    return isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype.kind == "i"
+
+
+def _digest(value: Any) -> bytes:
+    """Of a value of any kind; blanks between words are all the same."""
+    return hashlib.blake2b(b"".join(_parts(value)), digest_size=16).digest()
+
+
+def _parts(value: Any) -> Sequence[bytes]:
+    if isinstance(value, str):
+        return [" ".join(value.split()).encode("utf-8", "surrogatepass"), b"\0"]
+    if isinstance(value, bytes):
+        return [value, b"\1"]
+    if isinstance(value, np.ndarray):
+        return [str(value.shape).encode(), value.tobytes()]
+    if isinstance(value, Mapping):
+        return [part for key, inner in value.items() for part in (*_parts(key), *_parts(inner))]
+    if isinstance(value, list | tuple):
+        return [b"(", *(part for inner in value for part in _parts(inner)), b")"]
+    known = getattr(value, "digest", None)  # of an image or a sound
+    return [known] if isinstance(known, bytes) else [repr(value).encode("utf-8", "replace"), b"\0"]
