@@ -276,8 +276,9 @@ def gather(
             tables[name] = source
             source = IN_MEMORY
         place(values, f"data.{name}", str(source) if isinstance(source, Path) else source)
-    for key, value in {k: str(v) for k, v in named.items() if v is not None}.items():
-        place(values, key, value)
+    for key, value in named.items():
+        if value is not None:  # a task may be a mapping, as in YAML
+            place(values, key, value if isinstance(value, dict) else str(value))
     for key, value in (settings or {}).items():
         place(values, key, value)
     return values, tables
