@@ -51,7 +51,14 @@ class Audit:
     @property
     def done(self) -> bool:
         young = min(self.age.values(), default=STEPS) < STEPS
-        return not young and set(self.age) <= self.with_gradient & self.moved
+        return not young and set(self.age) <= (self.with_gradient & self.moved) | self.idle
+
+    @property
+    def idle(self) -> set[str]:
+        """Biases whose gradient is exactly zero while that of their weight is not. Where only differences of outputs
+        count, as among the choices of a row, a bias has no part in the loss."""
+        biases = (name for name in self.reached - self.with_gradient if name.endswith("bias"))
+        return {name for name in biases if f"{name.removesuffix('bias')}weight" in self.with_gradient}
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [*self.model.named_parameters(), *self.model.named_buffers()]
@@ -83,7 +90,7 @@ class Audit:
             name for name, tensor in now if name not in self.moved and digest(tensor) != self.before[name]
         }
         self.moved |= changed
-        silent = due - (self.with_gradient if last else self.reached)
+        silent = due - (self.with_gradient | self.idle if last else self.reached)
         still = set() if rising else (due & self.with_gradient) - self.moved
         leaked = changed - self.labelled - self.state if first_look else set()
         stray = self.reached - self.labelled - self.moved if first_look else set()

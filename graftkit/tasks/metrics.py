@@ -89,6 +89,13 @@ def resamples(rows: int, seed: int = 0) -> Iterator[np.ndarray]:
         yield random.multinomial(rows, shares, size=min(size, RESAMPLES - start)).astype(np.float64)
 
 
+def mean_interval(values: np.ndarray, seed: int = 0) -> list[float]:
+    """95% bootstrap interval of the mean of figures, one for each row: rows are drawn as counts of equal figures."""
+    distinct, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
+    return interval(drawn @ distinct / len(values))
+
+
 def interval(values: np.ndarray) -> list[float]:
     """What lies between the 2.5% and the 97.5% percentile of resampled figures."""
     low, high = np.percentile(values, [2.5, 97.5])

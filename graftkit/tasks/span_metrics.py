@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from graftkit.tasks.metrics import RESAMPLES
+from graftkit.tasks.metrics import mean_interval
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -66,8 +66,8 @@ def best_threshold(differences: Sequence[float], answered: Sequence[float], gold
 def figures(exact: np.ndarray, f1s: np.ndarray, answerable: np.ndarray, second: bool) -> dict[str, Any]:
     """Means over the questions with 95% bootstrap intervals; for SQuAD 2.0 those with and without answers apart."""
     found: dict[str, Any] = {
-        "f1": float(f1s.mean()), "f1_interval": interval(f1s),
-        "exact_match": float(exact.mean()), "exact_match_interval": interval(exact),
+        "f1": float(f1s.mean()), "f1_interval": mean_interval(f1s),
+        "exact_match": float(exact.mean()), "exact_match_interval": mean_interval(exact),
     }  # fmt: skip
     if second:
         for name, part in (("has_answer", answerable), ("no_answer", ~answerable)):
@@ -76,12 +76,3 @@ def figures(exact: np.ndarray, f1s: np.ndarray, answerable: np.ndarray, second: 
                 found[f"{name}_f1"] = float(f1s[part].mean())
                 found[f"{name}_exact_match"] = float(exact[part].mean())
     return found
-
-
-def interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """The 2.5 and 97.5 percentiles of the mean over 1,000 resamples of the rows."""
-    values, counts = np.unique(values, return_counts=True)
-    random, rows = np.random.default_rng(seed), counts.sum()
-    means = random.multinomial(rows, counts / rows, RESAMPLES) @ values / rows
-    low, high = np.percentile(means, [2.5, 97.5])
-    return [float(low), float(high)]
