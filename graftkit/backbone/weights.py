@@ -127,41 +127,166 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
-def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-    """y + scale x W^T in the type of y (..., out); one pass over y where the types allow it."""
-    if y.dtype != x.dtype or (y.dtype != weight.dtype and not _autocasts(x)) or y.is_nested:
-        return y + (multiply(x, weight) * scale).to(y.dtype)
-    rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    return AddProduct.apply(rows, low, weight, scale).view(y.shape)  # type: ignore[no-untyped-call]
+def narrow(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for a W of few rows (r, in), r at most some dozens, in the type that `multiply` gives."""
+    plain = x.dtype == weight.dtype and x.is_cpu and not _autocasts(x) and not x.is_nested
+    if not plain or not torch.is_grad_enabled():
+        return multiply(x, weight)
+    low = Narrow.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
+    return low.view(*x.shape[:-1], len(weight))
 
 
-class AddProduct(torch.autograd.Function):
-    """y + scale x W^T for x (rows, r) and W (out, r) with a small r.
+class Narrow(torch.autograd.Function):
+    """x W^T for x (rows, in) and W (r, in) with a small r, and its gradients, each with the small matrix on the left.
 
-    Its gradients are those of `torch.addmm`, from products that are several times as fast on CPUs: x^T g for that of W,
-    where `addmm` takes g^T x, and one with a copy of the small W for that of x.
+    CPUs take half the time for that, as they rearrange the matrix on the right.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
-        return torch.addmm(y, x, weight.T, alpha=scale)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return (weight @ x.T).T.contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, x, weight, ctx.scale = inputs
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        return of_x, gradient.T @ x if ctx.needs_input_grad[1] else None
+
+
+def add_product(
+    y: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """y + scale x W^T + bias in the type of y (..., out); one pass over y where the types allow it."""
+    if y.dtype != x.dtype or (y.dtype != weight.dtype and not _autocasts(x)) or y.is_nested:
+        added = multiply(x, weight) * scale
+        return y + (added if bias is None else added + bias).to(y.dtype)
+    rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    return AddProduct.apply(rows, low, weight, scale, bias).view(y.shape)  # type: ignore[no-untyped-call]
+
+
+class AddProduct(torch.autograd.Function):
+    """y + scale x W^T + bias for x (rows, r) and W (out, r) with a small r.
+
+    Its gradients are those of `torch.addmm`, from products that are several times as fast on CPUs: the small matrix
+    stands on the left of each.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, weight: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return torch.addmm(y, x, weight.T, alpha=scale)
+        return (y + bias.to(y.dtype)).addmm_(x, weight.to(y.dtype).T, alpha=scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, x, weight, ctx.scale, bias = inputs
+        ctx.bias = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        of_x = of_weight = None
+        of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[1]:
-            of_x = gradient @ weight.to(gradient.dtype).T.contiguous().T * ctx.scale
+            of_x = (weight.to(gradient.dtype).T * ctx.scale @ gradient.T).T
         if ctx.needs_input_grad[2]:
             of_weight = ((x.to(gradient.dtype).T @ gradient).T * ctx.scale).to(weight.dtype)
-        return gradient, of_x, of_weight, None
+        if ctx.needs_input_grad[4]:
+            of_bias = gradient.sum(0).to(ctx.bias)
+        return gradient, of_x, of_weight, None, of_bias
+
+
+def scale_product(
+    y: Tensor, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """gain (y - bias + scale x W^T) + bias for y (..., out), gain and bias (out); in the type of y."""
+    same = {y.dtype, x.dtype, weight.dtype, gain.dtype} == {y.dtype}
+    if same and not y.is_nested and not _autocasts(x) and torch.is_grad_enabled():
+        rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        return ScaleProduct.apply(rows, low, weight, gain, bias, scale).view(y.shape)  # type: ignore[no-untyped-call]
+    whole = add_product(y, x, weight, scale)
+    if bias is None:
+        return (gain * whole).to(y.dtype)
+    return torch.addcmul(bias - gain * bias, gain, whole).to(y.dtype)
+
+
+class ScaleProduct(torch.autograd.Function):
+    """gain (y - bias + scale x W^T) + bias for y (rows, out), x (rows, r) and W (out, r) with a small r.
+
+    Few passes over what is as large as y: two forward, with W scaled in the place of the sum, and none but y is kept;
+    two backward, as the gradient of the gain comes from that of W, and from g y in pieces that stay in the cache.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        y: Tensor, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None, scale: float
+    ) -> Tensor:
+        scaled = y * gain if bias is None else torch.addcmul(bias - gain * bias, gain, y)
+        return scaled.addmm_(x, (weight * gain[:, None]).T, alpha=scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
+        y, x, weight, gain, bias = ctx.saved_tensors
+        scaled = weight * gain[:, None] * ctx.scale
+        of_y = gradient * gain if ctx.needs_input_grad[0] else None
+        of_x = (scaled.T @ gradient.T).T if ctx.needs_input_grad[1] else None
+        plain = ctx.scale * (x.T @ gradient).T  # of W, but for the gain
+        of_gain = (plain * weight).sum(1) + _column_products(y, gradient)
+        of_bias = None
+        if bias is not None:
+            together = gradient.sum(0)
+            of_gain = of_gain - bias * together
+            of_bias = (1 - gain) * together if ctx.needs_input_grad[4] else None
+        return of_y, of_x, plain * gain[:, None], of_gain, of_bias, None
+
+
+def scale_columns(x: Tensor, gain: Tensor) -> Tensor:
+    """gain x for x (..., width) and gain (width), in the type of x."""
+    if x.dtype != gain.dtype or x.is_nested or not torch.is_grad_enabled():
+        return (x * gain).to(x.dtype)
+    return ScaleColumns.apply(x.reshape(-1, x.shape[-1]), gain).view(x.shape)  # type: ignore[no-untyped-call]
+
+
+class ScaleColumns(torch.autograd.Function):
+    """gain x for x (rows, width); the gradient of the gain takes no memory of the size of x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gain: Tensor) -> Tensor:
+        return x * gain
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
+        x, gain = ctx.saved_tensors
+        of_gain = _column_products(x, gradient) if ctx.needs_input_grad[1] else None
+        return gradient * gain if ctx.needs_input_grad[0] else None, of_gain
+
+
+def _column_products(a: Tensor, b: Tensor, rows: int = 128) -> Tensor:
+    """Product of each column of a with that of b, (rows, width) both; in pieces that stay in the cache of a CPU."""
+    if not a.is_cpu:
+        return (a * b).sum(0)
+    return torch.stack([(x * y).sum(0) for x, y in zip(a.split(rows), b.split(rows))]).sum(0)
 
 
 def correlate(

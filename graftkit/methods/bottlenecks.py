@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_conv, is_linear, is_map
-from graftkit.backbone.weights import input_of
+from graftkit.backbone.weights import add_product, input_of
 from graftkit.errors import UserError
 from graftkit.methods.base import Addition, multiply, new_parameter, place
 from graftkit.methods.mixtures import Mixture
@@ -221,6 +221,10 @@ class Insertion(Addition):
             return change(x.movedim(-3, -1)).movedim(-1, -3).to(x.dtype)
         return change(x).to(x.dtype)
 
+    def plus(self, h: Tensor, x: Tensor) -> Tensor:
+        """h and what is added for x."""
+        return h + self.changed(x)
+
     def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         return self.after(site, args, kwargs, output) if self.active else output
 
@@ -229,13 +233,13 @@ class Insertion(Addition):
         (seen, self.seen), (normed, self.normed) = (self.seen, None), (self.normed, None)
         if normed is not None and normed[2] is h:
             norm, summed, _ = normed
-            summed = summed + self.changed(h)
+            summed = self.plus(summed, h)
             h = norm.forward(summed)
             for other in site.children():  # another graft's goes on from here
                 if isinstance(other, Insertion) and other.normed is not None:
                     other.normed = (norm, summed, h)
         else:
-            h = h + self.changed(h if seen is None else seen)
+            h = self.plus(h, h if seen is None else seen)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     def insert(self, where: Place, name: str) -> None:
@@ -281,9 +285,18 @@ class Bottleneck(Insertion):
     def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
         return BottleneckMixture(members, weights)
 
+    def plus(self, h: Tensor, x: Tensor) -> Tensor:
+        if self.mixture is not None or self.spatial or (self.dropout and self.training):
+            return super().plus(h, x)
+        bias = self.up_bias if self.scale == 1 else self.up_bias * self.scale
+        return add_product(h, self.low(x), self.up, self.scale, bias)
+
+    def low(self, x: Tensor) -> Tensor:
+        """f(W1 x + b1)."""
+        return FUNCTIONS[self.nonlinearity](multiply(x, self.down, self.down_bias))
+
     def change(self, x: Tensor) -> Tensor:
-        low = FUNCTIONS[self.nonlinearity](multiply(x, self.down, self.down_bias))
-        added = multiply(low, self.up, self.up_bias)
+        added = multiply(self.low(x), self.up, self.up_bias)
         if self.dropout and self.training:
             added = nn.functional.dropout(added, self.dropout)
         return added if self.scale == 1 else added * self.scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.weights import Weight, apply, groups_of, input_of, without_autocast
+from graftkit.backbone.weights import Weight, apply, groups_of, input_of, scale_product, without_autocast
 from graftkit.catalogue import option
 from graftkit.methods.base import Addition, Labels
 from graftkit.methods.low_rank import LowRank, LowRankMethod
@@ -91,7 +91,7 @@ class Direction(LowRank):
         W = W.flatten(1) if weight.kind == "conv" else W
         with torch.no_grad(), without_autocast(W):
             B, A = (factor.to(W.device) for factor in self.pair())
-            mixed = (W @ A.to(W.dtype).transpose(-2, -1)).to(B.dtype)
+            mixed = (A.to(W.dtype) @ W.transpose(-2, -1)).transpose(-2, -1).to(B.dtype)
             mixed = 2 * self.scale * mixed + self.scale**2 * (B @ (A @ A.transpose(-2, -1)))
             exact = torch.promote_types(W.dtype, torch.float32)
             squares = torch.linalg.vector_norm(W, dim=-1, dtype=exact).float().square()
@@ -130,8 +130,10 @@ class Direction(LowRank):
             base = apply(weight, site, x, matrix)
             whole = self.plus(site, self.down(site, x, self.A), self.B, base)
             return (output + (ratio * whole - base)).to(output.dtype)
-        whole = self.plus(site, self.down(site, x, self.A), self.B, output)
-        bias = getattr(site, "bias", None)
+        low, bias = self.down(site, x, self.A), getattr(site, "bias", None)
+        if self.kind != "conv":
+            return scale_product(output, low, self.B, ratio, bias, self.scale)
+        whole = self.plus(site, low, self.B, output)
         if bias is None:
             return (ratio * whole).to(output.dtype)
         bias = self.across(bias)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_conv, is_linear, is_transposed
+from graftkit.backbone.weights import scale_columns
 from graftkit.catalogue import option
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, PeftForm, exactly, labels_of, place
@@ -129,10 +130,10 @@ class Scaling(Addition):
 
     def scaled(self, x: Tensor, module: nn.Module) -> Tensor:
         """x (..., width), or (rows, channels, ...) at a convolution."""
+        if not is_conv(module):
+            return scale_columns(x, self.scale.flatten())
         # without a row in front a convolution takes a single example, (channels, ...)
-        single = is_conv(module) and x.dim() < self.scale.dim()
-        scale = self.scale[0] if single else self.scale if is_conv(module) else self.scale.flatten()
-        return (x * scale).to(x.dtype)
+        return (x * (self.scale if x.dim() == self.scale.dim() else self.scale[0])).to(x.dtype)
 
     @classmethod
     def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
