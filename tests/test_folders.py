@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graftkit.data.folders import FileTable, given_files, locate_files, read_files
+from graftkit.data.folders import FileTable, given_files, locate_files, read_files, stream_files
 from graftkit.errors import UserError
 
 
@@ -168,3 +168,18 @@ def test_what_is_handed_to_predict(pets):
     table = read([{"image": tom}], "data")
     assert table.where(0) == tom
     assert read(tom, "data").columns == {"image": [tom]}
+
+
+def test_in_pieces(pets):
+    table = pets / "table.csv"
+    table.write_text("image,label\n" + "cats/tom.JPG,cat\n" * 5)
+    given = {"suffixes": (".jpg", ".png"), "column": "image", "noun": "image", "rows": 2}
+    pieces = list(stream_files(table, **given))
+    assert [len(piece) for piece in pieces if len(piece)] == [2, 2, 1]
+    assert pieces[1].where(0) == f"{table}, line 4"
+    values, problems = locate_files(pieces[1], "image", noun="image", skip_bad=False)
+    assert values == [str(pets / "cats/tom.JPG")] * 2 and not problems
+    table.unlink()
+    pieces = list(stream_files(pets, **given))
+    assert [piece.columns["label"] for piece in pieces] == [["cats", "cats"], ["dogs"]]
+    assert pieces[1].where(0) == str(pets / "dogs/rex.jpg")

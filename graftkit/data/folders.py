@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graftkit.data.read import SUFFIXES, Table, read_table
+from graftkit.data.read import read_table
+from graftkit.data.stream import slices, stream_table
+from graftkit.data.table import SUFFIXES, Table
 from graftkit.errors import UserError, listing, nearest
 
 LITTER = (
@@ -75,6 +77,22 @@ def read_files(
     if _is_list_of_paths(source, column):
         return _of_paths([os.fspath(row[column]) for row in source], column, f"{name} (in memory)")
     return _as_files(read_table(source, encoding=encoding, skip_bad=skip_bad, name=name), "")
+
+
+def stream_files(
+    source: Any, *, suffixes: Collection[str], column: str, noun: str, name: str = "data",
+    encoding: str = "utf-8", skip_bad: bool = False, rows: int,
+) -> Iterator[Table]:  # fmt: skip
+    """What `read_files` gives, in tables of at most `rows` rows; of a table's file one piece is in memory at a time."""
+    path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
+    if path is not None and path.is_file() and path.suffix.lower() in SUFFIXES:
+        for piece in stream_table(path, encoding=encoding, skip_bad=skip_bad, name=name, rows=rows):
+            yield _as_files(piece, str(path.parent))
+        return
+    table = read_files(
+        source, suffixes=suffixes, column=column, noun=noun, name=name, encoding=encoding, skip_bad=skip_bad
+    )
+    yield from slices(table, rows)
 
 
 def locate_files(table: Table, column: str, *, noun: str, skip_bad: bool) -> tuple[list[Any], dict[int, str]]:

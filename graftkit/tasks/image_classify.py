@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from graftkit.backbone import Backbone
 from graftkit.catalogue import option
 from graftkit.data.augment import Augmentation
 from graftkit.data.columns import Column
-from graftkit.data.folders import given_files, locate_files, read_files
+from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.images import SUFFIXES, Picture, load, look_at
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
@@ -186,6 +186,12 @@ class ImageClassify(LabelTask):
         return read_files(
             source, suffixes=SUFFIXES, column=reading.columns.get("image", "image"), noun=NOUN, name=name,
             encoding=reading.encoding, skip_bad=reading.skip_bad,
+        )  # fmt: skip
+
+    def pieces(self, source: Any, reading: Reading, name: str, rows: int) -> Iterator[Table]:
+        return stream_files(
+            source, suffixes=SUFFIXES, column=reading.columns.get("image", "image"), noun=NOUN, name=name,
+            encoding=reading.encoding, skip_bad=reading.skip_bad, rows=rows,
         )  # fmt: skip
 
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
