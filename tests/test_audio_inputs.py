@@ -193,6 +193,19 @@ def test_options_of_own_modules_are_refused_beside_an_extractor(backbone):
         AudioClassify().front(Backbone(backbone("ast").model))
 
 
+def test_an_extractor_in_a_processor_beside_a_tokenizer_is_found(tmp_path):
+    """As transformers 5 writes models that were trained to write text."""
+    folder = wav2vec2(tmp_path / "model")
+    (tmp_path / "vocab.json").write_text('{"<pad>": 0, "<unk>": 1, "|": 2, "<s>": 3, "</s>": 4, "a": 5}')
+    extractor = hf.AutoFeatureExtractor.from_pretrained(folder)
+    (folder / "preprocessor_config.json").unlink()
+    tokenizer = hf.Wav2Vec2CTCTokenizer(tmp_path / "vocab.json")
+    hf.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+    loaded = load_backbone(find_source(str(folder)), "AutoModelForAudioClassification", labels="ab")
+    AudioClassify().settle(loaded)
+    assert AudioClassify().front(loaded).rate == RATE
+
+
 def test_an_extractor_that_is_not_the_models(backbone):
     wrong = hf.ASTFeatureExtractor(sampling_rate=8000, num_mel_bins=16, max_length=96)
     with pytest.raises(

@@ -18,7 +18,15 @@ from graftkit.data.folders import given_files, locate_files, read_files
 from graftkit.data.read import Table
 from graftkit.data.sounds import SUFFIXES, BadSound, Sound, look
 from graftkit.errors import UserError
-from graftkit.tasks.audio_inputs import Extractor, Front, LogMel, Waveform, extracts_sound, masks_itself
+from graftkit.tasks.audio_inputs import (
+    Extractor,
+    Front,
+    LogMel,
+    Waveform,
+    extractor_beside,
+    extracts_sound,
+    masks_itself,
+)
 from graftkit.tasks.audio_rows import Augmentation, SoundDataset
 from graftkit.tasks.base import Dataset, Examples, Reading, check_rows
 from graftkit.tasks.labels import (
@@ -135,6 +143,10 @@ class AudioClassify(LabelTask):
 
     def settle(self, backbone: Backbone) -> None:
         config: Any = getattr(backbone.model, "config", None)
+        if hasattr(
+            backbone.processor, "pad_token_id"
+        ):  # folders of models that write text have a tokenizer too
+            backbone.processor = extractor_beside(backbone) or backbone.processor
         if masks_itself(backbone.model):
             config.apply_spec_augment = self.spec_augment
         if getattr(

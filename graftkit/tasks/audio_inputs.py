@@ -137,6 +137,18 @@ def parameters_of(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
+def extractor_beside(backbone: Backbone) -> Any:
+    """The feature extractor that a model's folder has beside its tokenizer, or None."""
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(
+            backbone.source, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def masks_itself(model: nn.Module) -> bool:
     """Whether a model in the manner of wav2vec2 masks its own frames in training."""
     return any(name.endswith("masked_spec_embed") for name, _ in model.named_parameters())
