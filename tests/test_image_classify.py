@@ -224,6 +224,17 @@ def test_folders_tables_bytes_images_and_arrays_give_the_same(tiny_vit, colours,
     assert found[0].digest() == found[1].digest() == wanted.digest()
 
 
+def test_a_label_that_is_found_by_what_it_is_like(tiny_vit, colours):
+    rows = [
+        {"image": np.asarray(Image.open(colours / "train" / r["image"])), "shade": r["label"]}
+        for r in table_rows(colours)
+    ]
+    dataset, _ = dataset_of(tiny_vit, rows)
+    assert len(dataset) == 24
+    with pytest.raises(UserError, match=r"no column of train .* looks like the label"):
+        dataset_of(tiny_vit, [{"image": row["image"]} for row in rows])
+
+
 def test_datasets_with_images(tiny_vit, colours):
     datasets = pytest.importorskip("datasets")
     rows = table_rows(colours)

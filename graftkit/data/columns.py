@@ -161,14 +161,14 @@ def _candidates(
 
 
 def _profile(values: Sequence[Any]) -> _Profile:
-    filled = [value for value in values if value is not None and value != ""]
-    length = sum(len(str(value)) for value in filled) / max(1, len(filled))
+    filled = [value for value in values if value is not None and not (isinstance(value, str) and not value)]
     if filled and all(map(_is_whole, filled)):
         kind = "whole"
     elif filled and all(isinstance(value, str) for value in filled):
         kind = "string"
-    else:
-        return _Profile("other", len(filled), len(filled), length)
+    else:  # images and sounds among them, which are long as text
+        return _Profile("other", len(filled), len(filled), 0.0)
+    length = sum(len(str(value)) for value in filled) / len(filled)
     return _Profile(kind, len(set(filled)), len(filled), length)
 
 
