@@ -85,6 +85,8 @@ def test_predict_on_the_command_line(learned, command, folder):
     assert learned.predict([(question, context)])[0]["answer"] == "drill"
     done = command("predict", learned.path, "--data", folder / "test2.json", "--json")
     assert len(json.loads(done.out)["predictions"]) == 36
+    more = command("predict", learned.path, question, context, "--option", "threshold=-100")
+    assert more.status == 0 and more.out.startswith("(no answer)\t") and "\t-\t" in more.out
     done = command("predict", learned.path, question)
     assert done.status == 1 and "QUESTION and CONTEXT" in done.err
     done = command("evaluate", learned.path, "--data", folder / "test2.json")
