@@ -69,8 +69,8 @@ def test_a_run_learns_and_tells_what_there_is(heard):
     statistics = json.loads((heard.path / "plan.json").read_text())["statistics"]["train"]
     assert statistics["labels"] == {"high": 12, "low": 12} and statistics["lengths"]["unit"] == "samples"
     assert (
-        statistics["rates"] == {"8000": 24}
-        and statistics["channels"] == {"1": 24}
+        statistics["rates"] == {"8000 Hz": 24}
+        and statistics["channels"] == {"mono": 24}
         and statistics["clipped"] == 0
     )
     assert (
@@ -363,8 +363,8 @@ def test_eight_bits_two_channels_and_another_name_are_good(tones, tmp_path):
     data = SoundDataset(rows.train, Waveform(Bands(), 8000, 0.0, 1.0), 8000, "start", False, Augmentation())
     found = task.statistics(data, rows.labels)
     assert (
-        found["rates"] == {"8000": 26, "44100": 1}
-        and found["channels"] == {"1": 26, "2": 1}
+        found["rates"] == {"8000 Hz": 26, "44100 Hz": 1}
+        and found["channels"] == {"mono": 26, "stereo": 1}
         and found["clipped"] == 1
     )
 
@@ -382,3 +382,18 @@ def test_weights_by_the_rarity_of_a_class(tiny_ast, tones, tmp_path):
 def test_the_name_may_be_written_with_a_hyphen():
     values = {"model": "m", "task": "audio-classify(cut=middle)", "data": {"train": "x"}}
     assert recipes.make(values).task == "audio_classify(cut=middle)"
+
+
+def test_data_check_tells_of_all_bad_recordings_at_once(tones, tmp_path, command):
+    folder = shutil.copytree(tones / "train", tmp_path / "train")
+    for place, case in enumerate(BAD):
+        BAD[case][0](folder / f"low/{place:02}.wav")
+    (folder / "low/notes.txt").write_text("about the recordings")
+    done = command(
+        "data", "check", "--model", "m", "--task", "audio_classify", "--train", folder, "--eval", "null"
+    )
+    assert done.status == 1
+    told = done.out + done.err
+    for place in range(len(BAD)):
+        assert f"low/{place:02}.wav" in told
+    assert "notes.txt has the ending '.txt', which no sound has" in told

@@ -132,7 +132,7 @@ def test_what_is_longer_than_the_model_takes_is_cut_and_counted(backbone):
 def test_sounds_are_resampled_to_the_models_rate(backbone):
     data = dataset(backbone("ast"), waves=[tone(0.5, 300, 16000)], rate=16000)
     assert data.lengths.tolist() == [4000]
-    assert AudioClassify().statistics(data, ())["rates"] == {"16000": 1}
+    assert AudioClassify().statistics(data, ())["rates"] == {"16000 Hz": 1}
 
 
 @pytest.mark.parametrize(("window", "hop", "size"), [(200, 80, 256), (401, 160, 512), (256, 256, 256)])

@@ -17,7 +17,7 @@ from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files
 from graftkit.data.read import Table
 from graftkit.data.sounds import SUFFIXES, BadSound, Sound, look
-from graftkit.errors import UserError
+from graftkit.errors import UserError, listing
 from graftkit.tasks.audio_inputs import (
     Extractor,
     Front,
@@ -40,6 +40,7 @@ from graftkit.tasks.labels import (
 )
 
 AUDIO = ("file", "path", "sound", "wav", "file_name", "filename", "recording", "clip", "speech")
+CHANNELS = {1: "mono", 2: "stereo"}
 SECONDS = 30.0  # of a sound at most, where neither the recipe nor the model says
 
 
@@ -250,14 +251,18 @@ class AudioClassify(LabelTask):
         rates, channels = (
             Counter(values) for values in zip(*((sound.rate, sound.channels) for sound in sounds))
         )
-        return {
+        clipped = [row for row, sound in enumerate(sounds) if sound.clipped]
+        found = {
             **super().statistics(dataset, labels),
             "seconds": {"sum": round(float(seconds.sum()), 3), "mean": round(float(seconds.mean()), 3),
                         "shortest": round(float(seconds.min()), 3), "longest": round(float(seconds.max()), 3)},
-            "rates": {str(rate): count for rate, count in sorted(rates.items())},
-            "channels": {str(number): count for number, count in sorted(channels.items())},
-            "clipped": sum(sound.clipped for sound in sounds),
+            "rates": {f"{rate} Hz": count for rate, count in sorted(rates.items())},
+            "channels": {CHANNELS.get(number, str(number)): count for number, count in sorted(channels.items())},
+            "clipped": len(clipped),
         }  # fmt: skip
+        if clipped:
+            found["notes"] = [f"clipped: {listing(map(dataset.where, clipped), 3)}"]
+        return found
 
 
 def _name(value: Any, where: str) -> str:
