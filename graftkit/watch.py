@@ -190,7 +190,8 @@ class Watch:
             if found:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
                 write_text(folder / WORST, "".join(lines))
-            write_text(folder / CARD, model_card(prepared, result, found, worst))
+            about = {name: task.statistics(dataset, rows.labels) for name, dataset in self.datasets.items()}
+            write_text(folder / CARD, model_card(prepared, result, found, worst, about))
             write_json(folder / RESULT, result)
             for path in checkpoint.existing(folder / CHECKPOINTS):
                 path.unlink()

@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftkit.report.console import count, duration, size
-from graftkit.report.summary import mistake, title
+from graftkit.report.summary import mistake, statistics_lines, title
 
 if TYPE_CHECKING:
     from graftkit.prepare import Prepared
 
+SHOWN = 10  # examples that went most wrong
+DATA = {"rows": ("rows",), "sizes": ("sizes", "truncated"), "labels": ("labels",), "more": ("also", "note")}
+
 
 def model_card(
-    prepared: Prepared, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]
-) -> str:
-    """Markdown: what was trained on what, how well it does, and how to load it."""
+    prepared: Prepared, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]],
+    statistics: dict[str, Any],
+) -> str:  # fmt: skip
+    """Markdown: what was trained on what, how well it does, and how to load it. `statistics` of each part of the data."""
     rows, recipe = prepared.rows, prepared.recipe
     names = list(dict.fromkeys([*rows.task.headline, "loss"]))
     names = [name for name in names if any(name in metrics for metrics in found.values())]
@@ -30,6 +34,7 @@ def model_card(
     )
     skipped = f" {len(rows.train.skipped)} bad rows were left out." if rows.train.skipped else ""
     labels = ", ".join(map(_plain, rows.labels[:20])) + (" ..." if len(rows.labels) > 20 else "")
+    columns = ", ".join(f"{name} in column `{column}`" for name, column in rows.columns.items())
     by_class = (
         f"""
 <details><summary>By class</summary>
@@ -43,7 +48,7 @@ def model_card(
         if classes
         else ""
     )
-    mistakes = "".join(f"- {row['where']}: {_plain(mistake(row))}\n" for row in worst[:10])
+    mistakes = "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in map(mistake, worst[:SHOWN]))
     tables = (
         f"""
 ## Figures
@@ -53,19 +58,24 @@ Intervals are 95% bootstrap intervals over the rows.
 | data | rows | {" | ".join(map(title, names))} |
 | --- | --- |{" --- |" * len(names)}
 {figures}
-{by_class}{f"{chr(10)}## Most wrong{chr(10)}{chr(10)}{mistakes}" if mistakes else ""}"""
+{by_class}{_MOST_WRONG + mistakes if mistakes else ""}"""
         if found
         else "\nThe run had no rows to evaluate on.\n"
     )
     return f"""# {recipe.task} with {prepared.graft.method or "the model as it is"}
 
-A graft on [{recipe.model}]: {count(result["trained_parameters"])} trained parameters
-of {count(result["total_parameters"])}.
+A graft on `{recipe.model}`: {count(result["trained_parameters"])} trained parameters of {count(result["total_parameters"])}.
 
-- data: `{recipe.data.train}`, {len(rows.train):,} training rows, columns {rows.columns}.{skipped}
+- data: {len(rows.train):,} training rows of `{recipe.data.train}`{f"; {columns}" if columns else ""}.{skipped}
 {f"- labels ({len(rows.labels)}): {labels}" if labels else f"- task: {rows.task.name}"}
 - training: {count(result["steps"])} steps of {prepared.plan.batch_size} rows, {result["precision"]}, seed {recipe.seed};
   {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}
+
+## Data
+
+| data | {" | ".join(DATA)} |
+| --- |{" --- |" * len(DATA)}
+{_data_rows(statistics)}
 {tables}
 ## Use
 
@@ -84,6 +94,29 @@ import graftkit
 graft = graftkit.load(model, {result["run"] + "/graft"!r})
 ```
 {_in_peft(result)}"""
+
+
+_MOST_WRONG = """
+## Most wrong
+
+The examples with the largest loss.
+
+| where | example | expected | answer |
+| --- | --- | --- | --- |
+"""
+
+
+def _data_rows(statistics: dict[str, Any]) -> str:
+    """A row for each part of the data, from what its task says of it."""
+    lines = []
+    for name, part in statistics.items():
+        told = statistics_lines(part)
+        cells = [
+            "; ".join(f"{title}: {text}" if title == "truncated" else text for title, text in told if title in titles)
+            for titles in DATA.values()
+        ]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(map(_plain, cells))} |")
+    return "\n".join(lines)
 
 
 def _figure(metrics: dict[str, Any], name: str) -> str:

@@ -108,6 +108,8 @@ def _spread(counts: dict[str, int] | None, what: str) -> str:
     if not counts:
         return ""
     (rare, fewest), (common, most) = (pick(counts.items(), key=lambda item: item[1]) for pick in (min, max))
+    if fewest == most:
+        return f"; {count(most)} {what} each"
     return f"; {count(fewest)} ({rare}) to {count(most)} ({common}) {what} each"
 
 
@@ -147,12 +149,19 @@ def show_plan(console: Console, plan: Plan) -> None:
             ("method", plan.method or "none: the model as it is"),
             ("trained", f"{count(plan.trained_parameters)} of {count(plan.total_parameters)} parameters ({share:.2%}){': ' if groups else ''}{groups}"),
             *schedule,
-            ("frozen", f"the first {plan.frozen_blocks} of {plan.blocks} blocks are computed without gradients"),
+            *(("warning", text) for text in plan.warnings),
+            ("frozen", _frozen(plan)),
             ("memory", f"weights {size(plan.weight_bytes)}, gradients {size(plan.gradient_bytes)}, "
                        f"optimizer {size(plan.optimizer_bytes)}; activations come on top"),
             ("steps", f"{count(plan.steps)} of {plan.batch_size} rows ({count(plan.steps_per_epoch)} an epoch), {plan.precision}"),
         ]
     )  # fmt: skip
+
+
+def _frozen(plan: Plan) -> str:
+    if not plan.frozen_blocks:
+        return f"none: gradients go through all {plan.blocks} blocks"
+    return f"the first {plan.frozen_blocks} of {plan.blocks} blocks are computed without gradients"
 
 
 def show_rendered(console: Console, text: str) -> None:
@@ -198,13 +207,30 @@ def show_worst(console: Console, worst: list[dict[str, Any]]) -> None:
     """The examples that the model got most wrong."""
     if worst:
         console.heading("Most wrong")
-        console.pairs([(row["where"].rpartition("/")[2], mistake(row)) for row in worst[:HARDEST]])
+        for row in worst[:HARDEST]:
+            where, asked, expected, answer = mistake(row)
+            console.line(f"  {where.rpartition('/')[2]}: {asked}")
+            console.line(f"    expected {expected}, answered {answer}")
 
 
-def mistake(row: dict[str, Any]) -> str:
-    """What was asked, what should have come, and what came."""
-    asked = [str(value) for key, value in row.items() if key not in ("where", "expected", "answer", "loss")]
-    return f"{_short(' | '.join(asked))} -> {_short(str(row['answer']))}, not {_short(str(row['expected']))}"
+def mistake(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Where an example stands, what was asked, what should have come, and what came."""
+    asked = [_said(value) for key, value in row.items() if key not in ("where", "expected", "answer", "loss")]
+    return (
+        row["where"],
+        _short(" | ".join(filter(None, asked)), 120),
+        _short(_said(row["expected"])),
+        _short(_said(row["answer"])),
+    )
+
+
+def _said(value: Any) -> str:
+    """A value of an example for people."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_said, value)) or "nothing"
+    if isinstance(value, dict):
+        return " ".join(_said(one) for one in value.values())
+    return "nothing" if value is None or value == "" else str(value)
 
 
 def _short(text: str, most: int = 80) -> str:
