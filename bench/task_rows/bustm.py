@@ -48,7 +48,7 @@ METHODS = {
     "full": "full(lr=0.0003) + head(pooling='own', lr=0.0003)",
 }
 TRAIN = {"epochs": 12.0, "batch_size": 16, "precision": "fp32"}
-WIDTH, BLOCKS, STEPS, BATCH, RATE, LENGTH = 128, 3, 4000, 64, 1e-3, 48
+WIDTH, BLOCKS, STEPS, BATCH, RATE, LENGTH = 128, 3, 2000, 64, 1e-3, 48
 
 
 def read(path: Path) -> list[dict]:
@@ -140,11 +140,14 @@ def pretrain(data: Path, folder: Path) -> None:
         ids = given["input_ids"]
         chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & (ids > 4)
         kind = torch.rand(ids.shape, generator=generator)
-        labels = ids.masked_fill(~chosen, -100)
+        labels = ids
         ids = ids.masked_fill(chosen & (kind < 0.8), tokenizer.mask_token_id)
         other = torch.randint(5, len(tokenizer), ids.shape, generator=generator)
         given["input_ids"] = torch.where(chosen & (kind > 0.9), other, ids)
-        loss = model(**given, labels=labels, next_sentence_label=torch.tensor(apart).long()).loss
+        states, pooled = model.bert(**given)[:2]
+        guessed, together = model.cls(states[chosen], pooled)  # the vocabulary at masked places alone
+        entropy = torch.nn.functional.cross_entropy
+        loss = entropy(guessed, labels[chosen]) + entropy(together, torch.tensor(apart).long())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
