@@ -109,7 +109,7 @@ def halves(folder: str, seed: int) -> dict[str, str]:
 
 
 def measure(part: str, name: str, seed: int, alone: bool, steps: int | None = None) -> dict:
-    """One run, in this process."""
+    """One run, in this process. With `steps`, for its seconds alone: nothing is tested."""
     import graftkit
 
     shots, methods, settings = PARTS[part]
@@ -120,8 +120,8 @@ def measure(part: str, name: str, seed: int, alone: bool, steps: int | None = No
         if "{first}" in method:
             method = method.format(**halves(folder, seed))
         run = graftkit.tune(
-            model=MODEL, train=rows(shots, seed), test=ROOT / "graftkit" / "demo" / "test.csv", method=method,
-            out=f"{folder}/run", settings={"data.eval": None, "train.epochs": epochs, "seed": seed, **settings},
+            model=MODEL, train=rows(shots, seed), method=method,
+            test=None if steps is not None else ROOT / "graftkit" / "demo" / "test.csv", out=f"{folder}/run", settings={"data.eval": None, "train.epochs": epochs, "seed": seed, **settings},
         )  # fmt: skip
     kept = (
         "trained_parameters",
@@ -135,7 +135,7 @@ def measure(part: str, name: str, seed: int, alone: bool, steps: int | None = No
     result = {**run.result, "method": run.result["method"].replace(folder, "runs")}
     return {
         "part": part, "name": name, "seed": seed, "epochs": epochs, "alone": alone, "machine": machine(),
-        "accuracy": run.metrics["accuracy"], "macro_f1": run.metrics["macro_f1"],
+        **{name: run.metrics[name] for name in ("accuracy", "macro_f1") if run.metrics},
         **{key: result[key] for key in kept},
     }  # fmt: skip
 
