@@ -154,3 +154,44 @@ def test_heads_for_each_token_mixed_by_row():
         got = model(**given).logits
     for i, name in enumerate(rows):
         torch.testing.assert_close(got[i], wanted[name][i])
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_a_head_for_each_token_of_a_module_of_ones_own(has_head):
+    """On the states it gives, or on those that come into its own head."""
+
+    class Own(torch.nn.Module):
+        hidden_size = W
+
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(V, W)
+            self.layers = torch.nn.ModuleList(
+                [torch.nn.TransformerEncoderLayer(W, 2, 8, batch_first=True) for _ in range(2)]
+            )
+            if has_head:
+                self.classifier = torch.nn.Linear(W, 7)
+
+        def states(self, input_ids):
+            states = self.embedding(input_ids)
+            for layer in self.layers:
+                states = layer(states)
+            return states
+
+        def forward(self, input_ids):
+            states = self.states(input_ids)
+            return self.classifier(states) if has_head else states
+
+    model = Own().eval()
+    given = tiny.batch()["input_ids"]
+    graft = shaken(model, "head(classes=5, pooling='tokens')")
+    with torch.no_grad():
+        wanted = F.linear(model.states(given), *graft.parameters.values())
+        torch.testing.assert_close(model(given).logits, wanted)
+
+
+def test_no_head_for_each_token_of_maps():
+    import zoo
+
+    told = message(zoo.BY_NAME["resnet"].fresh(), "head(classes=2, pooling='tokens')")
+    assert "takes tokens, but" in told and "feature maps" in told

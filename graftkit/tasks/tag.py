@@ -310,18 +310,18 @@ class Tag(Task):
             if changed and scheme != "BIO":
                 notes.append(f"tags are {scheme} and are read as BIO")
             elif changed:
-                notes.append(f"{changed:,} tags I- with no B- before them are read as B-")
+                notes.append(f"tags I- with no B- before them, read as B-: {changed:,}")
             if found["spans_widened"]:
-                notes.append(f"{found['spans_widened']:,} entities end within a word and are widened to it")
+                notes.append(f"entities that end within a word, widened to it: {found['spans_widened']:,}")
         else:
             found["labels"], found["counted"] = {tag: counts[i] for i, tag in enumerate(labels)}, "words"
         if found["split"]:
             notes.append(
-                f"{found['split']:,} rows are further parts of sentences that are longer than the model takes"
+                f"further parts of sentences that are longer than the model takes: {found['split']:,}"
             )
         if found["words_without_token"]:
             notes.append(
-                f"{found['words_without_token']:,} words are nothing to the tokenizer; they are not learned from"
+                f"words that are nothing to the tokenizer, not learned: {found['words_without_token']:,}"
             )
         found["notes"] = notes
         return found
