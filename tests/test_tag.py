@@ -196,7 +196,7 @@ def test_spans_within_a_word_are_widened_and_counted(tiny_bert):
     backbone = load_backbone(find_source(str(tiny_bert)))
     told = Tag().statistics(Tag().dataset(examples, backbone, 64), labels)
     assert told["spans_widened"] == 1 and told["notes"] == [
-        "1 entities end within a word and are widened to it"
+        "entities that end within a word, widened to it: 1"
     ]
 
 
