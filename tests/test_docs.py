@@ -72,7 +72,9 @@ def test_commands_options_and_settings_exist(path: Path) -> None:
         if words[0] == "--help":
             continue
         assert words[0] in commands, f"{path.name}: graftkit {words[0]}"
-        options = {name for parameter in commands[words[0]].params for name in parameter.opts} | {"--help"}
+        called = commands[words[0]]
+        called = called.commands[words[1]] if hasattr(called, "commands") else called
+        options = {name for parameter in called.params for name in parameter.opts} | {"--help"}
         for word in words[1:]:
             if word.startswith("--"):
                 assert word in options, f"{path.name}: graftkit {words[0]} {word}"

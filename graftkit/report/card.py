@@ -48,7 +48,7 @@ def model_card(
         if classes
         else ""
     )
-    mistakes = "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in map(mistake, worst[:SHOWN]))
+    mistakes = "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in map(_mistake, worst[:SHOWN]))
     tables = (
         f"""
 ## Figures
@@ -101,9 +101,14 @@ _MOST_WRONG = """
 
 The examples with the largest loss.
 
-| where | example | expected | answer |
-| --- | --- | --- | --- |
+| where | example | expected | answer | loss |
+| --- | --- | --- | --- | --- |
 """
+
+
+def _mistake(row: dict[str, Any]) -> tuple[str, ...]:
+    where, *cells = mistake(row)
+    return where.rpartition("/")[2], *cells, f"{row['loss']:.3f}" if "loss" in row else ""
 
 
 def _data_rows(statistics: dict[str, Any]) -> str:
