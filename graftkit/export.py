@@ -50,6 +50,11 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
             "graft on it with graftkit.load(module, RUN/graft); graft.fold() gives the module with the graft melted in."
         )
     _refuse(to, "the model that the run started from", base.resolve())
+    if loaded.recipe.quantize is not None:
+        raise UserError(
+            f"the run's maps are stored as {loaded.recipe.quantize}, into which nothing can be folded. Put its graft on the "
+            "model as it was: graftkit.load(model, RUN/graft).fold(), or read the graft as the adapter that it is."
+        )
     head = pooled_head(loaded.graft)
     if head is not None and (loaded.task.name != "classify" or head.pooling == "tokens"):
         raise UserError(

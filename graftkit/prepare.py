@@ -11,6 +11,7 @@ import torch
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import auto_class, find_source, load_backbone, pooling_of
+from graftkit.backbone.quantized import move
 from graftkit.catalogue import build, parse
 from graftkit.data.batches import steps_per_epoch
 from graftkit.data.columns import find_again, find_columns
@@ -122,6 +123,7 @@ def prepare_backbone(
     labels: tuple[str, ...],
     *,
     weights: str | None = None,
+    quantize: str | None = None,
     meta: bool = False,
     seed: int = 0,
 ) -> tuple[Backbone, Chain]:
@@ -134,7 +136,7 @@ def prepare_backbone(
             f"{'labels of the training rows' if outputs == len(labels) else f'outputs that {task.name}() needs'}; "
             "leave classes out, they are counted."
         )
-    source = find_source(model, weights)
+    source = find_source(model, weights, quantize)
     native = auto_class(source, task.families)
     if not task.head:
         if native is None and source.made is None and task.families:
@@ -206,8 +208,8 @@ def attach_new(backbone: Backbone, method: Chain, *, meta: bool) -> Graft:
 def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     """Load, graft, and count. `meta`: shapes only, for the plan."""
     backbone, method = prepare_backbone(
-        recipe.model, method_of(recipe), rows.task, rows.labels, weights=recipe.weights, meta=meta,
-        seed=recipe.seed,
+        recipe.model, method_of(recipe), rows.task, rows.labels, weights=recipe.weights,
+        quantize=recipe.quantize, meta=meta, seed=recipe.seed,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -216,7 +218,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     kind = precision.choose(recipe.train.precision, device)
     if not meta:
         precision.cast(graft.model, graft.labels, kind)
-        graft.model.to(device)
+        move(graft.model, device)
     config: Any = getattr(graft.model, "config", None)
     if config is not None:
         config.use_cache = False

@@ -105,6 +105,9 @@ class Recipe(Section):
     weights: str | None = Field(
         default=None, description="a safetensors file for the module that package.module:function makes"
     )
+    quantize: Literal["nf4", "int8"] | None = Field(
+        default=None, description="hold the frozen maps in 4 or 8 bits; needs bitsandbytes"
+    )
     task: str = Field(
         default="classify", description="what is learned, for example classify(class_weights='balanced')"
     )

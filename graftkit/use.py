@@ -13,6 +13,7 @@ from typing import Any
 from graftkit import graft_files
 from graftkit import recipe as recipes
 from graftkit.backbone import Backbone
+from graftkit.backbone.quantized import move
 from graftkit.data.columns import find_again
 from graftkit.data.read import SUFFIXES
 from graftkit.data.stream import ROWS
@@ -65,13 +66,14 @@ def load_run(folder: Path, *, exact: bool = False, options: Mapping[str, Any] | 
     labels = tuple(about["labels"])
     task = _with_options(make_task(about["task"]), options or {})
     backbone, _ = prepare_backbone(
-        recipe.model, method_of(recipe), task, labels, weights=recipe.weights, seed=recipe.seed
-    )
+        recipe.model, method_of(recipe), task, labels, weights=recipe.weights, quantize=recipe.quantize,
+        seed=recipe.seed,
+    )  # fmt: skip
     graft = load(backbone, folder / "graft")
     device = parallel.device()
     kind = "fp32" if exact else about["precision"]
     precision.cast(graft.model, graft.labels, kind)
-    graft.model.to(device)
+    move(graft.model, device)
     graft.model.eval()
     config: Any = getattr(graft.model, "config", None)
     if config is not None:

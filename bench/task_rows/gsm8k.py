@@ -95,7 +95,7 @@ def checks(model: Path, run: Path, test: Path) -> dict[str, float]:
     answers = [str(text) for text in alone.examples.targets]
     found = [tokenizer.decode(ids[mask]) for ids, mask in zip(alone.ids, alone.learned)]
     right = float(np.mean([text == f"{answer}</s>" for text, answer in zip(found, answers)]))
-    _, task, packed, _ = loaded(model, run / "graft", test, "generate(packing=True)", CHECKED)
+    packed = loaded(model, run / "graft", test, "generate(packing=True)", CHECKED)[2]
     scores: dict[bool, dict[int, float]] = {}
     with torch.no_grad():
         for dataset in (alone, packed):

@@ -11,6 +11,7 @@ from torch import nn
 
 from graftkit.backbone.anatomy import Site, features, is_conv, is_linear, is_map, is_norm
 from graftkit.backbone.parts import find_sites
+from graftkit.backbone.quantized import shape_of
 from graftkit.errors import UserError
 
 WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim", "num_features", "embed_dim")
@@ -42,9 +43,9 @@ class Backbone:
     @cached_property
     def base_parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each parameter that the model had before anything was grafted on it."""
-        own = {site.name for site in self.sites}
+        own = {site.name: site.module for site in self.sites}
         return {
-            name: tuple(parameter.shape)
+            name: shape_of(own[name.rpartition(".")[0]], name.rpartition(".")[2], parameter)
             for name, parameter in self.model.named_parameters()
             if name.rpartition(".")[0] in own
         }

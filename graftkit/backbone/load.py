@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from graftkit.backbone import quantized
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.own import call, load_weights
 from graftkit.backbone.parts import find_sites
@@ -39,19 +40,21 @@ class Source:
     """Where a model comes from, checked before any weight is read.
 
     `folder`: in transformers format; or `made`: what a function of the user's made, with the file of its weights.
+    `quantize`: how its frozen maps are to be stored, 'nf4' or 'int8'; None for as they are.
     """
 
     name: str
     folder: Path | None = None
     made: Backbone | None = None
     weights: Path | None = None
+    quantize: str | None = None
 
     @property
     def location(self) -> str:
         return str(self.folder) if self.folder is not None else self.name
 
 
-def find_source(name: str, weights: str | None = None) -> Source:
+def find_source(name: str, weights: str | None = None, quantize: str | None = None) -> Source:
     """Find the model that a recipe names. Raises `UserError` where it cannot be had, and says why.
 
     `weights`: a safetensors file for the module that `package.module:function` makes.
@@ -59,6 +62,10 @@ def find_source(name: str, weights: str | None = None) -> Source:
     if ":" in name and not Path(name).exists():
         made = call(name)
         if isinstance(made, Backbone):
+            if quantize is not None:
+                raise UserError(
+                    f"quantize={quantize!r} is for models of transformers, and {name!r} makes a module of its own."
+                )
             return Source(name, made=made, weights=None if weights is None else Path(weights).expanduser())
         source = _folder(name, made)
     else:
@@ -68,7 +75,7 @@ def find_source(name: str, weights: str | None = None) -> Source:
             f"weights {weights!r} go with a module that package.module:function makes, but model {name!r} is a folder "
             "with weights of its own; leave weights out."
         )
-    return source
+    return replace(source, quantize=quantize)
 
 
 def _named(name: str) -> Source:
@@ -187,13 +194,16 @@ def load_backbone(
     if tokenizer is not None:
         _agree_on_padding(tokenizer, config)
     auto = getattr(transformers, native or "AutoModel")
+    more = {} if source.quantize is None else quantized.loading(source.quantize, source.name)
     try:
         if meta:
             with torch.device("meta"):
                 model = auto.from_config(config)
             missing = _missing(model, source.folder)
+            if source.quantize is not None:
+                quantized.with_shapes(model, source.quantize)
         else:
-            model, missing = _read_model(auto, source.folder, config, seed, ignore_sizes=labels is not None)
+            model, missing = _read_model(auto, source.folder, config, seed, labels is not None, more)
     except Exception as error:
         raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
     model.eval()
@@ -210,15 +220,16 @@ def load_backbone(
 
 
 def _read_model(
-    auto: Any, folder: Path, config: Any, seed: int, ignore_sizes: bool
+    auto: Any, folder: Path, config: Any, seed: int, ignore_sizes: bool, more: dict[str, Any]
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model, and the parameters that were drawn at random because the weights lack them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = auto.from_pretrained(
             folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-            ignore_mismatched_sizes=ignore_sizes, output_loading_info=True,
+            ignore_mismatched_sizes=ignore_sizes, output_loading_info=True, **more,
         )  # fmt: skip
+    quantized.keep_gradients(model)
     misshapen = {entry[0] for entry in info["mismatched_keys"]}
     return model, tuple(sorted({*info["missing_keys"], *misshapen}))
 

@@ -1,0 +1,81 @@
+"""Backbones whose frozen maps are stored in four or eight bits (NF4, int8), by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftkit.backbone.anatomy import is_linear
+from graftkit.errors import UserError
+
+LIBRARY = "bitsandbytes"
+
+
+def loading(kind: str, name: str) -> dict[str, Any]:
+    """What `from_pretrained` is given to quantize a model while it is loaded. Raises `UserError` where it cannot be.
+
+    NF4: Dettmers et al. (2023), QLoRA; int8: Dettmers et al. (2022), LLM.int8(). Embeddings, norms and the output map
+    stay as they are.
+    """
+    cuda = torch.cuda.is_available()
+    if importlib.util.find_spec(LIBRARY) is None:
+        raise UserError(
+            f"quantize={kind!r} needs the library {LIBRARY}: pip install {LIBRARY}. Or leave quantize out."
+        )
+    library: Any = importlib.import_module(LIBRARY)
+    if not cuda and "cpu" not in getattr(library, "supported_torch_devices", ()):
+        version = getattr(library, "__version__", "")
+        raise UserError(
+            f"quantize={kind!r}: {LIBRARY} {version} cannot compute on a CPU, and there is no CUDA device; take a newer "
+            "one, or leave quantize out."
+        )
+    import transformers
+
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    settings: Any = transformers.BitsAndBytesConfig(
+        load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
+    )  # fmt: skip
+    where = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return {"quantization_config": settings, "device_map": {"": where}}
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Let maps of NF4 be computed on CPUs in the one way that has gradients.
+
+    Where the CPU multiplies bf16, bitsandbytes 0.50 packs a weight anew when it is first used in eval mode, for products
+    without gradients, and leaves it so: after an evaluation nothing before that map would be trained.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def with_shapes(model: nn.Module, kind: str) -> None:
+    """Give the maps of a model without values the shapes and types that they have once they are quantized."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_linear(module) and module is not output:
+            size = module.in_features * module.out_features
+            shape = (size // 2, 1) if kind == "nf4" else (module.out_features, module.in_features)
+            dtype = torch.uint8 if kind == "nf4" else torch.int8
+            module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+def shape_of(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, of a quantized map that of the weight that it stands for."""
+    if name == "weight" and isinstance(module, nn.Linear) and not parameter.dtype.is_floating_point:
+        return module.out_features, module.in_features
+    return tuple(parameter.shape)
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Put a model on a device; a quantized one is where it was loaded."""
+    if not getattr(model, "is_quantized", False):
+        model.to(device)
