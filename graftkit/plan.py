@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
 from graftkit.graft import Graft
@@ -54,7 +56,7 @@ def make_plan(graft: Graft, *, rows: int, batch_size: int, steps_per_epoch: int,
     full = full_precision_names(graft.model, graft.labels)
     for name, parameter in graft.model.named_parameters():
         count = parameter.numel()
-        total += count
+        total += 2 * count if parameter.dtype == torch.uint8 else count  # two numbers of NF4 in a byte
         if name in graft.labels:
             trained += count
             role = graft.labels[name].method
