@@ -57,7 +57,9 @@ def require_pillow() -> None:
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise UserError("images are read with Pillow, which is not installed: pip install 'graftkit[images]'") from None
+        raise UserError(
+            "images are read with Pillow, which is not installed: pip install 'graftkit[images]'"
+        ) from None
 
 
 def look_at(sources: Sequence[Any], names: Sequence[str]) -> list[Picture | str]:
