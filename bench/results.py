@@ -121,7 +121,8 @@ def measure(part: str, name: str, seed: int, alone: bool, steps: int | None = No
             method = method.format(**halves(folder, seed))
         run = graftkit.tune(
             model=MODEL, train=rows(shots, seed), method=method,
-            test=None if steps is not None else ROOT / "graftkit" / "demo" / "test.csv", out=f"{folder}/run", settings={"data.eval": None, "train.epochs": epochs, "seed": seed, **settings},
+            test=None if steps is not None else ROOT / "graftkit" / "demo" / "test.csv", out=f"{folder}/run",
+            settings={"data.eval": None, "train.epochs": epochs, "seed": seed, **settings},
         )  # fmt: skip
     kept = (
         "trained_parameters",
