@@ -72,8 +72,11 @@ def predict(
         from graftkit.report.table import check_path
 
         check_path(out, data, overwrite)  # before torch is loaded
+        from graftkit.data.stream import told_of_size
         from graftkit.use import predict_into
 
+        if note := told_of_size(data):
+            print(note, file=sys.stderr)
         given = data if data is not None else texts
         done = predict_into(run, given, out, _options(option), overwrite=overwrite, tell=_progress(as_json))
         _tell_skipped(done)

@@ -95,6 +95,7 @@ class _Checker:
         self.known = False  # whether the labels are
         self.examples: dict[str, Examples] = {}
         self.seen: set[Finding] = set()
+        self.bad: dict[str, set[str]] = {name: set() for name in self.files}  # messages of bad rows
 
     def _is_given(self, name: str) -> bool:
         source = getattr(self.recipe.data, name)
@@ -110,13 +111,13 @@ class _Checker:
             if table is not None:
                 self._rows(name, table)
         share = self._share() if "train" in self.examples else None
-        for name, examples in self.examples.items():
-            bad = len({one.text for one in self.found.problems if one.data == name and one.place})
-            self.found.rows[name] = {"file": self.files[name], "good": len(examples), "bad": bad}
         self._repeated()
         if self.with_model and "train" in self.examples and self.columns is not None:
             self._try("recipe", lambda: self._measure(share))
         self._classes()
+        for name, file in self.files.items():
+            good = len(self.examples[name]) if name in self.examples else 0
+            self.found.rows[name] = {"file": file, "good": good, "bad": len(self.bad[name])}
         for findings in (self.found.problems, self.found.warnings):
             findings.sort(key=_in_order)
         return self.found
@@ -142,8 +143,7 @@ class _Checker:
 
     def _rows(self, name: str, table: Table) -> None:
         task = self.task
-        for message in table.skipped:
-            self._add(name, message)
+        self._add_rows(name, table.skipped)
         columns = self.columns
         if name != "train":
             if columns is None:
@@ -156,8 +156,7 @@ class _Checker:
         )
         if examples is not None:
             self.examples[name] = examples
-            for message in examples.skipped[len(table.skipped) :]:
-                self._add(name, message)
+            self._add_rows(name, examples.skipped)
 
     def _share(self) -> tuple[Examples, Examples | None] | None:
         """Training rows with those to learn from and those to be held out; None where that cannot be done."""
@@ -187,8 +186,7 @@ class _Checker:
             )  # fmt: skip
             if dataset is None:
                 continue
-            for message in dataset.examples.skipped:
-                self._add(name if name in self.files else "train", message)
+            self._add_rows(name if name in self.files else "train", dataset.examples.skipped)
             self.found.statistics[name] = task.statistics(dataset, rows.labels)
             if dataset.truncated:
                 limit = f"{prepared.max_length:,} {dataset.unit}"
@@ -277,11 +275,15 @@ class _Checker:
         try:
             return work()
         except NoGoodRows as error:
-            for message in error.skipped:
-                self._add(name, message)
+            self._add_rows(name, error.skipped)
         except UserError as error:
             self._add(name, str(error))
         return None
+
+    def _add_rows(self, name: str, messages: Sequence[str]) -> None:
+        for message in messages:
+            self._add(name, message)
+            self.bad.setdefault(name, set()).add(message)
 
     def _add(self, name: str, message: str) -> None:
         finding = self._finding(name, message)

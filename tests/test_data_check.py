@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import make_rows, write_csv
+from test_resume_tasks import CASES, material
 
 import graftkit
 from graftkit.errors import UserError
@@ -115,3 +117,40 @@ def test_strong_imbalance(tmp_path):
     rows = [{"text": f"plum {i}", "label": "x" if i else "y"} for i in range(50)]
     found = graftkit.check(train=rows)
     assert any("98.0%" in one.text for one in found.warnings)
+
+
+def spoil(case: str, train: Path) -> str:
+    """Make one row of a task's training rows bad; what is told of it."""
+    if case == "image":
+        (train / "red" / "0.png").write_bytes((train / "red" / "0.png").read_bytes()[:60])
+        return "0.png"
+    if case == "audio":
+        next((train / "low").iterdir()).write_bytes(b"")
+        return ".wav"
+    if case == "span":
+        data = json.loads(train.read_text())
+        data["data"][1]["paragraphs"][0]["qas"][0]["answers"][0] = {
+            "text": "no such words",
+            "answer_start": 0,
+        }
+        train.write_text(json.dumps(data))
+        return "no such words"
+    lines = train.read_text().splitlines()
+    row = json.loads(lines[4])
+    row |= {"tags": ["O"]} if case == "tag" else {"completion": " "}
+    train.write_text("\n".join([*lines[:4], json.dumps(row), *lines[5:]]) + "\n")
+    return "line 5"
+
+
+@pytest.mark.parametrize("case", ["tag", "span", "image", "audio", "generate"])
+def test_every_task(case, tiny_bert, tmp_path):
+    model, train = material(case, tmp_path, tiny_bert)
+    task = CASES[case][0].partition("(")[0]
+    given = {"task": task, "train": train, "settings": {"data.eval": 0.25}}
+    found = graftkit.check(model=str(model), **given)
+    assert found.ok, found.problems
+    assert set(found.statistics) == {"train", "eval"} and found.statistics["train"]["rows"] > 0
+    told = spoil(case, train)
+    found = graftkit.check(**given)
+    assert [told in f"{one.place} {one.text}" for one in found.problems] == [True], found.problems
+    assert found.rows["train"]["bad"] == 1

@@ -23,6 +23,7 @@ from graftkit.data.table import SUFFIXES, BadRows, Table, check_names
 
 ROWS = 4096
 BLOCK = 1 << 20  # bytes
+LARGE = 1 << 28  # bytes
 
 
 def stream_table(
@@ -46,9 +47,16 @@ def stream_table(
     return slices(read_table(source, encoding=encoding, skip_bad=skip_bad, name=name), rows)
 
 
-def read_as_a_whole(source: Any) -> bool:
-    """Whether a file has to be in memory as a whole: one JSON value, of which no part can be read alone."""
-    return isinstance(source, (str, os.PathLike)) and SUFFIXES.get(Path(source).suffix.lower()) == "json"
+def told_of_size(source: Any) -> str | None:
+    """What should be known before a large file is read that has to be in memory as a whole: one JSON value."""
+    if not isinstance(source, (str, os.PathLike)) or SUFFIXES.get(Path(source).suffix.lower()) != "json":
+        return None
+    path = Path(source).expanduser()
+    if not path.is_file() or path.stat().st_size < LARGE:
+        return None
+    return (
+        f"{source} is one JSON value, so it is read as a whole; JSON lines (.jsonl) are read piece by piece."
+    )
 
 
 def slices(table: Table, rows: int) -> Iterator[Table]:

@@ -1,0 +1,44 @@
+"""What people read of rows and mistakes."""
+
+from __future__ import annotations
+
+from graftkit.report.summary import mistake, statistics_lines
+
+
+def test_mistakes_in_words():
+    row = {
+        "where": "a/b.csv, line 3",
+        "text": "a  long\ntext",
+        "expected": ["x", "y"],
+        "answer": "",
+        "loss": 1.5,
+    }
+    assert mistake(row) == ("a/b.csv, line 3", "a long text", "x, y", "nothing")
+    long = mistake({"where": "w", "text": "x" * 500, "expected": None, "answer": {"label": "z"}})
+    assert len(long[1]) == 120 and long[1].endswith("...") and long[2:] == ("nothing", "z")
+
+
+def test_statistics_in_words():
+    lengths = {"unit": "tokens", "sum": 1200, "mean": 12.0, "longest": 64}
+    part = {
+        "rows": 100, "lengths": lengths, "truncated": 1, "labels": {"a": 10, "b": 90}, "counted": "entities",
+        "notes": ["tags are BIOES"], "windows": 120, "moved": 0,
+        "answers": {"unit": "characters", "mean": 12.345, "longest": 1234},
+    }  # fmt: skip
+    assert statistics_lines(part) == [
+        ("rows", "100"), ("sizes", "1,200 tokens, 12.0 a row, longest 64"), ("truncated", "1 row"),
+        ("labels", "2: 10 (a) to 90 (b) entities each"),
+        ("also", "windows 120, answers (characters) mean 12.35 longest 1,234"), ("note", "tags are BIOES"),
+    ]  # fmt: skip
+    assert ("labels", "2: 5 rows each") in statistics_lines(
+        {"rows": 10, "lengths": lengths, "truncated": 0, "labels": {"a": 5, "b": 5}}
+    )
+
+
+def test_a_plan_and_a_card_say_what_the_rows_are_like(finished, tiny_bert, rows_folder, command):
+    done = command("plan", "--model", tiny_bert, "--train", rows_folder / "train.csv", "data.eval=null")
+    assert done.status == 0, done.err
+    for told in ("longest", "48 training rows each", "padding"):
+        assert told in done.out, told
+    card = (finished / "README.md").read_text()
+    assert "| train | 96 |" in card and "48 rows each" in card and "text in column `text`" in card
