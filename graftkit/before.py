@@ -150,6 +150,25 @@ def refuse_entangled(model: nn.Module, graft: str) -> None:
                     )
 
 
+@contextmanager
+def or_as_folded(model: nn.Module) -> Iterator[None]:
+    """Fold the grafts of a model again, to the same values, where what is done inside fails."""
+    order = list(folded_on(model))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: parameters[name].data for graft in order for name in graft._folded or ()}
+    kept = [graft._folded for graft in order]
+    try:
+        yield
+    except BaseException:
+        for name, value in values.items():
+            parameters[name].data = value
+        for graft, folded in zip(order, kept):
+            graft._folded = folded
+            graft._set_active(False, keep_head=True)
+        folded_on(model)[:] = order
+        raise
+
+
 def has_statistics(module: nn.Module) -> bool:
     """Whether a module keeps running statistics of what passes through it, as BatchNorm does."""
     return getattr(module, "running_mean", None) is not None
@@ -232,8 +251,11 @@ class Before:
         """Take a disabled graft off the model; with the last one, the base can be trained as before."""
         model, backbone = graft.model, graft.backbone
         others = grafts_of(model)
-        remove_additions(model, graft.name)
         others.pop(graft.name, None)
+        remove_additions(model, graft.name)
+        for other in others.values():  # what it put another module in the place of has the graft's too
+            for module in other._replaced.values():
+                remove_additions(module, graft.name)
         backbone.sites = tuple(
             dataclasses.replace(site, module=backbone.module(site.name)) for site in self.sites
         )

@@ -194,13 +194,27 @@ def _read_own(path: Path, family: str) -> Entry | None:
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         raise UserError(f"{path}{line}: {error.msg}.") from None
-    except ValueError as error:  # a default or bound that is no literal
-        raise UserError(f"{path}: a default or bound in option(...) is no plain value ({error}).") from None
+    except ValueError as error:
+        raise UserError(f"{path}, {error}.") from None
+    if entry is None:
+        _refuse_plain_class(path, family)
     if entry is not None and not entry.name.isidentifier():
         raise UserError(
             f"{path}: the file's name is the {family}'s, and {entry.name!r} is no name; use letters, digits and '_'."
         )
     return entry
+
+
+def _refuse_plain_class(path: Path, family: str) -> None:
+    """Raise `UserError` for a file whose class was meant to be an entry, but is no dataclass."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            base = next((b for b in map(ast.unparse, node.bases) if b.split(".")[-1] in BASES), None)
+            if base is not None and not any(_called(d) == "dataclass" for d in node.decorator_list):
+                raise UserError(
+                    f"{path}, line {node.lineno}: {node.name}({base}) is no {family} yet; write @dataclass(frozen=True) "
+                    "above it, or move the file elsewhere."
+                )
 
 
 def _read(path: Path, module: str) -> Entry | None:
@@ -244,7 +258,14 @@ def _option(item: ast.AnnAssign) -> Option:
     given = dict(zip(("default", "help"), item.value.args)) | {
         k.arg: k.value for k in item.value.keywords if k.arg
     }
-    values = {key: ast.literal_eval(value) for key, value in given.items()}
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"line {value.lineno}: {ast.unparse(value)!r} in option(...) is no plain value, such as 8, 0.1 or 'q,v'"
+            ) from None
     bounds = {key: values.get(key) for key in ("at_least", "at_most", "above", "below", "choices")}
     return Option(
         item.target.id, ast.unparse(item.annotation), values.get("default"), values.get("help", ""), bounds

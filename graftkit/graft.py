@@ -24,6 +24,7 @@ from graftkit.before import (
     has_statistics,
     lone_places,
     moving_statistics,
+    or_as_folded,
     own_trained,
     refuse_conflict,
     refuse_entangled,
@@ -210,15 +211,16 @@ class Graft:
         return self.model
 
     def unfold(self) -> None:
-        """Undo `fold`; what was folded later stays folded."""
+        """Undo `fold`; what was folded later stays folded. Raises `NotFoldable`, with nothing changed, where it cannot."""
         if self._folded is None:
             return
         order = folded_on(self.model)
         later = order[order.index(self) + 1 :]
-        for graft in reversed([self, *later]):
-            graft._unfold()
-        for graft in later:
-            graft.fold()
+        with or_as_folded(self.model):
+            for graft in reversed([self, *later]):
+                graft._unfold()
+            for graft in later:
+                graft.fold()
 
     def _unfold(self) -> None:
         assert self._folded is not None

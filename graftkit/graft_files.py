@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.anatomy import is_linear
+from graftkit.backbone.anatomy import base_modules, is_linear
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors, write_json, write_tensors
 from graftkit.graft import Graft, attach, detach
@@ -92,17 +92,25 @@ def stored_name(graft: Graft, parameter: str) -> str:
 
 
 def _peft_form(graft: Graft) -> PeftForm | None:
-    """The graft as PEFT would write it; None where PEFT cannot express the whole of it, but for a pooled head."""
+    """The graft as PEFT would write it; None where PEFT cannot express the whole of it, but for a pooled head.
+
+    Beside one adapter these are modules that are trained as a whole (`modules_to_save`).
+    """
     forms = {
         method.name: form
         for method in graft.method.methods
         if (form := method.to_peft(graft.backbone, graft.name)) is not None
     }
-    others = {group.method for group in graft.labels.values() if group.role != "head"} - set(forms)
-    if len(forms) != 1 or others:  # a part alone would load without a word and give other outputs
+    others = {
+        n: p for n, p in graft.parameters.items()
+        if graft.labels[n].role != "head" and graft.labels[n].method not in forms
+    }  # fmt: skip
+    if len(forms) != 1:
         return None
     form = next(iter(forms.values()))
     tensors = dict(form.tensors)
+    if others and not _savable(graft, set(others), tensors):
+        return None  # a part alone would load without a word and give other outputs
     head = {n: p for n, p in graft.parameters.items() if n in graft.backbone.base_parameters}
     head = {n: p for n, p in head.items() if graft.labels[n].role == "head"}
     config = {
@@ -111,12 +119,31 @@ def _peft_form(graft: Graft) -> PeftForm | None:
         "task_type": _task_type(graft, bool(head)),
         "inference_mode": True,
     }
-    if head:
-        config["modules_to_save"] = _wholes(graft, set(head))
+    if head or others:
+        config["modules_to_save"] = sorted({*_wholes(graft, set(head)), *_wholes(graft, set(others))})
     # PEFT wraps the model once for what sits on modules, and not at all for what stands before the text
     wrapper = "base_model" if "prompt_embeddings" in tensors else "base_model.model"
-    tensors |= {f"{wrapper}.{name}": parameter for name, parameter in head.items()}
+    tensors |= {f"{wrapper}.{name}": parameter for name, parameter in (head | others).items()}
     return PeftForm(config, tensors)
+
+
+def _savable(graft: Graft, names: set[str], adapter: dict[str, Tensor]) -> bool:
+    """Whether PEFT can keep these base parameters beside an adapter: as copies of whole modules, which it finds by name."""
+    if "prompt_embeddings" in adapter or graft.statistics or not names <= set(graft.backbone.base_parameters):
+        return False
+    wholes = _wholes(graft, names)
+    modules = [name for name, _ in base_modules(graft.model)]
+    owners: dict[int, int] = {}
+    for _, parameter in graft.model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    inside = tuple(f"{name}." for name in wholes)
+    return (
+        all(wholes)
+        and {name for name in graft.backbone.base_parameters if name.startswith(inside)} == names
+        and all(owners[id(graft.parameters[name])] == 1 for name in names)  # a copy would part tied weights
+        and not any(module.endswith(f".{name}") for module in modules for name in wholes)
+        and not any(f"{name.removeprefix('base_model.model.')}.".startswith(inside) for name in adapter)
+    )
 
 
 def _wholes(graft: Graft, names: set[str]) -> list[str]:

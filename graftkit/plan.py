@@ -21,6 +21,7 @@ class Plan:
 
     `schedule`: where a method frees parameters one after another, how many are trained from which step on (from 1);
     `never_trained_parameters` are those for which the run ends too early. `trained_parameters` counts these too.
+    `warnings` are of methods that add more than what they stand beside.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Plan:
     groups: dict[str, int]
     schedule: list[dict[str, int]] = field(default_factory=list)
     never_trained_parameters: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -72,8 +74,43 @@ def make_plan(graft: Graft, *, rows: int, batch_size: int, steps_per_epoch: int,
     return Plan(
         str(graft.method), trained, total, weights, 4 * reached, 4 * OPTIMIZER_TENSORS * reached, rows, batch_size,
         steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
-        schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
+        schedule if len(schedule) > 1 or reached < trained else [], trained - reached, _oversized(graft),
     )  # fmt: skip
+
+
+def _oversized(graft: Graft) -> list[str]:
+    """What is said of methods that add more parameters than the modules at their sites, or the backbone, have."""
+    added: dict[str, dict[str, int]] = {}  # method -> name of the module -> parameters
+    for addition, module in graft.additions():
+        for name, parameter in module.named_parameters(prefix=addition):
+            group = graft.labels.get(name)
+            if group is not None and group.role == "added":
+                at = added.setdefault(group.method, {})
+                site = addition.rpartition(".")[0]
+                at[site] = at.get(site, 0) + parameter.numel()
+    sizes = {name: parameter.numel() for name, parameter in graft.model.named_parameters()}
+    own: dict[str, int] = {}
+    for name in graft.backbone.base_parameters:
+        owner = name.rpartition(".")[0]
+        own[owner] = own.get(owner, 0) + sizes.get(name, 0)
+    found = []
+    for method, at in added.items():
+        total, base = sum(at.values()), sum(own.values())
+        if total > base:
+            found.append(
+                f"{method}() adds {total:,} parameters, more than the {base:,} of the whole backbone; lower its size, or "
+                "use full(), which trains fewer"
+            )
+            continue
+        large = {site: count for site, count in at.items() if 0 < own.get(site, 0) < count}
+        if large:
+            site = next(iter(large))
+            found.append(
+                f"{method}() adds more parameters than the module itself has at {len(large):,} of {len(at):,} modules, "
+                f"such as {large[site]:,} beside the {own[site]:,} of {site!r}; lower its size, or use unfreeze() there, "
+                "which trains fewer"
+            )
+    return found
 
 
 def _count(graft: Graft, phase: Phase) -> int:

@@ -81,7 +81,16 @@ def test_in_python(folder):
         ("broken", "class (:\n", "line 1"),
         ("empty_byte", "a = 1\0\n", "null byte"),
         ("my-method", "@dataclass\nclass M(Method):\n    pass\n", "'my-method' is no name"),
-        ("clever", "@dataclass\nclass C(Method):\n    x: int = option(1 + f(), 'h')\n", "no plain value"),
+        (
+            "clever",
+            "@dataclass\nclass C(Method):\n    x: int = option(1 + f(), 'h')\n",
+            "line 3: '1 + f()' in option(...) is no plain value",
+        ),
+        (
+            "plain",
+            "class P(Method):\n    pass\n",
+            "line 1: P(Method) is no method yet; write @dataclass(frozen=True)",
+        ),
     ],
 )
 def test_files_that_cannot_be(folder, name, text, told):

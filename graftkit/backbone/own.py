@@ -97,6 +97,7 @@ def load_weights(module: nn.Module, path: Path, name: str, *, meta: bool = False
             }
             state = module.state_dict()
             _refuse_misfits(state, shapes, path, name)
+            _refuse_values(file, {key for key, _ in module.named_parameters()}, path)
             if not meta:
                 with torch.no_grad():
                     for key in shapes:
@@ -151,6 +152,20 @@ def _refuse_misfits(
             f"weights {str(path)!r} do not fit the module of {name!r}: {'; '.join(problems)}. Name the file that "
             "belongs to it, or mend the function."
         )
+
+
+def _refuse_values(file: Any, parameters: set[str], path: Path) -> None:
+    """Raise `UserError` for values that are no numbers, and for infinite parameters (a buffer may be a mask)."""
+    for key in file.keys():  # noqa: SIM118
+        tensor = file.get_tensor(key)
+        if (
+            tensor.is_floating_point()
+            and not (tensor.isfinite() if key in parameters else ~tensor.isnan()).all()
+        ):
+            raise UserError(
+                f"weights {str(path)!r}: {key!r} holds values that are not finite numbers (NaN or infinity), so the model "
+                "gives none; restore the file from a copy."
+            )
 
 
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:

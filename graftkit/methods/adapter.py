@@ -19,10 +19,10 @@ class Adapter(Method):
 
     Placements: 'houlsby' (Houlsby et al. 2019, 'Parameter-Efficient Transfer Learning for NLP', section 2.1): x = h at
     the output of attention and of the feed-forward part, behind the dropout where there is one and before the residual
-    sum and the norm; norms are trained too. 'pfeiffer' (Pfeiffer et al. 2021, 'AdapterFusion', appendix on the
-    architecture of adapters; AdapterHub's `seq_bn`): one behind the feed-forward part's residual sum; where a block
+    sum and the norm; norms are trained too. 'pfeiffer' (Pfeiffer et al. 2021, 'AdapterFusion';
+    AdapterHub's `seq_bn`): one behind the feed-forward part's residual sum; where a block
     ends in a norm, h = LN(sum), it gives LN(sum + change(h)) with the same norm. 'parallel' (He et al. 2022, 'Towards
-    a Unified View of Parameter-Efficient Transfer Learning', section 3.3): h is the output of the feed-forward part, x
+    a Unified View of Parameter-Efficient Transfer Learning'): h is the output of the feed-forward part, x
     its input, s = 4. A block of convolutions has one behind its last. Leaving out lower blocks by `sites` is
     AdapterDrop (Rücklé et al. 2021).
 

@@ -34,7 +34,7 @@ class AdapterFusion(Method):
     Parameters: 3 * width^2 for each place.
     """
 
-    grafts: tuple | None = option(None, "folders of the adapters' grafts, at least two")
+    grafts: tuple | None = option(None, "folders of the adapters' grafts or runs, at least two")
     adapters: tuple | None = option(
         None, "the adapters' forms, which a saved graft fills in; without grafts their values are random"
     )
@@ -145,11 +145,13 @@ def _fill(member: Bottleneck, text: str, place: Place, tensors: Tensors) -> None
 
 
 def _read(folder: Path, backbone: Backbone) -> tuple[Call, Tensors]:
-    """The form of the adapter in a graft folder, and its tensors. Raises `UserError` for other folders."""
+    """The form of the adapter in a graft folder, or in that of a run, and its tensors. Raises `UserError` for others."""
+    if not (folder / DESCRIPTION).is_file() and (folder / "graft" / DESCRIPTION).is_file():
+        folder = folder / "graft"
     if not (folder / DESCRIPTION).is_file():
         raise UserError(
-            f"adapter_fusion(): {str(folder)!r} is no graft folder (it has no {DESCRIPTION}); name the folder `graft` of a "
-            "run that was trained with adapter()."
+            f"adapter_fusion(): {str(folder)!r} is no graft folder (it has no {DESCRIPTION}); name the folder of a "
+            "run that was trained with adapter(), or `graft` in it."
         )
     description = read_json(folder / DESCRIPTION)
     try:

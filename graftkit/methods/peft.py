@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,61 +17,11 @@ from graftkit.catalogue import option
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
 from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, place
 from graftkit.methods.bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
+from graftkit.methods.peft_tuners import GROUPED, IDLE, OURS, RATE, RATES, defaults_of, kind_of, mappings
 from graftkit.methods.updates import peft_targets
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
-
-# tuners that are no methods here, and what to use instead
-REFUSED = {
-    "ADALORA": "moves its ranks by calls and a loss of PEFT's own model; use adalora()",
-    "ADAPTION_PROMPT": "puts an attention of its own in the place of Llama's; use prefix()",
-    "CARTRIDGE": "holds keys and values for a cache; use prefix()",
-    "CPT": "adds virtual tokens with a loss of their own; use prompt()",
-    "MULTITASK_PROMPT_TUNING": "adds virtual tokens for several tasks; use prompt()",
-    "POLY": "wants the number of a task with each row; use lora()",
-    "PREFIX_TUNING": "does not sit on modules; use prefix()",
-    "PROMPT_TUNING": "does not sit on modules; use prompt()",
-    "P_TUNING": "does not sit on modules; use ptuning()",
-    "SHADOW": "runs a second, smaller model beside the backbone; use adapter()",
-    "XLORA": "mixes adapters that were trained before; use lora()",
-}
-# fields of PEFT's configurations that are said in another way here
-OURS = {
-    **dict.fromkeys(
-        ("exclude_modules", "layers_pattern", "layers_to_transform", "target_parameters"),
-        "say which modules with sites=...",
-    ),
-    "bias": "use bitfit() beside it",
-    "layer_replication": "build the backbone with these layers",
-    "modules_to_save": "use head() or unfreeze() beside it",
-    "ensure_weight_tying": "use unfreeze('embeddings') beside it",
-    "trainable_token_indices": "use unfreeze('embeddings') beside it",
-    "use_asa": "it needs a call after each step",
-}
-IDLE = {  # fields that change nothing
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
-    "runtime_config", "task_type",
-}  # fmt: skip
-GROUPED = {"LILY"}  # shares matrices among the modules that one entry of target_modules names
-# learning rates; those that train coefficients of fixed matrices want more than those that train matrices
-RATE = 1e-3
-RATES = {"HIRA": 3e-3} | dict.fromkeys(
-    (
-        "C3A",
-        "FOURIERFT",
-        "FROD",
-        "IA3",
-        "PVERA",
-        "RANDLORA",
-        "TINYLORA",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-    ),
-    1e-2,
-)
 
 
 @dataclass(frozen=True)
@@ -95,7 +45,11 @@ class Peft(Method):
     options: dict | None = option(
         None, "fields of the tuner's configuration in PEFT, such as {'r': 8}; null means PEFT's defaults"
     )
-    sites: str = option("all-linear", "modules that are adapted, as a selection")
+    sites: str | None = option(
+        None,
+        "modules that are adapted, as a selection; null means all-linear, for 'ln_tuning' the norms and for "
+        "'trainable_tokens' the embeddings of the vocabulary",
+    )
     lr: float | None = option(
         None,
         "learning rate; null means 0.003 for 'hira', 0.01 for tuners of coefficients such as 'fourierft', else 0.001",
@@ -129,7 +83,8 @@ class Peft(Method):
                 return self.kind != "OFT"
             return is_linear(module) or is_norm(module) or isinstance(module, nn.Embedding)
 
-        sites = select(backbone, self.sites, usable, "modules that PEFT has layers for; use lora() there")
+        wanted = f"modules that PEFT has layers of {self.tuner!r} for; use lora() there"
+        sites = select(backbone, self._selection(backbone), usable, wanted)
         for site in sites:
             for parameter in site.module.parameters(recurse=False):
                 if not parameter.dtype.is_floating_point:
@@ -138,6 +93,16 @@ class Peft(Method):
                         f"stored as {parameter.dtype}; use lora() there."
                     )
         return sites
+
+    def _selection(self, backbone: Backbone) -> str:
+        if self.sites is not None:
+            return self.sites
+        if self.kind == "TRAINABLE_TOKENS":
+            find = getattr(backbone.model, "get_input_embeddings", None)
+            table = find() if find is not None else None
+            names = [site.name for site in backbone.sites if site.module is table]
+            return exactly(names) if names else "embeddings"
+        return "norms" if self.kind == "LN_TUNING" else "all-linear"
 
     def bridges(self, backbone: Backbone, graft: str) -> list[tuple[Site, Bridge]]:
         """What `attach` placed, with the site of each."""
@@ -160,7 +125,14 @@ class Peft(Method):
         labels = {name: group for name, p in backbone.model.named_parameters() if id(p) in trained}
         parameters = [backbone.model.get_parameter(name) for name in labels]
         if not any(parameter.numel() for parameter in parameters):
-            raise UserError(f"peft({self.tuner!r}) with these options trains nothing in {sites[0].name!r}.")
+            instead = "use lora()"
+            if self.kind == "TRAINABLE_TOKENS":
+                instead = (
+                    "name tokens by their ids, {'token_indices': [7, 11]}, or use unfreeze('embeddings')"
+                )
+            raise UserError(
+                f"peft({self.tuner!r}) with these options trains nothing in {sites[0].name!r}; {instead}."
+            )
         for parameter in parameters:
             parameter.data = parameter.data.float()
         return labels
@@ -204,9 +176,11 @@ class Peft(Method):
         holder = nn.Module()
         for site in sites:
             hang(holder, site.name, stand_in(site.module, own=True))
-        configs, tuners = _mappings()
+        configs, tuners = mappings()
         try:
-            tuner = tuners[self.kind](holder, {INSIDE: configs[self.kind](**options)}, INSIDE)
+            with warnings.catch_warnings():  # of a CUDA extension, which PEFT goes without
+                warnings.filterwarnings("ignore", module=r"peft\.tuners\.boft")
+                tuner = tuners[self.kind](holder, {INSIDE: configs[self.kind](**options)}, INSIDE)
             tuner._cast_adapter_dtype(INSIDE)
         except Exception as error:  # PEFT checks little: what wrong options run into can be anything
             what = first_line(error).rstrip(".!")
@@ -293,7 +267,7 @@ class Peft(Method):
         modules = list(dict.fromkeys(match[1] for match in taken if match[1]))
         if kind in GROUPED and targets != sorted({name.rpartition(".")[2] for name in modules}):
             options["target_modules"] = targets
-        sites = exactly(modules) if modules else _selection(reading, targets)
+        sites = exactly(modules) if modules else _named_by(reading, targets)
         arguments: dict[str, Any] = {"tuner": kind.lower(), "options": options or None, "sites": sites}
         try:
             cls(**arguments)
@@ -343,7 +317,7 @@ class Peft(Method):
         return unpacked
 
 
-def _selection(reading: PeftReading, targets: Any) -> str:
+def _named_by(reading: PeftReading, targets: Any) -> str:
     """The modules that a configuration names, where no key of a tensor does."""
     for name in ("exclude_modules", "layers_to_transform"):
         if reading.field(name):
@@ -353,44 +327,3 @@ def _selection(reading: PeftReading, targets: Any) -> str:
     if not isinstance(targets, list) or not targets:
         raise reading.error(f"target_modules is {targets!r}; it must name modules.")
     return rf"re:(.*\.)?({'|'.join(re.escape(str(name)) for name in targets)})"
-
-
-def _mappings() -> tuple[dict[str, Any], dict[str, Any]]:
-    """PEFT's configurations and models by the type of adapter."""
-    try:
-        from peft import mapping
-    except ImportError:
-        raise UserError("peft() needs PEFT, which is not installed: pip install peft") from None
-    configs = {kind.value: config for kind, config in mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    tuners = {kind.value: tuner for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()}
-    return configs, tuners
-
-
-def defaults_of(kind: str) -> dict[str, Any]:
-    """The fields of the configuration of a type of adapter, with their defaults."""
-    return {
-        field.name: field.default_factory()
-        if field.default_factory is not dataclasses.MISSING
-        else field.default
-        for field in dataclasses.fields(_mappings()[0][kind])
-    }
-
-
-def kind_of(tuner: str) -> str:
-    """PEFT's type of adapter of that name. Raises `UserError` where there is none, or where it is no method here."""
-    known = _mappings()[0]
-    from peft import PromptLearningConfig
-
-    plain = re.sub("[-_]", "", tuner).upper()
-    kind = next((kind for kind in known if kind.replace("_", "") == plain), None)
-    prompts = {kind for kind, config in known.items() if issubclass(config, PromptLearningConfig)}
-    if kind is None:
-        names = sorted(name.lower() for name in set(known) - set(REFUSED) - prompts)
-        raise UserError(
-            f"peft({tuner!r}): the installed PEFT has no such tuner (known: {listing(names, 60)}).{nearest(tuner, names)}"
-        )
-    if kind in REFUSED or kind in prompts:
-        raise UserError(
-            f"peft({tuner!r}) is no method here: {kind} {REFUSED.get(kind, 'does not sit on modules; use prefix()')}."
-        )
-    return kind

@@ -30,7 +30,8 @@ class Prompt(Method):
     (Jia et al. 2022, 'Visual Prompt Tuning', VPT-shallow). The text has that many positions less. What the model gives
     for the virtual tokens is cut off, so a head pools the text; the architecture's own head pools as it does in PEFT:
     on the first position of all where it takes the first, on the text's last token where it takes the last (PEFT on
-    the last position, be it padding).
+    the last position, be it padding). PEFT itself cuts nothing off: hidden states of this graft in PEFT begin with those
+    of the virtual tokens.
     `start`: 'random' draws from a normal distribution as wide as the embedding table, 'vocabulary' takes random rows
     of the table, 'text' the rows of the words of `text`, repeated or cut to `tokens`.
     When: the model is large and a graft has to be tiny; on small models it stays behind other methods.
@@ -43,13 +44,14 @@ class Prompt(Method):
     start: str = option(
         "random", "what the virtual tokens are at first", choices=("random", "vocabulary", "text")
     )
-    text: str = option("", "the text to start from, with start='text'")
+    text: str | None = option(None, "the text to start from, with start='text'")
     lr: float | None = option(None, "learning rate; null means 0.03", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
-        if (self.start == "text") != bool(self.text.strip()):
+        if (self.start == "text") != (self.text is not None) or not (self.text is None or self.text.strip()):
             raise UserError(
-                "prompt() starts from a text where both are given: prompt(start='text', text='Classify the question')."
+                "prompt() starts from a text, which must not be empty, where both are given: prompt(start='text', "
+                "text='Classify the question')."
             )
         entrance = find_entrance(backbone, self.name)
         name = f"prompt_{graft}"
@@ -89,7 +91,7 @@ class Prompt(Method):
         return (ids * math.ceil(self.tokens / len(ids)))[: self.tokens]
 
     def stored(self) -> Prompt:
-        return dataclasses.replace(self, start="random", text="") if self.start == "text" else self
+        return dataclasses.replace(self, start="random", text=None) if self.start == "text" else self
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(

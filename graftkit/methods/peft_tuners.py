@@ -1,0 +1,87 @@
+"""The tuners of an installed PEFT, and which of them are methods here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from graftkit.errors import UserError, listing, nearest
+
+# tuners that are no methods here, and what to use instead
+REFUSED = {
+    "ADALORA": "moves its ranks by calls and a loss of PEFT's own model; use adalora()",
+    "ADAPTION_PROMPT": "puts an attention of its own in the place of Llama's; use prefix()",
+    "CARTRIDGE": "holds keys and values for a cache; use prefix()",
+    "CPT": "adds virtual tokens with a loss of their own; use prompt()",
+    "MULTITASK_PROMPT_TUNING": "adds virtual tokens for several tasks; use prompt()",
+    "POLY": "wants the number of a task with each row; use lora()",
+    "PREFIX_TUNING": "does not sit on modules; use prefix()",
+    "PROMPT_TUNING": "does not sit on modules; use prompt()",
+    "P_TUNING": "does not sit on modules; use ptuning()",
+    "SHADOW": "runs a second, smaller model beside the backbone; use adapter()",
+    "XLORA": "mixes adapters that were trained before; use lora()",
+}
+# fields of PEFT's configurations that are said in another way here
+OURS = {
+    **dict.fromkeys(
+        ("exclude_modules", "layers_pattern", "layers_to_transform", "target_parameters"),
+        "say which modules with sites=...",
+    ),
+    "bias": "use bitfit() beside it",
+    "layer_replication": "build the backbone with these layers",
+    "modules_to_save": "use head() or unfreeze() beside it",
+    "ensure_weight_tying": "use unfreeze('embeddings') beside it",
+    "trainable_token_indices": "use unfreeze('embeddings') beside it",
+    "use_asa": "it needs a call after each step",
+}
+IDLE = {  # fields that change nothing
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+    "runtime_config", "task_type",
+}  # fmt: skip
+GROUPED = {"LILY"}  # shares matrices among the modules that one entry of target_modules names
+# learning rates; those that train coefficients of fixed matrices want more than those that train matrices
+RATE = 1e-3
+COEFFICIENTS = "C3A FOURIERFT FROD IA3 PVERA RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT"
+RATES = {"HIRA": 3e-3} | dict.fromkeys(COEFFICIENTS.split(), 1e-2)
+
+
+def mappings() -> tuple[dict[str, Any], dict[str, Any]]:
+    """PEFT's configurations and models by the type of adapter."""
+    try:
+        from peft import mapping
+    except ImportError:
+        raise UserError("peft() needs PEFT, which is not installed: pip install peft") from None
+    configs = {kind.value: config for kind, config in mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    tuners = {kind.value: tuner for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    return configs, tuners
+
+
+def defaults_of(kind: str) -> dict[str, Any]:
+    """The fields of the configuration of a type of adapter, with their defaults."""
+    return {
+        field.name: field.default_factory()
+        if field.default_factory is not dataclasses.MISSING
+        else field.default
+        for field in dataclasses.fields(mappings()[0][kind])
+    }
+
+
+def kind_of(tuner: str) -> str:
+    """PEFT's type of adapter of that name. Raises `UserError` where there is none, or where it is no method here."""
+    known = mappings()[0]
+    from peft import PromptLearningConfig
+
+    plain = re.sub("[-_]", "", tuner).upper()
+    kind = next((kind for kind in known if kind.replace("_", "") == plain), None)
+    prompts = {kind for kind, config in known.items() if issubclass(config, PromptLearningConfig)}
+    if kind is None:
+        names = sorted(name.lower() for name in set(known) - set(REFUSED) - prompts)
+        raise UserError(
+            f"peft({tuner!r}): the installed PEFT has no such tuner (known: {listing(names, 60)}).{nearest(tuner, names)}"
+        )
+    if kind in REFUSED or kind in prompts:
+        raise UserError(
+            f"peft({tuner!r}) is no method here: {kind} {REFUSED.get(kind, 'does not sit on modules; use prefix()')}."
+        )
+    return kind
