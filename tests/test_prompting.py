@@ -188,6 +188,36 @@ def test_calibration_divides_by_the_probabilities_without_content(backbones, kin
     assert torch.allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "spaces"])
+@pytest.mark.parametrize(
+    "template", ["{text} is {label}", "my {text}\nis:{label}", "{text} {label}", "{text}\n{label}."]
+)
+def test_tokens_are_those_of_the_whole_text(backbones, monkeypatch, kind, template):
+    """Tokens with the space before a word in them, as GPT-2 and as SentencePiece have them; words of several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False) if kind == "bytes" else pre_tokenizers.Metaspace()
+    )
+    tokenizer.decoder = decoders.ByteLevel() if kind == "bytes" else decoders.Metaspace()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else list("\n:.")
+    texts = [row["text"] for row in make_rows(60, 5)] + ["is is", "N/A"]
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="N")
+    monkeypatch.setattr(backbones["causal"], "processor", whole)
+    words = {"fruit": "grapes", "tool": "hammer drill"}
+    task, examples = resolved(make_rows(6, 3), template=template, words=words)
+    dataset = task.dataset(examples, backbones["causal"], 64)
+    for row, prompt in zip(make_rows(6, 3), dataset.prompts):
+        for label, tokens in zip(words, dataset.asking.words):
+            text = template.partition("{label}")[0].format(text=row["text"]) + words[label]
+            assert [*prompt.ids[0], *tokens] == whole(text)["input_ids"]
+
+
 def test_a_mask_in_a_text_is_not_the_answer(backbones):
     rows = [{"text": "the [MASK] saw", "label": "tool"}, {"text": "the plum", "label": "fruit"}]
     task, examples = resolved(rows, template="{text} is {label} and [PAD] here", words=ONE)

@@ -57,7 +57,9 @@ class Asking:
 
     def _tokens(self, label: str, word: str) -> tuple[int, ...]:
         """The ids of a word where it stands in the prompt: with the space before it, if there is one."""
-        lead = self.template.lead or "a "
+        lead = self.template.lead
+        if self.template.before and not lead.strip():
+            lead = f"a{lead or ' '}"  # some word, as the text would be
         before = lead.rstrip(" ")
         start = self._ids(before) if before else []
         whole = self._ids(lead + word)
