@@ -313,13 +313,14 @@ def _golds_of(dataset: Dataset) -> list[list[str]]:
 
 def read_gold(table: Table, columns: dict[str, str], row: int) -> Gold:
     """The right answers of a row, each where it stands. Raises `ValueError` that says what is wrong."""
+
+    def cell(name: str | None) -> Any:
+        return table.columns[name][row] if name in table.columns else None
+
+    impossible = str(cell("is_impossible")).strip().lower() in ("true", "1", "1.0")
     start = next((name for name in STARTS if name in table.columns), None)
-    said = table.columns.get("is_impossible", [None] * len(table))[row]
-    impossible = str(said).strip().lower() in ("true", "1", "1.0")
-    answers = read_answers(
-        table.columns[columns["answers"]][row], table.columns[start][row] if start else None, impossible
-    )
-    context = str(table.columns[columns["context"]][row])
+    answers = read_answers(cell(columns["answers"]), cell(start), impossible)
+    context = str(cell(columns["context"]))
     located = [locate(context, text, begin) for text, begin in answers]
     return Gold(tuple((text, begin) for text, begin, _ in located), sum(moved for *_, moved in located))
 
