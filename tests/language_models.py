@@ -21,12 +21,18 @@ SIZES = {
              "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "max_position_embeddings": 96,
              "decoder_start_token_id": EOS, "forced_eos_token_id": None},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "mistral": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "intermediate_size": 48, "max_position_embeddings": 96, "sliding_window": 5},
+    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+            "word_embed_proj_dim": 32, "max_position_embeddings": 96},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "gemma2": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 96, "final_logit_softcapping": 3.0},
 }  # fmt: skip
 CLASSES = {
     "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "t5": "T5ForConditionalGeneration",
-    "bart": "BartForConditionalGeneration", "mamba": "MambaForCausalLM", "gemma2": "Gemma2ForCausalLM",
+    "bart": "BartForConditionalGeneration", "mamba": "MambaForCausalLM", "opt": "OPTForCausalLM",
+    "bloom": "BloomForCausalLM", "mistral": "MistralForCausalLM", "gemma2": "Gemma2ForCausalLM",
 }  # fmt: skip
 COLOURS = {"grass": "green", "snow": "white", "blood": "red", "coal": "black", "the sea": "blue"}
 

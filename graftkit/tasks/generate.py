@@ -177,6 +177,12 @@ class Generate(Task):
 
     # what the model sees
 
+    def settle(self, backbone: Backbone) -> None:
+        """A template that the recipe names becomes the tokenizer's, and goes with it into an export."""
+        tokenizer = backbone.processor
+        if self.template is not None and hasattr(tokenizer, "chat_template"):
+            tokenizer.chat_template = Template(tokenizer, self.template, backbone.source).text
+
     def dataset(
         self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
     ) -> Dataset:
