@@ -55,7 +55,7 @@ def test_generated_pages_are_up_to_date() -> None:
 def test_examples_are_valid_recipes(path: Path) -> None:
     made = recipe.make(recipe.read(path), str(path))
     for data in (made.data.train, made.data.test):
-        if data is not None and "/" in data:
+        if data is not None and data.startswith("graftkit/"):  # others are not part of the project
             assert (ROOT / data).is_file()
 
 
