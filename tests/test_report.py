@@ -14,6 +14,16 @@ def test_mistakes_in_words():
         "loss": 1.5,
     }
     assert mistake(row) == ("a/b.csv, line 3", "a long text", "x, y", "nothing")
+    of_span = {
+        "where": "q 1",
+        "id": "7",
+        "question": "who?",
+        "expected": "x",
+        "answer": "y",
+        "f1": 0.5,
+        "loss": 1.0,
+    }
+    assert mistake(of_span)[1] == "who?"
     long = mistake({"where": "w", "text": "x" * 500, "expected": None, "answer": {"label": "z"}})
     assert len(long[1]) == 120 and long[1].endswith("...") and long[2:] == ("nothing", "z")
 

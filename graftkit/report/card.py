@@ -99,7 +99,7 @@ graft = graftkit.load(model, {result["run"] + "/graft"!r})
 _MOST_WRONG = """
 ## Most wrong
 
-The examples with the largest loss.
+Examples whose answers were furthest from what was expected.
 
 | where | example | expected | answer | loss |
 | --- | --- | --- | --- | --- |

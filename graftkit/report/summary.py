@@ -69,7 +69,9 @@ def statistics_lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     """What a task says of one part of the data, in words."""
     lengths = part["lengths"]
     unit = lengths["unit"]
-    text = f"{count(lengths['sum'])} {unit}, {lengths['mean']:.1f} a row, longest {count(lengths['longest'])}"
+    text = f"{count(lengths['sum'])} {unit}"
+    if lengths["longest"] > 1:  # else a row is one image
+        text += f", {lengths['mean']:.1f} a row, longest {count(lengths['longest'])}"
     lines = [("rows", count(part["rows"])), ("sizes", text)]
     if part["truncated"]:
         lines.append(("truncated", f"{count(part['truncated'])} row{'s' * (part['truncated'] != 1)}"))
@@ -209,13 +211,14 @@ def show_worst(console: Console, worst: list[dict[str, Any]]) -> None:
         console.heading("Most wrong")
         for row in worst[:HARDEST]:
             where, asked, expected, answer = mistake(row)
-            console.line(f"  {where.rpartition('/')[2]}: {asked}")
+            console.line(f"  {asked}" if where == asked else f"  {where.rpartition('/')[2]}: {asked}")
             console.line(f"    expected {expected}, answered {answer}")
 
 
 def mistake(row: dict[str, Any]) -> tuple[str, str, str, str]:
     """Where an example stands, what was asked, what should have come, and what came."""
-    asked = [_said(value) for key, value in row.items() if key not in ("where", "expected", "answer", "loss")]
+    aside = ("where", "id", "expected", "answer", "loss")
+    asked = [_said(value) for key, value in row.items() if key not in aside and not isinstance(value, float)]
     return (
         row["where"],
         _short(" | ".join(filter(None, asked)), 120),
@@ -267,7 +270,7 @@ def _metric_lines(name: str, metrics: dict[str, Any], headline: Sequence[str]) -
             text += f" (95% interval {interval[0]:.4f} to {interval[1]:.4f}, {count(metrics['rows'])} rows)"
         lines.append((f"{name} {title(figure)}".strip(), text))
     by_class = metrics.get("per_class", {})
-    worst = sorted((m["f1"], label) for label, m in by_class.items() if m["rows"])[:HARDEST]
+    worst = sorted((m["f1"], label) for label, m in by_class.items() if m["rows"] and m["f1"] < 1)[:HARDEST]
     if worst:
         lines.append(("hardest", ", ".join(f"{label} (F1 {f1:.2f})" for f1, label in worst)))
     return lines
