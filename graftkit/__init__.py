@@ -53,7 +53,7 @@ def _methods() -> dict[str, Any]:
 def __getattr__(name: str) -> Any:
     if name in _FRONT:
         return getattr(importlib.import_module(_FRONT[name]), name)
-    method = _methods().get(name)
+    method = _methods().get(name) if name[:1].isupper() else None  # modules are asked for here too
     if method is None:
         raise AttributeError(f"module 'graftkit' has no attribute {name!r}")
     return method.load()
