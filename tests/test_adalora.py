@@ -144,6 +144,20 @@ def test_triplets_that_were_cut_last_stay_zero():
     assert kept(graft) == last
 
 
+def test_peft_reads_what_was_cut_as_zeros(tmp_path):
+    """And with the same scale: in PEFT too it is that of the rank before the cuts."""
+    peft = pytest.importorskip("peft")
+    graft = attach(tiny.bare("bert"), "adalora(rank=4, target_rank=1, warmup_steps=2, final_steps=6)")
+    train(graft, 14)
+    assert not all(all(row) for row in kept(graft).values())
+    graft.save(tmp_path)
+    graft.model.eval()
+    wanted = tiny.outputs(graft.model)
+    assert tiny.relative(wanted, tiny.outputs(tiny.bare("bert"))) > 1e-3
+    theirs = peft.PeftModel.from_pretrained(tiny.bare("bert"), str(tmp_path)).eval()
+    assert tiny.relative(tiny.outputs(theirs), wanted) < 1e-5
+
+
 def test_without_the_call_the_rank_stays():
     graft = attach(tiny.bare("bert"), "adalora(rank=4, target_rank=1)")
     optimizer = torch.optim.AdamW(graft.param_groups(lr=1e-2))

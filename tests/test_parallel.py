@@ -38,7 +38,14 @@ def still_bert(tiny_bert: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["lora(rank=4) + head()", "adalora(rank=4, target_rank=2) + head()"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora(rank=4) + head()",
+        "adalora(rank=4, target_rank=2) + head()",
+        "gradual_unfreeze(2, 'steps', lr=0.001) + head()",
+    ],
+)
 def test_two_processes_equal_one_that_accumulates(tmp_path, still_bert, rows_folder, command, method):
     together, alone = tmp_path / "together", tmp_path / "alone"
     done = launch(*tune_words(still_bert, rows_folder, together, *SETTINGS, method=method), "--json")

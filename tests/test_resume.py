@@ -27,6 +27,8 @@ CASES = {
     "adalora": ("adalora(rank=4, target_rank=2, dropout=0.1) + head()", ["train.steps=9"]),
     "vera": ("vera(rank=8, seed=3) + head()", ["train.steps=7"]),
     "prefix": ("prefix(tokens=3, hidden=8) + head(pooling='cls')", ["train.steps=7"]),
+    "prompt": ("prompt(tokens=3) + head(pooling='cls')", ["train.steps=7"]),
+    "peft": ("peft('hra', {'r': 4}) + head()", ["train.steps=7"]),
     "best": (
         "full(lr=0.02) + head(lr=0.1)",
         ["train.steps=40", "train.early_stopping=3", "train.evaluate_every=2", "train.schedule=constant"],
@@ -190,7 +192,10 @@ def test_killed_again_and_again_at_any_moment(uninterrupted, tiny_bert, rows_fol
     assert_same(run, uninterrupted("lora"))
 
 
-def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path):
+@pytest.mark.parametrize("case", ["lora", "prompt", "peft"])
+def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path, case):
+    if case == "peft":
+        pytest.importorskip("peft")
     run = tmp_path / "run"
 
     def work():
@@ -208,14 +213,14 @@ def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path):
         main(words)
 
     words = [
-        w for w in words_of(tiny_bert, rows_folder, run, "lora") if not w.startswith("train.checkpoint_every")
+        w for w in words_of(tiny_bert, rows_folder, run, case) if not w.startswith("train.checkpoint_every")
     ]
     stopped = forked(work)
     assert stopped.status == 130 and "Traceback" not in stopped.err
     assert "the checkpoint is written" in stopped.err and f"graftkit tune --resume {run}" in stopped.err
     assert [path.name for path in (run / "checkpoints").glob("step*")] == ["step-00000004.safetensors"]
     resume(run)
-    assert_same(run, uninterrupted("lora"))
+    assert_same(run, uninterrupted(case))
 
 
 @pytest.mark.parametrize("moment", ["make_forward", "model_card"])

@@ -137,7 +137,8 @@ class AdaLoRA(UpdateMethod):
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         """PEFT has it for linear maps and convolutions in two dimensions and one group.
 
-        Matrices are written with all of their `rank` triplets, those that were cut with a singular value of zero.
+        Matrices are written with all of their `rank` triplets, those that were cut with a singular value of zero. PEFT's
+        `rank_pattern` would leave these out of the file and keep the scale, so the outputs are the same.
         """
         targets = self.targets(backbone)
         tensors = {}
