@@ -384,6 +384,13 @@ def test_a_run_remembers_its_examples(folders, tmp_path):
     assert len(json.loads((run.path / "graft" / "graft.json").read_text())["task"].split("fruit")) > 2
 
 
+def test_an_encoder_with_a_decoder_is_refused(backbones, monkeypatch):
+    task, examples = resolved(make_rows(8), words=ONE)
+    monkeypatch.setattr(backbones["masked"].model.config, "is_encoder_decoder", True)
+    with pytest.raises(UserError, match="has an encoder and a decoder"):
+        task.dataset(examples, backbones["masked"], 64)
+
+
 def test_a_method_is_refused():
     with pytest.raises(UserError, match="trains nothing; leave the method out"):
         recipes.make({"model": "m", "task": "prompting()", "method": "lora()", "data": {"train": "t.csv"}})

@@ -1,7 +1,7 @@
 """Chinese pairs of sentences, of one meaning or not: MiniLM with its English vocabulary, and a small BERT of our own.
 
-MiniLM's tokenizer knows few Chinese characters, and what it does not know becomes one [UNK] (`unknown_to_minilm` below
-measures it). The other backbone is a BERT of 3 blocks and width 128 with a vocabulary of characters, pre-trained here on
+MiniLM's tokenizer knows few Chinese characters, and each one that it does not know becomes [UNK]: 72% of the test file's
+characters, and in 13% of its sentences all of them (`unknown_to_minilm` measures it). The other backbone is a BERT of 2 blocks and width 128 with a vocabulary of characters, pre-trained here on
 masked characters and on whether two sentences stand together, as Devlin et al. 2019 have it. Its texts are the pairs of
 bustm's unlabelled, training and evaluation files, without labels, and couplets of Tang poems; of the test file it sees
 nothing.
@@ -20,7 +20,10 @@ import time
 from pathlib import Path
 
 TITLE = "bustm: Chinese pairs of sentences, 160 training rows, test_public"
-BACKBONE = "MiniLM, and a BERT of 3 blocks and width 128 pre-trained here on the Chinese text there"
+BACKBONE = (
+    "MiniLM, whose English vocabulary lacks 72% of the characters of the test file (13% of its sentences have none that it "
+    "knows), and a BERT of 2 blocks and width 128 pre-trained here on the Chinese text there"
+)
 METRIC = "accuracy"
 BAR = "better than the majority class (0.5)"
 
@@ -48,7 +51,7 @@ METHODS = {
     "full": "full(lr=0.0003) + head(pooling='own', lr=0.0003)",
 }
 TRAIN = {"epochs": 12.0, "batch_size": 16, "precision": "fp32"}
-WIDTH, BLOCKS, STEPS, BATCH, RATE, LENGTH = 128, 3, 2000, 64, 1e-3, 48
+WIDTH, BLOCKS, STEPS, BATCH, RATE, LENGTH = 128, 2, 3000, 64, 1e-3, 48
 
 
 def read(path: Path) -> list[dict]:
@@ -153,7 +156,7 @@ def pretrain(data: Path, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 500 == 499:
+        if step % 250 == 249:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
     model.eval().save_pretrained(folder / "model")
 
