@@ -91,7 +91,7 @@ def checks(model: Path, run: Path, test: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
-    tokenizer, task, alone, forward = loaded(model, run / "graft", test, "generate()", CHECKED)
+    tokenizer, _, alone, forward = loaded(model, run / "graft", test, "generate()", CHECKED)
     answers = [str(text) for text in alone.examples.targets]
     found = [tokenizer.decode(ids[mask]) for ids, mask in zip(alone.ids, alone.learned)]
     right = float(np.mean([text == f"{answer}</s>" for text, answer in zip(found, answers)]))
