@@ -43,12 +43,14 @@ app = typer.Typer(
 )
 
 
-def _methods_help() -> str:
+def _help(family: str) -> str:
+    """A line for each method or task."""
     from graftkit.catalogue import entries
 
-    lines = ["Methods, joined by '+' (`graftkit methods NAME` says more):", "", "\b"]
-    names = entries("method")
+    title = {"method": "Methods, joined by '+'", "task": "Tasks"}[family]
+    names = entries(family)
     width = max(map(len, names))
+    lines = [f"{title} (`graftkit {family}s NAME` says more):", "", "\b"]
     lines += [f"{name:<{width}}  {entry.summary}" for name, entry in names.items()]
     return "\n".join(lines)
 
@@ -125,17 +127,32 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """Say what methods there are, and what one of them does."""
+    _tell("method", name, as_json)
+
+
+@app.command()
+def tasks(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one task, in full")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what tasks there are, and what one of them learns."""
+    _tell("task", name, as_json)
+
+
+def _tell(family: str, name: str | None, as_json: bool) -> None:
+    """All entries of a family, or one of them in full."""
     from graftkit.catalogue import entries, parse
 
-    known = entries("method")
+    known = entries(family)
     if name is not None:
-        known = {name: known[parse(name, "method")[0].name]}
+        name = parse(name.replace("-", "_"), family)[0].name
+        known = {name: known[name]}
     if as_json:
         about = {n: {"docstring": e.docstring, "options": {o.name: o.default for o in e.options.values()}}
                  for n, e in known.items()}  # fmt: skip
         emit(True, about)
     elif name is None:
-        typer.echo(_methods_help().replace("\b\n", ""))
+        typer.echo(_help(family).replace("\b\n", ""))
     else:
         options = [f"  {o.name} = {o.default!r}  {o.help}" for o in known[name].options.values()]
         typer.echo("\n".join([name, "", known[name].docstring, "", "Options:", *(options or ["  none"])]))
@@ -161,7 +178,8 @@ def recipe(
         return
     for key, description in recipes.keys().items():
         print(f"{key:<24} {description}")
-    print("\n" + _methods_help().replace("\b\n", ""))
+    for family in ("task", "method"):
+        print("\n" + _help(family).replace("\b\n", ""))
 
 
 @app.command()
@@ -182,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     tune_command = next(c for c in app.registered_commands if c.callback is tune)
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["tune"] and "--help" in words:
-        tune_command.epilog = _methods_help()
+        tune_command.epilog = _help("method")
     as_json = "--json" in words
     try:
         result = app(args=arguments, standalone_mode=False)

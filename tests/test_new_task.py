@@ -50,6 +50,11 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
+def test_the_command_line_knows_it(folder):
+    assert "similar" in run("tasks").stdout and "fitted by squared error" in run("tasks", "similar").stdout
+    assert "Did you mean 'similar'" in run("tasks", "similer").stderr
+
+
 def test_it_trains_answers_and_evaluates(folder, pairs, tiny_bert, tmp_path):
     words = ["--model", str(tiny_bert), "--task", "similar", "--train", str(pairs), "train.epochs=6"]
     words += [
@@ -69,7 +74,6 @@ def test_it_trains_answers_and_evaluates(folder, pairs, tiny_bert, tmp_path):
     assert found["metrics"]["rows"] == 48 and np.isfinite(found["metrics"]["loss"])
     lines = run("predict", str(tmp_path / "run"), "--data", str(pairs)).stdout.splitlines()
     assert len(lines) == 48 and all(re.match(r"-?\d\.\d{3}\t", line) for line in lines)
-    assert "label smoothing" not in done.stderr
 
 
 def test_its_cosines_are_those_of_the_model(folder, pairs, tiny_bert, tmp_path):
