@@ -272,7 +272,7 @@ def test_a_pickle_under_the_name(folder):
         ({"method": "lora(rank=2, sites='q') + head(classes=3, pooling='mean')"}, "unexpected "),
         ({"method": "bitfit() + unfreeze(sites='norms')"}, "both claim"),
         ({"method": "peft('hra')"}, "missing "),
-        ({"method": ""}, "cannot be read"),
+        ({"method": ""}, "unexpected "),
         ({"method": "lora() + " * 3000 + "lora()"}, "cannot be read"),
         ({"tensors": {}}, "missing "),
         ({"missing": "pooler"}, "not as written"),
