@@ -5,7 +5,8 @@ the mean square of the last states. Both sides hold the same adapter (ours, writ
 give the same loss. PEFT has no bottleneck adapters: ours stand beside modules that wrap the same places, written out
 here. Time: the two sides in turn, step by step, in one process. Memory: what the peak of a step lies above the
 resident model, each side in a process of its own, freed memory given back at once.
-The whole measurement, all 12 layers, is written to bench/results/speed_methods.json and docs/speed.md.
+The whole measurement, all 12 layers, is written to bench/results/speed_methods.json and docs/speed.md; a row that is in
+that file is not measured again, so that an interrupted measurement goes on.
 Usage: python bench/speed_methods.py [steps [threads [layers]]]
 """
 
@@ -180,9 +181,13 @@ def status(key: str) -> int:
 
 def main() -> None:
     steps, threads, layers = ([int(a) for a in sys.argv[1:]] + [15, 2, LAYERS][len(sys.argv) - 1 :])[:3]
-    rows = []
+    path = ROOT / "bench" / "results" / "speed_methods.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if layers == LAYERS and path.exists() else []
+    result: dict = {"steps": steps, "machine": "", "rows": kept}
     for name in MODELS:
         for method, text in METHODS.items():
+            if any((row["model"], row["method"]) == (name, method) for row in kept):
+                continue
             what = {"name": name, "layers": layers, "text": text, "threads": threads}
             timed = child(__file__, {"function": "measure_time", **what, "steps": steps})
             os.environ.update(GIVES_BACK)
@@ -193,14 +198,18 @@ def main() -> None:
             for key in GIVES_BACK:
                 del os.environ[key]
             seconds = {side: statistics.median(timed[side]) for side in ("ours", "theirs")}
-            rows.append({"model": name, "method": method, "seconds": seconds, "memory": memory,
-                         "peer": "wrapped modules" if method == "adapter" else "PEFT"})  # fmt: skip
-            print(line(rows[-1]), flush=True)
-    result = {"steps": steps, "machine": timed["machine"], "rows": rows}
+            peer = "wrapped modules" if method == "adapter" else "PEFT"
+            result["rows"].append(
+                {"model": name, "method": method, "seconds": seconds, "memory": memory, "peer": peer}
+            )
+            result["machine"] = timed["machine"]
+            print(line(result["rows"][-1]), flush=True)
+            if layers == LAYERS:
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if not result["machine"]:
+        result["machine"] = machine()
     print("\n" + table(result))
-    if layers == LAYERS:
-        path = ROOT / "bench" / "results" / "speed_methods.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if layers == LAYERS and len(result["rows"]) == len(MODELS) * len(METHODS):
         write_section(result)
 
 
