@@ -21,7 +21,7 @@ from graftkit.backbone.weights import (
     input_of,
     look_up,
     mix_channels,
-    narrow,
+    multiply,
 )
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Group, Labels, PeftForm, new_parameter
@@ -241,7 +241,7 @@ class LowRank(Update):
         if self.kind == "embedding":
             return look_up(site, x, A.T)
         if self.kind != "conv":
-            return narrow(x, A)
+            return multiply(x, A)
         if self.plain_conv:
             return correlate(x, A, site.stride, site.padding)
         return convolve(site, x, A, groups=1)
