@@ -62,6 +62,7 @@ ALL_ROWS |= {
     "unfreeze": ("unfreeze() + head()", 2),
     "gradual_unfreeze": ("gradual_unfreeze() + head()", 2),
     "full": ("full() + head()", 2),
+    "galore": ("galore() + head()", 2),
     "freeze": ("full() + freeze('embeddings') + head()", 2),
     "layerwise_lr": ("full() + layerwise_lr() + head()", 2),
 }

@@ -181,7 +181,7 @@ def status(key: str) -> int:
 
 
 def main() -> None:
-    steps, threads, layers = ([int(a) for a in sys.argv[1:]] + [21, 2, LAYERS][len(sys.argv) - 1 :])[:3]
+    steps, threads, layers = ([int(a) for a in sys.argv[1:]] + [11, 2, LAYERS][len(sys.argv) - 1 :])[:3]
     path = ROOT / "bench" / "results" / "speed_methods.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if layers == LAYERS and path.exists() else []
     result: dict = {"steps": steps, "machine": "", "rows": kept}

@@ -118,11 +118,19 @@ class Graft:
         """Groups for a torch optimizer, one for each combination of rate and decay.
 
         `lr` replaces the rate of every method whose options do not name one. Norms and biases (one
-        dimension) are not decayed.
+        dimension) are not decayed. `optimizer` makes one of them, which galore() needs.
         """
         from graftkit.optim.groups import param_groups
 
         return param_groups(self.parameters, self.labels, lr, weight_decay)
+
+    def optimizer(
+        self, lr: float | None = None, weight_decay: float = 0.01, fused: bool = False
+    ) -> torch.optim.Optimizer:
+        """AdamW over `param_groups`, with whatever a method asks of it: galore() is in the optimizer alone."""
+        from graftkit.optim.groups import make_optimizer
+
+        return make_optimizer(self.param_groups(lr, weight_decay), fused)
 
     def labels_at(self, step: int, epoch: float) -> Labels:
         """The labels of what is trained in a step (from 0) of an epoch (step / steps an epoch): all, for most methods.

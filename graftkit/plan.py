@@ -11,8 +11,7 @@ import torch
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
 from graftkit.graft import Graft
-
-OPTIMIZER_TENSORS = 2  # AdamW keeps two moments of each trained parameter, in fp32
+from graftkit.optim.groups import state_numbers
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def make_plan(graft: Graft, *, rows: int, batch_size: int, steps_per_epoch: int,
     ]
     reached = schedule[-1]["trained_parameters"] if schedule else trained
     return Plan(
-        str(graft.method), trained, total, weights, 4 * reached, 4 * OPTIMIZER_TENSORS * reached, rows, batch_size,
+        str(graft.method), trained, total, weights, 4 * reached, 4 * _optimizer_numbers(graft, phases), rows, batch_size,
         steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached, _oversized(graft),
     )  # fmt: skip
@@ -111,6 +110,12 @@ def _oversized(graft: Graft) -> list[str]:
                 "which trains fewer"
             )
     return found
+
+
+def _optimizer_numbers(graft: Graft, phases: Sequence[Phase]) -> int:
+    """What the optimizer keeps, in fp32, of what is trained in the last phase."""
+    labels = phases[-1].labels if phases else graft.labels
+    return sum(state_numbers(p, labels[name]) for name, p in graft.parameters.items() if name in labels)
 
 
 def _count(graft: Graft, phase: Phase) -> int:

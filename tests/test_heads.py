@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import transformers
 from shaken import ALL_KINDS, message, shaken
 from torch.nn import functional as F
 
 import graftkit
 from graftkit import Backbone, attach, load
+from graftkit.backbone.load import find_source, load_backbone
 
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 
@@ -195,3 +197,22 @@ def test_no_head_for_each_token_of_maps():
 
     told = message(zoo.BY_NAME["resnet"].fresh(), "head(classes=2, pooling='tokens')")
     assert "takes tokens, but" in told and "feature maps" in told
+
+
+def test_a_trained_head_that_knows_the_labels_in_another_order_answers_in_the_order_of_the_task(
+    tiny_bert, tmp_path
+):
+    """Heads for inference, say, are trained as entailment, neutral, contradiction; labels of a run are sorted."""
+    known = ["entailment", "neutral", "contradiction"]
+    model = tiny.with_head("bert", id2label=dict(enumerate(known)), vocab_size=200)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    for folder in (tmp_path / "model", tmp_path / "other"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    wanted = sorted(known)
+    for labels in (wanted, ["a", "b", "c"]):  # names it does not know: nothing is moved
+        source = find_source(str(tmp_path / "model"))
+        backbone = load_backbone(source, "AutoModelForSequenceClassification", labels=labels)
+        given = backbone.model(torch.tensor([[2, 7, 9]])).logits
+        places = [known.index(label) for label in labels] if labels == wanted else [0, 1, 2]
+        torch.testing.assert_close(given, model(torch.tensor([[2, 7, 9]])).logits[:, places])

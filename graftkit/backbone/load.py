@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from graftkit.backbone import quantized
+from graftkit.backbone.anatomy import is_map
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.own import call, load_weights
 from graftkit.backbone.parts import find_sites
@@ -186,6 +187,7 @@ def load_backbone(
         processor = _processor(source.folder)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(f"model {source.name!r} cannot be read: {first_line(error)}") from None
+    known = [name for _, name in sorted(config.id2label.items())] if labels is not None else []
     if labels is not None:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
@@ -209,6 +211,8 @@ def load_backbone(
     model.eval()
     length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None
     backbone = Backbone(model, processor, source.name, pooling_of(source.folder), length, missing=missing)
+    if labels is not None and not meta:
+        _reorder_head(backbone, known, labels)
     pools = native is not None and "SequenceClassification" in native
     if pools and tokenizer is not None and tokenizer.pad_token_id is None and backbone.is_decoder:
         raise UserError(
@@ -232,6 +236,19 @@ def _read_model(
     quantized.keep_gradients(model)
     misshapen = {entry[0] for entry in info["mismatched_keys"]}
     return model, tuple(sorted({*info["missing_keys"], *misshapen}))
+
+
+def _reorder_head(backbone: Backbone, known: Sequence[str], labels: Sequence[str]) -> None:
+    """Where the trained head knows the same labels in another order, put its outputs into the order of `labels`."""
+    if list(known) == list(labels) or sorted(known) != sorted(labels) or len(set(known)) != len(known):
+        return
+    maps = [site for site in backbone.sites if site.role == "head" and is_map(site.module)]
+    order = torch.tensor([list(known).index(label) for label in labels])
+    for site in maps[-1:]:
+        for name, parameter in site.module.named_parameters(recurse=False):
+            if len(parameter) == len(order) and f"{site.name}.{name}" not in backbone.missing:
+                with torch.no_grad():
+                    parameter.copy_(parameter[order])
 
 
 def _processor(folder: Path) -> Any:

@@ -84,11 +84,10 @@ class Loop:
         self.settings = settings
         self.parameters = graft.parameters  # those that are trained now
         self.step = 0
-        groups = graft.param_groups(settings.lr, settings.weight_decay)
-        self.rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(
-            groups or [{"params": []}], fused=forward.device.type in ("cpu", "cuda")
+        self.optimizer = graft.optimizer(
+            settings.lr, settings.weight_decay, fused=forward.device.type in ("cpu", "cuda")
         )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.index, self.world = processes()
         self.per_epoch = steps_per_epoch(len(dataset), settings.batch_size, settings.accumulate * self.world)
         self.split = 1  # into how many parts a batch is cut since memory ran out

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """Adam works in a space of `rank` dimensions, chosen anew each `interval` steps; `scale`: factor on its steps."""
+
+    rank: int
+    interval: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class Group:
     """How one parameter is trained.
 
@@ -35,6 +44,7 @@ class Group:
     `lr`: the method's learning rate; `fixed_lr`: the user wrote it, so `train.lr` does not replace it.
     `lr_scale`: factor on it (layerwise_lr). `weight_decay`: None means the run's; 0.0 for none.
     `statistics`: the running statistics beside this parameter (BatchNorm's mean and variance) move as well.
+    `projection`: the optimizer sees a matrix's gradient in low rank.
     """
 
     role: str
@@ -44,6 +54,7 @@ class Group:
     lr_scale: float = 1.0
     weight_decay: float | None = None
     statistics: bool = False
+    projection: Projection | None = None
 
 
 Labels = dict[str, Group]
