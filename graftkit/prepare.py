@@ -27,7 +27,7 @@ from graftkit.methods.base import read as read_method
 from graftkit.methods.head import Head
 from graftkit.plan import Plan, make_plan
 from graftkit.recipe import Recipe
-from graftkit.tasks.base import Dataset, Examples, Reading, Task
+from graftkit.tasks.base import Criterion, Dataset, Examples, Reading, Task
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Prepared:
     phases: tuple[Phase, ...]
     max_length: int
     train: Dataset
+    criterion: Criterion
 
     @property
     def depth(self) -> int:
@@ -249,4 +250,5 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
         phases,
         max_length,
         dataset,
+        rows.task.criterion(dataset, rows.labels, train.label_smoothing),
     )

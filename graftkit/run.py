@@ -193,8 +193,9 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     show_rendered(console, rows.task.rendered(datasets["train"]))
     start = time.monotonic()
     forward = _training_forward(prepared, datasets["train"])
-    criterion = rows.task.criterion(datasets["train"], rows.labels, train.label_smoothing)
-    loop = Loop(prepared.graft, datasets["train"], forward, prepared.phases, criterion, prepared.settings)
+    loop = Loop(
+        prepared.graft, datasets["train"], forward, prepared.phases, prepared.criterion, prepared.settings
+    )
     watch = Watch(prepared, datasets, folder, loop, start)
     if resumed:
         watch.restore(console)

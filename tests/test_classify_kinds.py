@@ -348,3 +348,4 @@ def test_pairs_with_a_score(tiny_bert, tmp_path):
 def test_smoothing_of_a_number_is_refused(tiny_bert, tmp_path):
     with pytest.raises(UserError, match="a regression has none; leave it out"):
         tune("regression", tiny_bert, tmp_path, **{"train.label_smoothing": 0.1})
+    assert not list(tmp_path.glob("run*"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.catalogue import option
 from graftkit.data.columns import Column
-from graftkit.data.folders import given_files, locate_files, read_files
+from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.read import Table
 from graftkit.data.sounds import SUFFIXES, BadSound, Sound, look
 from graftkit.errors import UserError, listing
@@ -87,6 +87,12 @@ class AudioClassify(LabelTask):
         return read_files(
             source, suffixes=SUFFIXES, column="audio", noun="sound", name=name, encoding=reading.encoding,
             skip_bad=reading.skip_bad,
+        )  # fmt: skip
+
+    def pieces(self, source: Any, reading: Reading, name: str, rows: int) -> Iterator[Table]:
+        return stream_files(
+            source, suffixes=SUFFIXES, column="audio", noun="sound", name=name, encoding=reading.encoding,
+            skip_bad=reading.skip_bad, rows=rows,
         )  # fmt: skip
 
     def examples(
