@@ -36,6 +36,7 @@ from graftkit.before import (
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.base import Chain, Labels, Method, as_chain, place
 from graftkit.methods.head import Head
+from graftkit.optim.groups import make_optimizer, param_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,23 +121,17 @@ class Graft:
         `lr` replaces the rate of every method whose options do not name one. Norms and biases (one
         dimension) are not decayed. `optimizer` makes one of them, which galore() needs.
         """
-        from graftkit.optim.groups import param_groups
-
         return param_groups(self.parameters, self.labels, lr, weight_decay)
 
-    def optimizer(
-        self, lr: float | None = None, weight_decay: float = 0.01, fused: bool = False
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, lr: float | None = None, weight_decay: float = 0.01) -> torch.optim.Optimizer:
         """AdamW over `param_groups`, with whatever a method asks of it: galore() is in the optimizer alone."""
-        from graftkit.optim.groups import make_optimizer
-
-        return make_optimizer(self.param_groups(lr, weight_decay), fused)
+        return make_optimizer(self.param_groups(lr, weight_decay))
 
     def labels_at(self, step: int, epoch: float) -> Labels:
         """The labels of what is trained in a step (from 0) of an epoch (step / steps an epoch): all, for most methods.
 
-        In a loop of your own everything labelled is trained from the first step on, unless you follow this: let only
-        parameters named here require a gradient.
+        In a loop of your own all of them are trained from the first step on, unless only what is named here requires a
+        gradient.
         """
         return self.method.labels_at(self.backbone, self.labels, step, epoch)
 

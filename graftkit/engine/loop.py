@@ -84,9 +84,7 @@ class Loop:
         self.settings = settings
         self.parameters = graft.parameters  # those that are trained now
         self.step = 0
-        self.optimizer = graft.optimizer(
-            settings.lr, settings.weight_decay, fused=forward.device.type in ("cpu", "cuda")
-        )
+        self.optimizer = graft.optimizer(settings.lr, settings.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.index, self.world = processes()
         self.per_epoch = steps_per_epoch(len(dataset), settings.batch_size, settings.accumulate * self.world)

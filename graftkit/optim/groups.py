@@ -46,8 +46,9 @@ def param_groups(
     ]
 
 
-def make_optimizer(groups: list[dict[str, Any]], fused: bool = False) -> torch.optim.Optimizer:
-    """AdamW over the groups of `param_groups`; in low rank where one has a projection."""
+def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW over the groups of `param_groups`, fused where it can be; in low rank where one has a projection."""
+    fused = {p.device.type for group in groups for p in group["params"]} <= {"cpu", "cuda"}
     projects = any("projection" in group for group in groups)
     return (ProjectedAdamW if projects else torch.optim.AdamW)(groups or [{"params": []}], fused=fused)
 
