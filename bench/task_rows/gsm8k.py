@@ -15,7 +15,7 @@ BAR = (
     "the loss falls (`perplexity_start` is that of the random model, on the test rows as well), what is learned is the "
     "answer (`mask_right` 1), packed rows give the losses of separate ones (`packing_difference`, of the largest loss)"
 )
-ROWS = ("full", "full, packed")
+ROWS = ("full", "full packed")
 TRAIN_ROWS, TEST_ROWS = 1500, 300  # the first of each file
 CHECKED = 100
 
@@ -26,7 +26,7 @@ def measure(row: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
     train, lines = first(data / "train.jsonl", folder / "train.jsonl", TRAIN_ROWS)
     test, _ = first(data / "test.jsonl", folder / "test.jsonl", TEST_ROWS)
     model = make_model(folder / "llama", [json.loads(line) for line in lines], seed)
-    packed = row == "full, packed"
+    packed = row == "full packed"
     recipe = {
         "model": str(model),
         "task": "generate(packing=True)" if packed else "generate()",

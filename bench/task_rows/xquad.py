@@ -17,7 +17,7 @@ BAR = "F1 0.46 (a plain full fine-tuning: 0.463 after 4 epochs; untrained: 0.055
 
 METHODS = {
     "full": ("full(lr=0.0002) + head(lr=0.001)", 7.0),
-    "full, rates by layer": ("full(lr=0.0003) + layerwise_lr(decay=0.8) + head(lr=0.001)", 7.0),
+    "full with rates by layer": ("full(lr=0.0003) + layerwise_lr(decay=0.8) + head(lr=0.001)", 7.0),
     "lora": ("lora(rank=16, alpha=32, lr=0.002) + head(lr=0.001)", 8.0),
 }
 ROWS = tuple(METHODS)
