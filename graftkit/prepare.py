@@ -148,6 +148,11 @@ def prepare_backbone(
     method, pooling = with_classes(method, outputs), None
     if head is not None and task.per_token:
         method, head = _per_token(method, head, native is not None)
+    elif head is not None and head.pooling == "tokens":
+        raise UserError(
+            f"head(pooling='tokens') answers for each token, but {task.name}() wants one answer for a row; use head(), "
+            "or another pooling."
+        )
     if head is not None and source.made is None:
         pooling = head.pooling
         said = None if task.per_token else pooling_of(source.folder)

@@ -256,3 +256,19 @@ def test_what_is_trained_is_fp32_and_the_plan_counts_the_bytes_that_are_held(rea
     ]
     assert plan.optimizer_bytes == sum(t.numel() * t.element_size() for t in moments)
     assert plan.gradient_bytes == 4 * sum(p.numel() for p in run.graft.parameters.values())
+
+
+@pytest.mark.parametrize("trained", [set(), {"0.weight"}, {"1.weight", "1.bias"}])
+def test_a_frozen_batchnorm_computes_in_bf16(trained):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    given = torch.randn(2, 3, 5, 5)
+    wanted = model(given).detach()
+    precision.cast(model, trained, "bf16")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    with precision.autocast(CPU, "bf16"):
+        got = model(given)
+    torch.testing.assert_close(got.float(), wanted, rtol=0.05, atol=0.05)
+    if trained:
+        got.float().sum().backward()

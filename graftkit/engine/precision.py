@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graftkit.backbone.anatomy import is_linear
+from graftkit.before import has_statistics
 
 WORTHWHILE = 1.3  # how much faster a bf16 matrix product must be to be chosen
 SIZE = 768
@@ -76,15 +77,17 @@ def _cpu_name() -> str:
 
 
 def full_precision_names(model: nn.Module, trained: Container[str]) -> set[str]:
-    """Parameters that are held in fp32: trained ones, and what shares a norm with one.
+    """Parameters that are held in fp32: trained ones, what shares a norm with one, and those of BatchNorm.
 
-    A normalization wants its gain and shift in one type; linear maps and embeddings are cast by autocast.
+    A normalization wants its gain and shift in one type, and BatchNorm in that of its running statistics, which stay
+    in fp32; linear maps and embeddings are cast by autocast.
     """
     names = set()
     for prefix, module in model.named_modules(remove_duplicate=True):
         own = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)]
         kept = [name for name in own if name in trained]
-        names.update(own if kept and not is_linear(module) else kept)
+        whole = has_statistics(module) or (kept and not is_linear(module))
+        names.update(own if whole else kept)
     return names
 
 
