@@ -62,7 +62,7 @@ Intervals are 95% bootstrap intervals over the rows.
         if found
         else "\nThe run had no rows to evaluate on.\n"
     )
-    return f"""# {recipe.task} with {prepared.graft.method or "the model as it is"}
+    return f"""# {recipe.task} with {str(prepared.graft.method) or "the model as it is"}
 
 A graft on `{recipe.model}`: {count(result["trained_parameters"])} trained parameters of {count(result["total_parameters"])}.
 

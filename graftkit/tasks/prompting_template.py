@@ -129,7 +129,7 @@ def draw_shots(
     """`count` training rows, as (text, label) or (text, text_pair, label): labels in turn, rows by lot."""
     targets = np.asarray(examples.targets)
     if count > len(targets):
-        raise UserError(f"examples is {count}, but there are {len(targets)} training rows; ask for fewer.")
+        raise UserError(f"shots is {count}, but there are {len(targets)} training rows; ask for fewer.")
     random_ = random.Random(seed)
     groups = [np.flatnonzero(targets == number).tolist() for number in range(len(labels))]
     for group in groups:
