@@ -116,7 +116,7 @@ def _read_json(text: str, bad: BadRows) -> Table:
         if error.msg == "Extra data" or not text.lstrip().startswith("["):
             return _from_records(json_line_records(text.split("\n"), bad), bad)
         raise UserError(
-            f"{bad.source}, line {error.lineno}: the list is not JSON: {error.msg.removesuffix(" at")} at column {error.colno}. "
+            f"{bad.source}, line {error.lineno}: the list is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}. "
             "Mend it, or write one object on each line (JSON lines), where bad rows can be left out"
         ) from None
     except (ValueError, RecursionError) as error:

@@ -172,7 +172,7 @@ def json_line_records(lines: Iterable[str], bad: BadRows) -> Iterator[tuple[int,
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            bad.add(number, f"not JSON: {error.msg.removesuffix(" at")} at column {error.colno}")
+            bad.add(number, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
         except (ValueError, RecursionError) as error:
             bad.add(number, f"not JSON that can be read: {error}")
         else:
