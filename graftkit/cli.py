@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,9 @@ from graftkit.cli_options import (
     recipe_values,
 )
 from graftkit.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from graftkit.catalogue import Option
 
 # typer brings its own copy of click from 0.25 on, so its errors are told by their common base
 UsageMistake: type[Exception] = next(
@@ -154,8 +157,13 @@ def _tell(family: str, name: str | None, as_json: bool) -> None:
     elif name is None:
         typer.echo(_help(family).replace("\b\n", ""))
     else:
-        options = [f"  {o.name} = {o.default!r}  {o.help}" for o in known[name].options.values()]
+        options = [f"  {o.name} = {o.default!r}  {o.help}{_choices(o)}" for o in known[name].options.values()]
         typer.echo("\n".join([name, "", known[name].docstring, "", "Options:", *(options or ["  none"])]))
+
+
+def _choices(option: Option) -> str:
+    choices = option.bounds["choices"]
+    return f" ({', '.join(map(str, choices))})" if choices else ""
 
 
 app.add_typer(cli_data.app, name="data")

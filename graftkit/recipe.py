@@ -207,6 +207,8 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UserError(f"recipe {str(path)!r} does not exist.{nearest(path.name, siblings)}")
+    if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".conll"):
+        raise UserError(f"{str(path)!r} holds rows and is no recipe; write --train {path}.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -146,7 +146,7 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE))
     if (folder / RESULT).is_file():
-        console.line(f"{folder} is finished already; this is its result.")
+        console.line(f"{folder} is finished already; {RESULT} and README.md there have its figures.")
         return Run(folder, read_json(folder / RESULT))
     tables = tables or {}
     for name in ("train", "eval", "test"):

@@ -312,3 +312,32 @@ def test_a_label_stays_in_its_cell_of_the_card():
     from graftkit.report.card import _plain
 
     assert _plain("a|b\nc") == "a\\|b c"
+
+
+def test_what_an_option_may_be_is_told(command):
+    done = command("tasks", "audio-classify")
+    assert "cut = 'start'  which piece of a longer sound is taken (start, middle)\n" in done.out
+    assert "(kaiming, " in command("methods", "lora").out
+
+
+def test_rows_in_place_of_a_recipe(command, rows_folder):
+    done = command("tune", rows_folder / "train.csv")
+    assert done.status == 1 and "holds rows and is no recipe; write --train" in done.err
+
+
+@pytest.mark.parametrize(
+    ("modality", "columns", "told"),
+    [
+        ("text", ["text", "label"], '"a text"'),
+        ("text", ["text", "text_pair", "label"], "--data FILE"),
+        ("text", ["question", "context", "answers"], '"a question" "a context"'),
+        ("text", ["question", "choices", "label"], '"a question" "a choice" "a choice"'),
+        ("text", ["question", "context", "choices", "label"], "--data FILE"),
+        ("text", ["prompt", "completion"], '"a prompt"'),
+        ("image", ["image", "label"], "picture.jpg"),
+    ],
+)
+def test_a_card_says_what_predict_takes(modality, columns, told):
+    from graftkit.report.card import _example
+
+    assert _example(modality, dict.fromkeys(columns, "")) == told

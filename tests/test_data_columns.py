@@ -157,3 +157,12 @@ def test_the_columns_of_a_run_in_another_table():
     pair = {"text": "a", "text_pair": "b", "label": "label"}
     with pytest.raises(UserError, match="no column 'text_pair'"):
         find_again(table(a=UTTERANCES, other=UTTERANCES, label=INTENTS), WANTED, pair)
+
+
+def test_of_two_texts_none_is_found_by_type():
+    wanted = (Column("question", ("query",), "text"), Column("context", (), "text"))
+    given = table(review=UTTERANCES, rating=["bad"] * len(UTTERANCES))
+    with pytest.raises(
+        UserError, match=r"no column of .* looks like the question \(columns: review, rating\)"
+    ):
+        find_again(given, wanted, {"question": "question", "context": "context"})

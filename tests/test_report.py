@@ -40,6 +40,10 @@ def test_statistics_in_words():
         ("labels", "2: 10 (a) to 90 (b) entities each"),
         ("also", "windows 120, answers (characters) mean 12.35 longest 1,234"), ("note", "tags are BIOES"),
     ]  # fmt: skip
+    also = {"rows": 9, "lengths": lengths, "truncated": 0, "labels": {"a": 1, "b": 1}}
+    told = statistics_lines(also | {"choices": {"3": 0, "4": 1200}, "values": {"mean": 0.5, "lowest": 0.0}})
+    assert ("labels", "2: 1 each") in told
+    assert ("also", "choices: 4 (1,200), values: mean 0.5 lowest 0") in told
     assert ("labels", "2: 5 rows each") in statistics_lines(
         {"rows": 10, "lengths": lengths, "truncated": 0, "labels": {"a": 5, "b": 5}}
     )

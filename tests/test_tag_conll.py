@@ -35,6 +35,8 @@ def test_columns_between_and_documents(tmp_path):
     assert read_conll(path, token_column=-1, tag_column=1).columns["tokens"] == [["I-ORG", "O"], ["I-PER"]]
     with pytest.raises(UserError, match="has 4 columns, so tag_column=5 is none of them"):
         read_conll(path, tag_column=5)
+    with pytest.raises(UserError, match="token_column and tag_column are both column 4 of 4"):
+        read_conll(path, token_column=4)
 
 
 def test_universal_dependencies(tmp_path):

@@ -136,9 +136,11 @@ class Template:
                 list(messages), chat_template=self.text, tokenize=False, add_generation_prompt=prompt
             )
         except Exception as error:  # Jinja's own, or whatever the code within a template runs into
-            raise TemplateFails(
-                f"the chat template ({self.name}, of {self.source}) fails: {first_line(error)}"
-            ) from None
+            whose = self.name if self.name == "the recipe's own" else f"{self.name}, of {self.source}"
+            reason = first_line(error).rstrip(".")
+            if type(error).__name__ == "TemplateSyntaxError":  # for any row
+                raise UserError(f"the chat template ({whose}) is not valid Jinja: {reason}.") from None
+            raise TemplateFails(f"the chat template ({whose}) fails: {reason}") from None
 
     def mark(self, messages: Sequence[Message], everything: bool) -> Marked:
         """A conversation with its assistant's turns, ends included, to be learned.

@@ -149,6 +149,8 @@ def _candidates(
     strings = {name: seen.mean_length for name, seen in profiles.items() if seen.kind == "string"}
     longest = max(strings, key=strings.__getitem__, default=None)
     if column.kind == "text":
+        if sum(other.kind == "text" and other.required for other in wanted) > 1:
+            return []  # what is in them does not say which text is the question
         return [name for name, length in strings.items() if length * 2 > strings[longest or name]]
     needs_text = any(other.kind == "text" and other.required and other.name not in found for other in wanted)
     return [

@@ -122,6 +122,10 @@ def _layout(head: list[Line], source: str, path: Path, places: tuple[int, int]) 
                 f"{source} has {width} columns, so {name}={place} is none of them (the first is 1, the last {width} or -1)"
             )
     token, tag = (place - 1 if place > 0 else width + place for place in (token, tag))
+    if token == tag and width > 1:
+        raise UserError(
+            f"{source}: token_column and tag_column are both column {token + 1} of {width}; name two columns"
+        )
     known = frozenset(_fields(line, tabs)[-1] for line in found)
     return Layout(tabs, width, token, tag, known, universal)
 

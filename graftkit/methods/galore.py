@@ -42,6 +42,11 @@ class GaLore(Method):
         labels = dict.fromkeys(backbone.base_parameters, group)
         projected = dataclasses.replace(group, projection=Projection(self.rank, self.interval, self.scale))
         chosen = {id(tensor) for tensor in self.matrices(backbone) if min(tensor.shape) > self.rank}
+        if not chosen:
+            raise UserError(
+                f"galore(rank={self.rank}): no matrix at {self.sites!r} has more rows and columns than that, so nothing would "
+                "be projected; lower rank, or use full()."
+            )
         for name, parameter in backbone.model.named_parameters():
             if name in labels and id(parameter) in chosen:
                 labels[name] = projected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +81,9 @@ A graft on `{recipe.model}`: {count(result["trained_parameters"])} trained param
 ## Use
 
 ```
-graftkit predict {result["run"]} {_example(rows.task.modality)}
+graftkit predict {result["run"]} {_example(rows.task.modality, rows.columns)}
 graftkit evaluate {result["run"]} --data FILE
-graftkit export {result["run"]} --to FOLDER    # a plain model, where the method can be folded
-graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # the same run once more
+{_export(prepared, result["run"])}graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # the same run once more
 ```
 
 In Python:
@@ -131,8 +131,22 @@ def _figure(metrics: dict[str, Any], name: str) -> str:
     return f"{metrics[name]:.4f}" + ("" if low is None else f" ({low:.4f} to {high:.4f})")
 
 
-def _example(modality: str) -> str:
-    return {"text": '"a text"', "image": "picture.jpg", "audio": "sound.wav"}[modality]
+def _export(prepared: Prepared, run: str) -> str:
+    if not prepared.rows.task.trains or not hasattr(prepared.backbone.model, "config"):
+        return ""
+    return f"graftkit export {run} --to FOLDER    # a plain model, where the method can be folded\n"
+
+
+def _example(modality: str, columns: Mapping[str, str]) -> str:
+    """What `predict` takes on a command line."""
+    if modality != "text":
+        return {"image": "picture.jpg", "audio": "sound.wav"}[modality]
+    if "text_pair" in columns or {"choices", "context"} <= columns.keys():
+        return "--data FILE"
+    asked = [name for name in ("question", "context", "prompt") if name in columns]
+    if "choices" in columns:
+        asked += ["choice", "choice"]
+    return " ".join(f'"a {name}"' for name in asked or ["text"])
 
 
 def _base(prepared: Prepared) -> str:

@@ -89,9 +89,17 @@ def _also(part: dict[str, Any]) -> Iterator[str]:
         if name in TOLD:
             continue
         if isinstance(value, dict):
-            inner = {key: one for key, one in value.items() if isinstance(one, int | float) and one}
+            inner = {
+                key: one
+                for key, one in value.items()
+                if isinstance(one, float) or (isinstance(one, int) and one)
+            }
             if inner:
-                figures = " ".join(f"{key} {_figure(one)}" for key, one in inner.items())
+                counts = "unit" not in value and all(isinstance(one, int) for one in inner.values())
+                figures = " ".join(
+                    f"{key} ({count(one)})" if counts else f"{key} {_figure(one)}"
+                    for key, one in inner.items()
+                )
                 yield (
                     f"{title(name)} ({value['unit']}) {figures}"
                     if "unit" in value
@@ -111,7 +119,7 @@ def _spread(counts: dict[str, int] | None, what: str) -> str:
         return ""
     (rare, fewest), (common, most) = (pick(counts.items(), key=lambda item: item[1]) for pick in (min, max))
     if fewest == most:
-        return f"; {count(most)} {what} each"
+        return f"; {count(most)}{f' {what}' if most != 1 else ''} each"
     return f"; {count(fewest)} ({rare}) to {count(most)} ({common}) {what} each"
 
 

@@ -67,7 +67,7 @@ class Choice(Task):
         Column("label", ("answer", "answerKey", "answer_key", "correct", "gold", *LABEL), "answer", required=False),
     )  # fmt: skip
     method: ClassVar[str] = "lora() + head()"
-    headline: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "chance")
 
     def read(self, source: Any, reading: Reading, name: str) -> Table:
         return gathered(super().read(source, reading, name))
@@ -145,7 +145,7 @@ class Choice(Task):
             if len(items) < least:
                 wanted = " ".join([*(name.upper() for name in asks), "CHOICE CHOICE ..."])
                 raise UserError(
-                    f"{len(items)} texts are given, but a choice needs at least {least}: {wanted}, or --data FILE."
+                    f"{len(items)} text{'s are' if len(items) > 1 else ' is'} given, but a choice needs at least {least}: {wanted}, or --data FILE."
                 )
             items = [(items[0], items[1:])] if asks else [items]
         if not items:
