@@ -109,3 +109,25 @@ def test_what_cannot_be_quantized(llama, monkeypatch, tmp_path):
             out=tmp_path / "x",
             settings={"quantize": "fp4"},
         )
+
+
+@needed
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_new_head_is_not_quantized(llama, tiny_bert, rows_folder, tmp_path, command, quantize):
+    for name, model, task in (("own", tiny_bert, "classify"), ("score", llama, "classify")):
+        out = tmp_path / name
+        words = [
+            "--model",
+            model,
+            "--task",
+            task,
+            "--train",
+            rows_folder / "train.csv",
+            f"quantize={quantize}",
+        ]
+        words += ["--method", "lora() + head(pooling='own')", "--out", out, "train.steps=2"]
+        done = command("tune", *words)
+        assert done.status == 0, done.err
+        assert command("predict", out, "the old plum").status == 0
+        planned = json.loads(command("plan", *words, "--json").out)
+        assert planned["weight_bytes"] == json.loads((out / "plan.json").read_text())["weight_bytes"]

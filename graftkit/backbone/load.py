@@ -196,16 +196,21 @@ def load_backbone(
     if tokenizer is not None:
         _agree_on_padding(tokenizer, config)
     auto = getattr(transformers, native or "AutoModel")
-    more = {} if source.quantize is None else quantized.loading(source.quantize, source.name)
+    more: dict[str, Any] = {}
     try:
+        if source.quantize is not None:
+            kept = _never_quantized(auto, source.folder, config)
+            more = quantized.loading(source.quantize, source.name, kept)
         if meta:
             with torch.device("meta"):
                 model = auto.from_config(config)
             missing = _missing(model, source.folder)
             if source.quantize is not None:
-                quantized.with_shapes(model, source.quantize)
+                quantized.with_shapes(model, source.quantize, kept)
         else:
             model, missing = _read_model(auto, source.folder, config, seed, labels is not None, more)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
     model.eval()
@@ -221,6 +226,14 @@ def load_backbone(
         )
     _refuse_holes(backbone, complete)
     return backbone
+
+
+def _never_quantized(auto: Any, folder: Path, config: Any) -> tuple[str, ...]:
+    """Names of the head's maps, and of those that the weights lack: they are new, or of another size."""
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    heads = [site.name for site in find_sites(model)[0] if site.role == "head"]
+    return tuple(dict.fromkeys([*heads, *(name.rpartition(".")[0] for name in _missing(model, folder))]))
 
 
 def _read_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from graftkit.errors import UserError
 LIBRARY = "bitsandbytes"
 
 
-def loading(kind: str, name: str) -> dict[str, Any]:
+def loading(kind: str, name: str, kept: Sequence[str] = ()) -> dict[str, Any]:
     """What `from_pretrained` is given to quantize a model while it is loaded. Raises `UserError` where it cannot be.
 
-    NF4: Dettmers et al. (2023), QLoRA; int8: Dettmers et al. (2022), LLM.int8(). Embeddings, norms and the output map
-    stay as they are.
+    NF4: Dettmers et al. (2023), QLoRA; int8: Dettmers et al. (2022), LLM.int8(). Embeddings, norms, the output map
+    and the modules of `kept` stay as they are.
     """
     cuda = torch.cuda.is_available()
     if importlib.util.find_spec(LIBRARY) is None:
@@ -39,7 +40,7 @@ def loading(kind: str, name: str) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     settings: Any = transformers.BitsAndBytesConfig(
         load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32, llm_int8_skip_modules=list(kept) or None,
     )  # fmt: skip
     where = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return {"quantization_config": settings, "device_map": {"": where}}
@@ -57,11 +58,11 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def with_shapes(model: nn.Module, kind: str) -> None:
+def with_shapes(model: nn.Module, kind: str, kept: Sequence[str] = ()) -> None:
     """Give the maps of a model without values the shapes and types that they have once they are quantized."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and is_linear(module) and module is not output:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_linear(module) and module is not output and name not in kept:
             size = module.in_features * module.out_features
             shape = (size // 2, 1) if kind == "nf4" else (module.out_features, module.in_features)
             dtype = torch.uint8 if kind == "nf4" else torch.int8
