@@ -195,6 +195,7 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
             "pooling": head.pooling,
             "hidden": "hidden.weight" in tensors,
             "max_length": loaded.max_length,
+            "pairs": "text_pair" in loaded.columns,
             **loaded.task.plain(loaded.labels),
         }
         write_json(folder / "head.json", about)
@@ -250,7 +251,8 @@ PIPELINES = {
 
 def _how(to: Path, head: PooledHead | None, loaded: Loaded) -> str:
     if head is not None:
-        return f"python {to / 'classifier.py'} 'a text'   (or import Classifier from it; it needs torch and transformers only)"
+        asked = "'a text' 'its pair'" if "text_pair" in loaded.columns else "'a text'"
+        return f"python {to / 'classifier.py'} {asked}   (or import Classifier from it; it needs torch and transformers only)"
     name = type(loaded.graft.model).__name__
     pipeline = next((pipeline for ending, pipeline in PIPELINES.items() if name.endswith(ending)), None)
     if loaded.task.modality == "audio":  # wav2vec2 and its kin have classes "for sequences"
@@ -329,6 +331,12 @@ class Classifier:
 
 
 if __name__ == "__main__":
-    for text, answer in zip(sys.argv[1:], Classifier()(sys.argv[1:])):
-        print(f"{'; '.join(answer) if isinstance(answer, list) else answer}\\t{text}")
+    classifier, texts, pairs = Classifier(), sys.argv[1:], None
+    if classifier.about["pairs"]:
+        if len(texts) % 2:
+            sys.exit("the texts are read in pairs, so give two, or four, ...")
+        texts, pairs = texts[::2], texts[1::2]
+    for i, answer in enumerate(classifier(texts, pairs)):
+        answer = "; ".join(answer) if isinstance(answer, list) else f"{answer:g}" if isinstance(answer, float) else answer
+        print(answer, texts[i], *([pairs[i]] if pairs else []), sep="\\t")
 '''

@@ -63,6 +63,24 @@ def test_pooled_head_comes_with_a_script(command, tiny_bert, rows_folder, tmp_pa
     assert out.splitlines() == [f"{a['label']}\t{a['text']}" for a in graftkit.Run(run, {}).predict(TEXTS)]
 
 
+def test_the_script_reads_pairs_where_the_run_did(command, tiny_bert, rows_folder, tmp_path):
+    run = tmp_path / "run"
+    words = [
+        "--train",
+        rows_folder / "pairs.csv",
+        "--method",
+        "head(pooling='mean')",
+        "--out",
+        run,
+        "train.steps=1",
+    ]
+    assert command("tune", "--model", tiny_bert, "data.eval=null", *words).status == 0
+    assert command("export", run, "--to", tmp_path / "model").status == 0
+    out = elsewhere(tmp_path, str(tmp_path / "model" / "classifier.py"), "the plum", "my saw")
+    (answer,) = graftkit.Run(run, {}).predict([("the plum", "my saw")])
+    assert out == f"{answer['label']}\tthe plum\tmy saw\n"
+
+
 @pytest.mark.parametrize("method", ["adapter()", "prefix(tokens=2)"])
 def test_what_cannot_be_folded_is_not_written(command, tiny_bert, rows_folder, tmp_path, method):
     run = tmp_path / "run"
