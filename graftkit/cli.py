@@ -58,6 +58,23 @@ def _help(family: str) -> str:
     return "\n".join(lines)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from graftkit import __version__
+
+        print(f"graftkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def tune(
     arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None,

@@ -315,7 +315,8 @@ def _refuse_holes(backbone: Backbone, complete: bool) -> None:
     if complete and backbone.missing:
         raise UserError(
             f"the weights of {backbone.source!r} hold no trained head ({listing(backbone.missing, 4)} are missing), so "
-            "nothing can be stacked on it or asked of it; use head() without pooling='stacked', or another model."
+            "there is nothing to stack a head on or to ask for answers. Name a model that has one; where "
+            "head(pooling='stacked') was asked for, head() makes a new one."
         )
     roles = {site.name: site.role for site in backbone.sites}
     holes = [
