@@ -6,7 +6,8 @@
 
 Each run is a process of its own and its figures are kept in bench/results/, so that an interrupted measurement goes
 on. A file of bench/task_rows names its data set and holds TITLE, BACKBONE, METRIC, BAR and either
-`rows(data, folder)`, recipes by name, or ROWS and `measure(row, seed, data, folder)` where one recipe is not enough.
+`rows(data, folder)`, recipes by name, or ROWS and `measure(row, seed, data, folder)` where one recipe is not enough; and
+SHOWN, other metrics that are told below its table.
 """
 
 from __future__ import annotations
@@ -121,6 +122,12 @@ def write() -> None:
         parts += ["| --- | --- | --- | --- | --- |"]
         for row in dict.fromkeys(run["row"] for run in runs):
             parts.append(line([run for run in runs if run["row"] == row], module.METRIC))
+        shown = getattr(module, "SHOWN", ())
+        if shown:
+            parts.append("")
+        for run in runs if shown else ():
+            told = ", ".join(f"`{key}` {run['metrics'][key]:.4g}" for key in shown)
+            parts.append(f"- {run['row']}, seed {run['seed']}: {told}.")
         parts.append("")
     section = "\n".join([*parts, END])
     page = PAGE.read_text(encoding="utf-8")

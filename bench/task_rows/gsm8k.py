@@ -11,6 +11,7 @@ BACKBONE = (
     "a Llama of 4 blocks of width 128, random, with a tokenizer of 4,000 pieces made of the training rows"
 )
 METRIC = "perplexity"
+SHOWN = ("perplexity_start", "mask_right", "packing_difference")
 BAR = (
     "the loss falls (`perplexity_start` is that of the random model, on the test rows as well), what is learned is the "
     "answer (`mask_right` 1), packed rows give the losses of separate ones (`packing_difference`, of the largest loss)"
