@@ -254,7 +254,7 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     return (b.T @ a.T).T if b.shape[1] < 16 else a @ b
 
 
-def _column_products(a: Tensor, b: Tensor, rows: int = 128) -> Tensor:
+def _column_products(a: Tensor, b: Tensor, rows: int = 256) -> Tensor:
     """Product of each column of a with that of b, (rows, width) both; on a CPU summed in a piece that stays in its cache."""
     if not a.is_cpu or len(a) <= rows:
         return (a * b).sum(0)
