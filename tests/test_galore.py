@@ -63,6 +63,25 @@ def test_a_gradient_along_the_axes_gives_the_steps_of_adam():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_closure_is_called_before_anything_is_projected():
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    parameters = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    made = [
+        ProjectedAdamW([{"params": [p], "projection": {"rank": 2, "interval": 2, "scale": 1.0}}], fused=True)
+        for p in parameters
+    ]
+
+    def closure():
+        loss = parameters[0].square().sum()
+        loss.backward()
+        return loss
+
+    assert made[0].step(closure) == start.square().sum()
+    parameters[1].grad = 2 * start
+    made[1].step()
+    assert torch.equal(*parameters) and not torch.equal(parameters[0], start)
+
+
 def test_the_space_is_that_of_the_shorter_side():
     for shape in ((9, 4), (4, 9)):
         found = space(torch.randn(shape, generator=torch.Generator().manual_seed(2)), 3)

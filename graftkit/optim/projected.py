@@ -18,8 +18,16 @@ class ProjectedAdamW(torch.optim.AdamW):
     State of such a parameter: step, exp_avg and exp_avg_sq of R's shape, and `space`.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._step_supports_amp_scaling = False  # gradients are to be unscaled before they are projected
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         every = self.param_groups
         for group in every:
             if group.get("projection") is not None:
@@ -28,9 +36,10 @@ class ProjectedAdamW(torch.optim.AdamW):
                         _step(parameter, self.state[parameter], group)
         self.param_groups = [group for group in every if group.get("projection") is None]
         try:
-            return super().step(closure) if self.param_groups else None
+            super().step()
         finally:
             self.param_groups = every
+        return loss
 
 
 def _step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
