@@ -97,7 +97,7 @@ def evaluate(folder: str | Path, data: Any, options: Mapping[str, Any] | None = 
     loaded = load_run(Path(folder), options=options)
     reading, task = reading_of(loaded.recipe), loaded.task
     with _settings_of(folder):
-        table = task.read(data, reading, "data")
+        table = task.read(data, reading, "eval")
         columns = find_again(table, task.columns, loaded.columns)
         examples = task.examples(table, columns, loaded.labels, reading.skip_bad)
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)

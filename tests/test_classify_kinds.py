@@ -169,7 +169,7 @@ def test_labels_with_an_order():
         parsed(["good", "bad"] * 3, Classify(kind="ordinal"))
     with pytest.raises(UserError, match="one class only"):
         parsed(["3", "3"], Classify(kind="ordinal"))
-    with pytest.raises(UserError, match=r"row 1: label 'god' is not among the 3 labels.*Did you mean 'good'"):
+    with pytest.raises(UserError, match=r"row 1: label 'god' is not among the 3 labels of classify\(order=...\).*mean 'good'"):
         parsed(["god", "bad"], task)
 
 
@@ -236,6 +236,8 @@ def test_a_run_learns_answers_and_is_evaluated(tiny_bert, tmp_path, command, kin
         right = [row["label"] == "; ".join(answer["labels"]) for row, answer in zip(rows, answers)]
         assert np.mean(right) == found["accuracy"] == found["exact_match"]
         assert set(answers[0]["probabilities"]) == set(KINDS)
+        asked = command("predict", run.path, "the old plum", "--option", "threshold=0.000001", "--json")
+        assert json.loads(asked.out)["predictions"][0]["labels"] == sorted(KINDS)
     elif kind == "ordinal":
         assert np.mean([r["label"] == a["label"] for r, a in zip(rows, answers)]) == found["accuracy"]
     else:

@@ -104,6 +104,8 @@ def test_evaluate_and_the_most_wrong(finished, colours, tmp_path, command):
     shutil.copy(mixed / "red" / "0.png", mixed / "yellow" / "0.png")
     done = command("evaluate", finished, "--data", mixed)
     assert done.status == 1 and "yellow/0.png: label 'yellow' is not among the 3 labels" in done.err
+    done = command("evaluate", finished, "--data", colours / "eval" / "red")
+    assert done.status == 1 and "images but no sub-folders, so they have no labels" in done.err
 
 
 def test_export_is_a_plain_model(finished, colours, tmp_path, command):

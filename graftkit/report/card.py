@@ -40,7 +40,7 @@ def model_card(
         f"""
 <details><summary>By class</summary>
 
-| class | precision | recall | F1 | rows |
+| class | precision | recall | F1 | support |
 | --- | --- | --- | --- | --- |
 {classes}
 

@@ -264,7 +264,7 @@ def show_metrics(console: Console, found: dict[str, Any], headline: Sequence[str
     ]
     if rows:
         console.heading("By class")
-        console.table(["class", "precision", "recall", "F1", "rows"], rows)
+        console.table(["class", "precision", "recall", "F1", "support"], rows)
     show_worst(console, found.get("worst", []))
 
 

@@ -77,6 +77,7 @@ class Classify(TextTask):
         # these depend on the kind; they are the class's in all other tasks
         object.__setattr__(self, "headline", self.form.headline)
         object.__setattr__(self, "columns", self._columns())
+        object.__setattr__(self, "using", ("threshold",) if self.kind == "multi" else ())
 
     def _columns(self) -> tuple[Column, ...]:
         texts = tuple(column for column in type(self).columns if column.kind == "text")

@@ -74,6 +74,8 @@ class Ordinal(OneLabel):
     def __init__(self, order: Sequence[str] | None, class_weights: str | None = None) -> None:
         super().__init__(class_weights)
         self.order = None if order is None else tuple(label_text(label) for label in order)
+        if order is not None:
+            self.source_of_labels = "classify(order=...)"
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         names = super().label_names(table, columns, skip_bad)

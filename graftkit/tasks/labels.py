@@ -23,6 +23,8 @@ LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment"
 class LabelTask(Task):
     """Base of tasks that choose one label for each example. `examples.targets` are numbers of labels, (rows,) int64."""
 
+    source_of_labels: str = "the training data"
+
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         values = [value for value in table.columns[columns["label"]] if not is_missing(value)]
         names = sorted({label_text(value) for value in values}, key=natural)
@@ -50,7 +52,7 @@ class LabelTask(Task):
             value = table.columns[column][row]
             if is_missing(value):
                 return f"{table.where(row)}: column {column!r} is empty."
-            found = label_problem(value, index)
+            found = label_problem(value, index, self.source_of_labels)
             return None if found is None else f"{table.where(row)}: {found}"
 
         return problem
@@ -154,13 +156,13 @@ def balanced(counts: Counter[int], classes: int) -> Tensor:
     return torch.tensor([rows / (len(counts) * counts.get(c, 1)) for c in range(classes)])
 
 
-def label_problem(value: Any, labels: LabelIndex) -> str | None:
-    """What is wrong with a label: it is none of the training data's."""
+def label_problem(value: Any, labels: LabelIndex, source: str = "the training data") -> str | None:
+    """What is wrong with a label: it is none of those that `source` has."""
     if labels.find(label_text(value)) is not None:
         return None
     return (
-        f"label {label_text(value)!r} is not among the {len(labels.labels)} labels of the "
-        f"training data ({listing(labels.labels, 8)}).{nearest(label_text(value), labels.labels)}"
+        f"label {label_text(value)!r} is not among the {len(labels.labels)} labels of {source} "
+        f"({listing(labels.labels, 8)}).{nearest(label_text(value), labels.labels)}"
     )
 
 

@@ -49,16 +49,19 @@ class TextTask(Task):
     """Base of tasks whose input is the columns `text` and, where there is one, `text_pair`."""
 
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
-        """Rows of a list of texts or of pairs, none of them empty; None for anything else."""
+        """Rows of a list of texts or of pairs, or of one such pair, none of them empty; None for anything else."""
         if not items:
             raise UserError("there is no text to answer; give one or more, or --data FILE.")
+        if "text_pair" in columns and all(isinstance(text, str) for text in items):
+            if len(items) != 2:
+                raise UserError(
+                    f"this run was trained on pairs of texts: give both, TEXT and TEXT_PAIR ({len(items)} "
+                    f"{'text is' if len(items) == 1 else 'texts are'} given), or --data FILE; in Python a list of pairs."
+                )
+            items = [tuple(items)]
         single = all(isinstance(text, str) for text in items)
         if not single and not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
             return None
-        if single and "text_pair" in columns:
-            raise UserError(
-                "this run was trained on pairs of texts; give --data FILE, or a list of pairs in Python."
-            )
         if not single and "text_pair" not in columns:
             raise UserError(
                 "this run was trained on single texts, but pairs are given; give a list of texts."
