@@ -33,7 +33,7 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
 
     With the architecture's own head it is an `AutoModelForSequenceClassification` folder. With a pooled head
     the backbone is an `AutoModel` folder, and `head.safetensors` and `classifier.py` beside it hold the head
-    and the code that loads both with plain transformers. `overwrite` replaces an earlier export, and never a
+    and the code that loads both with plain transformers. `README.md` is the run's card. `overwrite` replaces an earlier export, and never a
     folder with other files. Raises `NotFoldable` where the method cannot be folded.
     """
     try:
@@ -72,7 +72,7 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
     loaded.graft.fold()
     temporary = to.with_name(f"{to.name}.{os.getpid()}{TEMPORARY}")
     try:
-        written = _write(loaded, head, temporary)
+        written = _write(loaded, head, temporary, _card(Path(folder), _how(to, head, loaded)))
         after = _reload(temporary, head, loaded, dataset, rows)
         differences = [float((a - b).abs().max()) for a, b in zip(after, before)]
         difference = max(differences)
@@ -184,7 +184,14 @@ def _logits(model: Any, dataset: Dataset, rows: np.ndarray) -> list[torch.Tensor
     return [dataset.logits(model, dataset.batch(rows[i : i + 1])).float().cpu() for i in range(len(rows))]
 
 
-def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
+def _card(run: Path, how: str) -> str:
+    """The run's card, with how the plain model is loaded in the place of how the graft is used."""
+    card = run / "README.md"
+    about = card.read_text(encoding="utf-8").partition("\n## Use\n")[0] if card.is_file() else f"# {run.name}\n"
+    return f"{about}\n## Use\n\nThis folder is the plain model, with the graft folded into its weights.\n\n```\n{how}\n```\n"
+
+
+def _write(loaded: Loaded, head: PooledHead | None, folder: Path, card: str) -> list[str]:
     model = loaded.graft.model
     if head is not None:
         tensors = dict(head.state_dict())
@@ -215,6 +222,7 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path) -> list[str]:
     model.config.use_cache = True  # type: ignore[union-attr, assignment]
     model.save_pretrained(folder)  # type: ignore[operator, union-attr]
     loaded.backbone.processor.save_pretrained(folder)
+    write_text(folder / "README.md", card)
     written = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     written = sorted([*written, MARKER])
     write_json(folder / MARKER, {"files": written})

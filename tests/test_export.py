@@ -50,6 +50,9 @@ def test_own_head_loads_with_plain_transformers(command, finished, tmp_path):
         assert label == ours["label"] and probability == pytest.approx(ours["probability"], abs=1e-3)
     assert not list(tmp_path.glob("*.part"))
     assert (tmp_path / "model" / "model.safetensors").is_file()
+    card, own = ((folder / "README.md").read_text() for folder in (tmp_path / "model", finished))
+    assert card.partition("## Use")[0] == own.partition("## Use")[0] and found["load_with"] in card
+    assert "Figures" in card and "graftkit predict" not in card
 
 
 @pytest.mark.parametrize("head", ["pooling='mean'", "pooling='attention'", "pooling='last', hidden=8"])

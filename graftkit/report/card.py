@@ -141,8 +141,10 @@ def _example(modality: str, columns: Mapping[str, str]) -> str:
     """What `predict` takes on a command line."""
     if modality != "text":
         return {"image": "picture.jpg", "audio": "sound.wav"}[modality]
-    if "text_pair" in columns or {"choices", "context"} <= columns.keys():
+    if {"choices", "context"} <= columns.keys():
         return "--data FILE"
+    if "text_pair" in columns:
+        return '"a text" "its pair"'
     asked = [name for name in ("question", "context", "prompt") if name in columns]
     if "choices" in columns:
         asked += ["choice", "choice"]
