@@ -187,7 +187,9 @@ def _logits(model: Any, dataset: Dataset, rows: np.ndarray) -> list[torch.Tensor
 def _card(run: Path, how: str) -> str:
     """The run's card, with how the plain model is loaded in the place of how the graft is used."""
     card = run / "README.md"
-    about = card.read_text(encoding="utf-8").partition("\n## Use\n")[0] if card.is_file() else f"# {run.name}\n"
+    about = (
+        card.read_text(encoding="utf-8").partition("\n## Use\n")[0] if card.is_file() else f"# {run.name}\n"
+    )
     return f"{about}\n## Use\n\nThis folder is the plain model, with the graft folded into its weights.\n\n```\n{how}\n```\n"
 
 

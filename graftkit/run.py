@@ -14,7 +14,7 @@ from typing import Any
 
 from graftkit import recipe as recipes
 from graftkit import run_folder
-from graftkit.engine.frozen import Forward, PhasedForward, make_forward
+from graftkit.engine.forward import Forward, PhasedForward, make_forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes, sum_numbers
 from graftkit.errors import Interrupted, UserError

@@ -18,7 +18,7 @@ from graftkit.data.columns import find_again
 from graftkit.data.read import SUFFIXES
 from graftkit.data.stream import ROWS
 from graftkit.engine import parallel, precision
-from graftkit.engine.frozen import Forward
+from graftkit.engine.forward import Forward
 from graftkit.engine.loop import predict as run_predict
 from graftkit.errors import NoGoodRows, UserError, listing, nearest
 from graftkit.graft import Graft

@@ -201,7 +201,7 @@ def ready(tiny_bert, rows_folder):
     import torch
 
     from graftkit import recipe as recipes
-    from graftkit.engine.frozen import Forward
+    from graftkit.engine.forward import Forward
     from graftkit.engine.loop import Loop
     from graftkit.prepare import prepare, prepare_rows
 

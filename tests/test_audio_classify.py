@@ -262,18 +262,20 @@ def test_changed_recordings_are_not_resumed_with(tiny_ast, tones, tmp_path, monk
 
 
 def test_kept_outputs_of_frozen_blocks_change_nothing(tiny_ast, tones, tmp_path, monkeypatch):
-    import graftkit.engine.frozen as frozen
+    import graftkit.engine.forward as forward
 
     kept = []
-    plain = frozen.CachedForward.__init__
+    plain = forward.CachedForward.__init__
     monkeypatch.setattr(
-        frozen.CachedForward, "__init__", lambda self, *given: (kept.append(given[3]), plain(self, *given))[1]
+        forward.CachedForward,
+        "__init__",
+        lambda self, *given: (kept.append(given[3]), plain(self, *given))[1],
     )
     one = tune(
         tiny_ast, tones, tmp_path / "kept", "unfreeze('blocks[-1:]', lr=0.001) + head()", train__epochs=3.0
     )
     assert kept == [1]
-    monkeypatch.setattr(frozen, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(forward, "MEMORY_SHARE", 0)
     two = tune(
         tiny_ast, tones, tmp_path / "plain", "unfreeze('blocks[-1:]', lr=0.001) + head()", train__epochs=3.0
     )

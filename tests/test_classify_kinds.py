@@ -169,7 +169,9 @@ def test_labels_with_an_order():
         parsed(["good", "bad"] * 3, Classify(kind="ordinal"))
     with pytest.raises(UserError, match="one class only"):
         parsed(["3", "3"], Classify(kind="ordinal"))
-    with pytest.raises(UserError, match=r"row 1: label 'god' is not among the 3 labels of classify\(order=...\).*mean 'good'"):
+    with pytest.raises(
+        UserError, match=r"row 1: label 'god' is not among the 3 labels of classify\(order=...\).*mean 'good'"
+    ):
         parsed(["god", "bad"], task)
 
 

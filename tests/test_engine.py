@@ -12,7 +12,8 @@ import torch
 
 from graftkit.data.batches import epoch_batches, ordered_batches, padding_share, steps_per_epoch
 from graftkit.engine import precision
-from graftkit.engine.frozen import CachedForward, make_forward, set_training
+from graftkit.engine.forward import CachedForward, make_forward
+from graftkit.engine.frozen import set_training
 from graftkit.engine.loop import predict
 from graftkit.errors import UserError
 from graftkit.optim.schedule import factor

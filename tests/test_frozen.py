@@ -12,7 +12,8 @@ from torch import nn
 from graftkit import attach
 from graftkit.data.encode import Encoded
 from graftkit.data.read import Table
-from graftkit.engine.frozen import CachedForward, Forward, frozen_depth, make_forward, set_training
+from graftkit.engine.forward import CachedForward, Forward, make_forward
+from graftkit.engine.frozen import frozen_depth, set_training
 from graftkit.graft import Graft
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.texts import TextDataset

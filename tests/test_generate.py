@@ -19,7 +19,7 @@ from graftkit.backbone import Backbone
 from graftkit.data.chat import TEMPLATES
 from graftkit.data.columns import find_columns
 from graftkit.data.read import read_table
-from graftkit.engine.frozen import Forward
+from graftkit.engine.forward import Forward
 from graftkit.engine.loop import predict as run_predict
 from graftkit.errors import UserError
 from graftkit.graft import attach

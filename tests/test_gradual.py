@@ -15,7 +15,8 @@ from conftest import equal_bits, forked, graft_tensors, tune_words
 from safetensors.torch import load_file
 
 from graftkit import UserError, attach
-from graftkit.engine.frozen import CachedForward, Forward, PhasedForward, phases
+from graftkit.engine.forward import CachedForward, Forward, PhasedForward
+from graftkit.engine.frozen import phases
 from graftkit.methods.base import read
 
 BERT_BLOCKS = 3
@@ -177,18 +178,18 @@ def test_the_steps_are_those_of_a_plain_loop(ready):
 
 def test_what_is_kept_is_the_prefix_of_today(ready, monkeypatch):
     """Head alone: features; then the inputs of the last block, of the one before; nothing when all are trained."""
-    from graftkit.engine import frozen
+    from graftkit.engine import forward
 
     run = ready(f"gradual_unfreeze(every=2) + {HEAD}", steps=EPOCH * 10)
     run.loop.forward = PhasedForward(run.graft, torch.device("cpu"), "fp32", run.dataset, EPOCH)
-    seen, plain = [], frozen.make_forward
+    seen, plain = [], forward.make_forward
 
     def noted(*given):
         made = plain(*given)
         seen.append((type(made), getattr(made, "depth", None), getattr(made, "head", None) is not None))
         return made
 
-    monkeypatch.setattr(frozen, "make_forward", noted)
+    monkeypatch.setattr(forward, "make_forward", noted)
     assert [phase.depth for phase in run.loop.phases] == [3, 2, 1, 0, 0]
     assert len(list(run.loop)) == 60
     assert seen == [

@@ -118,7 +118,7 @@ def loaded(model: Path, graft: Path | None, test: Path, expression: str, count: 
     from graftkit.backbone.load import auto_class, find_source, load_backbone
     from graftkit.data.columns import find_columns
     from graftkit.data.read import read_table
-    from graftkit.engine.frozen import Forward
+    from graftkit.engine.forward import Forward
     from graftkit.prepare import make_task
 
     task = make_task(expression)

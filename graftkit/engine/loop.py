@@ -17,7 +17,8 @@ from graftkit.data.batches import epoch_batches, ordered_batches, steps_per_epoc
 from graftkit.engine import checkpoint
 from graftkit.engine.audit import STEPS, Audit
 from graftkit.engine.dropout import fast_dropout
-from graftkit.engine.frozen import Forward, Phase, set_training
+from graftkit.engine.forward import Forward
+from graftkit.engine.frozen import Phase, set_training
 from graftkit.engine.parallel import processes, sum_gradients, sum_numbers
 from graftkit.errors import UserError
 from graftkit.graft import Graft
