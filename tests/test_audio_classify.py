@@ -269,7 +269,7 @@ def test_kept_outputs_of_frozen_blocks_change_nothing(tiny_ast, tones, tmp_path,
     monkeypatch.setattr(
         forward.CachedForward,
         "__init__",
-        lambda self, *given: (kept.append(given[3]), plain(self, *given))[1],
+        lambda self, *given: (kept.append(given[4].depth), plain(self, *given))[1],
     )
     one = tune(
         tiny_ast, tones, tmp_path / "kept", "unfreeze('blocks[-1:]', lr=0.001) + head()", train__epochs=3.0

@@ -12,7 +12,7 @@ from torch import nn
 from graftkit import attach
 from graftkit.data.encode import Encoded
 from graftkit.data.read import Table
-from graftkit.engine.forward import CachedForward, Forward, make_forward
+from graftkit.engine.forward import AtOwnHead, CachedForward, Forward, make_forward
 from graftkit.engine.frozen import frozen_depth, set_training
 from graftkit.graft import Graft
 from graftkit.tasks.base import Dataset, Examples
@@ -146,6 +146,86 @@ def test_depth(name, sites, depth):
     graft = attach(zoo.BY_NAME[name].fresh(), f"unfreeze({sites!r}) + head(classes=2)")
     assert frozen_depth(graft) == depth
     assert frozen_depth(attach(zoo.BY_NAME[name].fresh(), "head(classes=2)")) == len(graft.backbone.blocks)
+
+
+class Drawn(Dataset):
+    """Six images or sounds, drawn at random."""
+
+    uniform = True
+
+    def __init__(self, batch):
+        parts = [batch(seed) for seed in (1, 2)]
+        self.values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        super().__init__(Examples(Table({}, "drawn", list(range(6)), "row"), {}), np.ones(6, np.int64))
+
+    def inputs(self, rows):
+        return {name: value[torch.from_numpy(rows)] for name, value in self.values.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("vit", 16), ("convnext", 16), ("resnet", 32), ("ast", 16), ("squeezenet", None), ("resnet20", 64)],
+)
+def test_the_model_s_own_head_alone_begins_at_what_is_kept(name, width):
+    """No block is computed again, and no dropout of the head itself is lost."""
+    graft = shaken(zoo.BY_NAME[name].fresh(), "head(classes=2, pooling='own')")
+    data = Drawn(zoo.BY_NAME[name].batch)
+    kept = make_forward(graft, CPU, "fp32", frozen_depth(graft), data, passes=3)
+    assert isinstance(kept.start, AtOwnHead) and (width is None or kept.kept.values[0].numel() == width)
+    agree(graft, kept, data)
+    drops = [m for m in kept.start.module.modules() if isinstance(m, nn.Dropout)]
+    assert bool(drops) == (name == "squeezenet")
+    set_training(graft, frozen_depth(graft))
+    assert all(module.training for module in drops)
+
+
+@pytest.mark.parametrize("name", ["roberta", "modernbert", "glm", "wav2vec2"])
+def test_other_heads_of_models_begin_at_a_block(name):
+    """Of tokens, of a text's last token, or with a projection before them."""
+    model = zoo.BY_NAME[name]
+    graft = shaken(model.fresh(), "head(classes=2, pooling='own')")
+    for module in graft.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    data = dataset() if name != "wav2vec2" else Drawn(model.batch)
+    kept = make_forward(graft, CPU, "fp32", frozen_depth(graft), data, passes=3)
+    assert not isinstance(getattr(kept, "start", None), AtOwnHead)
+    agree(graft, kept, data)
+
+
+class Features(nn.Module):
+    """Convolutions, and a last layer whose input `kind` says something about."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3))
+        self.norm = nn.BatchNorm2d(6) if kind == "norm" else nn.Identity()
+        self.dropout = nn.Dropout(0.2 if kind == "dropout" else 0.0)
+        self.fc = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 6))
+
+    def forward(self, x):
+        x = self.dropout(self.norm(self.layers(x)).mean(dim=(2, 3)))
+        if self.kind == "function":
+            x = nn.functional.dropout(x, 0.2, self.training)
+        logits = self.fc(x)
+        if self.kind == "twice":
+            logits = self.fc(logits)
+        return logits + x if self.kind == "skip" else logits.unsqueeze(-1).flatten(1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm", "dropout", "function", "twice", "skip"])
+def test_what_changes_before_the_own_head_is_not_kept(kind):
+    torch.manual_seed(0)
+    graft = shaken(Features(kind), "head(classes=6, pooling='own')")
+    data = Drawn(lambda seed: {"x": torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))})
+    before = {name: value.clone() for name, value in graft.model.state_dict().items()}
+    state = torch.get_rng_state()
+    kept = make_forward(graft, CPU, "fp32", frozen_depth(graft), data, passes=3)
+    assert isinstance(getattr(kept, "start", None), AtOwnHead) == (kind in ("plain", "norm")), kind
+    agree(graft, kept, data)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in graft.model.state_dict().items())
 
 
 def test_an_addition_lies_where_it_is_placed():

@@ -10,14 +10,15 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
 from graftkit.data.batches import ordered_batches
-from graftkit.engine.frozen import Phase, only_head_trains, pooled_head
+from graftkit.engine.frozen import Phase, only_head_trains, pooled_head, set_training
 from graftkit.engine.kept import Kept
 from graftkit.engine.precision import autocast
 from graftkit.graft import Graft
@@ -69,44 +70,84 @@ class PhasedForward(Forward):
 
 
 class CachedForward(Forward):
-    """The same from kept outputs of the frozen prefix: features of a head alone, or the input of block `depth`."""
+    """The same from kept outputs of the frozen prefix, from `start` on."""
 
     def __init__(
-        self, graft: Graft, device: torch.device, precision: str, depth: int, dataset: Dataset, features: bool
+        self, graft: Graft, device: torch.device, precision: str, dataset: Dataset, start: Start
     ) -> None:
         super().__init__(graft, device, precision)
-        backbone = graft.backbone
-        self.blocks = [backbone.module(name) for name in backbone.blocks]
-        self.depth = depth
-        self.head = pooled_head(graft) if features else None
-        pooled = self.head is not None and self.head.pooling != "tokens"
-        self.kept = Kept(dataset.lengths, ragged=not (pooled or dataset.uniform))
+        self.start = start
+        self.plain = Forward(graft, device, precision)
+        self.kept = Kept(dataset.lengths, ragged=start.per_token and not dataset.uniform)
         with _evaluating(graft.model), torch.no_grad():
             for rows in ordered_batches(dataset.lengths, FILL_BATCH):
-                self.kept.put(rows, self._capture(dataset.batch(rows, device)))
+                self.kept.put(rows, start.capture(self.plain, dataset.batch(rows, device)))
 
     def __call__(self, batch: Batch) -> Tensor:
-        states = self.kept.get(batch.rows).to(self.device)
-        if self.head is not None:
-            return self.head.logits(states)
-        with _skipping(self.blocks, self.depth, states):
-            return super().__call__(batch)
+        return self.start.resume(self.plain, batch, self.kept.get(batch.rows).to(self.device))
 
-    def _capture(self, batch: Batch) -> Tensor:
-        """What comes in at the head (rows, width), or at the first trained block (rows, length, width)."""
+
+class Start(Protocol):
+    """A place in the network all of whose input is frozen. `per_token`: this is a state for each token of a row."""
+
+    per_token: bool
+
+    def capture(self, plain: Forward, batch: Batch) -> Tensor:
+        """What comes in there."""
+        ...
+
+    def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
+        """The logits, computed from what was kept."""
+        ...
+
+
+class AtPooledHead:
+    """At a head of ours: pooled features (rows, width), or the states of tokens."""
+
+    def __init__(self, head: PooledHead) -> None:
+        self.head = head
+        self.per_token = head.pooling == "tokens"
+
+    def capture(self, plain: Forward, batch: Batch) -> Tensor:
         got: list[Tensor] = []
-        if self.head is not None:
-            with _grabbing(self.head, got):
-                super().__call__(batch)
-            return got[0]
-        handle = self.blocks[self.depth].register_forward_pre_hook(_stop_with(got), with_kwargs=True)
-        try:
-            super().__call__(batch)
-        except _Captured:
-            pass
-        finally:
-            handle.remove()
+        with _grabbing(self.head, got):
+            plain(batch)
         return got[0]
+
+    def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
+        return self.head.logits(states)
+
+
+class AtBlock:
+    """At block `depth`, which is given (rows, length, width), or maps."""
+
+    per_token = True
+
+    def __init__(self, blocks: list[nn.Module], depth: int) -> None:
+        self.blocks, self.depth = blocks, depth
+
+    def capture(self, plain: Forward, batch: Batch) -> Tensor:
+        return _captured(self.blocks[self.depth], plain, batch)
+
+    def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
+        with _skipping(self.blocks, self.depth, states):
+            return plain(batch)
+
+
+class AtOwnHead:
+    """At the last layers of the model itself, whose output is the logits, each row of `shape`."""
+
+    per_token = False
+
+    def __init__(self, module: nn.Module, shape: torch.Size) -> None:
+        self.module, self.shape = module, shape
+
+    def capture(self, plain: Forward, batch: Batch) -> Tensor:
+        return _captured(self.module, plain, batch)
+
+    def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
+        with autocast(plain.device, plain.precision):
+            return self.module(states).reshape(len(states), *self.shape)
 
 
 def make_forward(
@@ -123,33 +164,103 @@ def make_forward(
     `labels`: what is trained while it is used; all that the graft labels by default.
     """
     plain = Forward(graft, device, precision)
-    features = only_head_trains(graft, graft.labels if labels is None else labels)
+    labels = graft.labels if labels is None else labels
     if passes < 2 or not dataset.keeps:
         return plain
-    if features:
+    found: tuple[Start, int] | None
+    if only_head_trains(graft, labels):
         head = pooled_head(graft)
         assert head is not None
-        size = head.width * (int(dataset.lengths.sum()) if head.pooling == "tokens" else len(dataset))
+        rows = int(dataset.lengths.sum()) if head.pooling == "tokens" else len(dataset)
+        found = AtPooledHead(head), head.width * rows
     else:
-        depth = min(depth, len(graft.backbone.blocks) - 1)  # what follows the last block is computed anew
-        found = _passed_on(plain, depth, dataset) if depth > 0 else None
-        if found is None:
-            return plain
-        size = found
+        blocks = min(depth, len(graft.backbone.blocks) - 1)  # what follows the last block is computed anew
+        found = _own_head(plain, depth, dataset, labels) or (
+            _passed_on(plain, blocks, dataset) if blocks > 0 else None
+        )
+    if found is None:
+        return plain
+    start, size = found
     if size * 4 >= MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return plain
-    return CachedForward(graft, device, precision, depth, dataset, features)
+    return CachedForward(graft, device, precision, dataset, start)
 
 
-def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> int | None:
-    """Numbers in the input of block `depth` for all rows, where this is all that the blocks before it are for; else None.
+def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> tuple[AtOwnHead, int] | None:
+    """The model's own last layers, where they alone are trained and the logits come from them, and the numbers in their
+    input for all rows; else None.
+
+    Found by trying it on the longest and the shortest row: they are called once, with one tensor, from which they
+    alone compute the logits; and in training this tensor is the same, so that nothing random happens before them.
+    """
+    graft, model = plain.graft, plain.graft.model
+    module = _trained_alone(graft, labels)
+    if module is None:
+        return None
+    batch = _extremes(plain, dataset)
+    entered: list[tuple] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append((*map(_copied, args), *kwargs.values())), with_kwargs=True
+    )
+    try:
+        with _evaluating(model), torch.no_grad():
+            wanted = plain(batch)
+    finally:
+        handle.remove()
+    if len(entered) != 1 or len(entered[0]) != 1 or not isinstance(entered[0][0], Tensor):
+        return None
+    states = entered[0][0]
+    if len(states) != len(batch.rows) or not (dataset.uniform or states.dim() == 2):
+        return None
+    start = AtOwnHead(module, wanted.shape[1:])
+    with _evaluating(model), torch.no_grad():
+        with autocast(plain.device, plain.precision):
+            got = module(states.clone())
+        if not isinstance(got, Tensor) or got.numel() != wanted.numel():
+            return None
+        if not _alike(got.reshape(wanted.shape), wanted):
+            return None
+        with _as_it_was(model, plain.device):
+            set_training(graft, depth, labels)
+            inside = set(module.modules())
+            if any(
+                isinstance(m, _Dropout) and m.p and m.training for m in model.modules() if m not in inside
+            ):
+                return None
+            if not _alike(start.capture(plain, batch), states):
+                return None
+    return start, states[0].numel() * len(dataset)
+
+
+def _trained_alone(graft: Graft, labels: Labels) -> nn.Module | None:
+    """The largest part of the model all of whose parameters are trained, and no others."""
+    trained = {id(parameter) for name, parameter in graft.parameters.items() if name in labels}
+    parts = (module for name, module in graft.model.named_modules() if name)
+    return next((module for module in parts if {id(p) for p in module.parameters()} == trained), None)
+
+
+def _extremes(plain: Forward, dataset: Dataset) -> Batch:
+    """The longest and the shortest row."""
+    return dataset.batch(np.unique([dataset.lengths.argmax(), dataset.lengths.argmin()]), plain.device)
+
+
+def _alike(got: Tensor, wanted: Tensor) -> bool:
+    return bool((got - wanted).abs().max() <= SAME * wanted.abs().max())
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> tuple[AtBlock, int] | None:
+    """Block `depth` and the numbers in its input for all rows, where this is all that the blocks before it are for; else
+    None.
 
     Found by trying it on the longest and the shortest row: nothing trained lies before it, each of these blocks is
     called once, gives its states alone, and these are what the next is given; without them the result is the same.
     It is not so where a decoder looks at all of an encoder, or where something lies between the blocks.
     """
-    lengths = dataset.lengths
-    batch = dataset.batch(np.unique([lengths.argmax(), lengths.argmin()]), plain.device)
+    lengths, batch = dataset.lengths, _extremes(plain, dataset)
     blocks = [plain.graft.backbone.module(name) for name in plain.graft.backbone.blocks]
     entered: list[tuple[int, Any]] = []
     left: list[tuple[int, Any]] = []
@@ -177,16 +288,42 @@ def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> int | None:
     states = states.clone()
     for i, row in enumerate(batch.rows if not dataset.uniform else ()):
         states[i, lengths[row] :] = 0
-    with _evaluating(plain.graft.model), torch.no_grad(), _skipping(blocks, depth, states):
-        got = plain(batch)
-    if (got - wanted).abs().max() > SAME * wanted.abs().max():
-        return None
-    return states[0].numel() * len(dataset) if dataset.uniform else int(lengths.sum()) * states.shape[2]
+    start = AtBlock(blocks, depth)
+    with _evaluating(plain.graft.model), torch.no_grad():
+        if not _alike(start.resume(plain, batch, states), wanted):
+            return None
+    size = states[0].numel() * len(dataset) if dataset.uniform else int(lengths.sum()) * states.shape[2]
+    return start, size
 
 
 def _entering(args: tuple, kwargs: dict[str, Any]) -> Any:
     """The states that a block is given, first in its arguments or by their usual name."""
     return args[0] if args else kwargs.get("hidden_states")
+
+
+def _captured(module: nn.Module, plain: Forward, batch: Batch) -> Tensor:
+    """What the module is given; the pass ends there."""
+    got: list[Tensor] = []
+    handle = module.register_forward_pre_hook(_stop_with(got), with_kwargs=True)
+    try:
+        plain(batch)
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    return got[0]
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards the model's buffers, such as running statistics, and the random numbers go on as before."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 @contextmanager
