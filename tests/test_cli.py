@@ -329,7 +329,7 @@ def test_rows_in_place_of_a_recipe(command, rows_folder):
     ("modality", "columns", "told"),
     [
         ("text", ["text", "label"], '"a text"'),
-        ("text", ["text", "text_pair", "label"], "--data FILE"),
+        ("text", ["text", "text_pair", "label"], '"a text" "its pair"'),
         ("text", ["question", "context", "answers"], '"a question" "a context"'),
         ("text", ["question", "choices", "label"], '"a question" "a choice" "a choice"'),
         ("text", ["question", "context", "choices", "label"], "--data FILE"),

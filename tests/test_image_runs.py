@@ -280,19 +280,3 @@ def test_balanced_weights(tiny_vit, tmp_path):
     targets = dataset.targets(np.arange(10)).numpy()
     sums = [float(losses[torch.from_numpy(targets == i)].sum()) for i in range(3)]
     assert np.allclose(sums, sums[0])
-
-
-def test_timm_s_models_through_their_wrapper(colours, tmp_path):
-    pytest.importorskip("timm", reason="timm is not installed")
-    pytest.importorskip(
-        "torchvision", reason="timm's transforms are those of torchvision, which is not installed"
-    )
-    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
-
-    folder = tmp_path / "timm"
-    config = TimmWrapperConfig.from_dict({"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": {
-        "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_pct": 1.0,
-    }})  # fmt: skip
-    TimmWrapperForImageClassification(config).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "TimmWrapperImageProcessor"}')
-    assert tune(folder, colours, tmp_path / "run", **{"train.epochs": 1.0}).metrics["rows"] == 12

@@ -77,6 +77,9 @@ class Backbone:
 
         Raises `UserError` for a user's own module that does not tell.
         """
+        pooled = getattr(getattr(self.model, "timm_model", None), "head_hidden_size", None)
+        if isinstance(pooled, int):  # some of timm's have a map between their feature maps and the classifier
+            return pooled
         config = getattr(self.model, "config", None)
         sizes = getattr(config, "hidden_sizes", None)
         if isinstance(sizes, list | tuple) and sizes:

@@ -63,6 +63,16 @@ def _with_last_as_head(model: nn.Module, sites: list[Site]) -> list[Site]:
     return sites
 
 
+def _classifiers_of_timm(model: nn.Module) -> tuple[str, ...]:
+    """What timm calls a model's classifier, which lies inside of the base that a wrapper of transformers holds."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else model
+    about = getattr(base, "pretrained_cfg", None)
+    names = about.get("classifier") if isinstance(about, dict) else None
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    return tuple(f"{prefix}.{name}" if prefix else name for name in names)
+
+
 def _attention_parts(block: nn.Module) -> tuple[str, ...]:
     """Relative names of the attention in a block: the outermost such module around each query map."""
     modules = dict(block.named_modules())
@@ -115,6 +125,8 @@ def _outside_role(model: nn.Module, name: str, module: nn.Module) -> str:
     has_base = bool(prefix) and hasattr(model, prefix)
     if "pooler" in parts:
         return "pooler"
+    if name in _classifiers_of_timm(model):
+        return "head"
     if has_base and not f"{name}.".startswith(f"{prefix}."):
         return "head"
     if isinstance(module, nn.Embedding) or any("embed" in part for part in parts):

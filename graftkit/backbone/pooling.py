@@ -114,6 +114,6 @@ def maps_to_features(states: Tensor, output: Any) -> Tensor:
     mean behind whatever norm belongs to it, or the mean itself.
     """
     own = None if isinstance(output, Tensor) or len(output) < 2 else output[1]
-    if isinstance(own, Tensor) and own.shape[:2] == states.shape[:2]:
+    if isinstance(own, Tensor) and (own.dim() == 2 or own.shape[:2] == states.shape[:2]):
         return own.flatten(1).float()
     return states.float().flatten(2).mean(dim=-1)

@@ -196,11 +196,11 @@ def predicts_tokens(backbone: Backbone) -> bool:
 def below_head(backbone: Backbone) -> tuple[nn.Module, bool]:
     """The module whose output the states are; with True: whose input they are, as nothing below it gives them."""
     model = backbone.model
-    base = model.base_model if hasattr(model, "base_model_prefix") else model
     heads = [site.module for site in backbone.sites if site.role == "head"]
-    if base is model and heads:
-        return heads[0], True
-    return base, False  # type: ignore[return-value]
+    if not heads:
+        return model, False
+    base: Any = model.base_model if hasattr(model, "base_model_prefix") else model
+    return (heads[0], True) if heads[0] in set(base.modules()) else (base, False)
 
 
 def entering(module: nn.Module) -> int:
