@@ -301,3 +301,21 @@ def forked(work) -> SimpleNamespace:
         texts.append(output.read())
         output.close()
     return SimpleNamespace(status=status, out=texts[0], err=texts[1])
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> Path:
+    """Folders of red, green and blue images."""
+    from image_models import fill
+
+    folder = tmp_path_factory.mktemp("colours")
+    fill(folder / "train", 8)
+    fill(folder / "eval", 4, seed=100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_vit(tmp_path_factory) -> Path:
+    from image_models import vit
+
+    return vit(tmp_path_factory.mktemp("models") / "tiny-vit")

@@ -10,26 +10,13 @@ import pytest
 
 pytest.importorskip("PIL")
 import torch
-from image_models import KINDS, ROOT, convnext, dataset_of, fill, picture, spoil, table_rows, vit
+from image_models import KINDS, ROOT, convnext, dataset_of, fill, picture, spoil, table_rows
 from PIL import Image
 
 from graftkit.errors import UserError
 from graftkit.prepare import make_task
 from graftkit.tasks.image_classify import ImageClassify
 from graftkit.tasks.image_inputs import Transform
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("colours")
-    fill(folder / "train", 8)
-    fill(folder / "eval", 4, seed=100)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_vit(tmp_path_factory) -> Path:
-    return vit(tmp_path_factory.mktemp("models") / "tiny-vit")
 
 
 @pytest.fixture(scope="module")

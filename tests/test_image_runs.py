@@ -13,24 +13,11 @@ import pytest
 pytest.importorskip("PIL")
 import torch
 from conftest import equal_bits, forked, graft_tensors
-from image_models import ROOT, convnext, dataset_of, fill, picture, tune, vit
+from image_models import ROOT, convnext, dataset_of, fill, picture, tune
 from PIL import Image
 
 from graftkit.errors import UserError
 from graftkit.use import predict
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("colours")
-    fill(folder / "train", 8)
-    fill(folder / "eval", 4, seed=100)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_vit(tmp_path_factory) -> Path:
-    return vit(tmp_path_factory.mktemp("models") / "tiny-vit")
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,37 +11,10 @@ import torch
 from custom_models import MODELS, close, compare, given, grafted, make, mixture, shake, transposed_mixture
 from torch import Tensor, nn
 
-from graftkit import UserError, attach, load
-from graftkit.graft import Graft
+from graftkit import UserError, load
 
 peft = pytest.importorskip("peft")
-ALL_KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
-
-
-def shaken(model: nn.Module, text: str) -> Graft:
-    graft = attach(model, text)
-    shake(model)
-    return graft
-
-
-def with_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """PEFT's reading of a folder; a warning about keys is an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
-    saved = wrapped.load_adapter(str(folder), adapter_name="default")
-    assert not saved.unexpected_keys
-    assert not [k for k in saved.missing_keys if "lora_" in k or "modules_to_save" in k]
-    return wrapped
-
-
-def write_with_peft(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
-    """An adapter that PEFT made on `model`, all of its trained values random, and written."""
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
-    shake(wrapped)
-    wrapped.save_pretrained(str(folder))
-    return wrapped
-
+from peft_lora import shaken, with_peft, write_with_peft  # noqa: E402
 
 # ---- modules of one's own: outputs, gradients, and back
 

@@ -71,31 +71,26 @@ def test_a_wrapped_model_of_timm_has_its_head_inside(classes):
 
 
 @pytest.mark.parametrize("architecture", ["resnet10t", "convnext_atto"])
-def test_timm_s_models_through_their_wrapper(architecture, tmp_path):
+def test_timm_s_models_through_their_wrapper(architecture, colours, tmp_path):
     pytest.importorskip("timm", reason="timm is not installed")
     pytest.importorskip(
         "torchvision", reason="timm's transforms are those of torchvision, which is not installed"
     )
-    from image_models import fill
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    images = tmp_path / "images"
-    fill(images / "train", 8)
-    fill(images / "eval", 4, seed=100)
     folder = tmp_path / "timm"
     config = TimmWrapperConfig.from_dict({"architecture": architecture, "num_classes": 5, "pretrained_cfg": {
         "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_pct": 1.0,
     }})  # fmt: skip
     TimmWrapperForImageClassification(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "TimmWrapperImageProcessor"}')
-    image = images / "eval" / "red" / "0.png"
     for place, method in enumerate(("head(pooling='own')", "lora(rank=2) + head()", "head(pooling='mean')")):
         run = graftkit.tune(
-            model=str(folder), task="image_classify", method=method, train=str(images / "train"),
-            eval=str(images / "eval"), out=tmp_path / f"run{place}", settings={"train.epochs": 1.0},
+            model=str(folder), task="image_classify", method=method, train=str(colours / "train"),
+            eval=str(colours / "eval"), out=tmp_path / f"run{place}", settings={"train.epochs": 1.0},
         )  # fmt: skip
         assert run.metrics["rows"] == 12
-        (answer,) = run.predict([str(image)])
+        (answer,) = run.predict([str(colours / "eval" / "red" / "0.png")])
         assert answer["label"] in ("blue", "green", "red")
         if "mean" not in method:
             done = run.export(tmp_path / f"plain{place}")

@@ -1,0 +1,43 @@
+"""What the tests of LoRA beside PEFT share: a folder read by PEFT, and one that it wrote."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from custom_models import shake
+from torch import nn
+
+from graftkit import attach
+from graftkit.graft import Graft
+
+peft = pytest.importorskip("peft")
+ALL_KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
+
+
+def shaken(model: nn.Module, text: str) -> Graft:
+    graft = attach(model, text)
+    shake(model)
+    return graft
+
+
+def with_peft(model: nn.Module, folder: Path) -> nn.Module:
+    """PEFT's reading of a folder; a warning about keys is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
+        wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    saved = wrapped.load_adapter(str(folder), adapter_name="default")
+    assert not saved.unexpected_keys
+    assert not [k for k in saved.missing_keys if "lora_" in k or "modules_to_save" in k]
+    return wrapped
+
+
+def write_with_peft(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
+    """An adapter that PEFT made on `model`, all of its trained values random, and written."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    shake(wrapped)
+    wrapped.save_pretrained(str(folder))
+    return wrapped
