@@ -18,7 +18,7 @@ from graftkit.engine import checkpoint
 from graftkit.engine.forward import make_forward
 from graftkit.engine.loop import Loop, Step, predict
 from graftkit.engine.parallel import processes, wait
-from graftkit.errors import UserError
+from graftkit.errors import UserError, listing
 from graftkit.files import append_lines, write_json, write_text
 from graftkit.prepare import Prepared
 from graftkit.report.card import model_card
@@ -45,6 +45,7 @@ class Watch:
         self.waited = 0
         self.worst: list[dict[str, Any]] = []  # of the rows looked at last
         self.best_worst: list[dict[str, Any]] = []  # of the evaluation rows, by the best weights
+        self.unused: set[str] = set()  # trained parameters that turned out to have no part in the output
         self.pending: list[dict[str, Any]] = []
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
@@ -65,7 +66,13 @@ class Watch:
         patience = self.prepared.recipe.train.early_stopping
         return patience is not None and self.waited >= patience
 
-    def log(self, step: Step) -> None:
+    def log(self, step: Step, console: Console) -> None:
+        new = set(step.unused) - self.unused
+        if new:
+            self.unused |= new
+            console.line(
+                f"note: {len(new)} parameters have no part in the output and stay as they are: {listing(sorted(new), 4)}"
+            )
         right = {} if step.accuracy is None else {"accuracy": step.accuracy}
         self.pending.append({
             "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss, **right,
@@ -78,6 +85,9 @@ class Watch:
         if self.main and self.pending:
             append_lines(self.folder / METRICS, map(json.dumps, self.pending))
         self.pending = []
+
+    def _size(self, name: str) -> int:
+        return self.prepared.graft.parameters[name].numel()
 
     def metrics(self, name: str) -> dict[str, Any]:
         rows, dataset = self.prepared.rows, self.datasets[name]
@@ -122,6 +132,7 @@ class Watch:
             if self.main:
                 position = {
                     "best": self.best, "waited": self.waited, "seconds": self.seconds, "worst": self.best_worst,
+                    "unused": sorted(self.unused),
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
@@ -142,6 +153,7 @@ class Watch:
         if position is not None:
             self.best, self.waited = position["best"], position["waited"]
             self.seconds_before, self.best_worst = position["seconds"], position["worst"]
+            self.unused = set(position.get("unused", ()))
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
         if path.is_file():  # lines after the checkpoint will be written again
@@ -166,7 +178,8 @@ class Watch:
             "run": str(folder),
             "metrics": found.get("test") or found.get("eval") or {},
             "evaluation": self.best,
-            "trained_parameters": prepared.plan.trained_parameters,
+            "trained_parameters": prepared.plan.trained_parameters - sum(map(self._size, self.unused)),
+            "unused_parameters": sorted(self.unused),
             "never_trained_parameters": prepared.plan.never_trained_parameters,
             "total_parameters": prepared.plan.total_parameters,
             "seconds": round(seconds, 2),

@@ -21,8 +21,27 @@ def test_the_audit_names_a_parameter_without_gradient(ready):
     group = next(iter(run.graft.labels.values()))
     name = next(n for n, _ in run.graft.model.named_parameters() if "pooler" in n)
     run.graft.model.get_parameter(name).requires_grad_(True)
-    run.graft.labels[name] = replace(group)
+    run.graft.labels[name] = replace(group, method="unfreeze")  # no other parameter is that method's
     with pytest.raises(UserError, match=r"got no gradient: .*pooler"):
+        list(run.loop)
+
+
+def test_a_part_beside_the_blocks_that_is_not_needed_is_told(ready):
+    """Where a method took the whole model. It stays as it was; in the blocks it is a fault."""
+    run = ready("full() + head(pooling='mean')")
+    group = run.graft.labels["encoder.layer.0.output.dense.weight"]
+    name = "pooler.dense.weight"
+    pooler = run.graft.model.get_parameter(name).requires_grad_(True)
+    before = pooler.detach().clone()
+    run.graft.labels[name] = replace(group)
+    steps = list(run.loop)
+    assert [step.unused for step in steps[:3]] == [(), (name,), ()] and torch.equal(pooler, before)
+    run = ready("full() + head(pooling='mean')")
+    block = run.graft.model.get_submodule("encoder.layer.1")
+    block.idle = torch.nn.Linear(2, 2)
+    for part in ("weight", "bias"):
+        run.graft.labels[f"encoder.layer.1.idle.{part}"] = replace(group)
+    with pytest.raises(UserError, match=r"2 parameters got no gradient: encoder.layer.1.idle.bias"):
         list(run.loop)
 
 

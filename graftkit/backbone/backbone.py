@@ -52,10 +52,14 @@ class Backbone:
 
     @property
     def idle(self) -> set[str]:
-        """Base parameters without a part in the output: what stands for masked sound where the config masks none."""
+        """Base parameters without a part in the output: what stands for masked sound where the config masks none, and in
+        models of transformers for the masked patches and words of their pre-training."""
         config = getattr(self.model, "config", None)
         masking = getattr(config, "apply_spec_augment", True) and getattr(config, "mask_time_prob", 1) > 0
-        return {name for name in self.base_parameters if name.endswith("masked_spec_embed") and not masking}
+        masks = set() if masking else {"masked_spec_embed"}
+        if config is not None:
+            masks |= {"mask_token", "mask_emb"}
+        return {name for name in self.base_parameters if name.rpartition(".")[2] in masks}
 
     @property
     def fingerprint(self) -> str:

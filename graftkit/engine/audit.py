@@ -2,7 +2,8 @@
 
 Training that silently changes nothing, or changes what should be frozen, is the worst bug of this field. In
 the first two steps of a run each labelled parameter must get a gradient and move, and no other parameter and
-no buffer may.
+no buffer may. Parts of a model beside its blocks that the output does not need are told, and no fault, where a
+method that reaches the blocks took them too: the pooler of an image encoder whose head reads the patches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Audit:
     """Watches the first steps of a run: two, and longer only for what may yet turn out well.
 
     `trained`: the parameters that are trained. `state`: tensors beside these that may move, such as running
-    statistics. `settled`: parameters that were trained before, and audited then.
+    statistics. `settled`: parameters that were trained before, and audited then. `spare`: parameters that may be
+    without a gradient; `unused` are those of them that are.
     """
 
     def __init__(
@@ -30,9 +32,12 @@ class Audit:
         trained: Container[str],
         state: Collection[str] = (),
         settled: Container[str] = (),
+        spare: Collection[str] = (),
     ) -> None:
         self.model = model
         self.state = set(state)
+        self.spare = set(spare)
+        self.unused: tuple[str, ...] = ()
         self.labelled = {name for name, _ in model.named_parameters() if name in trained}
         self.age = {name: 0 for name in self.labelled if name not in settled}  # steps in which it was trained
         self.steps = 0
@@ -51,7 +56,7 @@ class Audit:
     @property
     def done(self) -> bool:
         young = min(self.age.values(), default=STEPS) < STEPS
-        return not young and set(self.age) <= (self.with_gradient & self.moved) | self.idle
+        return not young and set(self.age) <= (self.with_gradient & self.moved) | self.idle | set(self.unused)
 
     @property
     def idle(self) -> set[str]:
@@ -90,7 +95,8 @@ class Audit:
             name for name, tensor in now if name not in self.moved and digest(tensor) != self.before[name]
         }
         self.moved |= changed
-        silent = due - (self.with_gradient | self.idle if last else self.reached)
+        self.unused = tuple(sorted((due - self.reached) & self.spare))
+        silent = due - (self.with_gradient | self.idle if last else self.reached) - set(self.unused)
         still = set() if rising else (due & self.with_gradient) - self.moved
         leaked = changed - self.labelled - self.state if first_look else set()
         stray = self.reached - self.labelled - self.moved if first_look else set()

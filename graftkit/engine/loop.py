@@ -47,7 +47,8 @@ class Settings:
 @dataclass(frozen=True)
 class Step:
     """One optimizer step: its 1-based number, the mean loss over its units (rows, or labelled tokens), and the
-    gradient's norm. `hits`: units answered right; nan where a task cannot say."""
+    gradient's norm. `hits`: units answered right; nan where a task cannot say. `unused`: parameters that turned out to
+    have no part in the output."""
 
     number: int
     epoch: float
@@ -58,6 +59,7 @@ class Step:
     units: float
     hits: float
     tokens: int
+    unused: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -127,7 +129,13 @@ class Loop:
             audit.free(phase.labels, moving)
         elif self.step - phase.start < STEPS:
             before = [earlier.labels for earlier in self.phases if earlier.end <= phase.start]
-            audit = Audit(graft.model, phase.labels, moving, before[-1] if before else ())
+            audit = Audit(
+                graft.model,
+                phase.labels,
+                moving,
+                before[-1] if before else (),
+                spare_now(graft, phase.labels),
+            )
         return audit
 
     def batches(self, step: int) -> list[np.ndarray]:
@@ -170,7 +178,8 @@ class Loop:
         self.optimizer.zero_grad()
         rows, units = sum(map(len, batches)), self._units(batches)
         epoch = self.step / self.per_epoch
-        return Step(self.step, epoch, loss, norm, scale, rows, units, hits, tokens)
+        unused = () if audit is None else audit.unused
+        return Step(self.step, epoch, loss, norm, scale, rows, units, hits, tokens, unused)
 
     def _units(self, batches: list[np.ndarray]) -> float:
         """How many units the loss of a step is the mean over."""
@@ -254,6 +263,19 @@ def moving_now(graft: Graft, labels: Labels) -> set[str]:
     owners = {name.rpartition(".")[0] for name in waiting}
     still = waiting | {name for name in graft.statistics if name.rpartition(".")[0] in owners}
     return set(graft.state) - still
+
+
+def spare_now(graft: Graft, labels: Labels) -> set[str]:
+    """Base parameters of `labels` beside the blocks and the head, of methods that train in the blocks too."""
+    backbone = graft.backbone
+    sites = {site.name: site for site in backbone.sites}
+    owners = {name: sites[name.rpartition(".")[0]] for name in labels if name in backbone.base_parameters}
+    wide = {labels[name].method for name, site in owners.items() if site.block is not None}
+    return {
+        name
+        for name, site in owners.items()
+        if site.block is None and site.role != "head" and labels[name].method in wide
+    }
 
 
 @contextmanager

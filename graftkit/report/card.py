@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftkit.errors import listing
 from graftkit.report.console import count, duration, size
 from graftkit.report.summary import mistake, statistics_lines, title
 
@@ -70,7 +71,7 @@ A graft on `{recipe.model}`: {count(result["trained_parameters"])} trained param
 - data: {len(rows.train):,} training rows of `{recipe.data.train}`{f"; {columns}" if columns else ""}.{skipped}
 {f"- labels ({len(rows.labels)}): {labels}" if labels else f"- task: {rows.task.name}"}
 - training: {count(result["steps"])} steps of {prepared.plan.batch_size} rows, {result["precision"]}, seed {recipe.seed};
-  {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}
+  {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}{_unused(result)}
 
 ## Data
 
@@ -104,6 +105,11 @@ Examples whose answers were furthest from what was expected.
 | where | example | expected | answer | loss |
 | --- | --- | --- | --- | --- |
 """
+
+
+def _unused(result: dict[str, Any]) -> str:
+    names = result["unused_parameters"]
+    return f"\n- without a part in the output, and as they were: {listing(names, 4)}" if names else ""
 
 
 def _mistake(row: dict[str, Any]) -> tuple[str, ...]:
