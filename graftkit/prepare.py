@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.load import auto_class, find_source, load_backbone, pooling_of
+from graftkit.backbone.load import auto_class, find_source, has_two_towers, load_backbone, pooling_of
 from graftkit.backbone.quantized import move
 from graftkit.catalogue import build, parse
 from graftkit.data.batches import steps_per_epoch
@@ -163,8 +163,9 @@ def prepare_backbone(
             raise UserError(
                 f"transformers has no head for {model!r} that {task.name}() could use; use head(pooling={others})."
             )
+    whole = pooling in ("own", "stacked") or has_two_towers(source)
     backbone = load_backbone(
-        source, native if pooling in ("own", "stacked") else None,
+        source, native if whole else None,
         labels=task.output_names(labels) if pooling == "own" else None, complete=pooling == "stacked", meta=meta,
         seed=seed,
     )  # fmt: skip

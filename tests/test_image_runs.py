@@ -267,37 +267,3 @@ def test_balanced_weights(tiny_vit, tmp_path):
     targets = dataset.targets(np.arange(10)).numpy()
     sums = [float(losses[torch.from_numpy(targets == i)].sum()) for i in range(3)]
     assert np.allclose(sums, sums[0])
-
-
-def test_full_on_a_model_with_a_pooler_that_its_head_reads_past(colours, tmp_path, command):
-    """SigLIP's attention pooler has no part in its classifier: this is told, and is not what was trained."""
-    from transformers import SiglipConfig, SiglipForImageClassification, SiglipImageProcessor
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-    config = SiglipConfig(
-        vision_config={**sizes, "image_size": 32, "patch_size": 8}, text_config=sizes, num_labels=3
-    )
-    torch.manual_seed(0)
-    SiglipForImageClassification(config).save_pretrained(tmp_path / "siglip")
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "siglip")
-    words = [
-        "--model",
-        tmp_path / "siglip",
-        "--task",
-        "image_classify",
-        "--train",
-        colours / "train",
-        "data.eval=null",
-    ]
-    done = command("tune", *words, "--method", "full() + head()", "--out", tmp_path / "run", "train.steps=4")
-    assert done.status == 0, done.err
-    assert (
-        "parameters have no part in the output and stay as they are: vision_model.head.attention" in done.out
-    )
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    unused = result["unused_parameters"]
-    assert len(unused) == 11 and all(name.startswith("vision_model.head.") for name in unused)
-    assert result["trained_parameters"] < plan["trained_parameters"]
-    assert "without a part in the output" in (tmp_path / "run" / "README.md").read_text()
-    assert predict(tmp_path / "run", [str(colours / "eval" / "red" / "0.png")])

@@ -355,6 +355,14 @@ def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
     return None
 
 
+def has_two_towers(source: Source) -> bool:
+    """Whether the bare architecture reads images and texts together, as CLIP and SigLIP do."""
+    if source.folder is None:
+        return False
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    return {"text_config", "vision_config"} <= config.keys()
+
+
 def positions_of(model: nn.Module) -> int | None:
     """How many tokens have a position; models in the manner of RoBERTa begin to count behind the padding's."""
     for name, module in model.named_modules():

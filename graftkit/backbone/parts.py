@@ -34,7 +34,8 @@ HEAD_NAMES = {"classifier", "score", "lm_head", "qa_outputs", "head", "fc", "cls
 
 def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
     """All sites of a model in definition order, and the names of its blocks."""
-    blocks = find_blocks(model)
+    blocks, base = find_blocks(model), _base_of(model)
+    poolers = tuple(f"{name}." for name, module in model.named_modules() if _is_pooler(name, module))
     owner = {name: index for index, (name, _) in enumerate(blocks)}
     attention = [_attention_parts(block) for _, block in blocks]
     sites = []
@@ -45,7 +46,7 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
             (i for prefix, i in owner.items() if name == prefix or name.startswith(prefix + ".")), None
         )
         if block is None:
-            role = _outside_role(model, name, module)
+            role = "pooler" if f"{name}.".startswith(poolers) else _outside_role(model, base, name, module)
         else:
             role = _inside_role(name[len(blocks[block][0]) + 1 :], module, attention[block])
         sites.append(Site(name, module, role, block))
@@ -119,21 +120,31 @@ def _inside_role(relative: str, module: nn.Module, attention: tuple[str, ...]) -
     return "up" if outputs > inputs else "down"
 
 
-def _outside_role(model: nn.Module, name: str, module: nn.Module) -> str:
-    parts = name.lower().split(".")
+def _base_of(model: nn.Module) -> str:
+    """The name of the bare model inside of one with a head; '' where there is none. A bare model may have its encoder
+    under that name, with embeddings in front of it."""
     prefix = getattr(model, "base_model_prefix", "")
-    has_base = bool(prefix) and hasattr(model, prefix)
-    if "pooler" in parts:
-        return "pooler"
+    first = next((name for name, _ in model.named_parameters() if "." in name), "")
+    return prefix if prefix and first.startswith(f"{prefix}.") else ""
+
+
+def _is_pooler(name: str, module: nn.Module) -> bool:
+    """What makes one vector of the states: by its name, or a class such as `SiglipMultiheadAttentionPoolingHead`."""
+    kind = type(module).__name__.lower()
+    return name.rpartition(".")[2] == "pooler" or kind.endswith(("pooler", "poolinghead"))
+
+
+def _outside_role(model: nn.Module, base: str, name: str, module: nn.Module) -> str:
+    parts = name.lower().split(".")
     if name in _classifiers_of_timm(model):
         return "head"
-    if has_base and not f"{name}.".startswith(f"{prefix}."):
+    if base and not f"{name}.".startswith(f"{base}."):
         return "head"
     if isinstance(module, nn.Embedding) or any("embed" in part for part in parts):
         return "norm" if is_norm(module) else "embedding"
     if is_norm(module):
         return "norm"
-    if not has_base and parts[-1] in HEAD_NAMES and is_linear(module):
+    if not base and parts[-1] in HEAD_NAMES and is_linear(module):
         return "head"
     if is_conv(module):
         return "conv"

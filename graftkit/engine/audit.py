@@ -38,7 +38,7 @@ class Audit:
         self.state = set(state)
         self.spare = set(spare)
         self.unused: tuple[str, ...] = ()
-        self.labelled = {name for name, _ in model.named_parameters() if name in trained}
+        self.labelled = {name for name, p in model.named_parameters() if name in trained and p.numel()}
         self.age = {name: 0 for name in self.labelled if name not in settled}  # steps in which it was trained
         self.steps = 0
         self.reached: set[str] = set()  # had a gradient, be it zero
@@ -71,7 +71,7 @@ class Audit:
     def after_backward(self) -> None:
         """Note which parameters have a gradient, and which have one that is not zero everywhere."""
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and name not in self.with_gradient:
+            if parameter.grad is not None and parameter.numel() and name not in self.with_gradient:
                 self.reached.add(name)
                 if bool(parameter.grad.any()):
                     self.with_gradient.add(name)
