@@ -90,3 +90,69 @@ def test_methods_train_there_or_say_why_not(name: str, method: str) -> None:
         optimizer.zero_grad()
         audit.after_step()
     assert audit.done
+
+
+def test_a_router_of_experts_is_no_map_to_update():
+    """Llama 4's is a linear map by its class, but gives scores and logits."""
+    config = transformers.Llama4TextConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, intermediate_size_mlp=48, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    graft = graftkit.attach(transformers.Llama4ForCausalLM(config), "lora(rank=2)")
+    assert not any("router" in name for name in graft.parameters)
+    ids = torch.randint(3, 60, (2, 5))
+    graft.model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in graft.parameters.values())
+
+
+def test_maps_that_their_attention_multiplies_by_itself():
+    """WavLM hands its weights to torch's attention and calls none of the maps: the update stands in for them."""
+    config = transformers.WavLMConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=[8, 8],
+        conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        layerdrop=0.0, mask_time_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.WavLMModel(config).eval()
+    x = torch.randn(2, 400)
+    plain = model(x)[0].detach()
+    called = {
+        site.name.rpartition(".")[2]: site.called for site in Backbone(model).sites if site.block is not None
+    }
+    assert (
+        not any(called[name] for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
+        and called["gru_rel_pos_linear"]
+    )
+    graft = graftkit.attach(model, "lora(rank=2, sites='attention')")
+    with torch.no_grad():
+        for parameter in graft.parameters.values():
+            parameter.normal_(std=0.3)
+    changed = model(x)[0]
+    changed.square().sum().backward()
+    assert all(p.grad.any() for p in graft.parameters.values())
+    assert (changed - plain).abs().max() > 1e-2
+    folded = graft.fold()(x)[0]
+    torch.testing.assert_close(folded, changed.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["XLMRoberta", "Roberta", "Electra", "MPNet", "DistilBert"])
+def test_the_head_of_a_classifier_wherever_it_is_defined(name):
+    """XLM-RoBERTa's class defines it in front of the encoder."""
+    sizes, _ = ARCHITECTURES["Roberta" if name == "XLMRoberta" else name]
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    heads = [site.name for site in Backbone(model).sites if site.role == "head"]
+    assert len(heads) == 2 and all("classifier" in head for head in heads)
+
+
+@pytest.mark.parametrize("name", ["DINOv3ViT", "DINOv3ConvNext"])
+def test_a_bare_model_has_no_head_though_its_encoder_has_the_base_s_name(name):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    if name == "DINOv3ConvNext":
+        sizes = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes))
+    assert not [site.name for site in Backbone(model).sites if site.role == "head"]
+    graft = graftkit.attach(model.eval(), "full() + head(classes=2, pooling='mean')")
+    graft.model(pixel_values=torch.randn(2, 3, 64, 64)).logits.sum().backward()
+    assert all(p.grad is not None for p in graft.parameters.values())

@@ -264,3 +264,29 @@ def test_a_prefix_at_the_texts_own_positions_stays_ours(tmp_path):
     assert not (tmp_path / "adapter_config.json").exists()
     moved = shaken(tiny.bare("gpt2"), "prefix(tokens=3, shift=True)")
     assert tiny.relative(tiny.outputs(graft.model), tiny.outputs(moved.model)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["Phi", "StableLm", "GPTNeoX"])
+def test_keys_of_which_a_part_is_turned(kind, tmp_path):
+    """Rotary positions on the first half of each head: PEFT's keys, turned back by the prefix, mean the same."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    more = {"num_key_value_heads": 2} if kind == "StableLm" else {}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=60, **sizes, **more)
+    assert config.rope_parameters["partial_rotary_factor"] < 1
+
+    def fresh():
+        torch.manual_seed(0)
+        return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+    graft = shaken(fresh(), "prefix(tokens=3)")
+    graft.save(tmp_path)
+    given = tiny.batch()
+    with torch.no_grad():
+        wanted = graft.model.eval()(**given).logits
+        got = with_peft(fresh(), tmp_path)(**given).logits
+        base = fresh()(**given).logits
+    mask = given["attention_mask"].bool()
+    assert tiny.relative(got[mask], wanted[mask]) < 1e-5
+    assert tiny.relative(base[mask], wanted[mask]) > 1e-2

@@ -247,6 +247,11 @@ MODELS = [
         conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
         mask_time_length=2, mask_time_prob=0.2, layerdrop=0.0, classifier_proj_size=12,
     ), _wave),
+    Model("wavlm", "WavLM", _hf(
+        "WavLMForSequenceClassification", "WavLMConfig", **ENCODER, num_labels=CLASSES, conv_dim=[8, 8],
+        conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        mask_time_prob=0.0, layerdrop=0.0, classifier_proj_size=12, num_buckets=8,
+    ), _wave),
     Model("ast", "AST", _hf(
         "ASTForAudioClassification", "ASTConfig", **ENCODER, num_labels=CLASSES, patch_size=8, max_length=32,
         num_mel_bins=16, frequency_stride=8, time_stride=8,

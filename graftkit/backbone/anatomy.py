@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Q_NAMES = {"q", "query", "q_proj", "q_lin", "to_q", "wq", "query_proj", "q_linear"}
+BY_WEIGHT = {"WavLMAttention"}  # use their maps by `multi_head_attention_forward`
 QKV_NAMES = {"qkv", "qkv_proj", "c_attn", "query_key_value", "in_proj", "wqkv", "attn_qkv"}
 
 
@@ -37,6 +38,7 @@ class Site:
         str  # q, k, v, o, qkv, up, gate, down, linear, conv, experts, norm, embedding, head, pooler or other
     )
     block: int | None  # index of its block; None outside of the blocks
+    called: bool = True  # or its parent multiplies by its weight itself
 
     @property
     def parameters(self) -> int:
@@ -46,11 +48,20 @@ class Site:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a map x W + b: `nn.Linear`, or the `Conv1D` of GPT-2 with W transposed.
 
-    The output map of `nn.MultiheadAttention` is none: its weight is used, but it is never called.
+    The output map of `nn.MultiheadAttention` is none: its weight is used, but it is never called. Nor is a router of
+    experts, which gives more than the product.
     """
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if isinstance(module, NonDynamicallyQuantizableLinear) or "router" in type(module).__name__.lower():
         return False
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_uncalled(parent: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether the module `parent.name` is never called, since its parent multiplies by its weight itself: the output map
+    of `nn.MultiheadAttention`, and the maps of those that hand all of their weights to torch's function for it."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return True
+    return type(parent).__name__ in BY_WEIGHT and is_linear(module) and name.endswith("_proj")
 
 
 def is_transposed(module: nn.Module) -> bool:

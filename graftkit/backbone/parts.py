@@ -22,6 +22,7 @@ from graftkit.backbone.anatomy import (
     is_linear,
     is_map,
     is_norm,
+    is_uncalled,
 )
 from graftkit.backbone.blocks import find_blocks
 
@@ -49,7 +50,9 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
             role = "pooler" if f"{name}.".startswith(poolers) else _outside_role(model, base, name, module)
         else:
             role = _inside_role(name[len(blocks[block][0]) + 1 :], module, attention[block])
-        sites.append(Site(name, module, role, block))
+        parent, _, leaf = name.rpartition(".")
+        called = not is_uncalled(model.get_submodule(parent), leaf, module)
+        sites.append(Site(name, module, role, block, called))
     return tuple(_with_last_as_head(model, sites)), tuple(name for name, _ in blocks)
 
 
@@ -121,11 +124,15 @@ def _inside_role(relative: str, module: nn.Module, attention: tuple[str, ...]) -
 
 
 def _base_of(model: nn.Module) -> str:
-    """The name of the bare model inside of one with a head; '' where there is none. A bare model may have its encoder
-    under that name, with embeddings in front of it."""
+    """The name of the bare model inside of one with a head; '' where there is none. A bare model, one that `AutoModel`
+    makes, may have its encoder under that name."""
     prefix = getattr(model, "base_model_prefix", "")
-    first = next((name for name, _ in model.named_parameters() if "." in name), "")
-    return prefix if prefix and first.startswith(f"{prefix}.") else ""
+    if not prefix or not hasattr(model, prefix):
+        return ""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    kinds = ((names,) if isinstance(names, str) else names for names in MODEL_MAPPING_NAMES.values())
+    return "" if any(type(model).__name__ in names for names in kinds) else prefix
 
 
 def _is_pooler(name: str, module: nn.Module) -> bool:

@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from graftkit.backbone.anatomy import Site, features, holds_experts, is_conv, is_linear, is_transposed
+from graftkit.backbone.anatomy import (
+    Site,
+    features,
+    holds_experts,
+    is_conv,
+    is_linear,
+    is_transposed,
+)
 from graftkit.backbone.backbone import Backbone
 
 CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -21,9 +27,9 @@ class Weight:
     """One weight: the parameter of that dotted name below `module`, which is the module that is called.
 
     `kind`: 'linear' (out, in), 'transposed' (Conv1D of GPT-2, stored (in, out)), 'conv' (out, in / groups, *kernel),
-    'embedding' (a map of one-hot rows, stored (in, out)), 'packed' (in a `nn.MultiheadAttention`, which multiplies by
-    it without calling a module) or 'experts' (experts, out, in), in some models stored (experts, in, out). The last
-    two can only be replaced.
+    'embedding' (a map of one-hot rows, stored (in, out)), 'packed' (in a `nn.MultiheadAttention` or the like, which
+    multiplies by it without calling a module) or 'experts' (experts, out, in), in some models stored (experts, in,
+    out). The last two can only be replaced.
     """
 
     module: nn.Module
@@ -77,7 +83,7 @@ def weights_at(backbone: Backbone, site: Site) -> list[Weight]:
     if isinstance(module, nn.MultiheadAttention):
         names = [name for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
         return [Weight(module, name, "packed") for name in names]
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if not site.called:
         parent, _, leaf = site.name.rpartition(".")
         return [Weight(backbone.module(parent), f"{leaf}.weight", "packed")]
     if is_linear(module):

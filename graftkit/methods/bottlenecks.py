@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_conv, is_linear, is_map
@@ -141,7 +140,7 @@ def _mixture(backbone: Backbone, block: str, site: Site) -> str | None:
 def _called_last(backbone: Backbone, block: str, site: Site) -> tuple[str, nn.Module]:
     """(name, module) of what gives the output of a part: its last map, or the dropout behind it."""
     parent_name, _, leaf = site.name.rpartition(".")
-    if isinstance(site.module, NonDynamicallyQuantizableLinear):  # used by its parent without being called
+    if not site.called:
         parent_name, _, leaf = parent_name.rpartition(".")
     parent = backbone.module(parent_name)
     for kind, dropouts in TORCH_BLOCKS.items():

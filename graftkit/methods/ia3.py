@@ -58,7 +58,9 @@ class IA3(Method):
         if feedforward is None and "down" in roles:
             feedforward = "down"
         inner = _chosen(backbone, feedforward, _has_input, "maps with one input")
-        outer = _chosen(backbone, sites, _has_output, "linear maps or convolutions")
+        outer = _chosen(
+            backbone, sites, _has_output, "linear maps or convolutions that are called; use lora() there"
+        )
         if not inner and not outer:
             raise UserError(
                 f"ia3() found no keys, values, feed-forward part or convolution in the blocks of {backbone.source}; name "
@@ -245,7 +247,7 @@ def _chosen(
 
 
 def _has_input(site: Site) -> bool:
-    return is_linear(site.module) or is_conv(site.module)
+    return site.called and (is_linear(site.module) or is_conv(site.module))
 
 
 def _has_output(site: Site) -> bool:

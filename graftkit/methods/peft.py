@@ -79,6 +79,8 @@ class Peft(Method):
 
         def usable(site: Site) -> bool:
             module = site.module
+            if not site.called:
+                return False
             if is_conv(module):  # PEFT's OFT adds overlapping patches up there, which is no rotation
                 return self.kind != "OFT"
             return is_linear(module) or is_norm(module) or isinstance(module, nn.Embedding)

@@ -161,7 +161,9 @@ def _rotation(backbone: Backbone, tokens: int) -> Callable[[Tensor], Tensor] | N
 
     def turned(key: Tensor) -> Tensor:
         angles = rotary(key, torch.tensor([[tokens]], device=key.device))
-        return turn(key[None], key[None], *angles)[1][0]
+        width = angles[0].shape[-1]  # some models turn the first part of a head only
+        part = key[None, ..., :width]
+        return torch.cat([turn(part, part, *angles)[1][0], key[..., width:]], dim=-1)
 
     return turned
 
