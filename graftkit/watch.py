@@ -46,6 +46,7 @@ class Watch:
         self.worst: list[dict[str, Any]] = []  # of the rows looked at last
         self.best_worst: list[dict[str, Any]] = []  # of the evaluation rows, by the best weights
         self.unused: set[str] = set()  # trained parameters that turned out to have no part in the output
+        self.told_zero = False
         self.pending: list[dict[str, Any]] = []
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
@@ -72,6 +73,11 @@ class Watch:
             self.unused |= new
             console.line(
                 f"note: {len(new)} parameters have no part in the output and stay as they are: {listing(sorted(new), 4)}"
+            )
+        if step.zero and not self.told_zero:
+            self.told_zero = True
+            console.line(
+                f"note: the gradient of {len(step.zero)} parameters was zero in the whole first epoch: {listing(step.zero, 4)}"
             )
         right = {} if step.accuracy is None else {"accuracy": step.accuracy}
         self.pending.append({

@@ -12,6 +12,7 @@ from conftest import equal_bits, make_rows, tune_words, write_csv
 from graftkit.engine.audit import Audit
 from graftkit.engine.loop import NotFinite
 from graftkit.errors import UserError
+from graftkit.methods.base import Group
 
 CPU = torch.device("cpu")
 
@@ -97,6 +98,26 @@ def test_the_audit_waits_for_rows_that_have_something_to_say():
                 else:
                     audit.after_step(last=step == 2)
                     assert audit.done == (step == 2)
+
+
+def test_a_gradient_of_zeros_is_told_where_the_rest_of_the_method_learns():
+    labels = {name: Group("base", 0.1, "full") for name in ("weight", "bias")}
+    for method, fails in (("full", False), ("bitfit", True)):
+        labels["bias"] = Group("base", 0.1, method)
+        model = torch.nn.Linear(2, 1)
+        audit = Audit(model, labels)
+        model.weight.grad, model.bias.grad = torch.zeros(1, 2), torch.ones(1)
+        with torch.no_grad():
+            model.bias += 1
+            audit.after_backward()
+            audit.after_step()
+            assert audit.zero == () and not audit.done
+            if fails:  # nothing that this method was to train has a gradient
+                with pytest.raises(UserError, match="1 parameters got no gradient: weight"):
+                    audit.after_step()
+            else:
+                audit.after_step()
+                assert audit.zero == ("weight",) and audit.done
 
 
 def test_the_audit_waits_for_a_long_warm_up():

@@ -3,7 +3,9 @@
 Training that silently changes nothing, or changes what should be frozen, is the worst bug of this field. In
 the first two steps of a run each labelled parameter must get a gradient and move, and no other parameter and
 no buffer may. Parts of a model beside its blocks that the output does not need are told, and no fault, where a
-method that reaches the blocks took them too: the pooler of an image encoder whose head reads the patches.
+method that reaches the blocks took them too: the pooler of an image encoder whose head reads the patches. So are
+parameters whose gradient was zero in all of the first epoch, where others of their method have one: the last block's
+local attention in a Longformer whose head reads the first token alone.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ STEPS = 2  # the first factor of a low-rank pair has no gradient while the secon
 class Audit:
     """Watches the first steps of a run: two, and longer only for what may yet turn out well.
 
-    `trained`: the parameters that are trained. `state`: tensors beside these that may move, such as running
+    `trained`: the labels of what is trained, or its names. `state`: tensors beside these that may move, such as running
     statistics. `settled`: parameters that were trained before, and audited then. `spare`: parameters that may be
-    without a gradient; `unused` are those of them that are.
+    without a gradient; `unused` are those of them that are, `zero` those whose gradient was zero in a whole epoch.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Audit:
         self.state = set(state)
         self.spare = set(spare)
         self.unused: tuple[str, ...] = ()
+        self.zero: tuple[str, ...] = ()
+        self.methods = {n: group.method for n, group in trained.items()} if isinstance(trained, dict) else {}
         self.labelled = {name for name, p in model.named_parameters() if name in trained and p.numel()}
         self.age = {name: 0 for name in self.labelled if name not in settled}  # steps in which it was trained
         self.steps = 0
@@ -56,7 +60,8 @@ class Audit:
     @property
     def done(self) -> bool:
         young = min(self.age.values(), default=STEPS) < STEPS
-        return not young and set(self.age) <= (self.with_gradient & self.moved) | self.idle | set(self.unused)
+        told = self.idle | set(self.unused) | set(self.zero)
+        return not young and set(self.age) <= (self.with_gradient & self.moved) | told
 
     @property
     def idle(self) -> set[str]:
@@ -97,6 +102,9 @@ class Audit:
         self.moved |= changed
         self.unused = tuple(sorted((due - self.reached) & self.spare))
         silent = due - (self.with_gradient | self.idle if last else self.reached) - set(self.unused)
+        trains = {self.methods.get(name) for name in self.with_gradient} - {None}
+        self.zero = tuple(sorted(n for n in silent & self.reached if self.methods.get(n) in trains))
+        silent -= set(self.zero)
         still = set() if rising else (due & self.with_gradient) - self.moved
         leaked = changed - self.labelled - self.state if first_look else set()
         stray = self.reached - self.labelled - self.moved if first_look else set()

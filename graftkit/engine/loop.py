@@ -48,7 +48,7 @@ class Settings:
 class Step:
     """One optimizer step: its 1-based number, the mean loss over its units (rows, or labelled tokens), and the
     gradient's norm. `hits`: units answered right; nan where a task cannot say. `unused`: parameters that turned out to
-    have no part in the output."""
+    have no part in the output; `zero`: those whose gradient was zero in the whole first epoch."""
 
     number: int
     epoch: float
@@ -60,6 +60,7 @@ class Step:
     hits: float
     tokens: int
     unused: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -178,8 +179,8 @@ class Loop:
         self.optimizer.zero_grad()
         rows, units = sum(map(len, batches)), self._units(batches)
         epoch = self.step / self.per_epoch
-        unused = () if audit is None else audit.unused
-        return Step(self.step, epoch, loss, norm, scale, rows, units, hits, tokens, unused)
+        told = ((), ()) if audit is None else (audit.unused, audit.zero)
+        return Step(self.step, epoch, loss, norm, scale, rows, units, hits, tokens, *told)
 
     def _units(self, batches: list[np.ndarray]) -> float:
         """How many units the loss of a step is the mean over."""
