@@ -206,7 +206,8 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
         with _stop_signals() as stopped:
             for step in loop if not watch.ended else ():
                 smooth.add(step)
-                watch.log(step, console)
+                watch.log(step)
+                watch.tell(step, console)
                 console.step(
                     step.number, prepared.settings.steps, step.epoch, smooth.loss, smooth.accuracy, step.rows
                 )

@@ -46,7 +46,7 @@ class Watch:
         self.worst: list[dict[str, Any]] = []  # of the rows looked at last
         self.best_worst: list[dict[str, Any]] = []  # of the evaluation rows, by the best weights
         self.unused: set[str] = set()  # trained parameters that turned out to have no part in the output
-        self.told_zero = False
+        self.zero: list[str] = []  # those whose gradient was zero in the whole first epoch
         self.pending: list[dict[str, Any]] = []
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
@@ -67,24 +67,27 @@ class Watch:
         patience = self.prepared.recipe.train.early_stopping
         return patience is not None and self.waited >= patience
 
-    def log(self, step: Step, console: Console) -> None:
-        new = set(step.unused) - self.unused
-        if new:
-            self.unused |= new
-            console.line(
-                f"note: {len(new)} parameters have no part in the output and stay as they are: {listing(sorted(new), 4)}"
-            )
-        if step.zero and not self.told_zero:
-            self.told_zero = True
-            console.line(
-                f"note: the gradient of {len(step.zero)} parameters was zero in the whole first epoch: {listing(step.zero, 4)}"
-            )
+    def log(self, step: Step) -> None:
         right = {} if step.accuracy is None else {"accuracy": step.accuracy}
         self.pending.append({
             "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss, **right,
             "gradient_norm": step.gradient_norm, "lr_factor": step.lr_factor, "rows": step.rows, "tokens": step.tokens,
             "seconds": round(self.seconds, 3),
         })  # fmt: skip
+
+    def tell(self, step: Step, console: Console) -> None:
+        """What the audit found that is no fault."""
+        new = set(step.unused) - self.unused
+        if new:
+            self.unused |= new
+            console.line(
+                f"note: {len(new)} parameters have no part in the output and stay as they are: {listing(sorted(new), 4)}"
+            )
+        if step.zero and not self.zero:
+            self.zero = list(step.zero)
+            console.line(
+                f"note: the gradient of {len(step.zero)} parameters was zero in the whole first epoch: {listing(step.zero, 4)}"
+            )
 
     def flush(self) -> None:
         """Write the lines that wait. Raises `UserError` where that fails; they wait on then."""
@@ -138,7 +141,7 @@ class Watch:
             if self.main:
                 position = {
                     "best": self.best, "waited": self.waited, "seconds": self.seconds, "worst": self.best_worst,
-                    "unused": sorted(self.unused),
+                    "unused": sorted(self.unused), "zero": self.zero,
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
@@ -159,7 +162,7 @@ class Watch:
         if position is not None:
             self.best, self.waited = position["best"], position["waited"]
             self.seconds_before, self.best_worst = position["seconds"], position["worst"]
-            self.unused = set(position.get("unused", ()))
+            self.unused, self.zero = set(position.get("unused", ())), position.get("zero", [])
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
         if path.is_file():  # lines after the checkpoint will be written again
@@ -186,6 +189,7 @@ class Watch:
             "evaluation": self.best,
             "trained_parameters": prepared.plan.trained_parameters - sum(map(self._size, self.unused)),
             "unused_parameters": sorted(self.unused),
+            "zero_gradient_parameters": self.zero,
             "never_trained_parameters": prepared.plan.never_trained_parameters,
             "total_parameters": prepared.plan.total_parameters,
             "seconds": round(seconds, 2),

@@ -23,7 +23,7 @@ def zoo_head(name: str, text: str, seed: int = 3):
 
 
 def frames(samples: int) -> int:
-    """Frames of the zoo's Wav2Vec2 for so many samples: kernels 10 and 3, strides 5 and 2."""
+    """Frames of the zoo's Wav2Vec2 and WavLM for so many samples: kernels 10 and 3, strides 5 and 2."""
     return ((samples - 10) // 5 + 1 - 3) // 2 + 1
 
 
@@ -49,7 +49,7 @@ def expected_features(name: str) -> torch.Tensor:
     lengths = (
         given["attention_mask"].sum(1).tolist() if "attention_mask" in given else [states.shape[1]] * zoo.ROWS
     )
-    if name == "wav2vec2":
+    if name in ("wav2vec2", "wavlm"):
         lengths = [frames(n) for n in lengths]
     if name == "t5":  # the decoder's states, and the batch has its input
         lengths = [states.shape[1]] * zoo.ROWS

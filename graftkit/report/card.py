@@ -108,8 +108,11 @@ Examples whose answers were furthest from what was expected.
 
 
 def _unused(result: dict[str, Any]) -> str:
-    names = result["unused_parameters"]
-    return f"\n- without a part in the output, and as they were: {listing(names, 4)}" if names else ""
+    told = {
+        "without a part in the output, and as they were": result["unused_parameters"],
+        "with a gradient of zero in the whole first epoch": result["zero_gradient_parameters"],
+    }
+    return "".join(f"\n- {what}: {listing(names, 4)}" for what, names in told.items() if names)
 
 
 def _mistake(row: dict[str, Any]) -> tuple[str, ...]:
