@@ -56,3 +56,15 @@ def test_a_plan_and_a_card_say_what_the_rows_are_like(finished, tiny_bert, rows_
         assert told in done.out, told
     card = (finished / "README.md").read_text()
     assert "| train | 96 |" in card and "48 rows each" in card and "text in column `text`" in card
+
+
+def test_few_rows_that_choose_the_weights_are_told(tiny_bert, rows_folder, command):
+    words = ["plan", "--model", tiny_bert, "--train", rows_folder / "train.csv"]
+    for more, told in (
+        (["data.eval=0.1"], True),
+        (["data.eval=0.1", "train.evaluate_every=end"], False),
+        (["data.eval=null"], False),
+        (["data.eval=0.6"], False),
+    ):
+        done = command(*words, *more)
+        assert done.status == 0 and ("rows are few to choose the best weights by" in done.out) == told, more

@@ -59,9 +59,18 @@ def show_found(
     if also := ", ".join(_also(train)):
         lines.append(("also", also))
     lines += [("note", text) for text in train.get("notes", ())]
+    few = len(rows.eval) if rows.eval else FEW
+    if few < FEW and rows.task.trains and prepared.recipe.train.evaluate_every != "end":
+        lines.append(
+            (
+                "note",
+                f"{few} rows are few to choose the best weights by; data.eval=null keeps the last ones instead",
+            )
+        )
     console.pairs(lines)
 
 
+FEW = 50  # evaluation rows; with as many, the 95% interval of an accuracy of 0.9 is 17 points wide
 TOLD = {"rows", "lengths", "truncated", "labels", "counted", "notes", "example"}  # in words of their own
 
 
