@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contract
+import language_models
 import pytest
 import tiny
 import torch
@@ -373,3 +374,25 @@ def test_an_own_head_that_is_never_called_is_no_place_to_stand_on():
     graft = attach(Idle(), "head(classes=2, pooling='mean')")
     with pytest.raises(UserError, match="goes through 'unused' of Idle, but that was not called"):
         graft.model(torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_the_end_token_that_an_encoder_and_decoder_s_own_head_reads(tmp_path, rows_folder, command):
+    language_models.folder(tmp_path / "bare", "t5")
+    language_models.folder(tmp_path / "ends", "t5", post="$A </s>")
+    for name, method, fine in (
+        ("bare", "head()", False),
+        ("bare", "head(pooling='mean')", True),
+        ("ends", "head()", True),
+    ):
+        words = [
+            "--model",
+            tmp_path / name,
+            "--train",
+            rows_folder / "train.csv",
+            "--out",
+            tmp_path / f"{name}{fine}",
+        ]
+        done = command("tune", *words, "data.eval=null", "--method", method, "train.steps=1")
+        assert (done.status == 0) == fine, done.err
+        if not fine:
+            assert "puts no end token behind a text" in done.err and "pooling='mean'" in done.err

@@ -224,6 +224,12 @@ def load_backbone(
             f"the tokenizer of {source.name!r} has no padding token and no end token, and the model's own head needs "
             "one to find the end of a row; use head(pooling='mean'), or 'last'."
         )
+    end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+    if pools and tokenizer is not None and isinstance(end, int) and end not in tokenizer("a")["input_ids"]:
+        raise UserError(
+            f"the tokenizer of {source.name!r} puts no end token behind a text, and the model's own head reads the state "
+            "there; use head(pooling='mean'), or save the tokenizer with one."
+        )
     _refuse_holes(backbone, complete)
     return backbone
 
