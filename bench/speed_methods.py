@@ -228,7 +228,6 @@ def main() -> None:
                     "memory": memory,
                     "peer": peer,
                     "steps": 2 * steps,
-                    "shared": True,
                 }
             )
             result["machine"] = halves[0]["machine"]
@@ -266,12 +265,10 @@ def table(result: dict) -> str:
         "| model | method | beside | ours, s | theirs, s | as fast | ours, MB | theirs, MB | memory |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
-    earlier = [f"{row['method']} on {row['model']}" for row in result["rows"] if not row.get("shared")]
-    before = f" Measured with frozen weights of its own on each side, ours made first: {'; '.join(earlier)}."
     return (
         head
         + "\n".join(map(line, result["rows"]))
-        + f"\n\n{steps} steps of each side. {result['machine']}.{before if earlier else ''}"
+        + f"\n\n{steps} steps of each side. {result['machine']}."
     )
 
 
