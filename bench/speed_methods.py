@@ -266,9 +266,7 @@ def table(result: dict) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
     return (
-        head
-        + "\n".join(map(line, result["rows"]))
-        + f"\n\n{steps} steps of each side. {result['machine']}."
+        head + "\n".join(map(line, result["rows"])) + f"\n\n{steps} steps of each side. {result['machine']}."
     )
 
 
