@@ -33,8 +33,8 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
 
     With the architecture's own head it is an `AutoModelForSequenceClassification` folder. With a pooled head
     the backbone is an `AutoModel` folder, and `head.safetensors` and `classifier.py` beside it hold the head
-    and the code that loads both with plain transformers. `README.md` is the run's card. `overwrite` replaces an earlier export, and never a
-    folder with other files. Raises `NotFoldable` where the method cannot be folded.
+    and the code that loads both with plain transformers. `README.md` is the run's card. `overwrite` replaces an
+    earlier export, and never a folder with other files. Raises `NotFoldable` where the method cannot be folded.
     """
     try:
         to = to.expanduser().resolve()

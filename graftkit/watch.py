@@ -95,9 +95,6 @@ class Watch:
             append_lines(self.folder / METRICS, map(json.dumps, self.pending))
         self.pending = []
 
-    def _size(self, name: str) -> int:
-        return self.prepared.graft.parameters[name].numel()
-
     def metrics(self, name: str) -> dict[str, Any]:
         rows, dataset = self.prepared.rows, self.datasets[name]
         size = 2 * self.prepared.settings.batch_size
@@ -187,7 +184,8 @@ class Watch:
             "run": str(folder),
             "metrics": found.get("test") or found.get("eval") or {},
             "evaluation": self.best,
-            "trained_parameters": prepared.plan.trained_parameters - sum(map(self._size, self.unused)),
+            "trained_parameters": prepared.plan.trained_parameters
+            - sum(prepared.graft.parameters[name].numel() for name in self.unused),
             "unused_parameters": sorted(self.unused),
             "zero_gradient_parameters": self.zero,
             "never_trained_parameters": prepared.plan.never_trained_parameters,

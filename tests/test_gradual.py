@@ -239,6 +239,14 @@ def test_the_audit_looks_at_each_part_when_it_is_freed(ready, fault, monkeypatch
     assert len(seen) == (7 if fault == "silent" else 1)
 
 
+def test_what_is_freed_while_an_earlier_part_is_looked_at_is_told_too(ready):
+    """One audit sees several parts: the methods of those that come later are known to it."""
+    run = ready(f"gradual_unfreeze(every=1, unit='steps') + {HEAD}", steps=12, warmup=0.0)
+    name = "encoder.layer.1.output.dense.weight"
+    run.graft.model.get_parameter(name).register_hook(torch.zeros_like)
+    assert {step.zero for step in run.loop} == {(), (name,)}
+
+
 def test_a_frozen_norm_keeps_its_statistics_until_its_turn(ready):
     """The engine holds still what only moves later."""
     from graftkit.engine.frozen import frozen_depth, set_training

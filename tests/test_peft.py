@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -11,43 +10,16 @@ import tiny
 import torch
 from torch import nn
 
-from graftkit import UserError, attach, load
-from graftkit.graft import Graft
+from graftkit import UserError, load
 
 peft = pytest.importorskip("peft")
-ALL_KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
-
-
-def shake(parameters, seed: int = 5) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
-
-def shaken(model: nn.Module, text: str) -> Graft:
-    graft = attach(model, text)
-    shake(graft.parameters.values())
-    return graft
+import peft_lora  # noqa: E402
+from peft_lora import shaken, write_with_peft  # noqa: E402
 
 
 def with_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """PEFT's reading of a folder; a warning about keys is an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
-    saved = wrapped.load_adapter(str(folder), adapter_name="default")
-    assert set(saved.unexpected_keys) <= {"prompt_embeddings"}  # PEFT puts this one in place by hand
-    assert not [k for k in saved.missing_keys if "lora_" in k or "modules_to_save" in k or "prompt" in k]
-    return wrapped
-
-
-def write_with_peft(model: nn.Module, folder: Path, **settings) -> nn.Module:
-    """An adapter that PEFT made on `model`, all of its trained values random, and written."""
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
-    shake(p for p in wrapped.parameters() if p.requires_grad)
-    wrapped.save_pretrained(str(folder))
-    return wrapped
+    known = ("lora_", "modules_to_save", "prompt")
+    return peft_lora.with_peft(model, folder, trained=known, by_hand=("prompt_embeddings",))
 
 
 # ---- prefixes

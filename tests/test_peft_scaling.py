@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graftkit import UserError, attach, load
 
 peft = pytest.importorskip("peft")
+from peft_lora import with_peft  # noqa: E402
 
 
 def shake(parameters, seed: int = 5) -> None:
@@ -25,14 +26,7 @@ def shake(parameters, seed: int = 5) -> None:
 
 
 def read_by_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """PEFT's reading of a folder; a key too many or too few is an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
-    result = wrapped.load_adapter(str(folder), adapter_name="default")
-    assert not result.unexpected_keys
-    assert not [key for key in result.missing_keys if "ia3_" in key or "ln_tuning" in key]
-    return wrapped
+    return with_peft(model, folder, trained=("ia3_", "ln_tuning"))
 
 
 def written_by_peft(model: nn.Module, folder: Path, config) -> nn.Module:

@@ -354,19 +354,20 @@ def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
         return None
     from transformers.models.auto import modeling_auto
 
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    kind = _config(source.folder).get("model_type")
     for family in families:
-        if config.get("model_type") in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
+        if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
             return AUTO_CLASSES[family]
     return None
 
 
 def has_two_towers(source: Source) -> bool:
     """Whether the bare architecture reads images and texts together, as CLIP and SigLIP do."""
-    if source.folder is None:
-        return False
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    return {"text_config", "vision_config"} <= config.keys()
+    return source.folder is not None and {"text_config", "vision_config"} <= _config(source.folder).keys()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def positions_of(model: nn.Module) -> int | None:

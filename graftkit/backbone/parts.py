@@ -36,6 +36,7 @@ HEAD_NAMES = {"classifier", "score", "lm_head", "qa_outputs", "head", "fc", "cls
 def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
     """All sites of a model in definition order, and the names of its blocks."""
     blocks, base = find_blocks(model), _base_of(model)
+    classifiers = _classifiers_of_timm(model)
     poolers = tuple(f"{name}." for name, module in model.named_modules() if _is_pooler(name, module))
     owner = {name: index for index, (name, _) in enumerate(blocks)}
     attention = [_attention_parts(block) for _, block in blocks]
@@ -47,7 +48,8 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
             (i for prefix, i in owner.items() if name == prefix or name.startswith(prefix + ".")), None
         )
         if block is None:
-            role = "pooler" if f"{name}.".startswith(poolers) else _outside_role(model, base, name, module)
+            in_pooler = f"{name}.".startswith(poolers)
+            role = "pooler" if in_pooler else _outside_role(base, classifiers, name, module)
         else:
             role = _inside_role(name[len(blocks[block][0]) + 1 :], module, attention[block])
         parent, _, leaf = name.rpartition(".")
@@ -141,11 +143,9 @@ def _is_pooler(name: str, module: nn.Module) -> bool:
     return name.rpartition(".")[2] == "pooler" or kind.endswith(("pooler", "poolinghead"))
 
 
-def _outside_role(model: nn.Module, base: str, name: str, module: nn.Module) -> str:
+def _outside_role(base: str, classifiers: tuple[str, ...], name: str, module: nn.Module) -> str:
     parts = name.lower().split(".")
-    if name in _classifiers_of_timm(model):
-        return "head"
-    if base and not f"{name}.".startswith(f"{base}."):
+    if name in classifiers or (base and not f"{name}.".startswith(f"{base}.")):
         return "head"
     if isinstance(module, nn.Embedding) or any("embed" in part for part in parts):
         return "norm" if is_norm(module) else "embedding"

@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.backbone.anatomy import (
-    Site,
-    features,
-    holds_experts,
-    is_conv,
-    is_linear,
-    is_transposed,
-)
+from graftkit.backbone.anatomy import Site, features, holds_experts, is_conv, is_linear, is_transposed
 from graftkit.backbone.backbone import Backbone
 
 CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}

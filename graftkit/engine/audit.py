@@ -37,11 +37,10 @@ class Audit:
         spare: Collection[str] = (),
     ) -> None:
         self.model = model
-        self.state = set(state)
-        self.spare = set(spare)
+        self.state, self.spare = set(state), set(spare)
         self.unused: tuple[str, ...] = ()
         self.zero: tuple[str, ...] = ()
-        self.methods = {n: group.method for n, group in trained.items()} if isinstance(trained, dict) else {}
+        self.methods = _methods(trained)
         self.labelled = {name for name, p in model.named_parameters() if name in trained and p.numel()}
         self.age = {name: 0 for name in self.labelled if name not in settled}  # steps in which it was trained
         self.steps = 0
@@ -50,9 +49,10 @@ class Audit:
         self.moved: set[str] = set()
         self.before = {name: digest(tensor) for name, tensor in self._tensors()}
 
-    def free(self, trained: Container[str], state: Collection[str]) -> None:
+    def free(self, trained: Container[str], state: Collection[str], spare: Collection[str] = ()) -> None:
         """From the next step on other parameters are trained too, and looked at in their own first steps."""
-        self.state = set(state)
+        self.state, self.spare = set(state), set(spare)
+        self.methods |= _methods(trained)
         new = {name for name, _ in self.model.named_parameters() if name in trained} - self.labelled
         self.labelled |= new
         self.age |= dict.fromkeys(new, 0)
@@ -124,6 +124,11 @@ class Audit:
                 "the output out of training (freeze(...), or a narrower selection of sites), and see that learning "
                 "rates are not too small."
             )
+
+
+def _methods(trained: Container[str]) -> dict[str, str]:
+    """The method of each parameter, where labels say it."""
+    return {name: group.method for name, group in trained.items()} if isinstance(trained, dict) else {}
 
 
 def digest(tensor: Tensor) -> int:

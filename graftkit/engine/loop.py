@@ -125,18 +125,12 @@ class Loop:
         self.parameters = {name: p for name, p in everything.items() if name in phase.labels}
         self.forward.enter(phase)
         set_training(graft, phase.depth, phase.labels)
-        moving = moving_now(graft, phase.labels)
+        moving, spare = moving_now(graft, phase.labels), spare_now(graft, phase.labels)
         if audit is not None:
-            audit.free(phase.labels, moving)
+            audit.free(phase.labels, moving, spare)
         elif self.step - phase.start < STEPS:
             before = [earlier.labels for earlier in self.phases if earlier.end <= phase.start]
-            audit = Audit(
-                graft.model,
-                phase.labels,
-                moving,
-                before[-1] if before else (),
-                spare_now(graft, phase.labels),
-            )
+            audit = Audit(graft.model, phase.labels, moving, before[-1] if before else (), spare)
         return audit
 
     def batches(self, step: int) -> list[np.ndarray]:
