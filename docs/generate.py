@@ -26,8 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from graftkit import recipe
-from graftkit.catalogue import Entry, Option, entries
+from graftkit.recipe import schema as recipe
+from graftkit.recipe.catalogue import Entry, Option, entries
 
 FOLDER = Path(__file__).parent
 PAGES = ("methods.md", "recipe.md")

@@ -22,7 +22,7 @@ _FRONT = {
     "merge": "graftkit.merging",
     "Graft": "graftkit.graft",
     "Backbone": "graftkit.backbone",
-    "Recipe": "graftkit.recipe",
+    "Recipe": "graftkit.recipe.schema",
     "UserError": "graftkit.errors",
     "NotFoldable": "graftkit.errors",
 }
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from graftkit.graft import detach as detach
     from graftkit.graft_files import load as load
     from graftkit.merging import merge as merge
-    from graftkit.recipe import Recipe as Recipe
+    from graftkit.recipe.schema import Recipe as Recipe
     from graftkit.run import Run as Run
     from graftkit.run import resume as resume
     from graftkit.run import tune as tune
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def _methods() -> dict[str, Any]:
-    from graftkit.catalogue import entries
+    from graftkit.recipe.catalogue import entries
 
     return {entry.class_name: entry for entry in entries("method").values()}
 

@@ -30,7 +30,7 @@ from graftkit.cli_options import (
 from graftkit.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
-    from graftkit.catalogue import Option
+    from graftkit.recipe.catalogue import Option
 
 # typer brings its own copy of click from 0.25 on, so its errors are told by their common base
 UsageMistake: type[Exception] = next(
@@ -48,7 +48,7 @@ app = typer.Typer(
 
 def _help(family: str) -> str:
     """A line for each method or task."""
-    from graftkit.catalogue import entries
+    from graftkit.recipe.catalogue import entries
 
     title = {"method": "Methods, joined by '+'", "task": "Tasks"}[family]
     names = entries(family)
@@ -98,7 +98,7 @@ def tune(
 
         emit(as_json, resume_run(resume, console).result)
         return
-    from graftkit import recipe as recipes
+    from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(recipe_values(arguments, given))
     from graftkit.run import run_recipe
@@ -112,7 +112,7 @@ def plan(
     train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, out: Out = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Say what a recipe will cost: parameters, bytes and steps. Nothing is trained."""
-    from graftkit import recipe as recipes
+    from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(
         recipe_values(arguments, given_values(model, weights, task, train, eval, test, method, out))
@@ -128,7 +128,7 @@ def inspect(
     weights: Weights = None, method: MethodName = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show a model's anatomy, what selections match, and what a method would train."""
-    from graftkit.catalogue import parse
+    from graftkit.recipe.catalogue import parse
 
     if method is not None:
         parse(method, "method")
@@ -161,7 +161,7 @@ def tasks(
 
 def _tell(family: str, name: str | None, as_json: bool) -> None:
     """All entries of a family, or one of them in full."""
-    from graftkit.catalogue import entries, parse
+    from graftkit.recipe.catalogue import entries, parse
 
     known = entries(family)
     if name is not None:
@@ -196,7 +196,7 @@ def recipe(
     as_json: Json = False,
 ) -> None:
     """Say what can stand in a recipe."""
-    from graftkit import recipe as recipes
+    from graftkit.recipe import schema as recipes
 
     if schema or as_json:
         print(json.dumps(recipes.schema(), indent=None if as_json else 2, ensure_ascii=False))

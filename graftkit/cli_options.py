@@ -37,7 +37,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 
 
 def recipe_values(arguments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-    from graftkit import recipe as recipes
+    from graftkit.recipe import schema as recipes
 
     arguments = list(arguments or [])
     values: dict[str, Any] = {}

@@ -21,7 +21,7 @@ Options = Annotated[
 
 
 def _options(given: list[str] | None) -> dict[str, Any]:
-    from graftkit import recipe as recipes
+    from graftkit.recipe import schema as recipes
 
     return recipes.override({}, given or [])
 

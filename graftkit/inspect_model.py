@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from graftkit import selection
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_map
 from graftkit.backbone.backbone import widths
@@ -13,6 +12,7 @@ from graftkit.backbone.load import CLASSES
 from graftkit.errors import UserError
 from graftkit.methods.base import read
 from graftkit.prepare import attach_new, prepare_backbone
+from graftkit.recipe import selection
 from graftkit.report.console import Console, count
 from graftkit.tasks.base import Task
 

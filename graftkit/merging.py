@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from graftkit import graft_files
-from graftkit.catalogue import Call
 from graftkit.combining import Combination, Factors
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
@@ -21,6 +20,7 @@ from graftkit.graft_files import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TEN
 from graftkit.methods.base import Method, PeftForm, exactly
 from graftkit.methods.base import read as read_method
 from graftkit.peft_files import read_peft
+from graftkit.recipe.catalogue import Call
 
 HEADS = ("mean", "first", "none")
 OF_A_GRAFT = {DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, "README.md"}

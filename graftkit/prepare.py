@@ -12,7 +12,6 @@ import torch
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import auto_class, find_source, has_two_towers, load_backbone, pooling_of
 from graftkit.backbone.quantized import move
-from graftkit.catalogue import build, parse
 from graftkit.data.batches import steps_per_epoch
 from graftkit.data.columns import find_again, find_columns
 from graftkit.data.read import Table
@@ -26,7 +25,8 @@ from graftkit.methods.base import Chain
 from graftkit.methods.base import read as read_method
 from graftkit.methods.head import Head
 from graftkit.plan import Plan, make_plan
-from graftkit.recipe import Recipe
+from graftkit.recipe.catalogue import build, parse
+from graftkit.recipe.schema import Recipe
 from graftkit.tasks.base import Criterion, Dataset, Examples, Reading, Task
 
 

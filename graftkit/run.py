@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graftkit import recipe as recipes
 from graftkit import run_folder
 from graftkit.engine.forward import Forward, PhasedForward, make_forward
 from graftkit.engine.loop import Loop, Step
@@ -21,7 +20,8 @@ from graftkit.errors import Interrupted, UserError
 from graftkit.files import read_json, remove_leftovers, write_json, write_text
 from graftkit.plan import Plan
 from graftkit.prepare import Prepared, prepare, prepare_rows, without_classes
-from graftkit.recipe import IN_MEMORY, Recipe
+from graftkit.recipe import schema as recipes
+from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.run_folder import PLAN, RECIPE, RESULT, how_to_resume

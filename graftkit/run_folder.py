@@ -11,10 +11,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from graftkit import recipe as recipes
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
-from graftkit.recipe import IN_MEMORY, Recipe
+from graftkit.recipe import schema as recipes
+from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.tasks.base import Dataset
 
 RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST = (

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from graftkit import graft_files
-from graftkit import recipe as recipes
 from graftkit.backbone import Backbone
 from graftkit.backbone.quantized import move
 from graftkit.data.columns import find_again
@@ -24,7 +23,8 @@ from graftkit.errors import NoGoodRows, UserError, listing, nearest
 from graftkit.graft import Graft
 from graftkit.graft_files import load
 from graftkit.prepare import make_task, method_of, prepare_backbone, reading_of
-from graftkit.recipe import Recipe
+from graftkit.recipe import schema as recipes
+from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, writing
 from graftkit.tasks.base import Dataset, Examples, Task
 

@@ -200,10 +200,10 @@ def ready(tiny_bert, rows_folder):
     """`ready(method, train={...})`: a prepared run, its training rows, and a loop over them without a cache."""
     import torch
 
-    from graftkit import recipe as recipes
     from graftkit.engine.forward import Forward
     from graftkit.engine.loop import Loop
     from graftkit.prepare import prepare, prepare_rows
+    from graftkit.recipe import schema as recipes
 
     def make(method: str, model=None, task: str = "classify", rows=None, **train) -> SimpleNamespace:
         values = {

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from graftkit import NotFoldable, UserError, attach, detach, load
 from graftkit.backbone.anatomy import Added
-from graftkit.catalogue import entries
 from graftkit.graft import Graft
 from graftkit.methods.base import Method, read
 from graftkit.plan import make_plan
+from graftkit.recipe.catalogue import entries
 
 PASSES = "passes"
 NUMBERS = {

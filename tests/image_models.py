@@ -11,7 +11,7 @@ from PIL import Image
 
 import graftkit
 from graftkit.prepare import prepare, prepare_rows
-from graftkit.recipe import make
+from graftkit.recipe.schema import make
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}

@@ -374,7 +374,7 @@ def test_a_schedule_longer_than_the_run(options, ready):
 
 
 def test_the_plan_says_so_before_training(tiny_bert, rows_folder):
-    from graftkit import recipe as recipes
+    from graftkit.recipe import schema as recipes
     from graftkit.report.console import Console
     from graftkit.run import plan
 

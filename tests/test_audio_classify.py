@@ -16,9 +16,9 @@ from audio_models import MAKERS, RATE, Bands, ast, tone, wav2vec2, write_tones
 from conftest import equal_bits, graft_tensors
 
 import graftkit
-from graftkit import recipe as recipes
 from graftkit.errors import Interrupted, UserError
 from graftkit.prepare import prepare_rows
+from graftkit.recipe import schema as recipes
 from graftkit.tasks.audio_classify import AudioClassify
 
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}

@@ -10,8 +10,8 @@ import typing
 import pytest
 
 from graftkit import LoRA, UserError
-from graftkit.catalogue import FAMILIES, Call, as_expression, build, entries, parse
 from graftkit.methods.base import Chain, read
+from graftkit.recipe.catalogue import FAMILIES, Call, as_expression, build, entries, parse
 
 
 @pytest.mark.filterwarnings("error")
@@ -21,9 +21,9 @@ def test_a_regular_expression_needs_no_raw_string():
 
 def test_torch_is_not_imported():
     script = (
-        "import sys, graftkit, graftkit.catalogue, graftkit.recipe, graftkit.cli, graftkit.selection\n"
-        "graftkit.catalogue.entries('method'), graftkit.catalogue.entries('task')\n"
-        "graftkit.catalogue.parse('lora(rank=8) + head()', 'method'), dir(graftkit)\n"
+        "import sys, graftkit, graftkit.recipe.catalogue, graftkit.recipe.schema, graftkit.cli, graftkit.recipe.selection\n"
+        "graftkit.recipe.catalogue.entries('method'), graftkit.recipe.catalogue.entries('task')\n"
+        "graftkit.recipe.catalogue.parse('lora(rank=8) + head()', 'method'), dir(graftkit)\n"
         "assert not {'torch', 'transformers', 'datasets', 'sklearn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

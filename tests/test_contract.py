@@ -12,8 +12,8 @@ from torch import nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
-from graftkit.catalogue import entries
 from graftkit.methods.base import Labels, read
+from graftkit.recipe.catalogue import entries
 
 # At least one example of each method; those that only change other methods stand beside one. The first is the one
 # of the matrix in docs/methods.md, which runs it on every model of tests/zoo.py; the others run on three of them.

@@ -14,8 +14,9 @@ import typer
 import yaml
 
 import graftkit
-from graftkit import cli, recipe
-from graftkit.catalogue import entries
+from graftkit import cli
+from graftkit.recipe import schema as recipe
+from graftkit.recipe.catalogue import entries
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -11,7 +11,7 @@ import pytest
 import zoo
 from test_contract import EXPRESSIONS, starts_as_base
 
-from graftkit.catalogue import entries
+from graftkit.recipe.catalogue import entries
 
 STORED = Path(__file__).parents[1] / "docs" / "matrix.json"
 METHODS = list(entries("method"))

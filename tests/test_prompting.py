@@ -11,10 +11,10 @@ import torch
 from conftest import WORDS, make_rows, write_csv
 
 import graftkit
-from graftkit import recipe as recipes
 from graftkit.backbone.load import auto_class, find_source, load_backbone
 from graftkit.data.read import read_table
 from graftkit.errors import UserError
+from graftkit.recipe import schema as recipes
 from graftkit.report.console import Console
 from graftkit.run import plan
 from graftkit.tasks.prompting import Prompting

@@ -7,7 +7,7 @@ import tiny
 
 from graftkit.backbone import Backbone, select, select_parameters
 from graftkit.errors import UserError
-from graftkit.selection import ROLES_OF_WORD, parse
+from graftkit.recipe.selection import ROLES_OF_WORD, parse
 
 BERT_BLOCK = [
     "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",

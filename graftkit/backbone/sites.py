@@ -1,14 +1,14 @@
-"""From a selection (see `graftkit.selection`) to the sites and parameters it means on one model."""
+"""From a selection (see `graftkit.recipe.selection`) to the sites and parameters it means on one model."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 
-from graftkit import selection as language
 from graftkit.backbone.anatomy import Site
 from graftkit.backbone.backbone import Backbone
 from graftkit.errors import UserError, listing, nearest
+from graftkit.recipe import selection as language
 
 
 def select(

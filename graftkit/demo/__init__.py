@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graftkit import recipe as recipes
 from graftkit.errors import UserError
+from graftkit.recipe import schema as recipes
 from graftkit.report.console import Console
 
 FOLDER = Path(__file__).parent

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, input_of, multiply
-from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Group, PeftForm, exactly, new_parameter
 from graftkit.methods.mixtures import FactorMixture
 from graftkit.methods.updates import MAPS, Update, UpdateMethod, peft_targets
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

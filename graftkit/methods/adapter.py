@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.errors import NotFoldable
 from graftkit.methods.base import Group, Labels, Method, labels_of
 from graftkit.methods.bottlenecks import Place, bottleneck_at, find_places
+from graftkit.recipe.catalogue import option
 
 
 @dataclass(frozen=True)

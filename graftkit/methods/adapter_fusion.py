@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import Call, entries, option, parse
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.files import read_json, read_tensors
 from graftkit.methods.base import Group, Labels, Method, multiply, new_parameter
 from graftkit.methods.bottlenecks import Bottleneck, Insertion, Place, bottleneck_at, find_places
+from graftkit.recipe.catalogue import Call, entries, option, parse
 
 DESCRIPTION, TENSORS = "graft.json", "graft.safetensors"
 Tensors = dict[str, Tensor]

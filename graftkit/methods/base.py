@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
-from graftkit.catalogue import as_expression, build, check_values, parse
 from graftkit.errors import NotFoldable, UserError
+from graftkit.recipe.catalogue import as_expression, build, check_values, parse
 
 if TYPE_CHECKING:
     from graftkit.methods.mixtures import Mixture

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graftkit.backbone import Backbone, select_parameters
-from graftkit.catalogue import option
 from graftkit.methods.base import Group, Labels, Method, refuse_unless
+from graftkit.recipe.catalogue import option
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graftkit.backbone import Backbone, select_parameters
-from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Labels, Method
+from graftkit.recipe.catalogue import option
 
 
 @dataclass(frozen=True)

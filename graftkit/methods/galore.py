@@ -9,9 +9,9 @@ from torch import Tensor
 
 from graftkit.backbone import Backbone, select
 from graftkit.backbone.weights import weights_at
-from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Group, Labels, Method, Projection
+from graftkit.recipe.catalogue import option
 
 
 @dataclass(frozen=True)

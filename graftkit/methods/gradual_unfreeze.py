@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Group, Labels, Method
+from graftkit.recipe.catalogue import option
 
 ROUNDING = 1e-9  # 0.3 / 0.1 is a little less than 3
 

@@ -24,10 +24,10 @@ from graftkit.backbone.pooling import (
     shifted,
     takes_decoder_inputs,
 )
-from graftkit.catalogue import option
 from graftkit.errors import UserError, listing
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
 from graftkit.methods.mixtures import Mixture
+from graftkit.recipe.catalogue import option
 
 IGNORED = -100  # the label of what has no part in the loss, as in all of transformers
 

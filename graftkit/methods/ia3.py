@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_conv, is_linear, is_transposed
 from graftkit.backbone.weights import scale_columns
-from graftkit.catalogue import option
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, PeftForm, exactly, labels_of, place
 from graftkit.methods.mixtures import Mixture
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Labels, Method
+from graftkit.recipe.catalogue import option
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, add_product, input_of, multiply
-from graftkit.catalogue import option
 from graftkit.methods import lycoris
 from graftkit.methods.base import Group, PeftForm
 from graftkit.methods.mixtures import FactorMixture
 from graftkit.methods.updates import MAPS, SizedMethod, Update
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

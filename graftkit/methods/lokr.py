@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, input_of, multiply
-from graftkit.catalogue import option
 from graftkit.methods import lycoris
 from graftkit.methods.base import Group, PeftForm
 from graftkit.methods.updates import MAPS, SizedMethod, Update
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graftkit.backbone.weights import Weight
-from graftkit.catalogue import option
 from graftkit.methods import peft_lora
 from graftkit.methods.low_rank import LowRank, LowRankMethod
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

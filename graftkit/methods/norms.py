@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_norm
-from graftkit.catalogue import option
 from graftkit.errors import UserError
 from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, refuse_unless
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

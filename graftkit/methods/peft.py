@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
-from graftkit.catalogue import option
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
 from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, place
 from graftkit.methods.bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
 from graftkit.methods.peft_tuners import GROUPED, IDLE, OURS, RATE, RATES, defaults_of, kind_of, mappings
 from graftkit.methods.updates import peft_targets
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

@@ -15,9 +15,9 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.attention import AddedKeysValues, adopt, attention_modules, shift_positions
 from graftkit.backbone.prompts import refuse_crowd
-from graftkit.catalogue import option
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.prompts import Entrance, find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
-from graftkit.catalogue import option
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

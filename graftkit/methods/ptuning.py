@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.prompts import find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
-from graftkit.catalogue import option
 from graftkit.errors import NotFoldable
 from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+from graftkit.recipe.catalogue import option
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.read import Table
 from graftkit.data.sounds import SUFFIXES, BadSound, Sound, look
 from graftkit.errors import UserError, listing
+from graftkit.recipe.catalogue import option
 from graftkit.tasks.audio_inputs import (
     Extractor,
     Front,

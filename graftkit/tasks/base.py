@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import positions_of
 from graftkit.backbone.prompts import positions_taken
-from graftkit.catalogue import as_expression, check_values
 from graftkit.data.columns import Column
 from graftkit.data.read import Table, read_table
 from graftkit.data.split import hold_out
 from graftkit.data.stream import slices, stream_table
 from graftkit.errors import NoGoodRows, UserError
+from graftkit.recipe.catalogue import as_expression, check_values
 
 MAX_DEFAULT_LENGTH = 512
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
+from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Criterion, Dataset, Examples
 from graftkit.tasks.classify_form import Form, OneLabel, Ordinal
 from graftkit.tasks.classify_multi import ManyLabels

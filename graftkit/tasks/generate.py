@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.data.chat import Template, check_template, read_messages
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.errors import UserError
+from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Scores, Task, check_rows
 from graftkit.tasks.generate_data import (
     Dialogues,

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.data.augment import Augmentation
 from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.images import SUFFIXES, Picture, load, look_at
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
+from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Reading, Scores, check_rows
 from graftkit.tasks.image_inputs import (
     IMAGENET_DEVIATION,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.errors import UserError
+from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Dataset, Examples
 from graftkit.tasks.labels import LABEL, LabelTask
 from graftkit.tasks.prompting_asking import Asking

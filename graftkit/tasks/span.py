@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.data.squad import Gold, locate, nested, read_answers, squad_table
 from graftkit.data.stream import slices, stream_table
 from graftkit.errors import UserError, listing
+from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Reading, Task, check_rows
 from graftkit.tasks.labels import is_missing
 from graftkit.tasks.span_metrics import best_threshold, figures, score

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.catalogue import option
 from graftkit.data.columns import Column
 from graftkit.data.conll import SUFFIXES, conll_pieces, read_conll
 from graftkit.data.read import read_table
 from graftkit.data.stream import slices, stream_table
 from graftkit.data.table import Table
 from graftkit.errors import UserError
+from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Reading, Scores, Task, check_rows
 from graftkit.tasks.entities import (
     accuracy_of,

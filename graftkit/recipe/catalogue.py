@@ -167,7 +167,7 @@ def entries(family: str) -> dict[str, Entry]:
 @functools.cache
 def _entries(family: str, own: str) -> dict[str, Entry]:
     found = {}
-    for path in sorted((Path(__file__).parent / FAMILIES[family]).glob("*.py")):
+    for path in sorted((Path(__file__).parents[1] / FAMILIES[family]).glob("*.py")):
         if path.stem not in NOT_ENTRIES:
             entry = _read(path, f"graftkit.{FAMILIES[family]}.{path.stem}")
             if entry is not None:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from graftkit import catalogue, selection
 from graftkit.errors import UserError, listing, nearest
+from graftkit.recipe import catalogue, selection
 
 IN_MEMORY = "(in memory)"
 
