@@ -1,5 +1,5 @@
 """`python -m graftkit`, and `torchrun -m graftkit` for several processes."""
 
-from graftkit.cli import main
+from graftkit.cli.main import main
 
 main()

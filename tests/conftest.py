@@ -172,7 +172,7 @@ def shared() -> Path:
 @pytest.fixture
 def command(capsys, monkeypatch, tmp_path):
     """Runs `graftkit ...` in this process, from an empty folder: `command("tune", ...)` gives status, out, err."""
-    from graftkit.cli import main
+    from graftkit.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 
@@ -188,7 +188,7 @@ def command(capsys, monkeypatch, tmp_path):
 
 
 def in_process(
-    *words: object, script: str = "from graftkit.cli import main; main()", **more
+    *words: object, script: str = "from graftkit.cli.main import main; main()", **more
 ) -> subprocess.CompletedProcess:
     """`graftkit ...` as a real process; `script` may patch something first."""
     given = {"capture_output": True, "text": True, "timeout": 120, **more}

@@ -21,7 +21,7 @@ def test_a_regular_expression_needs_no_raw_string():
 
 def test_torch_is_not_imported():
     script = (
-        "import sys, graftkit, graftkit.recipe.catalogue, graftkit.recipe.schema, graftkit.cli, graftkit.recipe.selection\n"
+        "import sys, graftkit, graftkit.recipe.catalogue, graftkit.recipe.schema, graftkit.cli.main, graftkit.recipe.selection\n"
         "graftkit.recipe.catalogue.entries('method'), graftkit.recipe.catalogue.entries('task')\n"
         "graftkit.recipe.catalogue.parse('lora(rank=8) + head()', 'method'), dir(graftkit)\n"
         "assert not {'torch', 'transformers', 'datasets', 'sklearn'} & set(sys.modules)"

@@ -221,7 +221,7 @@ def test_the_version():
 
 def test_help_imports_no_torch():
     code = (
-        "import sys; from graftkit.cli import main\n"
+        "import sys; from graftkit.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert not {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)"

@@ -356,7 +356,7 @@ def test_killed_and_resumed(llama, data, tmp_path, task):
     ]
 
     def run(*more: str) -> None:
-        from graftkit.cli import main
+        from graftkit.cli.main import main
 
         main([*words, *more])
 

@@ -291,7 +291,7 @@ def tune(folder: Path, model: Path, rows: Path, *settings: str, method: str) -> 
 
 
 def run_command(words: list[str]) -> None:
-    from graftkit.cli import main
+    from graftkit.cli.main import main
 
     with pytest.raises(SystemExit) as stop:
         main(words)
@@ -321,7 +321,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
 
         def work(folder=folder, number=number):
             from graftkit import watch
-            from graftkit.cli import main
+            from graftkit.cli.main import main
 
             plain = watch.Watch.maybe_checkpoint
 
@@ -350,7 +350,7 @@ def test_a_checkpoint_holds_no_state_of_what_is_not_yet_trained(tiny_bert, rows_
 
     def work():
         from graftkit import watch
-        from graftkit.cli import main
+        from graftkit.cli.main import main
 
         watch.Watch.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         words = tune(

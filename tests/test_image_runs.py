@@ -217,7 +217,7 @@ def test_every_augmentation_trains(tiny_convnext, colours, tmp_path):
 
 
 def test_a_killed_run_with_augmentation_ends_with_the_same_bits(tiny_vit, colours, tmp_path):
-    from graftkit.cli import main
+    from graftkit.cli.main import main
 
     def words(out: Path) -> list[str]:
         return [

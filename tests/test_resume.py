@@ -46,7 +46,7 @@ def killed(moment: str, number: int, words: list[str]) -> None:
     import safetensors.torch
 
     from graftkit import watch
-    from graftkit.cli import main
+    from graftkit.cli.main import main
 
     plain_save, plain_replace, plain_append = safetensors.torch.save_file, os.replace, watch.append_lines
     written = 0
@@ -110,7 +110,7 @@ def words_of(model: Path, rows: Path, out: Path, case: str) -> list[str]:
 
 
 def tune(model: Path, rows: Path, out: Path, case: str) -> None:
-    from graftkit.cli import main
+    from graftkit.cli.main import main
 
     with pytest.raises(SystemExit) as stop:
         main(words_of(model, rows, out, case))
@@ -177,7 +177,7 @@ def test_killed_and_resumed(uninterrupted, tiny_bert, rows_folder, tmp_path, cas
 def test_killed_again_and_again_at_any_moment(uninterrupted, tiny_bert, rows_folder, tmp_path):
     """No patch: a real process, killed from outside as soon as it has come one checkpoint further."""
     run = tmp_path / "run"
-    words = [sys.executable, "-c", "from graftkit.cli import main; main()"]
+    words = [sys.executable, "-c", "from graftkit.cli.main import main; main()"]
     seen: set[str] = set()
     for start in (words_of(tiny_bert, rows_folder, run, "lora"), ["tune", "--resume", str(run)]):
         process = subprocess.Popen([*words, *start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -201,7 +201,7 @@ def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path, case):
 
     def work():
         from graftkit import watch
-        from graftkit.cli import main
+        from graftkit.cli.main import main
 
         plain = watch.Watch.log
 

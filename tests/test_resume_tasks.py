@@ -82,7 +82,7 @@ def material(case: str, path: Path, bert: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_resumed(case, tiny_bert, tmp_path):
-    from graftkit.cli import main
+    from graftkit.cli.main import main
 
     task, method, (moment, number) = CASES[case]
     model, train = material(case, tmp_path, tiny_bert)

@@ -148,7 +148,7 @@ def test_disk_full_while_writing_a_checkpoint(command, tiny_bert, rows_folder, t
         import resource
 
         from graftkit import watch
-        from graftkit.cli import main
+        from graftkit.cli.main import main
 
         plain = watch.Watch.checkpoint
 

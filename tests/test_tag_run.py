@@ -183,7 +183,7 @@ def test_what_is_frozen_is_kept(method, tiny_bert, files, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora(rank=2, dropout=0.1) + head()", "head(pooling='tokens')"])
 def test_a_killed_run_goes_on_bit_for_bit(method, tiny_bert, files, tmp_path):
-    from graftkit.cli import main
+    from graftkit.cli.main import main
     from graftkit.report.console import Console
     from graftkit.run import resume_run
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graftkit import cli_data, cli_runs
-from graftkit.cli_options import (
+from graftkit.cli import data as cli_data
+from graftkit.cli import runs as cli_runs
+from graftkit.cli.options import (
     Arguments,
     Eval,
     Json,

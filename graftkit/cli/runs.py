@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftkit.cli_options import Json, RunFolder, console_of, emit
+from graftkit.cli.options import Json, RunFolder, console_of, emit
 from graftkit.errors import UserError
 
 Options = Annotated[

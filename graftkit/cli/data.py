@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from graftkit.cli_options import (
+from graftkit.cli.options import (
     Arguments,
     Eval,
     Json,
