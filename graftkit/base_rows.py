@@ -19,7 +19,7 @@ from graftkit.backbone.anatomy import is_norm
 from graftkit.backbone.weights import Weight, input_of, weights_at
 from graftkit.errors import UserError, listing
 from graftkit.graft import Graft, PutAway
-from graftkit.methods.mixtures import MatrixMixture, Mixture
+from graftkit.methods.shared.mixtures import MatrixMixture, Mixture
 
 Values = Mapping[
     str, Mapping[int, Tensor]

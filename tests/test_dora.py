@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from graftkit import attach, load
 from graftkit.methods.dora import Direction
-from graftkit.methods.low_rank import LowRank
+from graftkit.methods.shared.low_rank import LowRank
 
 W, L, INNER = tiny.WIDTH, tiny.BLOCKS, tiny.INNER
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from graftkit import NotFoldable, attach, detach, load
-from graftkit.methods.low_rank import LowRank
+from graftkit.methods.shared.low_rank import LowRank
 
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 

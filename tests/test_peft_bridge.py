@@ -16,7 +16,7 @@ from torch import nn
 import graftkit
 from graftkit import NotFoldable, Peft, UserError, attach, load
 from graftkit.graft import Graft
-from graftkit.methods.peft_tuners import REFUSED
+from graftkit.methods.shared.peft_tuners import REFUSED
 
 peft = pytest.importorskip("peft")
 from peft import mapping  # noqa: E402

@@ -9,7 +9,7 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.errors import NotFoldable
 from graftkit.methods.base import Group, Labels, Method, labels_of
-from graftkit.methods.bottlenecks import Place, bottleneck_at, find_places
+from graftkit.methods.shared.bottlenecks import Place, bottleneck_at, find_places
 from graftkit.recipe.catalogue import option
 
 

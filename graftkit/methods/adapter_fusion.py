@@ -14,7 +14,7 @@ from graftkit.backbone import Backbone
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.files import read_json, read_tensors
 from graftkit.methods.base import Group, Labels, Method, multiply, new_parameter
-from graftkit.methods.bottlenecks import Bottleneck, Insertion, Place, bottleneck_at, find_places
+from graftkit.methods.shared.bottlenecks import Bottleneck, Insertion, Place, bottleneck_at, find_places
 from graftkit.recipe.catalogue import Call, entries, option, parse
 
 DESCRIPTION, TENSORS = "graft.json", "graft.safetensors"

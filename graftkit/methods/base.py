@@ -23,7 +23,7 @@ from graftkit.errors import NotFoldable, UserError
 from graftkit.recipe.catalogue import as_expression, build, check_values, parse
 
 if TYPE_CHECKING:
-    from graftkit.methods.mixtures import Mixture
+    from graftkit.methods.shared.mixtures import Mixture
     from graftkit.peft_files import PeftReading
 
 

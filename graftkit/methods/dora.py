@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, apply, groups_of, input_of, scale_product, without_autocast
 from graftkit.methods.base import Addition, Labels
-from graftkit.methods.low_rank import LowRank, LowRankMethod
+from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
 from graftkit.recipe.catalogue import option
 
 TINY = 1e-12  # a row of zeros has no direction; this is its length

@@ -26,7 +26,7 @@ from graftkit.backbone.pooling import (
 )
 from graftkit.errors import UserError, listing
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
-from graftkit.methods.mixtures import Mixture
+from graftkit.methods.shared.mixtures import Mixture
 from graftkit.recipe.catalogue import option
 
 IGNORED = -100  # the label of what has no part in the loss, as in all of transformers

@@ -15,7 +15,7 @@ from graftkit.backbone.anatomy import features, is_conv, is_linear, is_transpose
 from graftkit.backbone.weights import scale_columns
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, PeftForm, exactly, labels_of, place
-from graftkit.methods.mixtures import Mixture
+from graftkit.methods.shared.mixtures import Mixture
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, add_product, input_of, multiply
-from graftkit.methods import lycoris
 from graftkit.methods.base import Group, PeftForm
-from graftkit.methods.mixtures import FactorMixture
-from graftkit.methods.updates import MAPS, SizedMethod, Update
+from graftkit.methods.shared import lycoris
+from graftkit.methods.shared.mixtures import FactorMixture
+from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, input_of, multiply
-from graftkit.methods import lycoris
 from graftkit.methods.base import Group, PeftForm
-from graftkit.methods.updates import MAPS, SizedMethod, Update
+from graftkit.methods.shared import lycoris
+from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:

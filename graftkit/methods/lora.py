@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graftkit.backbone.weights import Weight
-from graftkit.methods import peft_lora
-from graftkit.methods.low_rank import LowRank, LowRankMethod
+from graftkit.methods.shared import peft_lora
+from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Every tuner of an installed PEFT as a method. How its layers get beside the modules: graftkit/methods/bridge.py."""
+"""Every tuner of an installed PEFT as a method. How its layers get beside the modules: graftkit/methods/shared/peft_bridge.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
 from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, place
-from graftkit.methods.bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
-from graftkit.methods.peft_tuners import GROUPED, IDLE, OURS, RATE, RATES, defaults_of, kind_of, mappings
-from graftkit.methods.updates import peft_targets
+from graftkit.methods.shared.peft_bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
+from graftkit.methods.shared.peft_tuners import (
+    GROUPED,
+    IDLE,
+    OURS,
+    RATE,
+    RATES,
+    defaults_of,
+    kind_of,
+    mappings,
+)
+from graftkit.methods.shared.updates import peft_targets
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.methods.base import Group, Labels, PeftForm, exactly, place
-from graftkit.methods.mixtures import FactorMixture
-from graftkit.methods.updates import MAPS, Update, UpdateMethod, peft_targets
+from graftkit.methods.shared.mixtures import FactorMixture
+from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_targets
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:

@@ -29,14 +29,7 @@ from graftkit.errors import UserError, listing, nearest
 
 FAMILIES = {"method": "methods", "task": "tasks"}
 OWN_FOLDERS = {"method": "GRAFTKIT_METHODS", "task": "GRAFTKIT_TASKS"}
-NOT_ENTRIES = {
-    "__init__",
-    "base",
-    "low_rank",
-    "mixtures",
-    "peft_lora",
-    "updates",
-}  # of methods: they define bases
+NOT_ENTRIES = {"__init__", "base"}
 
 
 def option(

@@ -19,7 +19,7 @@ from graftkit.methods.base import Addition, Group, Labels, Method, exactly, labe
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading
-from graftkit.methods.mixtures import MatrixMixture
+from graftkit.methods.shared.mixtures import MatrixMixture
 
 MAPS = ("linear", "transposed")  # of which the input is that of the module
 KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")

@@ -14,7 +14,7 @@ from graftkit.backbone.anatomy import features, is_conv, is_linear, is_map
 from graftkit.backbone.weights import add_product, input_of
 from graftkit.errors import UserError
 from graftkit.methods.base import Addition, multiply, new_parameter, place
-from graftkit.methods.mixtures import Mixture
+from graftkit.methods.shared.mixtures import Mixture
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.methods.base import PeftForm, exactly
-from graftkit.methods.updates import SizedMethod, by_site, peft_targets
+from graftkit.methods.shared.updates import SizedMethod, by_site, peft_targets
 
 if TYPE_CHECKING:
     from graftkit.peft_files import PeftReading

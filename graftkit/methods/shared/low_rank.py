@@ -25,9 +25,9 @@ from graftkit.backbone.weights import (
 )
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Group, Labels, PeftForm, new_parameter
-from graftkit.methods.mixtures import FactorMixture
-from graftkit.methods.peft_lora import write
-from graftkit.methods.updates import SizedMethod, Update
+from graftkit.methods.shared.mixtures import FactorMixture
+from graftkit.methods.shared.peft_lora import write
+from graftkit.methods.shared.updates import SizedMethod, Update
 
 STABLE_ALPHA = 16.0  # Kalajdzievski 2023: the same for every rank
 

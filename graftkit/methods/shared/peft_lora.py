@@ -12,10 +12,10 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, has_geometry
 from graftkit.methods.base import PeftForm, exactly
-from graftkit.methods.updates import by_site, peft_targets
+from graftkit.methods.shared.updates import by_site, peft_targets
 
 if TYPE_CHECKING:
-    from graftkit.methods.low_rank import LowRankMethod
+    from graftkit.methods.shared.low_rank import LowRankMethod
     from graftkit.peft_files import PeftReading
 
 # ways to start that rewrite the base's weights
