@@ -15,12 +15,12 @@ _FRONT = {
     "resume": "graftkit.run",
     "check": "graftkit.data_check",
     "Run": "graftkit.run",
-    "attach": "graftkit.graft",
-    "detach": "graftkit.graft",
-    "load": "graftkit.graft_files",
-    "using": "graftkit.several",
-    "merge": "graftkit.merging",
-    "Graft": "graftkit.graft",
+    "attach": "graftkit.grafts.graft",
+    "detach": "graftkit.grafts.graft",
+    "load": "graftkit.grafts.folder",
+    "using": "graftkit.grafts.mixing",
+    "merge": "graftkit.grafts.merge",
+    "Graft": "graftkit.grafts.graft",
     "Backbone": "graftkit.backbone",
     "Recipe": "graftkit.recipe.schema",
     "UserError": "graftkit.errors",
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from graftkit.data_check import check as check
     from graftkit.errors import NotFoldable as NotFoldable
     from graftkit.errors import UserError as UserError
-    from graftkit.graft import Graft as Graft
-    from graftkit.graft import attach as attach
-    from graftkit.graft import detach as detach
-    from graftkit.graft_files import load as load
-    from graftkit.merging import merge as merge
+    from graftkit.grafts.folder import load as load
+    from graftkit.grafts.graft import Graft as Graft
+    from graftkit.grafts.graft import attach as attach
+    from graftkit.grafts.graft import detach as detach
+    from graftkit.grafts.merge import merge as merge
+    from graftkit.grafts.mixing import using as using
     from graftkit.recipe.schema import Recipe as Recipe
     from graftkit.run import Run as Run
     from graftkit.run import resume as resume
     from graftkit.run import tune as tune
-    from graftkit.several import using as using
 
 
 def _methods() -> dict[str, Any]:

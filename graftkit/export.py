@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from graftkit.backbone.load import find_source
-from graftkit.before import remove_additions
 from graftkit.data.columns import find_again
 from graftkit.engine.frozen import pooled_head
 from graftkit.errors import UserError, listing
 from graftkit.files import TEMPORARY, read_json, write_json, write_tensors, write_text
+from graftkit.grafts.snapshot import remove_additions
 from graftkit.methods.head import PooledHead
 from graftkit.prepare import reading_of
 from graftkit.tasks.base import Dataset

@@ -10,7 +10,7 @@ import torch
 
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
 from graftkit.optim.groups import state_numbers
 
 

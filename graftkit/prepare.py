@@ -20,7 +20,7 @@ from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.loop import Settings
 from graftkit.errors import UserError
-from graftkit.graft import Graft, attach, with_classes
+from graftkit.grafts.graft import Graft, attach, with_classes
 from graftkit.methods.base import Chain
 from graftkit.methods.base import read as read_method
 from graftkit.methods.head import Head

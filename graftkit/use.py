@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graftkit import graft_files
 from graftkit.backbone import Backbone
 from graftkit.backbone.quantized import move
 from graftkit.data.columns import find_again
@@ -20,8 +19,9 @@ from graftkit.engine import parallel, precision
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import predict as run_predict
 from graftkit.errors import NoGoodRows, UserError, listing, nearest
-from graftkit.graft import Graft
-from graftkit.graft_files import load
+from graftkit.grafts import folder as graft_files
+from graftkit.grafts.folder import load
+from graftkit.grafts.graft import Graft
 from graftkit.prepare import make_task, method_of, prepare_backbone, reading_of
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe

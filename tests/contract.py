@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graftkit import NotFoldable, UserError, attach, detach, load
 from graftkit.backbone.anatomy import Added
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
 from graftkit.methods.base import Method, read
 from graftkit.plan import make_plan
 from graftkit.recipe.catalogue import entries

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftkit import attach, load
-from graftkit.graft import Graft
-from graftkit.graft_files import read
+from graftkit.grafts.folder import read
+from graftkit.grafts.graft import Graft
 
 
 class MLP(nn.Module):

@@ -13,7 +13,7 @@ from custom_models import shake
 from torch import nn
 
 from graftkit import attach
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
 
 peft = pytest.importorskip("peft")
 ALL_KINDS = pytest.mark.parametrize("kind", tiny.KINDS)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graftkit import NotFoldable, attach, detach
 from graftkit.engine.audit import Audit
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
 
 L, W, INNER = tiny.BLOCKS, tiny.WIDTH, tiny.INNER
 FUNCTIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 import graftkit
-from graftkit.cli.main import main as cli
+from graftkit.cli import main as cli
 from graftkit.recipe import schema as recipe
 from graftkit.recipe.catalogue import entries
 

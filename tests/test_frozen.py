@@ -14,7 +14,7 @@ from graftkit.data.encode import Encoded
 from graftkit.data.read import Table
 from graftkit.engine.forward import AtOwnHead, CachedForward, Forward, make_forward
 from graftkit.engine.frozen import frozen_depth, set_training
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.texts import TextDataset
 

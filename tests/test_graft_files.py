@@ -70,7 +70,7 @@ def test_an_earlier_graft_in_the_folder_is_replaced(folder):
 
 
 def test_more_about_it_is_kept(tmp_path):
-    from graftkit.graft_files import read
+    from graftkit.grafts.folder import read
 
     attach(tiny.bare("bert"), METHOD).save(tmp_path, task="classify", labels=["a", "b"])
     assert read(tmp_path).about["labels"] == ["a", "b"]

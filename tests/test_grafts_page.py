@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graftkit.cli.main import main as cli
+from graftkit.cli import main as cli
 
 PAGE = Path(__file__).parents[1] / "docs" / "grafts.md"
 

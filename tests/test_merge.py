@@ -13,7 +13,7 @@ from side_by_side import several
 from transformers import BertModel
 
 from graftkit import UserError, load, merge, using
-from graftkit.cli.main import main as cli
+from graftkit.cli import main as cli
 from graftkit.files import read_json
 
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.2}

@@ -15,7 +15,7 @@ from torch import nn
 
 import graftkit
 from graftkit import NotFoldable, Peft, UserError, attach, load
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
 from graftkit.methods.shared.peft_tuners import REFUSED
 
 peft = pytest.importorskip("peft")

@@ -13,8 +13,8 @@ from peft.utils import merge_utils
 from torch import Tensor, nn
 
 from graftkit import load, merge
-from graftkit.combining import seed_of
 from graftkit.files import read_tensors
+from graftkit.grafts.merge_rules import seed_of
 
 NAMES, WEIGHTS = ("one", "two", "three"), [0.7, -0.4, 1.3]
 TARGETS = {

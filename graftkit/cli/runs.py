@@ -138,7 +138,7 @@ def merge(
 
     cat is the weighted sum itself, with a rank as large as all together; svd comes nearest to it at a lower rank.
     """
-    from graftkit.merging import merge as run_merge
+    from graftkit.grafts.merge import merge as run_merge
 
     folder = run_merge(
         grafts, out, weights=_numbers(weights), how=how, density=density, rank=rank, heads=heads, sign=sign, seed=seed,

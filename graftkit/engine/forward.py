@@ -21,7 +21,7 @@ from graftkit.data.batches import ordered_batches
 from graftkit.engine.frozen import Phase, only_head_trains, pooled_head, set_training
 from graftkit.engine.kept import Kept
 from graftkit.engine.precision import autocast
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
 from graftkit.methods.base import Labels
 from graftkit.methods.head import PooledHead
 from graftkit.tasks.base import Batch, Dataset

@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from graftkit.before import has_statistics
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
+from graftkit.grafts.snapshot import has_statistics
 from graftkit.methods.base import Labels
 from graftkit.methods.head import PooledHead
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from graftkit.backbone.anatomy import is_linear
-from graftkit.before import has_statistics
+from graftkit.grafts.snapshot import has_statistics
 
 WORTHWHILE = 1.3  # how much faster a bf16 matrix product must be to be chosen
 SIZE = 768

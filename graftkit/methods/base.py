@@ -23,8 +23,8 @@ from graftkit.errors import NotFoldable, UserError
 from graftkit.recipe.catalogue import as_expression, build, check_values, parse
 
 if TYPE_CHECKING:
+    from graftkit.grafts.peft_folder import PeftReading
     from graftkit.methods.shared.mixtures import Mixture
-    from graftkit.peft_files import PeftReading
 
 
 @dataclass(frozen=True)

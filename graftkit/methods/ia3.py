@@ -19,7 +19,7 @@ from graftkit.methods.shared.mixtures import Mixture
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.peft_files import PeftReading
+    from graftkit.grafts.peft_folder import PeftReading
 
 PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 

@@ -17,7 +17,7 @@ from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.peft_files import PeftReading
+    from graftkit.grafts.peft_folder import PeftReading
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, refu
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.peft_files import PeftReading
+    from graftkit.grafts.peft_folder import PeftReading
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, ne
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.peft_files import PeftReading
+    from graftkit.grafts.peft_folder import PeftReading
 
 PACKED = "prefix_default.prompt_embeddings"  # keys and values of all layers, as PEFT keeps them
 PLAIN_ROTATIONS = ("default", "linear", "llama3")  # same for every text length, and rotations only

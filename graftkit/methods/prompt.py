@@ -18,7 +18,7 @@ from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, ne
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.peft_files import PeftReading
+    from graftkit.grafts.peft_folder import PeftReading
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from graftkit.methods.base import PeftForm, exactly
 from graftkit.methods.shared.updates import SizedMethod, by_site, peft_targets
 
 if TYPE_CHECKING:
-    from graftkit.peft_files import PeftReading
+    from graftkit.grafts.peft_folder import PeftReading
 
 
 def write(

@@ -18,7 +18,7 @@ from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Group, Labels, Method, exactly, labels_of, place
 
 if TYPE_CHECKING:
-    from graftkit.peft_files import PeftReading
+    from graftkit.grafts.peft_folder import PeftReading
 from graftkit.methods.shared.mixtures import MatrixMixture
 
 MAPS = ("linear", "transposed")  # of which the input is that of the module

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftkit import graft_files
-from graftkit.combining import Combination, Factors
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
-from graftkit.graft_files import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS
+from graftkit.grafts import folder as graft_files
+from graftkit.grafts.folder import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS
+from graftkit.grafts.merge_rules import Combination, Factors
+from graftkit.grafts.peft_folder import read_peft
 from graftkit.methods.base import Method, PeftForm, exactly
 from graftkit.methods.base import read as read_method
-from graftkit.peft_files import read_peft
 from graftkit.recipe.catalogue import Call
 
 HEADS = ("mean", "first", "none")
@@ -64,7 +64,7 @@ def merge(
     `grafts`: folders written by `Graft.save`, of runs, or by PEFT, all LoRA. `weights`: one for each, of any sign; all
     1 / number if left out. `how`: 'cat' (the weighted sum itself; ranks add up), 'svd' (the nearest to it of `rank`, by
     default the largest rank), 'linear', 'ties', 'dare-linear', 'dare-ties', 'magnitude' on the factors, or with '-svd' on
-    their products; see `graftkit.combining`. `density`: share that ties, dare and magnitude keep. `seed`: of dare.
+    their products; see `graftkit.grafts.merge_rules`. `density`: share that ties, dare and magnitude keep. `seed`: of dare.
     `heads`: 'mean' by weight, of heads for the same classes; 'first', that of the first graft with one; or 'none'.
     Raises `UserError` for grafts that do not go together; nothing is written then.
     """

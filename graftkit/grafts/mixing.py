@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
-from graftkit.base_rows import mix_rows, takes_all_rows
-from graftkit.before import MIXED, folded_on, grafts_of, refuse_lost, set_settings, settings_of
 from graftkit.errors import UserError, listing, nearest
-from graftkit.graft import Graft
+from graftkit.grafts.graft import Graft
+from graftkit.grafts.row_parameters import mix_rows, takes_all_rows
+from graftkit.grafts.snapshot import MIXED, folded_on, grafts_of, refuse_lost, set_settings, settings_of
 from graftkit.methods.base import Addition
 
 TIME_FIRST = ("xlnet",)

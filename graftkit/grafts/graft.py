@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added, base_modules
-from graftkit.before import (
+from graftkit.errors import NotFoldable, UserError, listing
+from graftkit.grafts.snapshot import (
     Before,
     KeepPadding,
     KeepStatistics,
@@ -33,7 +34,6 @@ from graftkit.before import (
     settings_of,
     unfolded,
 )
-from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.base import Chain, Labels, Method, as_chain, place
 from graftkit.methods.head import Head
 from graftkit.optim.groups import make_optimizer, param_groups
@@ -252,8 +252,8 @@ class Graft:
         return PutAway(dict(self._originals or {}), dict(self._replaced), dict(self._settings))
 
     def save(self, path: str | Path, **about: Any) -> Path:
-        """Write the graft folder: a PEFT adapter where PEFT can express it. See `graftkit.graft_files`."""
-        from graftkit.graft_files import write
+        """Write the graft folder: a PEFT adapter where PEFT can express it. See `graftkit.grafts.folder`."""
+        from graftkit.grafts.folder import write
 
         was_active = self.active
         self.enable()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors
-from graftkit.graft_files import PEFT_CONFIG, PEFT_TENSORS, Stored
+from graftkit.grafts.folder import PEFT_CONFIG, PEFT_TENSORS, Stored
 from graftkit.recipe.catalogue import Call, entries
 
 # fields that say where an adapter comes from or how it was trained, not what it computes

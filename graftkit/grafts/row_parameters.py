@@ -18,7 +18,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import is_norm
 from graftkit.backbone.weights import Weight, input_of, weights_at
 from graftkit.errors import UserError, listing
-from graftkit.graft import Graft, PutAway
+from graftkit.grafts.graft import Graft, PutAway
 from graftkit.methods.shared.mixtures import MatrixMixture, Mixture
 
 Values = Mapping[

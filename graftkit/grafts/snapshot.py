@@ -17,7 +17,7 @@ from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.base import Addition, Labels
 
 if TYPE_CHECKING:
-    from graftkit.graft import Graft
+    from graftkit.grafts.graft import Graft
 
 REGISTER, FOLDED, MIXED = "graftkit_grafts", "graftkit_folded", "graftkit_mixed"
 CONFIG_SETTINGS = ("id2label", "label2id", "_attn_implementation")

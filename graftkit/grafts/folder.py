@@ -20,7 +20,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import base_modules, is_linear
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors, write_json, write_tensors
-from graftkit.graft import Graft, attach, detach
+from graftkit.grafts.graft import Graft, attach, detach
 from graftkit.methods.base import Chain, PeftForm
 from graftkit.methods.base import read as read_method
 
@@ -237,7 +237,7 @@ def read(folder: Path) -> Stored:
         raise UserError(f"graft folder {str(folder)!r} does not exist.")
     if not (folder / DESCRIPTION).is_file():
         if (folder / PEFT_CONFIG).is_file():
-            from graftkit.peft_files import read_peft
+            from graftkit.grafts.peft_folder import read_peft
 
             return read_peft(folder)
         raise UserError(f"{folder} has neither {DESCRIPTION} nor {PEFT_CONFIG}, so it is not a graft folder.")
