@@ -19,7 +19,7 @@ import graftkit
 from graftkit.errors import Interrupted, UserError
 from graftkit.prepare import prepare_rows
 from graftkit.recipe import schema as recipes
-from graftkit.tasks.audio_classify import AudioClassify
+from graftkit.tasks.audio_classify.task import AudioClassify
 
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}
 
@@ -359,8 +359,8 @@ def test_eight_bits_two_channels_and_another_name_are_good(tones, tmp_path):
     values = {"model": "m", "task": "audio_classify", "data": {"train": str(folder), "eval": None}}
     task, rows = AudioClassify(), prepare_rows(recipes.make(values))
     assert len(rows.train) == 27 and not rows.skipped
-    from graftkit.tasks.audio_inputs import Waveform
-    from graftkit.tasks.audio_rows import Augmentation, SoundDataset
+    from graftkit.tasks.audio_classify.inputs import Waveform
+    from graftkit.tasks.audio_classify.rows import Augmentation, SoundDataset
 
     data = SoundDataset(rows.train, Waveform(Bands(), 8000, 0.0, 1.0), 8000, "start", False, Augmentation())
     found = task.statistics(data, rows.labels)

@@ -13,9 +13,9 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.load import find_source, load_backbone
 from graftkit.data.read import read_table
 from graftkit.errors import UserError
-from graftkit.tasks.audio_classify import AudioClassify
-from graftkit.tasks.audio_inputs import log_mel
-from graftkit.tasks.audio_rows import Augmentation
+from graftkit.tasks.audio_classify.inputs import log_mel
+from graftkit.tasks.audio_classify.rows import Augmentation
+from graftkit.tasks.audio_classify.task import AudioClassify
 
 COLUMNS = {"audio": "audio"}
 WAVES = [tone(seconds, 300, seed=number) for number, seconds in enumerate((0.31, 0.5, 0.24, 1.4))]

@@ -4,7 +4,7 @@ import csv
 
 from audio_models import RATE, tone, write_tones
 
-from graftkit.tasks.audio_classify import AudioClassify
+from graftkit.tasks.audio_classify.task import AudioClassify
 from graftkit.tasks.base import Reading
 
 

@@ -147,7 +147,7 @@ def test_the_audit_waits_for_a_long_warm_up():
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     ready, command, tiny_bert, rows_folder, tmp_path, monkeypatch, method
 ):
-    from graftkit.tasks import labels
+    from graftkit.tasks.shared import labels
 
     plain = labels.cross_entropy
     calls = {"n": 0}

@@ -11,7 +11,7 @@ import pytest
 
 from graftkit import LoRA, UserError
 from graftkit.methods.base import Chain, read
-from graftkit.recipe.catalogue import FAMILIES, Call, as_expression, build, entries, parse
+from graftkit.recipe.catalogue import FAMILIES, Call, as_expression, build, entries, entry_name, parse
 
 
 @pytest.mark.filterwarnings("error")
@@ -45,7 +45,7 @@ def test_options_are_those_of_the_dataclass(family):
             assert {"help": option.help, **option.bounds} == dict(field.metadata)
             assert option.help
         assert entry.summary == made.__doc__.split("\n\n")[0].replace("\n", " ").strip()
-        assert entry.module == made.__module__ and entry.module.endswith(f".{name}")
+        assert entry.module == made.__module__ and entry_name(entry.module) == name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

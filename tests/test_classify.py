@@ -14,8 +14,8 @@ from sklearn.utils.class_weight import compute_class_weight
 import graftkit
 from graftkit.data.read import read_table
 from graftkit.errors import UserError
-from graftkit.tasks.classify import Classify
-from graftkit.tasks.labels import cross_entropy
+from graftkit.tasks.classify.task import Classify
+from graftkit.tasks.shared.labels import cross_entropy
 
 COLUMNS = {"text": "text", "label": "label"}
 SETTINGS = {"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.01, "train.steps": 4}

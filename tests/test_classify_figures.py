@@ -8,10 +8,10 @@ import torch
 from sklearn import metrics as theirs
 
 from graftkit.tasks.base import Batch, Dataset, Examples
-from graftkit.tasks.classify import Classify
-from graftkit.tasks.classify_form import chances_of_steps, median, of_steps
-from graftkit.tasks.classify_multi import of_sets
-from graftkit.tasks.classify_number import of_numbers
+from graftkit.tasks.classify.form import chances_of_steps, median, of_steps
+from graftkit.tasks.classify.multi import of_sets
+from graftkit.tasks.classify.number import of_numbers
+from graftkit.tasks.classify.task import Classify
 
 LABELS = ("a", "b", "c", "d")
 

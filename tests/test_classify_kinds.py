@@ -16,7 +16,7 @@ import graftkit
 from graftkit.data.columns import find_columns
 from graftkit.data.read import read_table
 from graftkit.errors import UserError
-from graftkit.tasks.classify import Classify
+from graftkit.tasks.classify.task import Classify
 
 COLUMNS = {"text": "text", "label": "label"}
 FAST = {"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.02}

@@ -16,7 +16,7 @@ from graftkit.engine.forward import AtOwnHead, CachedForward, Forward, make_forw
 from graftkit.engine.frozen import frozen_depth, set_training
 from graftkit.grafts.graft import Graft
 from graftkit.tasks.base import Dataset, Examples
-from graftkit.tasks.texts import TextDataset
+from graftkit.tasks.shared.texts import TextDataset
 
 CPU = torch.device("cpu")
 TEXT = ["bert", "roberta", "modernbert", "gpt2", "llama", "qwen3", "glm", "mixtral", "deberta_v2", "t5"]

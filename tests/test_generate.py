@@ -23,7 +23,7 @@ from graftkit.engine.forward import Forward
 from graftkit.engine.loop import predict as run_predict
 from graftkit.errors import UserError
 from graftkit.grafts.graft import attach
-from graftkit.tasks.generate import Generate
+from graftkit.tasks.generate.task import Generate
 
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}
 QUESTIONS = ["what colour is coal?", "what colour is the sea?", "what is it???", "snow?"]

@@ -10,8 +10,8 @@ from test_generate_rows import TALK, backbone, dataset, examples
 
 from graftkit.backbone import Backbone
 from graftkit.errors import UserError
-from graftkit.tasks.generate import Generate
-from graftkit.tasks.generate_data import conversation
+from graftkit.tasks.generate.data import conversation
+from graftkit.tasks.generate.task import Generate
 
 
 def talk(*roles: str, content: str = "x") -> dict:

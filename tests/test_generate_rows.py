@@ -17,9 +17,9 @@ from graftkit.data.read import read_table
 from graftkit.errors import UserError
 from graftkit.grafts.graft import attach
 from graftkit.methods.base import read as read_method
-from graftkit.tasks.generate import Generate
-from graftkit.tasks.generate_data import conversation
-from graftkit.tasks.generate_scores import scores_of, token_scores
+from graftkit.tasks.generate.data import conversation
+from graftkit.tasks.generate.scores import scores_of, token_scores
+from graftkit.tasks.generate.task import Generate
 
 TALK = [
     {"role": "system", "content": "Be short."},

@@ -15,8 +15,8 @@ from PIL import Image
 
 from graftkit.errors import UserError
 from graftkit.prepare import make_task
-from graftkit.tasks.image_classify import ImageClassify
-from graftkit.tasks.image_inputs import Transform
+from graftkit.tasks.image_classify.inputs import Transform
+from graftkit.tasks.image_classify.task import ImageClassify
 
 
 @pytest.fixture(scope="module")

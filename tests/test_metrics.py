@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from graftkit.tasks.metrics import classification
+from graftkit.tasks.shared.metrics import classification
 
 LABELS = ("a", "b", "c", "d")
 
@@ -100,7 +100,7 @@ def test_large_logits_give_a_finite_loss():
 def test_many_classes_take_little_memory(classes, rows, megabytes):
     import tracemalloc
 
-    from graftkit.tasks.metrics import _bootstrap
+    from graftkit.tasks.shared.metrics import _bootstrap
 
     random = np.random.default_rng(0)
     targets = random.integers(0, classes, rows)

@@ -17,8 +17,8 @@ from graftkit.errors import UserError
 from graftkit.recipe import schema as recipes
 from graftkit.report.console import Console
 from graftkit.run import plan
-from graftkit.tasks.prompting import Prompting
-from graftkit.tasks.prompting_template import draw_shots, read_template
+from graftkit.tasks.prompting.task import Prompting
+from graftkit.tasks.prompting.template import draw_shots, read_template
 
 LABELS = ("fruit", "tool")
 TEMPLATE = "my {text} is a {label}"

@@ -15,10 +15,10 @@ from graftkit.backbone.load import find_source, load_backbone
 from graftkit.data.squad import locate, squad_table
 from graftkit.errors import UserError
 from graftkit.tasks.base import Reading
-from graftkit.tasks.masked import masked_cross_entropy
-from graftkit.tasks.span import Span
-from graftkit.tasks.span_metrics import best_threshold, score
-from graftkit.tasks.span_windows import Found, Window, cut_windows, gather, search
+from graftkit.tasks.shared.masked import masked_cross_entropy
+from graftkit.tasks.span.metrics import best_threshold, score
+from graftkit.tasks.span.task import Span
+from graftkit.tasks.span.windows import Found, Window, cut_windows, gather, search
 
 COLUMNS = {"question": "question", "context": "context", "answers": "answers"}
 TEXTS = [

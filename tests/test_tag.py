@@ -13,9 +13,9 @@ from graftkit.backbone.load import find_source, load_backbone
 from graftkit.data.columns import find_again, find_columns
 from graftkit.errors import UserError
 from graftkit.tasks.base import Batch, Reading
-from graftkit.tasks.entities import bio, chunks, names_of
-from graftkit.tasks.tag import Tag
-from graftkit.tasks.tag_words import text_of
+from graftkit.tasks.tag.entities import bio, chunks, names_of
+from graftkit.tasks.tag.task import Tag
+from graftkit.tasks.tag.words import text_of
 
 TEXT = "Ada Lovelace met Alan Turing's cat in London, UK."
 TOKENS = ["Ada", "Lovelace", "met", "Alan", "Turing", "'", "s", "cat", "in", "London", ",", "UK", "."]

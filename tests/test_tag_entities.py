@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conlleval import conlleval
 
-from graftkit.tasks.entities import (
+from graftkit.tasks.tag.entities import (
     are_of_entities,
     bio,
     chunks,

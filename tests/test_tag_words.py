@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from graftkit.errors import UserError
-from graftkit.tasks.tag_words import align, special_tokens, split_all, split_words, text_of
+from graftkit.tasks.tag.words import align, special_tokens, split_all, split_words, text_of
 
 TEXTS = [
     "Empire State Building = ESB.",

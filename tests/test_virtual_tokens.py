@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graftkit import Backbone, UserError, attach
 from graftkit.engine.frozen import frozen_depth
-from graftkit.tasks.classify import Classify
+from graftkit.tasks.classify.task import Classify
 
 W = tiny.WIDTH
 METHODS = pytest.mark.parametrize("text", ["prompt(tokens=3)", "ptuning(tokens=3, hidden=5)"])

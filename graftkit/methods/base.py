@@ -20,7 +20,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
 from graftkit.errors import NotFoldable, UserError
-from graftkit.recipe.catalogue import as_expression, build, check_values, parse
+from graftkit.recipe.catalogue import as_expression, build, check_values, entry_name, parse
 
 if TYPE_CHECKING:
     from graftkit.grafts.peft_folder import PeftReading
@@ -124,7 +124,7 @@ class Method:
     @property
     def name(self) -> str:
         """The name in recipes: that of the file."""
-        return type(self).__module__.rsplit(".", 1)[-1]
+        return entry_name(type(self).__module__)
 
     def resolve(self, backbone: Backbone) -> Method:
         """The method with what only the backbone or other files tell written into its options, before `attach`."""

@@ -152,6 +152,12 @@ class Call:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
 
 
+def entry_name(module: str) -> str:
+    """The name in recipes of what a module declares: that of its file, or of its folder where the file is `task.py`."""
+    *_, folder, file = ["", *module.split(".")]
+    return folder if file in FAMILIES else file
+
+
 def entries(family: str) -> dict[str, Entry]:
     """All entries of a family ('method' or 'task') by name; those in the user's own folders come last."""
     return _entries(family, os.environ.get(OWN_FOLDERS.get(family, ""), ""))
@@ -160,9 +166,11 @@ def entries(family: str) -> dict[str, Entry]:
 @functools.cache
 def _entries(family: str, own: str) -> dict[str, Entry]:
     found = {}
-    for path in sorted((Path(__file__).parents[1] / FAMILIES[family]).glob("*.py")):
+    package = Path(__file__).parents[1] / FAMILIES[family]
+    for path in sorted([*package.glob("*.py"), *package.glob(f"*/{family}.py")]):
         if path.stem not in NOT_ENTRIES:
-            entry = _read(path, f"graftkit.{FAMILIES[family]}.{path.stem}")
+            module = ".".join(("graftkit", *path.relative_to(package.parent).with_suffix("").parts))
+            entry = _read(path, module)
             if entry is not None:
                 found[entry.name] = entry
     for folder in filter(None, own.split(os.pathsep)):
@@ -223,7 +231,7 @@ def _read(path: Path, module: str) -> Entry | None:
                 and _called(item.value) == "option"
             ]
             return Entry(
-                path.stem,
+                entry_name(module),
                 node.name,
                 module,
                 path,
@@ -350,7 +358,7 @@ def build(calls: tuple[Call, ...], family: str) -> list[Any]:
 
 def check_values(value: Any, family: str) -> None:
     """The same checks for a value made in Python, from its `__post_init__`."""
-    name = type(value).__module__.rsplit(".", 1)[-1]
+    name = entry_name(type(value).__module__)
     for field in dataclasses.fields(value):
         bounds = {
             key: field.metadata.get(key) for key in ("at_least", "at_most", "above", "below", "choices")
@@ -361,7 +369,7 @@ def check_values(value: Any, family: str) -> None:
 
 def as_expression(value: Any) -> str:
     """`lora(rank=16)`: the expression that makes `value`; fields at their defaults are left out."""
-    name = type(value).__module__.rsplit(".", 1)[-1]
+    name = entry_name(type(value).__module__)
     given = {
         field.name: getattr(value, field.name)
         for field in dataclasses.fields(value)

@@ -20,7 +20,7 @@ from graftkit.data.read import Table, read_table
 from graftkit.data.split import hold_out
 from graftkit.data.stream import slices, stream_table
 from graftkit.errors import NoGoodRows, UserError
-from graftkit.recipe.catalogue import as_expression, check_values
+from graftkit.recipe.catalogue import as_expression, check_values, entry_name
 
 MAX_DEFAULT_LENGTH = 512
 
@@ -189,7 +189,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        return type(self).__module__.rsplit(".", 1)[-1]
+        return entry_name(type(self).__module__)
 
     # what is handed over
 

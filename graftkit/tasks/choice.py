@@ -21,10 +21,10 @@ from graftkit.data.split import hold_out
 from graftkit.data.stream import stream_table
 from graftkit.errors import UserError, listing
 from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Reading, Scores, Task, check_rows
-from graftkit.tasks.labels import LABEL, is_missing
-from graftkit.tasks.masked import masked_cross_entropy
-from graftkit.tasks.metrics import log_softmax, mean_interval
-from graftkit.tasks.texts import TextDataset, text_problem, tokenizer_of
+from graftkit.tasks.shared.labels import LABEL, is_missing
+from graftkit.tasks.shared.masked import masked_cross_entropy
+from graftkit.tasks.shared.metrics import log_softmax, mean_interval
+from graftkit.tasks.shared.texts import TextDataset, text_problem, tokenizer_of
 
 # columns that hold one choice each: choice0, choice_1, ending2, option a, A, ...
 NUMBERED = re.compile(r"(?:(choice|ending|option|answer|sol|opa?)[ _-]?)(\d+|[a-z])", re.IGNORECASE)

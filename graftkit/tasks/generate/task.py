@@ -18,7 +18,7 @@ from graftkit.data.read import Table
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Scores, Task, check_rows
-from graftkit.tasks.generate_data import (
+from graftkit.tasks.generate.data import (
     Dialogues,
     GenerateDataset,
     PromptedDataset,
@@ -30,10 +30,10 @@ from graftkit.tasks.generate_data import (
     prompted_rows,
     start_of,
 )
-from graftkit.tasks.generate_scores import LABEL, MEAN, OTHER
-from graftkit.tasks.generate_text import Writing, ends_of, room_for, write
-from graftkit.tasks.labels import is_missing
-from graftkit.tasks.texts import text_problem, tokenizer_of
+from graftkit.tasks.generate.scores import LABEL, MEAN, OTHER
+from graftkit.tasks.generate.text import Writing, ends_of, room_for, write
+from graftkit.tasks.shared.labels import is_missing
+from graftkit.tasks.shared.texts import text_problem, tokenizer_of
 
 PROMPT = ("instruction", "question", "query", "source", "article", "document")
 COMPLETION = ("output", "answer", "response", "target", "summary", "translation", "reply")

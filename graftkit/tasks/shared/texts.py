@@ -14,7 +14,7 @@ from graftkit.data.encode import Encoded, encode_texts
 from graftkit.data.read import Table
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Task, check_rows
-from graftkit.tasks.labels import is_missing
+from graftkit.tasks.shared.labels import is_missing
 
 TEXT = ("sentence", "content", "review", "question", "query", "utterance", "tweet", "comment", "document")
 FIRST = ("text", "text1", "sentence1", "sentence_1", "premise", "question1")

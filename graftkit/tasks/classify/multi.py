@@ -17,9 +17,9 @@ from graftkit.data.read import Table
 from graftkit.data.split import hold_out
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Scores
-from graftkit.tasks.classify_form import Form
-from graftkit.tasks.labels import LABEL, LabelIndex, is_missing, label_problem, label_text, natural
-from graftkit.tasks.metrics import interval, resamples
+from graftkit.tasks.classify.form import Form
+from graftkit.tasks.shared.labels import LABEL, LabelIndex, is_missing, label_problem, label_text, natural
+from graftkit.tasks.shared.metrics import interval, resamples
 
 SETS = ("labels", "tags", "categories", "classes", "topics", "genres", "emotions", "intents")
 SEPARATORS = r"[;|,]"

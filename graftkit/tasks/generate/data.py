@@ -16,8 +16,8 @@ from graftkit.data.chat import Marked, Message, Template, TemplateFails, tokens_
 from graftkit.data.packing import leaks, pack, positions
 from graftkit.errors import UserError
 from graftkit.tasks.base import Batch, Dataset, Examples
-from graftkit.tasks.generate_scores import token_scores
-from graftkit.tasks.generate_text import Writing, decoder_start
+from graftkit.tasks.generate.scores import token_scores
+from graftkit.tasks.generate.text import Writing, decoder_start
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is learned, where a row is shown
 SHOWN = 2000  # characters of a row that is shown, at most

@@ -23,7 +23,7 @@ from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Reading, Scores, check_rows
-from graftkit.tasks.image_inputs import (
+from graftkit.tasks.image_classify.inputs import (
     IMAGENET_DEVIATION,
     IMAGENET_MEAN,
     Pixels,
@@ -32,7 +32,7 @@ from graftkit.tasks.image_inputs import (
     processor_of,
     same_size,
 )
-from graftkit.tasks.labels import LABEL, LabelTask, balanced
+from graftkit.tasks.shared.labels import LABEL, LabelTask, balanced
 
 NOUN = "image"
 PATHS = ("img", "file", "path", "file_name", "filename", "filepath", "file_path", "image_path", "image_file")

@@ -13,9 +13,9 @@ from graftkit.data.read import Table
 from graftkit.data.split import hold_out
 from graftkit.errors import UserError
 from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Scores
-from graftkit.tasks.classify_form import SCALE, Form, refuse_empty
-from graftkit.tasks.labels import LABEL
-from graftkit.tasks.metrics import interval, resamples
+from graftkit.tasks.classify.form import SCALE, Form, refuse_empty
+from graftkit.tasks.shared.labels import LABEL
+from graftkit.tasks.shared.metrics import interval, resamples
 
 ROWS_OF_A_PART = 4  # at least, of those with the nearest numbers, some of which are held out
 

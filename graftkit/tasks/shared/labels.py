@@ -15,7 +15,7 @@ from torch import Tensor
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Batch, Criterion, Dataset, Scores, Task
-from graftkit.tasks.metrics import log_softmax, of_choices
+from graftkit.tasks.shared.metrics import log_softmax, of_choices
 
 LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment", "y")
 

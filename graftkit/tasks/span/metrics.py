@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from graftkit.tasks.metrics import mean_interval
+from graftkit.tasks.shared.metrics import mean_interval
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -21,7 +21,9 @@ from graftkit.data.table import Table
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Reading, Scores, Task, check_rows
-from graftkit.tasks.entities import (
+from graftkit.tasks.shared.labels import LabelIndex
+from graftkit.tasks.shared.texts import tokenizer_of
+from graftkit.tasks.tag.entities import (
     accuracy_of,
     chunks,
     entity_scores,
@@ -30,9 +32,8 @@ from graftkit.tasks.entities import (
     tag_scores,
     types_of,
 )
-from graftkit.tasks.labels import LabelIndex
-from graftkit.tasks.tag_parts import IGNORED, TagDataset, rejoined
-from graftkit.tasks.tag_rows import (
+from graftkit.tasks.tag.parts import IGNORED, TagDataset, rejoined
+from graftkit.tasks.tag.rows import (
     Sentence,
     Unfit,
     entities_of,
@@ -42,8 +43,7 @@ from graftkit.tasks.tag_rows import (
     read_sentence,
     types_in,
 )
-from graftkit.tasks.tag_words import split_all, text_of
-from graftkit.tasks.texts import tokenizer_of
+from graftkit.tasks.tag.words import split_all, text_of
 
 
 @dataclass(frozen=True)

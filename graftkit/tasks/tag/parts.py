@@ -12,9 +12,9 @@ from torch import Tensor
 
 from graftkit.data.encode import Encoded
 from graftkit.tasks.base import Dataset, Examples
-from graftkit.tasks.entities import bio, chunks, types_of
-from graftkit.tasks.tag_words import Part, Spans
-from graftkit.tasks.texts import TextDataset
+from graftkit.tasks.shared.texts import TextDataset
+from graftkit.tasks.tag.entities import bio, chunks, types_of
+from graftkit.tasks.tag.words import Part, Spans
 
 IGNORED = -100
 

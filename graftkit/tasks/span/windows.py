@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from graftkit.data.encode import Encoded
 from graftkit.errors import UserError
 from graftkit.tasks.base import Batch, Criterion, Examples, Scores
-from graftkit.tasks.masked import masked_cross_entropy
-from graftkit.tasks.texts import TextDataset
+from graftkit.tasks.shared.masked import masked_cross_entropy
+from graftkit.tasks.shared.texts import TextDataset
 
 CHUNK = 256  # questions that are tokenized together
 LEAST_ROOM = 8  # tokens of context in a window

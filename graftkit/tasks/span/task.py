@@ -20,10 +20,10 @@ from graftkit.data.stream import slices, stream_table
 from graftkit.errors import UserError, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Reading, Task, check_rows
-from graftkit.tasks.labels import is_missing
-from graftkit.tasks.span_metrics import best_threshold, figures, score
-from graftkit.tasks.span_windows import Best, Found, Windows, cut_windows, gather, search, span_loss
-from graftkit.tasks.texts import text_problem, tokenizer_of
+from graftkit.tasks.shared.labels import is_missing
+from graftkit.tasks.shared.texts import text_problem, tokenizer_of
+from graftkit.tasks.span.metrics import best_threshold, figures, score
+from graftkit.tasks.span.windows import Best, Found, Windows, cut_windows, gather, search, span_loss
 
 NO_ANSWER = "no answer"
 STARTS = ("answer_start", "answer_starts", "start")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.errors import UserError
 from graftkit.tasks.base import Examples, Task
-from graftkit.tasks.prompting_scores import Move, Prompt, causal_scores, masked_scores, padded
-from graftkit.tasks.prompting_template import Template
-from graftkit.tasks.texts import tokenizer_of
+from graftkit.tasks.prompting.scores import Move, Prompt, causal_scores, masked_scores, padded
+from graftkit.tasks.prompting.template import Template
+from graftkit.tasks.shared.texts import tokenizer_of
 
 NO_CONTENT = (
     "N/A",

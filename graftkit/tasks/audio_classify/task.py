@@ -18,7 +18,7 @@ from graftkit.data.read import Table
 from graftkit.data.sounds import SUFFIXES, BadSound, Sound, look
 from graftkit.errors import UserError, listing
 from graftkit.recipe.catalogue import option
-from graftkit.tasks.audio_inputs import (
+from graftkit.tasks.audio_classify.inputs import (
     Extractor,
     Front,
     LogMel,
@@ -27,9 +27,9 @@ from graftkit.tasks.audio_inputs import (
     extracts_sound,
     masks_itself,
 )
-from graftkit.tasks.audio_rows import Augmentation, SoundDataset
+from graftkit.tasks.audio_classify.rows import Augmentation, SoundDataset
 from graftkit.tasks.base import Dataset, Examples, Reading, check_rows
-from graftkit.tasks.labels import (
+from graftkit.tasks.shared.labels import (
     LABEL,
     LabelIndex,
     LabelTask,

@@ -13,8 +13,8 @@ from torch import Tensor
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
 from graftkit.tasks.base import Batch, Criterion, Dataset, Scores, Task
-from graftkit.tasks.labels import LABEL, LabelTask, balanced, cross_entropy, is_missing, label_text
-from graftkit.tasks.metrics import interval, resamples
+from graftkit.tasks.shared.labels import LABEL, LabelTask, balanced, cross_entropy, is_missing, label_text
+from graftkit.tasks.shared.metrics import interval, resamples
 
 SCALE = (
     "score",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftkit.errors import listing, nearest
-from graftkit.tasks.entities import are_of_entities, bio, chunks, parse_tag, types_of
-from graftkit.tasks.labels import LabelIndex, label_text
-from graftkit.tasks.tag_words import text_of
+from graftkit.tasks.shared.labels import LabelIndex, label_text
+from graftkit.tasks.tag.entities import are_of_entities, bio, chunks, parse_tag, types_of
+from graftkit.tasks.tag.words import text_of
 
 START, END = ("start", "begin", "start_offset"), ("end", "stop", "end_offset")
 KIND = ("label", "type", "entity", "entity_group", "tag")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.data.sounds import Sound
 from graftkit.errors import UserError, first_line, listing
-from graftkit.tasks.audio_inputs import Front
+from graftkit.tasks.audio_classify.inputs import Front
 from graftkit.tasks.base import Dataset, Examples
 
 ROOM = 1 << 30  # bytes of decoded sounds that a dataset keeps

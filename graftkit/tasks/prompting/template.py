@@ -12,7 +12,7 @@ import numpy as np
 
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Examples
-from graftkit.tasks.labels import LabelIndex, is_missing, label_text
+from graftkit.tasks.shared.labels import LabelIndex, is_missing, label_text
 
 PLACES = ("text", "text_pair", "label")
 MASK = "[MASK]"  # in a template the same as {label}

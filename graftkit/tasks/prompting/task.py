@@ -17,10 +17,9 @@ from graftkit.data.read import Table
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Batch, Dataset, Examples
-from graftkit.tasks.labels import LABEL, LabelTask
-from graftkit.tasks.prompting_asking import Asking
-from graftkit.tasks.prompting_scores import Prompt
-from graftkit.tasks.prompting_template import (
+from graftkit.tasks.prompting.asking import Asking
+from graftkit.tasks.prompting.scores import Prompt
+from graftkit.tasks.prompting.template import (
     Template,
     check_shots,
     draw_shots,
@@ -28,7 +27,8 @@ from graftkit.tasks.prompting_template import (
     template_for,
     words_for,
 )
-from graftkit.tasks.texts import FIRST, SECOND, TEXT, TextTask, read_texts
+from graftkit.tasks.shared.labels import LABEL, LabelTask
+from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, read_texts
 
 
 class Prompts(Dataset):

@@ -16,11 +16,11 @@ from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Criterion, Dataset, Examples
-from graftkit.tasks.classify_form import Form, OneLabel, Ordinal
-from graftkit.tasks.classify_multi import ManyLabels
-from graftkit.tasks.classify_number import Number, units_of
-from graftkit.tasks.labels import LABEL, label_text
-from graftkit.tasks.texts import FIRST, SECOND, TEXT, TextTask, encode, read_texts
+from graftkit.tasks.classify.form import Form, OneLabel, Ordinal
+from graftkit.tasks.classify.multi import ManyLabels
+from graftkit.tasks.classify.number import Number, units_of
+from graftkit.tasks.shared.labels import LABEL, label_text
+from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, encode, read_texts
 
 BELONGS = {  # options that one kind of answer has, and in which kinds
     "class_weights": ("single", "ordinal"),
