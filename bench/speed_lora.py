@@ -28,7 +28,7 @@ def rows() -> tuple[list[dict], list[dict]]:
 
 def run_graftkit(precision: str, seed: int) -> dict:
     import graftkit
-    from graftkit.use import evaluate  # noqa: F401  (imports are not part of the time on either side)
+    from graftkit.runs.predict import evaluate  # noqa: F401  (imports are not part of the time on either side)
 
     train, test = rows()
     with tempfile.TemporaryDirectory() as folder:

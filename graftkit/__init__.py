@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _FRONT = {
-    "tune": "graftkit.run",
-    "resume": "graftkit.run",
-    "check": "graftkit.data_check",
-    "Run": "graftkit.run",
+    "tune": "graftkit.runs.tune",
+    "resume": "graftkit.runs.tune",
+    "check": "graftkit.runs.check",
+    "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.graft",
     "detach": "graftkit.grafts.graft",
     "load": "graftkit.grafts.folder",
@@ -29,7 +29,6 @@ _FRONT = {
 
 if TYPE_CHECKING:
     from graftkit.backbone import Backbone as Backbone
-    from graftkit.data_check import check as check
     from graftkit.errors import NotFoldable as NotFoldable
     from graftkit.errors import UserError as UserError
     from graftkit.grafts.folder import load as load
@@ -39,9 +38,10 @@ if TYPE_CHECKING:
     from graftkit.grafts.merge import merge as merge
     from graftkit.grafts.mixing import using as using
     from graftkit.recipe.schema import Recipe as Recipe
-    from graftkit.run import Run as Run
-    from graftkit.run import resume as resume
-    from graftkit.run import tune as tune
+    from graftkit.runs.check import check as check
+    from graftkit.runs.tune import Run as Run
+    from graftkit.runs.tune import resume as resume
+    from graftkit.runs.tune import tune as tune
 
 
 def _methods() -> dict[str, Any]:

@@ -202,8 +202,8 @@ def ready(tiny_bert, rows_folder):
 
     from graftkit.engine.forward import Forward
     from graftkit.engine.loop import Loop
-    from graftkit.prepare import prepare, prepare_rows
     from graftkit.recipe import schema as recipes
+    from graftkit.runs.prepare import prepare, prepare_rows
 
     def make(method: str, model=None, task: str = "classify", rows=None, **train) -> SimpleNamespace:
         values = {

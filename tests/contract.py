@@ -24,7 +24,7 @@ from graftkit import NotFoldable, UserError, attach, detach, load
 from graftkit.backbone.anatomy import Added
 from graftkit.grafts.graft import Graft
 from graftkit.methods.base import Method, read
-from graftkit.plan import make_plan
+from graftkit.plan.parameters import make_plan
 from graftkit.recipe.catalogue import entries
 
 PASSES = "passes"

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import graftkit
-from graftkit.prepare import prepare, prepare_rows
 from graftkit.recipe.schema import make
+from graftkit.runs.prepare import prepare, prepare_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}

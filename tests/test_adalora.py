@@ -376,7 +376,7 @@ def test_a_schedule_longer_than_the_run(options, ready):
 def test_the_plan_says_so_before_training(tiny_bert, rows_folder):
     from graftkit.recipe import schema as recipes
     from graftkit.report.console import Console
-    from graftkit.run import plan
+    from graftkit.runs.tune import plan
 
     recipe = recipes.make({
         "model": str(tiny_bert), "method": "adalora(final_steps=500) + head()", "task": "classify",

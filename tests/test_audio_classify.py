@@ -17,8 +17,8 @@ from conftest import equal_bits, graft_tensors
 
 import graftkit
 from graftkit.errors import Interrupted, UserError
-from graftkit.prepare import prepare_rows
 from graftkit.recipe import schema as recipes
+from graftkit.runs.prepare import prepare_rows
 from graftkit.tasks.audio_classify.task import AudioClassify
 
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}
@@ -215,7 +215,7 @@ RESUMED = {
 @pytest.mark.parametrize("name", RESUMED)
 def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(name, tones, tmp_path, monkeypatch):
     """Stripes, gain, shift and wav2vec2's own masks are drawn from generators that each step seeds."""
-    import graftkit.watch
+    import graftkit.runs.monitor
 
     model = (
         ast(tmp_path / "model")
@@ -224,7 +224,7 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(name, tones, tmp_path,
     )
     method, task = RESUMED[name]
     whole = tune(model, tones, tmp_path / "whole", method, task, train__steps=7)
-    plain = graftkit.watch.Watch.log
+    plain = graftkit.runs.monitor.Watch.log
 
     def log(self, step):
         plain(self, step)
@@ -232,7 +232,7 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(name, tones, tmp_path,
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(graftkit.watch.Watch, "log", log)
+        patch.setattr(graftkit.runs.monitor.Watch, "log", log)
         with pytest.raises(Interrupted):
             tune(model, tones, tmp_path / "run", method, task, train__steps=7)
     graftkit.resume(tmp_path / "run")
@@ -241,17 +241,17 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(name, tones, tmp_path,
 
 
 def test_changed_recordings_are_not_resumed_with(tiny_ast, tones, tmp_path, monkeypatch):
-    import graftkit.watch
+    import graftkit.runs.monitor
 
     folder = shutil.copytree(tones, tmp_path / "tones")
-    plain = graftkit.watch.Watch.log
+    plain = graftkit.runs.monitor.Watch.log
 
     def log(self, step):
         plain(self, step)
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(graftkit.watch.Watch, "log", log)
+        patch.setattr(graftkit.runs.monitor.Watch, "log", log)
         with pytest.raises(Interrupted):
             tune(tiny_ast, folder, tmp_path / "run", train__steps=3)
     path = folder / "train/low/00.wav"

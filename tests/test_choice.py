@@ -281,7 +281,7 @@ def test_two_choices_in_bf16_pass_the_audit(tiny_bert, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, tmp_path, monkeypatch):
-    import graftkit.watch
+    import graftkit.runs.monitor
 
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, make_rows(40, 7, (2, 4)))))
     given = {
@@ -290,7 +290,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, tmp_path, monkeypatch):
         "settings": {**FAST, "train.steps": 5, "train.checkpoint_every": 1},
     }  # fmt: skip
     whole = graftkit.tune(**given, out=tmp_path / "whole")
-    plain = graftkit.watch.Watch.log
+    plain = graftkit.runs.monitor.Watch.log
 
     def log(self, step):
         plain(self, step)
@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, tmp_path, monkeypatch):
             os.kill(os.getpid(), 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(graftkit.watch.Watch, "log", log)
+        patch.setattr(graftkit.runs.monitor.Watch, "log", log)
         with pytest.raises(Interrupted):
             graftkit.tune(**given, out=tmp_path / "run")
     resumed = graftkit.resume(tmp_path / "run")

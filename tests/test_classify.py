@@ -131,7 +131,7 @@ def test_every_kind_of_table_in_memory_gives_the_run_of_the_file(tiny_bert, tmp_
     ]
     with pytest.raises(UserError, match="in memory"):
         (run.path / "result.json").unlink()
-        from graftkit.run import resume
+        from graftkit.runs.tune import resume
 
         resume(run.path)
 

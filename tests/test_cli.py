@@ -246,7 +246,7 @@ def test_predict_overwrites_no_file_unasked(command, finished, rows_folder, tmp_
     (tmp_path / "old.csv").write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "graftkit.use.answer", lambda *given: pytest.fail("nothing is answered before the check")
+            "graftkit.runs.predict.answer", lambda *given: pytest.fail("nothing is answered before the check")
         )
         for out, more, told in (
             ("my.csv", (), "rows to answer"),

@@ -316,7 +316,7 @@ def test_the_graft_is_an_adapter_of_peft(llama, t5, data, tmp_path, method, kind
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from graftkit.use import load_run
+    from graftkit.runs.predict import load_run
 
     source = llama if kind == "llama" else t5
     run = tune(source, data, tmp_path / "run", method=method, epochs=1.0)
@@ -373,7 +373,7 @@ def test_killed_and_resumed(llama, data, tmp_path, task):
 
     assert forked(lambda: run("--out", str(tmp_path / "whole"))).status == 0
     assert forked(dying).status == -signal.SIGKILL
-    from graftkit.run import resume
+    from graftkit.runs.tune import resume
 
     resume(tmp_path / "killed")
     assert equal_bits(graft_tensors(tmp_path / "killed"), graft_tensors(tmp_path / "whole"))

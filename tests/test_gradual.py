@@ -311,7 +311,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     tiny_bert, rows_folder, tmp_path, method, settings, steps
 ):
     from graftkit.report.console import Console
-    from graftkit.run import resume_run
+    from graftkit.runs.tune import resume_run
 
     whole = tmp_path / "whole"
     settings = ["train.checkpoint_every=1", *settings]
@@ -320,8 +320,8 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
         folder = tmp_path / f"killed-{number}"
 
         def work(folder=folder, number=number):
-            from graftkit import watch
             from graftkit.cli.main import main
+            from graftkit.runs import monitor as watch
 
             plain = watch.Watch.maybe_checkpoint
 
@@ -349,8 +349,8 @@ def test_a_checkpoint_holds_no_state_of_what_is_not_yet_trained(tiny_bert, rows_
     folder = tmp_path / "run"
 
     def work():
-        from graftkit import watch
         from graftkit.cli.main import main
+        from graftkit.runs import monitor as watch
 
         watch.Watch.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         words = tune(

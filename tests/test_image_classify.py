@@ -14,7 +14,7 @@ from image_models import KINDS, ROOT, convnext, dataset_of, fill, picture, spoil
 from PIL import Image
 
 from graftkit.errors import UserError
-from graftkit.prepare import make_task
+from graftkit.runs.prepare import make_task
 from graftkit.tasks.image_classify.inputs import Transform
 from graftkit.tasks.image_classify.task import ImageClassify
 

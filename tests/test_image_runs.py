@@ -17,7 +17,7 @@ from image_models import ROOT, convnext, dataset_of, fill, picture, tune
 from PIL import Image
 
 from graftkit.errors import UserError
-from graftkit.use import predict
+from graftkit.runs.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_frozen_features_are_kept_and_equal_those_computed_anew(colours, tmp_pat
     task, made = "image_classify(resize=32, crop=32)", []
     plain = forward.make_forward
     cached = lambda *given, **more: made.append(plain(*given, **more)) or made[-1]  # noqa: E731
-    for module in ("graftkit.run", "graftkit.watch"):
+    for module in ("graftkit.runs.tune", "graftkit.runs.monitor"):
         monkeypatch.setattr(f"{module}.make_forward", cached)
     tune("examples.resnet20:resnet20", colours, tmp_path / "kept", task, method)
     assert [type(one).__name__ for one in made] == ["CachedForward", "CachedForward"]
@@ -153,7 +153,7 @@ def test_frozen_features_are_kept_and_equal_those_computed_anew(colours, tmp_pat
     def never(graft, device, precision, depth, dataset, passes, labels=None):
         return plain(graft, device, precision, depth, dataset, 1, labels)
 
-    for module in ("graftkit.run", "graftkit.watch"):
+    for module in ("graftkit.runs.tune", "graftkit.runs.monitor"):
         monkeypatch.setattr(f"{module}.make_forward", never)
     tune("examples.resnet20:resnet20", colours, tmp_path / "anew", task, method)
     kept, anew = (graft_tensors(tmp_path / name) for name in ("kept", "anew"))
@@ -229,7 +229,7 @@ def test_a_killed_run_with_augmentation_ends_with_the_same_bits(tiny_vit, colour
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     def dies() -> None:
-        from graftkit import watch
+        from graftkit.runs import monitor as watch
 
         plain = watch.Watch.evaluate
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from graftkit import NotFoldable, UserError, attach, detach, load
 from graftkit.backbone.own import load_weights
-from graftkit.plan import make_plan
+from graftkit.plan.parameters import make_plan
 
 MODELS = {model.name: model for model in zoo.MODELS}
 

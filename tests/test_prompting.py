@@ -16,7 +16,7 @@ from graftkit.data.read import read_table
 from graftkit.errors import UserError
 from graftkit.recipe import schema as recipes
 from graftkit.report.console import Console
-from graftkit.run import plan
+from graftkit.runs.tune import plan
 from graftkit.tasks.prompting.task import Prompting
 from graftkit.tasks.prompting.template import draw_shots, read_template
 

@@ -45,8 +45,8 @@ def killed(moment: str, number: int, words: list[str]) -> None:
     """Run a command in a process that dies while it writes its file number `number`, or between two files."""
     import safetensors.torch
 
-    from graftkit import watch
     from graftkit.cli.main import main
+    from graftkit.runs import monitor as watch
 
     plain_save, plain_replace, plain_append = safetensors.torch.save_file, os.replace, watch.append_lines
     written = 0
@@ -119,7 +119,7 @@ def tune(model: Path, rows: Path, out: Path, case: str) -> None:
 
 def resume(folder: Path) -> dict:
     from graftkit.report.console import Console
-    from graftkit.run import resume_run
+    from graftkit.runs.tune import resume_run
 
     return resume_run(folder, Console(quiet=True)).result
 
@@ -200,8 +200,8 @@ def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path, case):
     run = tmp_path / "run"
 
     def work():
-        from graftkit import watch
         from graftkit.cli.main import main
+        from graftkit.runs import monitor as watch
 
         plain = watch.Watch.log
 
@@ -228,15 +228,17 @@ def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path, case):
 def test_control_c_before_and_after_the_steps(
     uninterrupted, tiny_bert, rows_folder, tmp_path, monkeypatch, command, moment
 ):
-    import graftkit.run
-    import graftkit.watch
+    import graftkit.runs.monitor
+    import graftkit.runs.tune
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(graftkit.run if moment == "make_forward" else graftkit.watch, moment, interrupt)
+        patch.setattr(
+            graftkit.runs.tune if moment == "make_forward" else graftkit.runs.monitor, moment, interrupt
+        )
         stopped = command(*words_of(tiny_bert, rows_folder, run, "lora"))
     assert stopped.status == 130 and f"graftkit tune --resume {run}" in stopped.err
     resume(run)
@@ -289,10 +291,10 @@ def test_other_rows_are_refused(tiny_bert, rows_folder, tmp_path, command):
 
 def test_a_run_on_rows_in_memory_goes_on_from_python(tiny_bert, tmp_path, monkeypatch):
     import graftkit
-    import graftkit.watch
+    import graftkit.runs.monitor
 
     rows = make_rows(24)
-    plain = graftkit.watch.Watch.log
+    plain = graftkit.runs.monitor.Watch.log
 
     def log(self, step):
         plain(self, step)
@@ -302,7 +304,7 @@ def test_a_run_on_rows_in_memory_goes_on_from_python(tiny_bert, tmp_path, monkey
     given = {"model": str(tiny_bert), "train": rows, "eval": None, "method": "head()"}
     settings = {"train.steps": 4, "train.precision": "fp32"}
     with monkeypatch.context() as patch:
-        patch.setattr(graftkit.watch.Watch, "log", log)
+        patch.setattr(graftkit.runs.monitor.Watch, "log", log)
         with pytest.raises(Interrupted, match=r"graftkit\.resume\('.*run', train=\.\.\.\)"):
             graftkit.tune(**given, out=tmp_path / "run", settings=settings)
     with pytest.raises(graftkit.UserError, match=r"graftkit\.resume\("):

@@ -10,7 +10,7 @@ from conftest import equal_bits, graft_tensors, make_rows, tune_words
 
 import graftkit
 from graftkit.engine.loop import Step
-from graftkit.run import _due
+from graftkit.runs.tune import _due
 
 
 def test_the_folder_holds_what_it_should(finished):

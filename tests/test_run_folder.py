@@ -147,8 +147,8 @@ def test_disk_full_while_writing_a_checkpoint(command, tiny_bert, rows_folder, t
     def work():
         import resource
 
-        from graftkit import watch
         from graftkit.cli.main import main
+        from graftkit.runs import monitor as watch
 
         plain = watch.Watch.checkpoint
 

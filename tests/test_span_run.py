@@ -131,14 +131,14 @@ def test_a_model_that_reads_from_left_to_right(tiny_gpt2, folder, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, folder, tmp_path, monkeypatch):
-    import graftkit.watch
+    import graftkit.runs.monitor
 
     given = {
         "model": str(tiny_bert), "task": "span", "train": folder / "train2.json", "method": "lora(rank=2, dropout=0.1) + head()",
         "settings": {**FAST, "train.steps": 6, "train.checkpoint_every": 1, "train.evaluate_every": 2},
     }  # fmt: skip
     whole = graftkit.tune(**given, out=tmp_path / "whole")
-    plain = graftkit.watch.Watch.log
+    plain = graftkit.runs.monitor.Watch.log
 
     def log(self, step):
         plain(self, step)
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, folder, tmp_path, monke
             os.kill(os.getpid(), 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(graftkit.watch.Watch, "log", log)
+        patch.setattr(graftkit.runs.monitor.Watch, "log", log)
         with pytest.raises(Interrupted):
             graftkit.tune(**given, out=tmp_path / "run")
     resumed = graftkit.resume(tmp_path / "run")

@@ -17,7 +17,7 @@ from graftkit.data import stream
 from graftkit.data.read import read_table
 from graftkit.data.stream import stream_table
 from graftkit.errors import UserError
-from graftkit.use import Answers, predict, predict_into
+from graftkit.runs.predict import Answers, predict, predict_into
 
 PARTS = {
     "csv": ["a", ",", '"', "\n", "\n", "\r\n", "\r", " ", '""', "a,b\n", "x,y\n", '"x,y"', "é", ";", "\x0b"],
@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_file(finished, tmp_path, monkeypatch):
             tracemalloc.stop()
 
     # the model would take a minute for so many rows: any answer does
-    monkeypatch.setattr("graftkit.use.run_predict", lambda dataset, *_: [[0.0, 1.0]] * len(dataset))
+    monkeypatch.setattr("graftkit.runs.predict.run_predict", lambda dataset, *_: [[0.0, 1.0]] * len(dataset))
     monkeypatch.setattr(stream, "BLOCK", 1 << 14)
     for kind in ("csv", "jsonl"):
         peak(250, kind)  # what is loaded once

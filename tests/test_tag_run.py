@@ -17,8 +17,8 @@ from conlleval import conlleval
 import graftkit
 from graftkit.data.conll import read_conll
 from graftkit.errors import UserError
-from graftkit.export import export
-from graftkit.use import evaluate, predict
+from graftkit.export.transformers import export
+from graftkit.runs.predict import evaluate, predict
 
 FAST = {"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.01}
 
@@ -185,7 +185,7 @@ def test_what_is_frozen_is_kept(method, tiny_bert, files, tmp_path):
 def test_a_killed_run_goes_on_bit_for_bit(method, tiny_bert, files, tmp_path):
     from graftkit.cli.main import main
     from graftkit.report.console import Console
-    from graftkit.run import resume_run
+    from graftkit.runs.tune import resume_run
 
     more = ("train.steps=6", "train.checkpoint_every=1", "data.max_length=9")
     with pytest.raises(SystemExit) as stop:

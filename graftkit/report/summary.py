@@ -12,8 +12,8 @@ from graftkit.report.console import Console, count, duration, size
 
 if TYPE_CHECKING:
     from graftkit.backbone import Backbone
-    from graftkit.plan import Plan
-    from graftkit.prepare import Prepared
+    from graftkit.plan.parameters import Plan
+    from graftkit.runs.prepare import Prepared
     from graftkit.tasks.base import Dataset
 
 

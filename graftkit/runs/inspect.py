@@ -11,9 +11,9 @@ from graftkit.backbone.backbone import widths
 from graftkit.backbone.load import CLASSES
 from graftkit.errors import UserError
 from graftkit.methods.base import read
-from graftkit.prepare import attach_new, prepare_backbone
 from graftkit.recipe import selection
 from graftkit.report.console import Console, count
+from graftkit.runs.prepare import attach_new, prepare_backbone
 from graftkit.tasks.base import Task
 
 EXAMPLE_CLASSES = 2  # a head needs a number of classes before the data is known

@@ -24,7 +24,7 @@ from graftkit.grafts.graft import Graft, attach, with_classes
 from graftkit.methods.base import Chain
 from graftkit.methods.base import read as read_method
 from graftkit.methods.head import Head
-from graftkit.plan import Plan, make_plan
+from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.catalogue import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.tasks.base import Criterion, Dataset, Examples, Reading, Task

@@ -22,10 +22,10 @@ from graftkit.errors import NoGoodRows, UserError, listing, nearest
 from graftkit.grafts import folder as graft_files
 from graftkit.grafts.folder import load
 from graftkit.grafts.graft import Graft
-from graftkit.prepare import make_task, method_of, prepare_backbone, reading_of
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, writing
+from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of
 from graftkit.tasks.base import Dataset, Examples, Task
 
 BATCH = 64

@@ -16,9 +16,9 @@ import numpy as np
 from graftkit.data.columns import find_again, find_columns
 from graftkit.data.read import Table
 from graftkit.errors import NoGoodRows, UserError, listing
-from graftkit.prepare import Rows, make_task, prepare, reading_of
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
+from graftkit.runs.prepare import Rows, make_task, prepare, reading_of
 from graftkit.tasks.base import Examples
 
 ORDER = ("train", "eval", "test", "recipe")

@@ -12,21 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graftkit import run_folder
 from graftkit.engine.forward import Forward, PhasedForward, make_forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes, sum_numbers
 from graftkit.errors import Interrupted, UserError
 from graftkit.files import read_json, remove_leftovers, write_json, write_text
-from graftkit.plan import Plan
-from graftkit.prepare import Prepared, prepare, prepare_rows, without_classes
+from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
-from graftkit.run_folder import PLAN, RECIPE, RESULT, how_to_resume
+from graftkit.runs import folder as run_folder
+from graftkit.runs.folder import PLAN, RECIPE, RESULT, how_to_resume
+from graftkit.runs.monitor import Watch
+from graftkit.runs.prepare import Prepared, prepare, prepare_rows, without_classes
 from graftkit.tasks.base import Dataset
-from graftkit.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Run:
         overwrite: bool = False,
     ) -> Any:  # fmt: skip
         """Answers to texts, a file or a table; with `out` they are written there as they come, and counts come back."""
-        from graftkit.use import predict as run_predict
-        from graftkit.use import predict_into
+        from graftkit.runs.predict import predict as run_predict
+        from graftkit.runs.predict import predict_into
 
         if out is not None:
             return predict_into(self.path, texts, out, options, overwrite=overwrite)
@@ -55,17 +55,17 @@ class Run:
 
     def predict_rows(self, data: Any, options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """The answers one by one, while a file of any size is read."""
-        from graftkit.use import stream
+        from graftkit.runs.predict import stream
 
         return iter(stream(self.path, data, options))
 
     def evaluate(self, data: Any, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        from graftkit.use import evaluate as run_evaluate
+        from graftkit.runs.predict import evaluate as run_evaluate
 
         return run_evaluate(self.path, data, options)["metrics"]
 
     def export(self, to: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-        from graftkit.export import export as run_export
+        from graftkit.export.transformers import export as run_export
 
         return run_export(self.path, Path(to), overwrite=overwrite)
 

@@ -19,9 +19,9 @@ from graftkit.errors import UserError, listing
 from graftkit.files import TEMPORARY, read_json, write_json, write_tensors, write_text
 from graftkit.grafts.snapshot import remove_additions
 from graftkit.methods.head import PooledHead
-from graftkit.prepare import reading_of
+from graftkit.runs.predict import Loaded, load_run
+from graftkit.runs.prepare import reading_of
 from graftkit.tasks.base import Dataset
-from graftkit.use import Loaded, load_run
 
 ROWS = 64  # real rows on which export and run are compared
 MARKER = "graftkit_export.json"  # the files that an export wrote: no others may be overwritten

@@ -20,11 +20,11 @@ from graftkit.engine.loop import Loop, Step, predict
 from graftkit.engine.parallel import processes, wait
 from graftkit.errors import UserError, listing
 from graftkit.files import append_lines, write_json, write_text
-from graftkit.prepare import Prepared
 from graftkit.report.card import model_card
 from graftkit.report.console import Console
 from graftkit.report.summary import show_end, title
-from graftkit.run_folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
+from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
+from graftkit.runs.prepare import Prepared
 from graftkit.tasks.base import Dataset
 
 CHECKPOINT_SECONDS = 120.0
