@@ -1,7 +1,7 @@
 """Writes the generated parts of the documentation: `python docs/generate.py`, or `make docs`.
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` in a page comes from the code: the methods and tasks from the
-catalogue, the keys of a recipe from its schema. tests/test_docs.py fails where a committed page is not up to date.
+catalogue, the keys of a recipe from its schema. tests/docs/test_docs.py fails where a committed page is not up to date.
 
 The docstring of a method is its entry in docs/methods.md. Its first paragraph says what the method does. Behind it stand
 the paper ('Hu et al. 2021, ...') and two sentences that begin a line with a word of their own and go on to the next
@@ -11,7 +11,7 @@ such word, or to the end of the paragraph; what a formula needs to be said befor
     Parameters, L the number of layers: how many it trains, as a formula.
 
 The matrix of methods and models is in docs/matrix.json. `python docs/generate.py --matrix` makes it by running
-tests/contract.py on each pair; with names behind it (`--matrix lora dora`), on the pairs of these methods alone.
+tests/support/contract.py on each pair; with names behind it (`--matrix lora dora`), on the pairs of these methods alone.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def read_matrix() -> dict[str, Any]:
 
 def run_matrix(names: list[str]) -> list[str]:
     """Run the pairs of the methods named, of all where none is, and store the outcomes; returns what broke."""
-    sys.path.insert(0, str(FOLDER.parent / "tests"))
+    tests = FOLDER.parent / "tests"
+    sys.path[:0] = [str(tests / "methods"), str(tests / "support"), str(tests)]
     from test_matrix import contract, expression, outcome, zoo
 
     stored = read_matrix() if names else {"pairs": {}}

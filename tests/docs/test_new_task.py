@@ -16,7 +16,7 @@ import torch
 import graftkit
 from graftkit.errors import UserError
 
-PAGE = Path(__file__).parents[1] / "docs" / "new-task.md"
+PAGE = Path(__file__).parents[2] / "docs" / "new-task.md"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import graftkit
 from graftkit import Backbone, UserError, attach
 from graftkit.backbone.load import find_source, load_backbone
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODELS = {"squeezenet": "squeezenet1_0.safetensors", "resnet20": "resnet20_cifar10.safetensors"}
 
 MODULE = '''

@@ -17,7 +17,7 @@ from graftkit.data.read import SUFFIXES, Table, read_table
 from graftkit.data.split import hold_out
 from graftkit.errors import UserError
 
-SHARED = Path(os.environ.get("GRAFTKIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+SHARED = Path(os.environ.get("GRAFTKIT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 BANKING = SHARED / "data" / "banking77"
 ROWS = {"text": ["a card", "a PIN"], "label": ["card", "pin"]}
 

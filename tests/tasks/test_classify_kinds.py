@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import KINDS, equal_bits, graft_tensors, make_rows, write_csv
-from test_resume import killed
+from killing import killed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import graftkit

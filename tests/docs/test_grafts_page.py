@@ -10,7 +10,7 @@ import pytest
 
 from graftkit.cli import main as cli
 
-PAGE = Path(__file__).parents[1] / "docs" / "grafts.md"
+PAGE = Path(__file__).parents[2] / "docs" / "grafts.md"
 
 
 def test_examples_run(tmp_path, monkeypatch):

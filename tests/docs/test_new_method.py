@@ -16,7 +16,7 @@ import torch
 import graftkit
 from graftkit.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "new-method.md"
 
 
@@ -58,7 +58,9 @@ def test_plan_and_run(folder, tiny_bert, rows_folder, tmp_path):
 
 def test_it_passes_the_suite_on_every_kind_of_model(folder):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "scale_shift"]
-    done = subprocess.run([*command, "tests/test_matrix.py"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [*command, "tests/methods/test_matrix.py"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "." * 20 in done.stdout, done.stdout[-500:]
 

@@ -9,11 +9,11 @@ from typing import Any
 import contract
 import pytest
 import zoo
-from test_contract import EXPRESSIONS, starts_as_base
+from expressions import EXPRESSIONS, starts_as_base
 
 from graftkit.recipe.catalogue import entries
 
-STORED = Path(__file__).parents[1] / "docs" / "matrix.json"
+STORED = Path(__file__).parents[2] / "docs" / "matrix.json"
 METHODS = list(entries("method"))
 OWN = {name for name, entry in entries("method").items() if not entry.module.startswith("graftkit.")}
 

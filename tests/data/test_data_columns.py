@@ -11,7 +11,7 @@ from graftkit.data.columns import Column, find_again, find_columns
 from graftkit.data.read import Table, read_table
 from graftkit.errors import UserError
 
-SHARED = Path(os.environ.get("GRAFTKIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+SHARED = Path(os.environ.get("GRAFTKIT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 BANKING = SHARED / "data" / "banking77"
 
 TEXT = Column("text", ("sentence", "content", "premise"), "text")

@@ -18,7 +18,7 @@ from graftkit.cli import main as cli
 from graftkit.recipe import schema as recipe
 from graftkit.recipe.catalogue import entries
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from expressions import EXPRESSIONS
 from safetensors.torch import load_file, save_file
-from test_contract import EXPRESSIONS
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertModel
 

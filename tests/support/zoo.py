@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 VOCABULARY, WIDTH, BLOCKS, HEADS, INNER, CLASSES = 40, 16, 2, 4, 24, 3
 ROWS, LENGTH = 3, 7
 Batch = dict[str, Tensor]

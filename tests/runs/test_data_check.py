@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_rows, write_csv
-from test_resume_tasks import CASES, material
+from task_cases import CASES, material
 
 import graftkit
 from graftkit.errors import UserError

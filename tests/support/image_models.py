@@ -13,7 +13,7 @@ import graftkit
 from graftkit.recipe.schema import make
 from graftkit.runs.prepare import prepare, prepare_rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}
 QUICK = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.02, "train.epochs": 4.0}
 
