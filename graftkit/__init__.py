@@ -15,9 +15,9 @@ _FRONT = {
     "resume": "graftkit.runs.tune",
     "check": "graftkit.runs.check",
     "Run": "graftkit.runs.tune",
-    "attach": "graftkit.grafts.graft",
-    "detach": "graftkit.grafts.graft",
-    "load": "graftkit.grafts.folder",
+    "attach": "graftkit.grafts.attach",
+    "detach": "graftkit.grafts.attach",
+    "load": "graftkit.grafts.load",
     "using": "graftkit.grafts.mixing",
     "merge": "graftkit.grafts.merge",
     "Graft": "graftkit.grafts.graft",
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from graftkit.backbone import Backbone as Backbone
     from graftkit.errors import NotFoldable as NotFoldable
     from graftkit.errors import UserError as UserError
-    from graftkit.grafts.folder import load as load
+    from graftkit.grafts.attach import attach as attach
+    from graftkit.grafts.attach import detach as detach
     from graftkit.grafts.graft import Graft as Graft
-    from graftkit.grafts.graft import attach as attach
-    from graftkit.grafts.graft import detach as detach
+    from graftkit.grafts.load import load as load
     from graftkit.grafts.merge import merge as merge
     from graftkit.grafts.mixing import using as using
     from graftkit.recipe.schema import Recipe as Recipe

@@ -63,7 +63,9 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def statements(node: ast.AST, lazy: bool = False, typing: bool = False) -> Iterator[tuple[ast.AST, bool, bool]]:
+def statements(
+    node: ast.AST, lazy: bool = False, typing: bool = False
+) -> Iterator[tuple[ast.AST, bool, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             yield from statements(ast.Module(child.body, []), lazy, True)
@@ -130,7 +132,9 @@ def test_there_are_no_circles() -> None:
             break
         remaining = {name: targets for name, targets in remaining.items() if name not in leaves}
     tangled = {name: sorted(targets & set(remaining)) for name, targets in remaining.items()}
-    assert not tangled, "\n".join(f"{name} -> {', '.join(targets)}" for name, targets in sorted(tangled.items()))
+    assert not tangled, "\n".join(
+        f"{name} -> {', '.join(targets)}" for name, targets in sorted(tangled.items())
+    )
 
 
 @pytest.mark.parametrize("family", ["method", "task"])

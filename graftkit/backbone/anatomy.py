@@ -113,3 +113,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             added |= set(module.modules())
         if module not in added:
             yield name, module
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module keeps running statistics of what passes through it, as BatchNorm does."""
+    return getattr(module, "running_mean", None) is not None

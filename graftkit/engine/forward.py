@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
 from graftkit.data.batches import ordered_batches
-from graftkit.engine.frozen import Phase, only_head_trains, pooled_head, set_training
+from graftkit.engine.frozen import Phase, head_of, only_head_trains, set_training
 from graftkit.engine.kept import Kept
 from graftkit.engine.precision import autocast
 from graftkit.grafts.graft import Graft
-from graftkit.methods.base import Labels
-from graftkit.methods.head import PooledHead
+from graftkit.methods.base import OutputHead
+from graftkit.optim.labels import Labels
 from graftkit.tasks.base import Batch, Dataset
 
 MEMORY_SHARE = 0.25  # of the machine's memory that kept outputs may take
@@ -101,12 +101,12 @@ class Start(Protocol):
         ...
 
 
-class AtPooledHead:
+class AtHead:
     """At a head of ours: pooled features (rows, width), or the states of tokens."""
 
-    def __init__(self, head: PooledHead) -> None:
+    def __init__(self, head: OutputHead) -> None:
         self.head = head
-        self.per_token = head.pooling == "tokens"
+        self.per_token = head.per_token
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
         got: list[Tensor] = []
@@ -169,10 +169,10 @@ def make_forward(
         return plain
     found: tuple[Start, int] | None
     if only_head_trains(graft, labels):
-        head = pooled_head(graft)
+        head = head_of(graft)
         assert head is not None
-        rows = int(dataset.lengths.sum()) if head.pooling == "tokens" else len(dataset)
-        found = AtPooledHead(head), head.width * rows
+        rows = int(dataset.lengths.sum()) if head.per_token else len(dataset)
+        found = AtHead(head), head.width * rows
     else:
         blocks = min(depth, len(graft.backbone.blocks) - 1)  # what follows the last block is computed anew
         found = _own_head(plain, depth, dataset, labels) or (
@@ -351,7 +351,7 @@ def _stop_with(got: list[Tensor]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _grabbing(head: PooledHead, got: list[Tensor]) -> Iterator[None]:
+def _grabbing(head: OutputHead, got: list[Tensor]) -> Iterator[None]:
     plain = head.logits
 
     def logits(features: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from graftkit.backbone.anatomy import has_statistics
 from graftkit.grafts.graft import Graft
-from graftkit.grafts.snapshot import has_statistics
-from graftkit.methods.base import Labels
-from graftkit.methods.head import PooledHead
+from graftkit.methods.base import OutputHead
+from graftkit.optim.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def set_training(graft: Graft, depth: int, labels: Labels | None = None) -> None
     backbone = graft.backbone
     model = backbone.model
     now = graft.labels if labels is None else labels
-    head = pooled_head(graft)
+    head = head_of(graft)
     if head is not None and only_head_trains(graft, now):
         model.eval()
         head.train()
@@ -104,15 +104,15 @@ def set_training(graft: Graft, depth: int, labels: Labels | None = None) -> None
             module.training = False
 
 
-def pooled_head(graft: Graft) -> PooledHead | None:
-    """The head that the graft placed on the model, if it is one of ours."""
-    return next((module for _, module in graft.additions() if isinstance(module, PooledHead)), None)
+def head_of(graft: Graft) -> OutputHead | None:
+    """The head that the graft placed on the model, if it placed one."""
+    return next((module for _, module in graft.additions() if isinstance(module, OutputHead)), None)
 
 
 def only_head_trains(graft: Graft, labels: Labels) -> bool:
     """Whether all that is trained comes after the pooled features, which then never change."""
-    head = pooled_head(graft)
-    if head is None or head.pooling == "attention":
+    head = head_of(graft)
+    if head is None or not head.steady:
         return False
     own = {id(parameter) for parameter in head.parameters()}
     return all(id(parameter) in own for name, parameter in graft.parameters.items() if name in labels)

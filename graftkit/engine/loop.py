@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graftkit.backbone.anatomy import has_statistics
 from graftkit.data.batches import epoch_batches, ordered_batches, steps_per_epoch
 from graftkit.engine import checkpoint
 from graftkit.engine.audit import STEPS, Audit
@@ -21,8 +22,7 @@ from graftkit.engine.frozen import Phase, set_training
 from graftkit.engine.parallel import processes, sum_gradients, sum_numbers
 from graftkit.errors import UserError
 from graftkit.grafts.graft import Graft
-from graftkit.grafts.snapshot import has_statistics
-from graftkit.methods.base import Labels
+from graftkit.optim.labels import Labels
 from graftkit.optim.schedule import factor
 from graftkit.tasks.base import Calls, Criterion, Dataset, Task
 

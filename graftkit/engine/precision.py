@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from graftkit.backbone.anatomy import is_linear
-from graftkit.grafts.snapshot import has_statistics
+from graftkit.backbone.anatomy import has_statistics, is_linear
 
 WORTHWHILE = 1.3  # how much faster a bf16 matrix product must be to be chosen
 SIZE = 768

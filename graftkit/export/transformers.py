@@ -14,11 +14,11 @@ import torch
 
 from graftkit.backbone.load import find_source
 from graftkit.data.columns import find_again
-from graftkit.engine.frozen import pooled_head
+from graftkit.engine.frozen import head_of
 from graftkit.errors import UserError, listing
 from graftkit.files import TEMPORARY, read_json, write_json, write_tensors, write_text
 from graftkit.grafts.snapshot import remove_additions
-from graftkit.methods.head import PooledHead
+from graftkit.methods.base import OutputHead
 from graftkit.runs.predict import Loaded, load_run
 from graftkit.runs.prepare import reading_of
 from graftkit.tasks.base import Dataset
@@ -55,7 +55,7 @@ def export(folder: str | Path, to: Path, *, overwrite: bool = False) -> dict[str
             f"the run's maps are stored as {loaded.recipe.quantize}, into which nothing can be folded. Put its graft on the "
             "model as it was: graftkit.load(model, RUN/graft).fold(), or read the graft as the adapter that it is."
         )
-    head = pooled_head(loaded.graft)
+    head = head_of(loaded.graft)
     if head is not None and (loaded.task.name != "classify" or head.pooling == "tokens"):
         raise UserError(
             f"the head of this run, head(pooling={head.pooling!r}), has no place in a plain model for {loaded.task.name}; "
@@ -193,7 +193,7 @@ def _card(run: Path, how: str) -> str:
     return f"{about}\n## Use\n\nThis folder is the plain model, with the graft folded into its weights.\n\n```\n{how}\n```\n"
 
 
-def _write(loaded: Loaded, head: PooledHead | None, folder: Path, card: str) -> list[str]:
+def _write(loaded: Loaded, head: OutputHead | None, folder: Path, card: str) -> list[str]:
     model = loaded.graft.model
     if head is not None:
         tensors = dict(head.state_dict())
@@ -233,7 +233,7 @@ def _write(loaded: Loaded, head: PooledHead | None, folder: Path, card: str) -> 
 
 @torch.no_grad()
 def _reload(
-    folder: Path, head: PooledHead | None, loaded: Loaded, dataset: Dataset, rows: np.ndarray
+    folder: Path, head: OutputHead | None, loaded: Loaded, dataset: Dataset, rows: np.ndarray
 ) -> list[torch.Tensor]:
     """Logits of what was written, loaded with plain transformers."""
     import transformers
@@ -259,7 +259,7 @@ PIPELINES = {
 }
 
 
-def _how(to: Path, head: PooledHead | None, loaded: Loaded) -> str:
+def _how(to: Path, head: OutputHead | None, loaded: Loaded) -> str:
     if head is not None:
         asked = "'a text' 'its pair'" if "text_pair" in loaded.columns else "'a text'"
         return f"python {to / 'classifier.py'} {asked}   (or import Classifier from it; it needs torch and transformers only)"

@@ -1,9 +1,8 @@
-"""A graft: what a method attached to a backbone. Made by `attach`, read back by `load`."""
+"""A graft: what a method attached to a backbone."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,30 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.anatomy import Added, base_modules
-from graftkit.errors import NotFoldable, UserError, listing
-from graftkit.grafts.snapshot import (
-    Before,
-    KeepPadding,
-    KeepStatistics,
-    claim,
-    folded_on,
-    grafts_of,
-    has_statistics,
-    lone_places,
-    moving_statistics,
-    or_as_folded,
-    own_trained,
-    refuse_conflict,
-    refuse_entangled,
-    refuse_mixed,
-    set_settings,
-    settings_of,
-    unfolded,
-)
-from graftkit.methods.base import Chain, Labels, Method, as_chain, place
-from graftkit.methods.head import Head
+from graftkit.backbone.anatomy import Added
+from graftkit.grafts.contents import contents_of
+from graftkit.grafts.fold import fold, unfold, unfolded
+from graftkit.grafts.folder import write
+from graftkit.grafts.guards import lone_places, own_trained, refuse_conflict, refuse_mixed
+from graftkit.grafts.snapshot import Snapshot
+from graftkit.grafts.still import KeepStatistics, moving_statistics
+from graftkit.grafts.switch import swap_base
+from graftkit.methods.base import Chain
 from graftkit.optim.groups import make_optimizer, param_groups
+from graftkit.optim.labels import Labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +48,17 @@ class Graft:
         labels: Labels,
         name: str,
         originals: dict[str, Tensor] | None,
-        before: Before,
+        snapshot: Snapshot,
     ) -> None:
         self.backbone = backbone
         self.method = method
         self.labels = labels
         self.name = name
-        self._originals = originals
-        self._before = before
-        self._replaced = before.replaced(backbone.model)
-        self._settings = before.changed_settings(backbone.model)
-        self._folded: dict[str, Tensor] | None = None
+        self.snapshot = snapshot
+        self.originals = originals
+        self.replaced = snapshot.replaced(backbone.model)
+        self.settings = snapshot.changed_settings(backbone.model)
+        self.plain: dict[str, Tensor] | None = None
         self.active = True
         self.statistics = tuple(dict.fromkeys(moving_statistics(backbone, labels)))
 
@@ -161,18 +147,18 @@ class Graft:
         """Make the model compute what the base computed, until `enable`. Trained values are kept."""
         if not self.active:
             return
-        with unfolded(self.model, but=self) if self._folded is not None else nullcontext():
-            self._swap_base()
-            self._set_active(False)
+        with unfolded(self.model, but=self) if self.plain is not None else nullcontext():
+            swap_base(self)
+            self.set_active(False)
 
     def enable(self) -> None:
         """Undo `disable`. Raises `UserError` beside an active graft that trains the same part of the base."""
         if self.active:
             return
         refuse_mixed(self.model)
-        refuse_conflict(self.backbone, self.name, self.changes, self._replaced)
-        self._swap_base()
-        self._set_active(True)
+        refuse_conflict(self.backbone, self.name, self.changes, self.replaced)
+        swap_base(self)
+        self.set_active(True)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -188,59 +174,24 @@ class Graft:
 
         A head stays on top. Raises `NotFoldable`, before anything is changed, where a method cannot be folded.
         """
-        if self._folded is not None:
+        if self.plain is not None:
             return self.model
         self.enable()
-        values: dict[str, Tensor] = {}
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for method in self.method.methods:
-            with torch.autocast(next(iter(parameters.values())).device.type, enabled=False):
-                melted = method.fold(self.backbone, self.name)
-            for name, value in melted.items():
-                if not torch.isfinite(value).all():
-                    raise UserError(
-                        f"folding gives values in {name!r} that are not finite; nothing was changed."
-                    )
-                values[name] = values[name] + (value - parameters[name].data) if name in values else value
-        self._refuse_shared(values)
-        refuse_entangled(self.model, self.name)
-        folded_on(self.model).append(self)
-        self._folded = {}
-        for name, value in values.items():
-            self._folded[name] = parameters[name].data
-            parameters[name].data = value
-        torch.clear_autocast_cache()
-        self._set_active(False, keep_head=True)
+        fold(self)
         return self.model
 
     def unfold(self) -> None:
         """Undo `fold`; what was folded later stays folded. Raises `NotFoldable`, with nothing changed, where it cannot."""
-        if self._folded is None:
+        if self.plain is None:
             return
-        order = folded_on(self.model)
-        later = order[order.index(self) + 1 :]
-        with or_as_folded(self.model):
-            for graft in reversed([self, *later]):
-                graft._unfold()
-            for graft in later:
-                graft.fold()
-
-    def _unfold(self) -> None:
-        assert self._folded is not None
-        folded_on(self.model).remove(self)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for name, value in self._folded.items():
-            parameters[name].data = value
-        torch.clear_autocast_cache()
-        self._folded = None
-        self._set_active(True)
+        unfold(self)
 
     @property
     def changes(self) -> set[str]:
         """Names of the base's own tensors and modules that the graft puts its own in place of."""
         return (
-            own_trained(self.backbone, self.labels, self._replaced)
-            | set(self._replaced)
+            own_trained(self.backbone, self.labels, self.replaced)
+            | set(self.replaced)
             | set(self.statistics)
             | lone_places(self.model, self.name)
         )
@@ -249,152 +200,22 @@ class Graft:
     def put_away(self) -> PutAway:
         """What a disabled graft would put in place of the base's own."""
         assert not self.active
-        return PutAway(dict(self._originals or {}), dict(self._replaced), dict(self._settings))
+        return PutAway(dict(self.originals or {}), dict(self.replaced), dict(self.settings))
 
     def save(self, path: str | Path, **about: Any) -> Path:
         """Write the graft folder: a PEFT adapter where PEFT can express it. See `graftkit.grafts.folder`."""
-        from graftkit.grafts.folder import write
-
         was_active = self.active
         self.enable()
         try:
             with unfolded(self.model):
-                return write(self, Path(path), about)
+                return write(Path(path), contents_of(self, about))
         finally:
             if not was_active:
                 self.disable()
 
-    def _set_active(self, active: bool, keep_head: bool = False) -> None:
+    def set_active(self, active: bool, keep_head: bool = False) -> None:
+        """Let the additions act, or silence them; `keep_head`: but for a head, and the graft counts as it was."""
         for _, module in self.additions():
             if not (keep_head and module.survives_fold):
                 module.active = active
         self.active = active if not keep_head else self.active
-
-    def _refuse_shared(self, values: dict[str, Tensor]) -> None:
-        """A weight that two modules share cannot take an update that belongs to one of them."""
-        owners: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
-        for names in owners.values():
-            if len(names) > 1 and set(names) & set(values):
-                raise NotFoldable(
-                    f"{self.method} cannot be folded: {listing(names)} are one tied weight, and an update of "
-                    "one of them would change the others. Untie them, or leave them out of the selection."
-                )
-
-    def _swap_base(self) -> None:
-        """Exchange the trained base parameters, and modules that were replaced, with the originals."""
-        kept = own_trained(self.backbone, self.labels, self._replaced) | set(self.statistics)
-        if kept and self._originals is None:
-            raise UserError(
-                f"{self.method} trains the backbone's own parameters and their original values were not kept; "
-                "attach with keep_base=True to be able to disable the graft."
-            )
-        if not (kept or self._replaced):
-            return
-        with unfolded(self.model):
-            tensors = {**self.parameters, **dict(self.model.named_buffers())}
-            for name in kept:
-                assert self._originals is not None
-                parameter, original = tensors[name], self._originals[name]
-                self._originals[name] = parameter.data
-                parameter.data = original.to(parameter.device)
-            for name, other in self._replaced.items():
-                self._replaced[name] = self.model.get_submodule(name)
-                self.model.set_submodule(name, other)
-            torch.clear_autocast_cache()  # it holds casts of the values that were there
-            settings = settings_of(self.model)
-            set_settings(self.model, self._settings)
-            self._settings = {name: settings[name] for name in self._settings}
-
-
-def attach(
-    model: nn.Module | Backbone, method: Method | str, *, name: str = "default", keep_base: bool = True
-) -> Graft:
-    """Add a method's parameters to a model, in place, and freeze everything else.
-
-    `method`: for example `LoRA(rank=8) + Head(classes=3)`, or the same as a string. `keep_base`: keep a copy
-    of the base parameters that the method trains, which `disable` needs. Raises `UserError` where the method
-    does not fit the model; the model is then as it was.
-    """
-    backbone = model if isinstance(model, Backbone) else Backbone(model)
-    if not re.fullmatch(r"[\w-]+", name):
-        raise UserError(f"graft name {name!r} must be a plain word (letters, digits, hyphens, underscores).")
-    refuse_mixed(backbone.model)
-    present = set(backbone.model.modules())
-    others = grafts_of(backbone.model)
-    if name in others:
-        raise UserError(
-            f"a graft named {name!r} is attached to {backbone.source} already; give this one another name, "
-            "or detach that one first."
-        )
-    if folded_on(backbone.model):
-        raise UserError(
-            f"the graft {folded_on(backbone.model)[-1].name!r} is folded into {backbone.source}; unfold it first."
-        )
-    chain = as_chain(method)
-    chain = Chain(tuple(m.resolve(backbone) for m in chain.methods))
-    backbone.base_parameters  # noqa: B018  (the names as they are before anything is added)
-    before = Before(backbone)
-    try:
-        labels = chain.attach(backbone, name)
-        claim(backbone.model, present, name)
-        _refuse_untrainable(backbone, chain, labels, before)
-        replaced = before.replaced(backbone.model)
-        statistics = set(moving_statistics(backbone, labels))
-        own = own_trained(backbone, labels, replaced) | statistics
-        refuse_conflict(backbone, name, own | set(replaced) | lone_places(backbone.model, name), replaced)
-        for module_name, module in base_modules(backbone.model):
-            if has_statistics(module) and f"{module_name}.running_mean".lstrip(".") not in statistics:
-                place(module, f"statistics_{name}", KeepStatistics())
-            if isinstance(module, nn.TransformerEncoder):
-                place(module, f"padding_{name}", KeepPadding())
-    except BaseException:
-        claim(backbone.model, present, name)
-        before.restore(backbone, name)
-        raise
-    claim(backbone.model, present, name)
-    originals = None
-    if keep_base:
-        originals = {n: t.detach().clone() for n, t in _tensors(backbone.model) if n in own and not t.is_meta}
-    graft = Graft(backbone, chain, labels, name, originals, before)
-    others[name] = graft
-    return graft.requires_grad_()
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _refuse_untrainable(backbone: Backbone, chain: Chain, labels: Labels, before: Before) -> None:
-    if not labels and chain.methods:
-        raise UserError(f"{chain} trains nothing; add a method such as lora() or head().")
-    new = tuple(f"{name}." for name in before.replaced(backbone.model))
-    random = [
-        n for n, _ in backbone.model.named_parameters() if new and n.startswith(new) and n not in labels
-    ]
-    if random:
-        raise UserError(f"{listing(random)} are new and would stay random; leave them out of freeze().")
-    for name, parameter in backbone.model.named_parameters():
-        if name in labels and not parameter.dtype.is_floating_point:
-            raise UserError(
-                f"{labels[name].method}(): {name!r} is stored as {parameter.dtype} and cannot be trained; use lora()."
-            )
-
-
-def detach(graft: Graft) -> nn.Module:
-    """Remove what the graft added and give the base its own values back; returns the plain model."""
-    refuse_mixed(graft.model)
-    graft.disable()
-    graft._before.remove(graft)
-    return graft.model
-
-
-def with_classes(method: Chain, classes: int) -> Chain:
-    """The method with the number of classes filled into its head."""
-    return Chain(
-        tuple(
-            dataclasses.replace(m, classes=classes) if isinstance(m, Head) and m.classes is None else m
-            for m in method.methods
-        )
-    )

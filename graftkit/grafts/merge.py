@@ -15,9 +15,9 @@ from torch import Tensor
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
 from graftkit.grafts import folder as graft_files
-from graftkit.grafts.folder import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS
 from graftkit.grafts.merge_rules import Combination, Factors
 from graftkit.grafts.peft_folder import read_peft
+from graftkit.grafts.stored import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, Contents
 from graftkit.methods.base import Method, PeftForm, exactly
 from graftkit.methods.base import read as read_method
 from graftkit.recipe.catalogue import Call
@@ -324,7 +324,7 @@ def _write(
         raise UserError(
             "the merged graft can be written neither as PEFT's nor as graftkit's; save the grafts with graftkit."
         )
-    return graft_files.write_contents(target, tensors | head, peft, description)
+    return graft_files.write(target, Contents(tensors | head, peft, description))
 
 
 def _peft_form(

@@ -17,8 +17,10 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.errors import UserError, listing, nearest
 from graftkit.grafts.graft import Graft
+from graftkit.grafts.guards import refuse_lost
+from graftkit.grafts.register import MIXED, folded_on, grafts_of
 from graftkit.grafts.row_parameters import mix_rows, takes_all_rows
-from graftkit.grafts.snapshot import MIXED, folded_on, grafts_of, refuse_lost, set_settings, settings_of
+from graftkit.grafts.snapshot import set_settings, settings_of
 from graftkit.methods.base import Addition
 
 TIME_FIRST = ("xlnet",)
@@ -160,7 +162,7 @@ class _Mixed:
         grafts = [grafts_of(self.model)[name] for name in self.names]
         kind = next((p.device.type for p in self.model.parameters()), "cpu")
         for graft in grafts:
-            refuse_lost(self.model, graft.name, graft._replaced, grafts)
+            refuse_lost(self.model, graft.name, graft.replaced, grafts)
         try:
             with torch.no_grad(), torch.autocast(kind, enabled=False):
                 if self.rows is None:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.errors import UserError
-from graftkit.methods.base import Group, PeftForm, exactly, new_parameter
+from graftkit.methods.base import PeftForm, exactly, new_parameter
 from graftkit.methods.shared.mixtures import FactorMixture
 from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_targets
+from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 DIVISOR = 1e-5  # what the authors' code, and PEFT, add to the rank before they divide by it
 

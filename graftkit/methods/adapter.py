@@ -8,8 +8,9 @@ from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.errors import NotFoldable
-from graftkit.methods.base import Group, Labels, Method, labels_of
+from graftkit.methods.base import Method, labels_of
 from graftkit.methods.shared.bottlenecks import Place, bottleneck_at, find_places
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.files import read_json, read_tensors
-from graftkit.methods.base import Group, Labels, Method, multiply, new_parameter
+from graftkit.methods.base import Method, multiply, new_parameter
 from graftkit.methods.shared.bottlenecks import Bottleneck, Insertion, Place, bottleneck_at, find_places
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import Call, entries, option, parse
 
 DESCRIPTION, TENSORS = "graft.json", "graft.safetensors"

@@ -20,44 +20,12 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
 from graftkit.errors import NotFoldable, UserError
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import as_expression, build, check_values, entry_name, parse
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
     from graftkit.methods.shared.mixtures import Mixture
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Adam works in a space of `rank` dimensions, chosen anew each `interval` steps; `scale`: factor on its steps."""
-
-    rank: int
-    interval: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class Group:
-    """How one parameter is trained.
-
-    `role`: 'added' (a method's new parameters), 'base' (the backbone's own) or 'head'.
-    `lr`: the method's learning rate; `fixed_lr`: the user wrote it, so `train.lr` does not replace it.
-    `lr_scale`: factor on it (layerwise_lr). `weight_decay`: None means the run's; 0.0 for none.
-    `statistics`: the running statistics beside this parameter (BatchNorm's mean and variance) move as well.
-    `projection`: the optimizer sees a matrix's gradient in low rank.
-    """
-
-    role: str
-    lr: float
-    method: str
-    fixed_lr: bool = False
-    lr_scale: float = 1.0
-    weight_decay: float | None = None
-    statistics: bool = False
-    projection: Projection | None = None
-
-
-Labels = dict[str, Group]
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 class Addition(Added):
@@ -112,10 +80,49 @@ class Addition(Added):
         return self.acting.after(site, args, kwargs, output) if self.active else output
 
 
+class OutputHead(Addition):
+    """Turns features of the model into its outputs, and nothing comes after it: the engine may start from kept features.
+
+    `pooling`: how states become features; `width`: of a feature; `per_token`: features are (batch, length, width), one
+    for each token, else (batch, width). `steady`: nothing that the head trains has a part in the features.
+    """
+
+    pooling: str
+    width: int
+    per_token = False
+    steady = True
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (batch, outputs) of features (batch, width), or of each token: (batch, length, outputs)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a task wants of a head, and what the model's folder says, before the model is loaded.
+
+    `count`: of outputs; `per_labels`: one for each label of the rows. `per_token`: answers for each token. `native`:
+    transformers has a class of this model with a head for the task. `own_module`: the model is a user's own module.
+    `pooled`: the folder says how states are pooled.
+    """
+
+    task: str
+    model: str
+    count: int
+    per_labels: bool = True
+    per_token: bool = False
+    native: bool = False
+    own_module: bool = False
+    pooled: bool = False
+
+
 class Method:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are declared with `option`."""
 
     peft_types: ClassVar[tuple[str, ...]] = ()  # kinds of PEFT's adapters that `from_peft` reads
+    gives_outputs: ClassVar[bool] = (
+        False  # the method is a head: what it adds gives the outputs that a task asks for
+    )
     yields = False  # True: where another method claims the same parameter, that one has it
 
     def __post_init__(self) -> None:
@@ -129,6 +136,18 @@ class Method:
     def resolve(self, backbone: Backbone) -> Method:
         """The method with what only the backbone or other files tell written into its options, before `attach`."""
         return self
+
+    def for_outputs(self, outputs: Outputs) -> Method:
+        """The method with what a task needs of a head filled in. Raises `UserError` where they do not fit."""
+        return self
+
+    def without_outputs(self) -> Method:
+        """The method without what `for_outputs` filled in, which other rows may say otherwise."""
+        return self
+
+    def own_head(self, outputs: Outputs) -> str | None:
+        """How the head that the model brings is used: 'replaced' by one of other outputs, 'complete' as it is, or not."""
+        return None
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         """Place new modules, named after the graft; return labels for all parameters to be trained."""
@@ -223,6 +242,15 @@ class Chain(Method):
 
     def __str__(self) -> str:
         return " + ".join(str(method) for method in self.methods)
+
+    def for_outputs(self, outputs: Outputs) -> Chain:
+        return Chain(tuple(method.for_outputs(outputs) for method in self.methods))
+
+    def without_outputs(self) -> Chain:
+        return Chain(tuple(method.without_outputs() for method in self.methods))
+
+    def own_head(self, outputs: Outputs) -> str | None:
+        return next(filter(None, (method.own_head(outputs) for method in self.methods)), None)
 
     def unpack(self, backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for method in self.methods:

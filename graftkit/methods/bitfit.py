@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graftkit.backbone import Backbone, select_parameters
-from graftkit.methods.base import Group, Labels, Method, refuse_unless
+from graftkit.methods.base import Method, refuse_unless
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 

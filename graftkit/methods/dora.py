@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, apply, groups_of, input_of, scale_product, without_autocast
-from graftkit.methods.base import Addition, Labels
+from graftkit.methods.base import Addition
 from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
+from graftkit.optim.labels import Labels
 from graftkit.recipe.catalogue import option
 
 TINY = 1e-12  # a row of zeros has no direction; this is its length

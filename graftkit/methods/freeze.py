@@ -8,7 +8,8 @@ from torch import Tensor
 
 from graftkit.backbone import Backbone, select_parameters
 from graftkit.errors import UserError
-from graftkit.methods.base import Labels, Method
+from graftkit.methods.base import Method
+from graftkit.optim.labels import Labels
 from graftkit.recipe.catalogue import option
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from graftkit.backbone import Backbone, select
 from graftkit.backbone.weights import weights_at
 from graftkit.errors import UserError
-from graftkit.methods.base import Group, Labels, Method, Projection
+from graftkit.methods.base import Method
+from graftkit.optim.labels import Group, Labels, Projection
 from graftkit.recipe.catalogue import option
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.errors import UserError
-from graftkit.methods.base import Group, Labels, Method
+from graftkit.methods.base import Method
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 ROUNDING = 1e-9  # 0.3 / 0.1 is a little less than 3

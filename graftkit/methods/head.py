@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from graftkit.backbone.pooling import (
     takes_decoder_inputs,
 )
 from graftkit.errors import UserError, listing
-from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
+from graftkit.methods.base import Method, OutputHead, Outputs, labels_of, place
 from graftkit.methods.shared.mixtures import Mixture
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 IGNORED = -100  # the label of what has no part in the loss, as in all of transformers
@@ -50,6 +51,8 @@ class Head(Method):
     has width more. For 'stacked', width is the number of outputs of the old head.
     """
 
+    gives_outputs: ClassVar[bool] = True
+
     classes: int | None = option(None, "number of outputs; the task knows it", at_least=1)
     pooling: str = option(
         "auto", "what the head stands on",
@@ -58,6 +61,50 @@ class Head(Method):
     hidden: int = option(0, "width of a hidden layer; 0 for none", at_least=0)
     dropout: float = option(0.1, "dropout on pooled features; 'own' has the model's", at_least=0, below=1)
     lr: float | None = option(None, "learning rate; null means 0.005", above=0)
+
+    def for_outputs(self, outputs: Outputs) -> Head:
+        """The head with the number of classes; for a task that answers for each token, the head of each token."""
+        if self.classes not in (None, outputs.count):
+            needed = (
+                "labels of the training rows"
+                if outputs.per_labels
+                else f"outputs that {outputs.task}() needs"
+            )
+            raise UserError(
+                f"head(classes={self.classes}) does not fit the {outputs.count} {needed}; leave classes out, they are counted."
+            )
+        head = dataclasses.replace(self, classes=outputs.count)
+        if not outputs.per_token and self.pooling == "tokens":
+            raise UserError(
+                f"head(pooling='tokens') answers for each token, but {outputs.task}() wants one answer for a row; use head(), "
+                "or another pooling."
+            )
+        if outputs.per_token and self.pooling not in ("auto", "own", "tokens"):
+            raise UserError(
+                f"head(pooling={self.pooling!r}) gives one vector for a whole text, but this task answers for each token; "
+                "use head(), or pooling='own' or 'tokens'."
+            )
+        if outputs.per_token and self.pooling == "auto" and (self.hidden or not outputs.native):
+            return dataclasses.replace(head, pooling="tokens")
+        return head
+
+    def without_outputs(self) -> Head:
+        return dataclasses.replace(self, classes=None)
+
+    def own_head(self, outputs: Outputs) -> str | None:
+        if outputs.own_module:
+            return None
+        pooling = self.pooling
+        if pooling == "auto" and not self.hidden and outputs.native and not outputs.pooled:
+            pooling = "own"
+        if pooling not in ("own", "stacked"):
+            return None
+        if not outputs.native:
+            others = "'tokens'" if outputs.per_token else "'mean', 'cls' or 'last'"
+            raise UserError(
+                f"transformers has no head for {outputs.model!r} that {outputs.task}() could use; use head(pooling={others})."
+            )
+        return "replaced" if pooling == "own" else "complete"
 
     def resolve(self, backbone: Backbone) -> Head:
         """The same head with its pooling chosen."""
@@ -230,7 +277,7 @@ def new_map(site: Site, classes: int) -> nn.Module:
     return new
 
 
-class PooledHead(Addition):
+class PooledHead(OutputHead):
     """Turns the states of the model it is placed on into logits, and labels into a loss.
 
     The states are the model's output, or those of a module in it (see `read_from`); 'stacked': its logits.
@@ -242,6 +289,7 @@ class PooledHead(Addition):
         super().__init__()
         self.pooling = pooling
         self.width = width
+        self.per_token, self.steady = pooling == "tokens", pooling != "attention"
         if pooling == "attention":
             self.query = nn.Linear(width, 1, bias=False)
             nn.init.normal_(self.query.weight, std=0.02)

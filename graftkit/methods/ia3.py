@@ -14,12 +14,13 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_conv, is_linear, is_transposed
 from graftkit.backbone.weights import scale_columns
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Addition, Group, Labels, Method, PeftForm, exactly, labels_of, place
+from graftkit.methods.base import Addition, Method, PeftForm, exactly, labels_of, place
 from graftkit.methods.shared.mixtures import Mixture
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.errors import UserError
-from graftkit.methods.base import Labels, Method
+from graftkit.methods.base import Method
+from graftkit.optim.labels import Labels
 from graftkit.recipe.catalogue import option
 
 

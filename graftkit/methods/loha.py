@@ -13,14 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, add_product, input_of, multiply
-from graftkit.methods.base import Group, PeftForm
+from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import lycoris
 from graftkit.methods.shared.mixtures import FactorMixture
 from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
+from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

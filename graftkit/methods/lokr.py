@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, input_of, multiply
-from graftkit.methods.base import Group, PeftForm
+from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import lycoris
 from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
+from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_norm
 from graftkit.errors import UserError
-from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, refuse_unless
+from graftkit.methods.base import Method, PeftForm, exactly, refuse_unless
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
-from graftkit.methods.base import Group, Labels, Method, PeftForm, exactly, place
+from graftkit.methods.base import Method, PeftForm, exactly, place
 from graftkit.methods.shared.peft_bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
 from graftkit.methods.shared.peft_tuners import (
     GROUPED,
@@ -27,10 +27,11 @@ from graftkit.methods.shared.peft_tuners import (
     mappings,
 )
 from graftkit.methods.shared.updates import peft_targets
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

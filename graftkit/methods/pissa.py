@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from graftkit.backbone.weights import Weight, groups_of
 from graftkit.errors import UserError
-from graftkit.methods.base import Group
 from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
+from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
 
 OVERSAMPLED = 10  # columns beyond the rank in the randomised SVD (Halko et al. 2011, section 4.2)

@@ -16,11 +16,12 @@ from graftkit.backbone.anatomy import Added
 from graftkit.backbone.attention import AddedKeysValues, adopt, attention_modules, shift_positions
 from graftkit.backbone.prompts import refuse_crowd
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 PACKED = "prefix_default.prompt_embeddings"  # keys and values of all layers, as PEFT keeps them
 PLAIN_ROTATIONS = ("default", "linear", "llama3")  # same for every text length, and rotations only

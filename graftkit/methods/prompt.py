@@ -14,11 +14,12 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.prompts import Entrance, find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.prompts import find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
 from graftkit.errors import NotFoldable
-from graftkit.methods.base import Group, Labels, Method, PeftForm, labels_of, new_parameter, place
+from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 

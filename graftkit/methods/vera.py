@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import Weight, input_of, multiply
-from graftkit.methods.base import Group, Labels, PeftForm, exactly, place
+from graftkit.methods.base import PeftForm, exactly, place
 from graftkit.methods.shared.mixtures import FactorMixture
 from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_targets
+from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftkit.methods.base import Group, Projection
+from graftkit.optim.labels import Group, Projection
 from graftkit.optim.projected import ProjectedAdamW
 
 

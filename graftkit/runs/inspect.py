@@ -28,7 +28,7 @@ class AnyTask(Task):
 def inspect_model(model: str, method: str | None, weights: str | None = None) -> dict[str, Any]:
     """The anatomy as plain values; with a method also the modules it uses and what it trains. No weights are read."""
     chain = read(method) if method else read("head(pooling='auto')")
-    given = (getattr(m, "classes", None) for m in chain.methods if m.name == "head")
+    given = (getattr(m, "classes", None) for m in chain.methods if m.gives_outputs)
     classes = next(given, None) or EXAMPLE_CLASSES
     labels = tuple(map(str, range(classes)))
     backbone, chain = prepare_backbone(model, chain, AnyTask(), labels, weights=weights, meta=True)
@@ -45,7 +45,7 @@ def inspect_model(model: str, method: str | None, weights: str | None = None) ->
         graft = attach_new(backbone, chain, meta=True)
         parameters = graft.parameters
         found["method"] = str(graft.method)
-        if any(m.name == "head" for m in graft.method.methods):
+        if any(m.gives_outputs for m in graft.method.methods):
             found["classes"] = classes
         found["trained_parameters"] = sum(p.numel() for p in parameters.values())
         found["total_with_method"] = sum(p.numel() for p in graft.model.parameters())

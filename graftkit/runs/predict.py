@@ -20,8 +20,9 @@ from graftkit.engine.forward import Forward
 from graftkit.engine.loop import predict as run_predict
 from graftkit.errors import NoGoodRows, UserError, listing, nearest
 from graftkit.grafts import folder as graft_files
-from graftkit.grafts.folder import load
 from graftkit.grafts.graft import Graft
+from graftkit.grafts.load import load
+from graftkit.grafts.stored import DESCRIPTION
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, writing
@@ -60,8 +61,7 @@ def load_run(folder: Path, *, exact: bool = False, options: Mapping[str, Any] | 
     about = graft_files.read(folder / "graft").about
     if not {"labels", "precision", "task", "columns", "max_length"} <= set(about):
         raise UserError(
-            f"{folder / 'graft' / graft_files.DESCRIPTION} is missing or does not describe a run; "
-            "restore it from a copy."
+            f"{folder / 'graft' / DESCRIPTION} is missing or does not describe a run; restore it from a copy."
         )
     labels = tuple(about["labels"])
     task = _with_options(make_task(about["task"]), options or {})

@@ -20,10 +20,10 @@ from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.loop import Settings
 from graftkit.errors import UserError
-from graftkit.grafts.graft import Graft, attach, with_classes
-from graftkit.methods.base import Chain
+from graftkit.grafts.attach import attach
+from graftkit.grafts.graft import Graft
+from graftkit.methods.base import Chain, Outputs
 from graftkit.methods.base import read as read_method
-from graftkit.methods.head import Head
 from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.catalogue import build, parse
 from graftkit.recipe.schema import Recipe
@@ -129,14 +129,6 @@ def prepare_backbone(
     seed: int = 0,
 ) -> tuple[Backbone, Chain]:
     """Load the backbone as the task and the method's head need it; the method with its classes and pooling filled in."""
-    head = next((m for m in method.methods if isinstance(m, Head)), None)
-    outputs = task.outputs(labels)
-    if head is not None and head.classes not in (None, outputs):
-        raise UserError(
-            f"head(classes={head.classes}) does not fit the {outputs} "
-            f"{'labels of the training rows' if outputs == len(labels) else f'outputs that {task.name}() needs'}; "
-            "leave classes out, they are counted."
-        )
     source = find_source(model, weights, quantize)
     native = auto_class(source, task.families)
     if not task.head:
@@ -145,54 +137,20 @@ def prepare_backbone(
         backbone = load_backbone(source, native, complete=native is not None, meta=meta, seed=seed)
         task.settle(backbone)
         return backbone, method
-    method, pooling = with_classes(method, outputs), None
-    if head is not None and task.per_token:
-        method, head = _per_token(method, head, native is not None)
-    elif head is not None and head.pooling == "tokens":
-        raise UserError(
-            f"head(pooling='tokens') answers for each token, but {task.name}() wants one answer for a row; use head(), "
-            "or another pooling."
-        )
-    if head is not None and source.made is None:
-        pooling = head.pooling
-        said = None if task.per_token else pooling_of(source.folder)
-        if pooling == "auto" and not head.hidden and native is not None and said is None:
-            pooling = "own"
-        if pooling in ("own", "stacked") and native is None:
-            others = "'tokens'" if task.per_token else "'mean', 'cls' or 'last'"
-            raise UserError(
-                f"transformers has no head for {model!r} that {task.name}() could use; use head(pooling={others})."
-            )
-    whole = pooling in ("own", "stacked") or has_two_towers(source)
+    outputs = Outputs(
+        task.name, model, task.outputs(labels), task.outputs(labels) == len(labels), task.per_token,
+        native is not None, source.made is not None,
+        not task.per_token and source.made is None and pooling_of(source.folder) is not None,
+    )  # fmt: skip
+    method = method.for_outputs(outputs)
+    own = method.own_head(outputs)
     backbone = load_backbone(
-        source, native if whole else None,
-        labels=task.output_names(labels) if pooling == "own" else None, complete=pooling == "stacked", meta=meta,
+        source, native if own or has_two_towers(source) else None,
+        labels=task.output_names(labels) if own == "replaced" else None, complete=own == "complete", meta=meta,
         seed=seed,
     )  # fmt: skip
     task.settle(backbone)
     return backbone, method
-
-
-def _per_token(method: Chain, head: Head, native: bool) -> tuple[Chain, Head]:
-    """The head of a task that answers for each token: the architecture's own, or a map of each token's state."""
-    if head.pooling not in ("auto", "own", "tokens"):
-        raise UserError(
-            f"head(pooling={head.pooling!r}) gives one vector for a whole text, but this task answers for each token; "
-            "use head(), or pooling='own' or 'tokens'."
-        )
-    if head.pooling == "auto" and (head.hidden or not native):
-        head = dataclasses.replace(head, pooling="tokens")
-        method = Chain(tuple(
-            dataclasses.replace(m, pooling="tokens") if isinstance(m, Head) else m for m in method.methods
-        ))  # fmt: skip
-    return method, head
-
-
-def without_classes(method: Chain) -> Chain:
-    """The method without the number of classes in its head, which is counted anew in other data."""
-    return Chain(
-        tuple(dataclasses.replace(m, classes=None) if isinstance(m, Head) else m for m in method.methods)
-    )
 
 
 def attach_new(backbone: Backbone, method: Chain, *, meta: bool) -> Graft:

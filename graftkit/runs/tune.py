@@ -25,7 +25,7 @@ from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.folder import PLAN, RECIPE, RESULT, how_to_resume
 from graftkit.runs.monitor import Watch
-from graftkit.runs.prepare import Prepared, prepare, prepare_rows, without_classes
+from graftkit.runs.prepare import Prepared, prepare, prepare_rows
 from graftkit.tasks.base import Dataset
 
 
@@ -314,7 +314,7 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     })  # fmt: skip
     train = recipe.train.model_copy(update={"precision": prepared.precision})
     model = absolute(recipe.model) if Path(recipe.model).expanduser().is_dir() else recipe.model
-    method = str(without_classes(prepared.graft.method)) or None  # other data may have other labels
+    method = str(prepared.graft.method.without_outputs()) or None  # other data may have other labels
     return recipe.model_copy(update={
         "model": model, "weights": absolute(recipe.weights), "data": data, "train": train, "method": method,
         "out": str(folder),

@@ -12,7 +12,7 @@ from conftest import equal_bits, make_rows, tune_words, write_csv
 from graftkit.engine.audit import Audit
 from graftkit.engine.loop import NotFinite
 from graftkit.errors import UserError
-from graftkit.methods.base import Group
+from graftkit.optim.labels import Group
 
 CPU = torch.device("cpu")
 

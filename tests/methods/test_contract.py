@@ -13,7 +13,8 @@ from torch import nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
-from graftkit.methods.base import Labels, read
+from graftkit.methods.base import read
+from graftkit.optim.labels import Labels
 from graftkit.recipe.catalogue import entries
 
 KINDS = ("bert", "gpt2", "llama")

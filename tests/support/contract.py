@@ -163,7 +163,7 @@ def labelled_trains_and_nothing_else_moves(pair: Pair) -> None:
 def base_is_untouched(pair: Pair) -> None:
     """Names and values are as before, and a base checkpoint loads before or after grafting."""
     graft = pair.attached()
-    replaced = tuple(f"{name}." for name in graft._replaced)
+    replaced = tuple(f"{name}." for name in graft.replaced)
     state = graft.model.state_dict()
     wanted = {n: v for n, v in pair.model.fresh().state_dict().items() if not n.startswith(replaced or "\0")}
     assert state.keys() >= wanted.keys(), wanted.keys() - state.keys()

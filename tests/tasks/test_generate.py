@@ -22,7 +22,7 @@ from graftkit.data.read import read_table
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import predict as run_predict
 from graftkit.errors import UserError
-from graftkit.grafts.graft import attach
+from graftkit.grafts.attach import attach
 from graftkit.tasks.generate.task import Generate
 
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}

@@ -13,7 +13,7 @@ from language_models import folder, rows
 import graftkit
 from graftkit.backbone.load import auto_class, find_source, load_backbone
 from graftkit.errors import UserError
-from graftkit.grafts.graft import attach
+from graftkit.grafts.attach import attach
 
 HERE = importlib.util.find_spec("bitsandbytes") is not None
 needed = pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed")

@@ -15,7 +15,7 @@ from graftkit.data.columns import find_columns
 from graftkit.data.packing import leaks, pack, positions
 from graftkit.data.read import read_table
 from graftkit.errors import UserError
-from graftkit.grafts.graft import attach
+from graftkit.grafts.attach import attach
 from graftkit.methods.base import read as read_method
 from graftkit.tasks.generate.data import conversation
 from graftkit.tasks.generate.scores import scores_of, token_scores

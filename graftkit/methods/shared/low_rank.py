@@ -24,10 +24,11 @@ from graftkit.backbone.weights import (
     multiply,
 )
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Group, Labels, PeftForm, new_parameter
+from graftkit.methods.base import PeftForm, new_parameter
 from graftkit.methods.shared.mixtures import FactorMixture
 from graftkit.methods.shared.peft_lora import write
 from graftkit.methods.shared.updates import SizedMethod, Update
+from graftkit.optim.labels import Group, Labels
 
 STABLE_ALPHA = 16.0  # Kalajdzievski 2023: the same for every rank
 

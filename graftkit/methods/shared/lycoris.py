@@ -13,7 +13,7 @@ from graftkit.methods.base import PeftForm, exactly
 from graftkit.methods.shared.updates import SizedMethod, by_site, peft_targets
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 def write(

@@ -15,8 +15,8 @@ from graftkit.methods.base import PeftForm, exactly
 from graftkit.methods.shared.updates import by_site, peft_targets
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
     from graftkit.methods.shared.low_rank import LowRankMethod
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 # ways to start that rewrite the base's weights
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -15,10 +15,11 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at, without_autocast
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Addition, Group, Labels, Method, exactly, labels_of, place
+from graftkit.methods.base import Addition, Method, exactly, labels_of, place
+from graftkit.optim.labels import Group, Labels
 
 if TYPE_CHECKING:
-    from graftkit.grafts.peft_folder import PeftReading
+    from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.mixtures import MatrixMixture
 
 MAPS = ("linear", "transposed")  # of which the input is that of the module

@@ -1,0 +1,78 @@
+"""Adding a method's parameters to a model, in place, and taking them off again."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.errors import UserError
+from graftkit.grafts.graft import Graft
+from graftkit.grafts.guards import lone_places, own_trained, refuse_conflict, refuse_mixed, refuse_untrainable
+from graftkit.grafts.register import folded_on, grafts_of
+from graftkit.grafts.snapshot import Snapshot, claim
+from graftkit.grafts.still import hold_still, moving_statistics
+from graftkit.methods.base import Chain, Method, as_chain
+
+
+def attach(
+    model: nn.Module | Backbone, method: Method | str, *, name: str = "default", keep_base: bool = True
+) -> Graft:
+    """Add a method's parameters to a model, in place, and freeze everything else.
+
+    `method`: for example `LoRA(rank=8) + Head(classes=3)`, or the same as a string. `keep_base`: keep a copy
+    of the base parameters that the method trains, which `disable` needs. Raises `UserError` where the method
+    does not fit the model; the model is then as it was.
+    """
+    backbone = model if isinstance(model, Backbone) else Backbone(model)
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"graft name {name!r} must be a plain word (letters, digits, hyphens, underscores).")
+    refuse_mixed(backbone.model)
+    present = set(backbone.model.modules())
+    others = grafts_of(backbone.model)
+    if name in others:
+        raise UserError(
+            f"a graft named {name!r} is attached to {backbone.source} already; give this one another name, "
+            "or detach that one first."
+        )
+    if folded_on(backbone.model):
+        raise UserError(
+            f"the graft {folded_on(backbone.model)[-1].name!r} is folded into {backbone.source}; unfold it first."
+        )
+    chain = as_chain(method)
+    chain = Chain(tuple(m.resolve(backbone) for m in chain.methods))
+    backbone.base_parameters  # noqa: B018  (the names as they are before anything is added)
+    snapshot = Snapshot(backbone)
+    try:
+        labels = chain.attach(backbone, name)
+        claim(backbone.model, present, name)
+        replaced = snapshot.replaced(backbone.model)
+        refuse_untrainable(backbone, chain, labels, replaced)
+        statistics = set(moving_statistics(backbone, labels))
+        own = own_trained(backbone, labels, replaced) | statistics
+        refuse_conflict(backbone, name, own | set(replaced) | lone_places(backbone.model, name), replaced)
+        hold_still(backbone.model, name, statistics)
+    except BaseException:
+        claim(backbone.model, present, name)
+        snapshot.restore(backbone, name)
+        raise
+    claim(backbone.model, present, name)
+    originals = None
+    if keep_base:
+        originals = {n: t.detach().clone() for n, t in _tensors(backbone.model) if n in own and not t.is_meta}
+    graft = Graft(backbone, chain, labels, name, originals, snapshot)
+    others[name] = graft
+    return graft.requires_grad_()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def detach(graft: Graft) -> nn.Module:
+    """Remove what the graft added and give the base its own values back; returns the plain model."""
+    refuse_mixed(graft.model)
+    graft.disable()
+    graft.snapshot.remove(graft)
+    return graft.model

@@ -1,0 +1,119 @@
+"""A graft as the values that its folder holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftkit.backbone.anatomy import base_modules
+from graftkit.grafts.stored import STORED_NAME, Contents
+from graftkit.methods.base import PeftForm
+
+if TYPE_CHECKING:
+    from graftkit.grafts.graft import Graft
+
+
+def contents_of(graft: Graft, about: dict[str, Any]) -> Contents:
+    """What is written of an active graft that is not folded; `about` goes into the description."""
+    with torch.no_grad():
+        form = _peft_form(graft)
+    description = {
+        "method": str(graft.method.stored()),
+        "backbone": graft.backbone.source,
+        "fingerprint": graft.backbone.fingerprint,
+        "missing": list(graft.backbone.missing),
+        "trained_parameters": sum(p.numel() for p in graft.parameters.values()),
+        **about,
+    }
+    tensors = {stored_name(graft, name): tensor for name, tensor in graft.tensors.items()}
+    return Contents(tensors, form, description)
+
+
+def stored_name(graft: Graft, parameter: str) -> str:
+    """The name under which a parameter is kept: as if the graft were called 'default'."""
+    for addition, _ in graft.additions():
+        if parameter.startswith(f"{addition}."):
+            base = addition[: -len(graft.name)]
+            return f"{base}{STORED_NAME}{parameter[len(addition) :]}"
+    return parameter
+
+
+def _peft_form(graft: Graft) -> PeftForm | None:
+    """The graft as PEFT would write it; None where PEFT cannot express the whole of it, but for a pooled head.
+
+    Beside one adapter these are modules that are trained as a whole (`modules_to_save`).
+    """
+    forms = {
+        method.name: form
+        for method in graft.method.methods
+        if (form := method.to_peft(graft.backbone, graft.name)) is not None
+    }
+    others = {
+        n: p for n, p in graft.parameters.items()
+        if graft.labels[n].role != "head" and graft.labels[n].method not in forms
+    }  # fmt: skip
+    if len(forms) != 1:
+        return None
+    form = next(iter(forms.values()))
+    tensors = dict(form.tensors)
+    if others and not _savable(graft, set(others), tensors):
+        return None  # a part alone would load without a word and give other outputs
+    head = {n: p for n, p in graft.parameters.items() if n in graft.backbone.base_parameters}
+    head = {n: p for n, p in head.items() if graft.labels[n].role == "head"}
+    config = {
+        **form.config,
+        "base_model_name_or_path": graft.backbone.source,
+        "task_type": _task_type(graft, bool(head)),
+        "inference_mode": True,
+    }
+    if head or others:
+        config["modules_to_save"] = sorted({*_wholes(graft, set(head)), *_wholes(graft, set(others))})
+    # PEFT wraps the model once for what sits on modules, and not at all for what stands before the text
+    wrapper = "base_model" if "prompt_embeddings" in tensors else "base_model.model"
+    tensors |= {f"{wrapper}.{name}": parameter for name, parameter in (head | others).items()}
+    return PeftForm(config, tensors)
+
+
+def _savable(graft: Graft, names: set[str], adapter: dict[str, Tensor]) -> bool:
+    """Whether PEFT can keep these base parameters beside an adapter: as copies of whole modules, which it finds by name."""
+    if "prompt_embeddings" in adapter or graft.statistics or not names <= set(graft.backbone.base_parameters):
+        return False
+    wholes = _wholes(graft, names)
+    modules = [name for name, _ in base_modules(graft.model)]
+    owners: dict[int, int] = {}
+    for _, parameter in graft.model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    inside = tuple(f"{name}." for name in wholes)
+    return (
+        all(wholes)
+        and {name for name in graft.backbone.base_parameters if name.startswith(inside)} == names
+        and all(owners[id(graft.parameters[name])] == 1 for name in names)  # a copy would part tied weights
+        and not any(module.endswith(f".{name}") for module in modules for name in wholes)
+        and not any(f"{name.removeprefix('base_model.model.')}.".startswith(inside) for name in adapter)
+    )
+
+
+def _wholes(graft: Graft, names: set[str]) -> list[str]:
+    """The outermost modules all of whose base parameters are among these: PEFT saves a head of several maps as one."""
+    found = set()
+    for name in names:
+        owner = name.rpartition(".")[0]
+        while outer := owner.rpartition(".")[0]:
+            if not {n for n in graft.backbone.base_parameters if n.startswith(f"{outer}.")} <= names:
+                break
+            owner = outer
+        found.add(owner)
+    return sorted(found)
+
+
+def _task_type(graft: Graft, head: bool) -> str | None:
+    """The wrapper class that PEFT is to use; none for a user's own module, which takes what it takes."""
+    if not hasattr(graft.model, "config"):
+        return None
+    if head:
+        return "SEQ_CLS"
+    if not getattr(graft.model, "can_generate", bool)():
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if graft.model.config.is_encoder_decoder else "CAUSAL_LM"  # type: ignore[union-attr]

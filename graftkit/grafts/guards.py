@@ -1,0 +1,134 @@
+"""What grafts on one model would do to one another, refused before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.anatomy import Added
+from graftkit.errors import NotFoldable, UserError, listing
+from graftkit.grafts.register import MIXED, grafts_of
+from graftkit.methods.base import Addition, Method
+from graftkit.optim.labels import Labels
+
+if TYPE_CHECKING:
+    from graftkit.grafts.graft import Graft
+
+
+def refuse_mixed(model: nn.Module) -> None:
+    """Raise `UserError` where grafts are mixed at the moment."""
+    if vars(model).get(MIXED) is not None:
+        raise UserError(
+            f"the grafts of {type(model).__name__} are mixed by graftkit.using at the moment; leave the with block before "
+            "you attach, detach, enable, fold or save one."
+        )
+
+
+def refuse_conflict(backbone: Backbone, name: str, changes: set[str], replaced: dict[str, nn.Module]) -> None:
+    """Raise `UserError` where another active graft puts its own in place of the same part of the base."""
+    others = [graft for graft in grafts_of(backbone.model).values() if graft.active and graft.name != name]
+    for other in others:
+        shared = sorted(changes & other.changes)
+        if shared:
+            raise UserError(
+                f"the grafts {name!r} and {other.name!r} both change {listing(shared, 3)} of {backbone.source}, so only "
+                f"one of them can be active: disable {other.name!r} first, or detach it."
+            )
+    refuse_lost(backbone.model, name, replaced, others)
+
+
+def refuse_lost(model: nn.Module, name: str, replaced: dict[str, nn.Module], others: Iterable[Graft]) -> None:
+    """Raise `UserError` where a graft adds to a module that another one replaces: the addition would not be called."""
+    for other in others:
+        pairs = [(other.name, name, *item) for item in replaced.items()]
+        pairs += [(name, other.name, *item) for item in other.replaced.items()]
+        for adding, replacing, place, held in pairs:
+            parts = [*held.modules(), *model.get_submodule(place).modules()]
+            if other.name != name and any(
+                isinstance(part, Added) and part.graft == adding and part.changes_outputs for part in parts
+            ):
+                raise UserError(
+                    f"the graft {adding!r} adds to {place!r}, in the place of which the graft {replacing!r} puts a module of "
+                    f"its own, so only one of them can be active: disable {other.name!r} first, or detach it."
+                )
+
+
+def refuse_entangled(model: nn.Module, graft: str) -> None:
+    """Raise `NotFoldable` where a graft cannot be melted into a module apart from what else acts there.
+
+    Sums can be taken apart, and what was added later goes on acting on the module's new output. What was added before
+    acted on the old one, and what acts beside a change of the input saw that too.
+    """
+    for name, site in model.named_modules():
+        acting = [
+            child
+            for child in site.children()
+            if isinstance(child, Addition)
+            and child.active
+            and child.changes_outputs
+            and not child.survives_fold
+        ]
+        for i, own in enumerate(acting):
+            if own.graft != graft:
+                continue
+            at_output = type(own).before is Addition.before
+            for j, other in enumerate(acting):
+                same = other.graft == graft and type(other) is type(own)
+                behind = j > i and other.graft != graft and at_output
+                if not (same or behind or (own.adds and other.adds)):
+                    owner = "the same graft" if other.graft == graft else f"the graft {other.graft!r}"
+                    raise NotFoldable(
+                        f"{type(own).__name__} of the graft {graft!r} cannot be folded into {name!r} apart from "
+                        f"{type(other).__name__} of {owner}, which acts there too. Keep the graft folder, or fold what "
+                        "was attached first before the other is attached."
+                    )
+
+
+def own_trained(backbone: Backbone, labels: Labels, replaced: dict[str, nn.Module]) -> set[str]:
+    """The base's own parameters that are trained in place, its own head's among them."""
+    return {
+        name
+        for name in labels
+        if name in backbone.base_parameters and not any(name.startswith(f"{module}.") for module in replaced)
+    }
+
+
+def lone_places(model: nn.Module, graft: str) -> set[str]:
+    """What messages call the places where a graft has an addition beside which there can be no other."""
+    return {
+        f"the output of {name.rpartition('.')[0] or type(model).__name__}"
+        for name, module in model.named_modules()
+        if isinstance(module, Added) and module.graft == graft and module.lone
+    }
+
+
+def refuse_shared(model: nn.Module, method: Method, changed: Collection[str]) -> None:
+    """A weight that two modules share cannot take an update that belongs to one of them."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        if len(names) > 1 and set(names) & set(changed):
+            raise NotFoldable(
+                f"{method} cannot be folded: {listing(names)} are one tied weight, and an update of "
+                "one of them would change the others. Untie them, or leave them out of the selection."
+            )
+
+
+def refuse_untrainable(backbone: Backbone, method: Method, labels: Labels, replaced: Collection[str]) -> None:
+    if not labels and str(method):
+        raise UserError(f"{method} trains nothing; add a method such as lora() or head().")
+    new = tuple(f"{name}." for name in replaced)
+    random = [
+        n for n, _ in backbone.model.named_parameters() if new and n.startswith(new) and n not in labels
+    ]
+    if random:
+        raise UserError(f"{listing(random)} are new and would stay random; leave them out of freeze().")
+    for name, parameter in backbone.model.named_parameters():
+        if name in labels and not parameter.dtype.is_floating_point:
+            raise UserError(
+                f"{labels[name].method}(): {name!r} is stored as {parameter.dtype} and cannot be trained; use lora()."
+            )

@@ -1,0 +1,100 @@
+"""Attaching a graft that was saved."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone import Backbone
+from graftkit.backbone.anatomy import is_linear
+from graftkit.errors import UserError, listing
+from graftkit.grafts.attach import attach, detach
+from graftkit.grafts.contents import stored_name
+from graftkit.grafts.folder import read
+from graftkit.grafts.graft import Graft
+from graftkit.grafts.stored import Stored
+from graftkit.methods.base import Chain
+from graftkit.methods.base import read as read_method
+
+
+def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default") -> Graft:
+    """Attach the graft in folder `path` (written by `Graft.save` or by PEFT) to its backbone.
+
+    Raises `UserError` for another backbone, for missing, unexpected or misshapen tensors.
+    """
+    stored = read(Path(path))
+    backbone = model if isinstance(model, Backbone) else Backbone(model)
+    if stored.fingerprint is not None and stored.fingerprint != backbone.fingerprint:
+        raise UserError(
+            f"the graft in {path} was trained on another backbone ({stored.backbone or 'unknown'}, fingerprint "
+            f"{stored.fingerprint}); {backbone.source} has {backbone.fingerprint}. Load that backbone instead."
+        )
+    before, graft = backbone.missing, None
+    backbone.missing = tuple(sorted({*before, *map(str, stored.about.get("missing", ()))}))
+    try:
+        graft = attach(backbone, method_for(stored, backbone), name=name)
+        wanted = graft.tensors
+        tensors = tensors_for(stored, graft)
+        _refuse_misfits(path, backbone, wanted, tensors)
+    except BaseException as error:
+        if graft is not None:
+            detach(graft)
+        backbone.missing = before
+        if isinstance(error, UserError) and str(path) not in str(error):
+            raise UserError(f"the graft in {path} does not fit {backbone.source}: {error}") from None
+        raise
+    with torch.no_grad():
+        for tensor_name, tensor in wanted.items():
+            tensor.copy_(tensors[tensor_name])
+    return graft
+
+
+def _refuse_misfits(
+    path: str | Path, backbone: Backbone, wanted: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> None:
+    missing, unexpected = set(wanted) - set(tensors), set(tensors) - set(wanted)
+    if missing or unexpected:
+        raise UserError(
+            f"the graft in {path} does not fit {backbone.source}: "
+            f"missing {listing(sorted(missing), 5) or 'nothing'}; unexpected {listing(sorted(unexpected), 5) or 'nothing'}."
+        )
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"the graft in {path}: {name!r} has shape {tuple(tensors[name].shape)}, "
+                f"but {tuple(parameter.shape)} is needed."
+            )
+        kinds = [(t.dtype.is_floating_point, t.dtype.is_complex) for t in (tensors[name], parameter)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"the graft in {path}: {name!r} is stored as {tensors[name].dtype}, but {parameter.dtype} is needed."
+            )
+        if tensors[name].isnan().any():
+            raise UserError(
+                f"the graft in {path}: {name!r} holds values that are no numbers (NaN); restore it from a copy."
+            )
+
+
+def method_for(stored: Stored, backbone: Backbone) -> Chain:
+    """The method; modules that PEFT saved are the backbone's own head, or are unfrozen."""
+    text = stored.method
+    maps = [site.name for site in backbone.sites if site.role == "head" and is_linear(site.module)]
+    output = f"{maps[-1]}.weight" if maps else ""
+    if output in stored.saved:
+        text += f" + head(classes={stored.tensors[output].shape[0]}, pooling='own')"
+    heads = {site.name for site in backbone.sites if site.role == "head"}
+    others = [n.rpartition(".")[0] for n in stored.saved if n not in backbone.missing]
+    others = [re.escape(owner) for owner in dict.fromkeys(others) if owner not in heads]
+    if others:
+        text += f" + unfreeze({'re:' + '|'.join(others)!r})"
+    return read_method(text) if text else Chain()  # of a task that trains nothing
+
+
+def tensors_for(stored: Stored, graft: Graft) -> dict[str, Tensor]:
+    """Tensors by the parameter names that the graft has on its backbone. Raises `UserError` for misfits."""
+    names = {stored_name(graft, name): name for name in graft.tensors}
+    tensors = graft.method.unpack(graft.backbone, dict(stored.tensors))
+    return {names.get(kept, kept): tensor for kept, tensor in tensors.items()}
