@@ -195,7 +195,7 @@ def test_what_is_kept_is_the_prefix_of_today(ready, monkeypatch):
     assert [phase.depth for phase in run.loop.phases] == [3, 2, 1, 0, 0]
     assert len(list(run.loop)) == 60
     nothing = ("NoneType", None)
-    assert seen == [("AtPooledHead", None), ("AtBlock", 2), ("AtBlock", 1), nothing, nothing]
+    assert seen == [("AtHead", None), ("AtBlock", 2), ("AtBlock", 1), nothing, nothing]
 
 
 def test_one_pass_over_the_rows_is_not_kept(ready):
