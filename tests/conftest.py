@@ -215,7 +215,7 @@ def ready(tiny_bert, rows_folder):
         prepared = prepare(recipe, prepare_rows(recipe, rows))
         dataset = prepared.rows.task.dataset(prepared.rows.train, prepared.backbone, prepared.max_length)
         forward = Forward(prepared.graft, torch.device("cpu"), prepared.precision)
-        loop = Loop(prepared.graft, dataset, forward, prepared.phases, prepared.criterion, prepared.settings)
+        loop = Loop(prepared.graft, dataset, forward, prepared.phases, prepared.learn, prepared.settings)
         return SimpleNamespace(
             prepared=prepared, graft=prepared.graft, dataset=dataset, loop=loop, forward=forward
         )

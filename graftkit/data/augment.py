@@ -1,5 +1,5 @@
-"""Random changes of training images. All that is random is drawn from torch's global generator, before any work is
-given to threads, so that the same seed gives the same images.
+"""Random changes of training images. All that is random comes from numbers that are drawn for each image by itself, so
+that an image is changed in the same way whatever stands beside it in a batch, and whichever thread changes it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DRAWS = 64  # numbers for one image: 40 for a crop, 2 for each operation
+DRAWS = 67  # numbers for one image: 40 for a crop, 2 for each operation, and for `pixels` the last 3
 TRIES = 10  # at a box that lies within the image
 MOST_OPERATIONS = 12
 MOST = 30  # largest magnitude of an operation
@@ -58,13 +59,13 @@ class Augmentation:
         """Whether images of a batch are mixed, and with them their targets."""
         return bool(self.mixup or self.cutmix)
 
-    def draw(self, images: int) -> Tensor:
-        """The numbers (images, DRAWS) in [0, 1) that `image` uses."""
-        return torch.rand(images, DRAWS)
+    def draw(self, random: np.random.Generator) -> list[float]:
+        """The DRAWS numbers in [0, 1) that `image` and `pixels` use for one image."""
+        return random.random(DRAWS).tolist()
 
-    def image(self, image: Image, drawn: Tensor, size: tuple[int, int], resample: int) -> Image:
+    def image(self, image: Image, drawn: list[float], size: tuple[int, int], resample: int) -> Image:
         """One image changed, of `size` (height, width) where it is cropped."""
-        numbers = iter(drawn.tolist())
+        numbers = iter(drawn)
         first = [next(numbers) for _ in range(4 * TRIES)]
         if self.crop == "resized":
             box = random_box(image.width, image.height, self.smallest, iter(first))
@@ -73,33 +74,33 @@ class Augmentation:
             image = operate(image, self.magnitude, next(numbers), next(numbers))
         return image
 
-    def pixels(self, x: Tensor) -> Tensor:
-        """A batch (images, channels, height, width) moved and flipped, each image by itself."""
+    def pixels(self, x: Tensor, drawn: list[list[float]]) -> Tensor:
+        """A batch (images, channels, height, width) moved and flipped, each image by its own numbers."""
         if self.crop == "padded":
             height, width = x.shape[2:]
-            places = torch.randint(0, 2 * self.padding + 1, (len(x), 2)).tolist()
+            places = [[int(u * (2 * self.padding + 1)) for u in numbers[-3:-1]] for numbers in drawn]
             wide = torch.nn.functional.pad(x, [self.padding] * 4)
             x = torch.stack(
                 [y[:, top : top + height, left : left + width] for y, (top, left) in zip(wide, places)]
             )
         if self.flip:
-            flipped = torch.rand(len(x)) < self.flip
+            flipped = torch.tensor([numbers[-1] < self.flip for numbers in drawn], device=x.device)
             x = torch.where(flipped[:, None, None, None], x.flip(3), x)
         return x
 
-    def mix(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+    def mix(self, x: Tensor, random: np.random.Generator) -> tuple[Tensor, np.ndarray, float]:
         """Images (images, channels, height, width) mixed in pairs, the number of the other one of each, (images,), and
         the share of each image that is its own."""
-        cut = self.cutmix > 0 and (self.mixup == 0 or float(torch.rand(())) < 0.5)
+        cut = self.cutmix > 0 and (self.mixup == 0 or random.random() < 0.5)
         alpha = self.cutmix if cut else self.mixup
-        share = float(torch.distributions.Beta(alpha, alpha).sample())
-        other = torch.randperm(len(x))
+        share = float(random.beta(alpha, alpha))
+        other = random.permutation(len(x))
         if not cut:
             return share * x + (1 - share) * x[other], other, share
         height, width = x.shape[2:]
         side = math.sqrt(1 - share)
-        top, bottom = _stretch(height, side, float(torch.rand(())))
-        left, right = _stretch(width, side, float(torch.rand(())))
+        top, bottom = _stretch(height, side, random.random())
+        left, right = _stretch(width, side, random.random())
         x = x.clone()
         x[:, :, top:bottom, left:right] = x[other][:, :, top:bottom, left:right]
         return x, other, 1 - (bottom - top) * (right - left) / (height * width)

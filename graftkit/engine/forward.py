@@ -7,7 +7,6 @@ are computed in batches that depend on the data alone, so a resumed run finds th
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,16 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
-from graftkit.data.batches import ordered_batches
+from graftkit.data.order import ordered_batches
+from graftkit.data.source import Batch
 from graftkit.engine.frozen import Phase, head_of, only_head_trains, set_training
 from graftkit.engine.kept import Kept
+from graftkit.engine.memory import host_memory, in_parts
+from graftkit.engine.parallel import all_agree, processes
 from graftkit.engine.precision import autocast
 from graftkit.grafts.graft import Graft
 from graftkit.methods.base import OutputHead
 from graftkit.optim.labels import Labels
-from graftkit.tasks.base import Batch, Dataset
+from graftkit.tasks.base import Dataset
 
-MEMORY_SHARE = 0.25  # of the machine's memory that kept outputs may take
+MEMORY_SHARE = 0.25  # of the memory that this process may use which cached activations may take
+ADVICE = "lower data.max_length."
 FILL_BATCH = 64
 SAME = 1e-3  # largest difference of a logit, as a share of the largest, that padding and bf16 may make
 
@@ -41,7 +44,18 @@ class Forward:
 
     def __call__(self, batch: Batch) -> Tensor:
         with autocast(self.device, self.precision):
-            return batch.dataset.logits(self.graft.model, batch)
+            return batch.source.call(self.graft.model, batch)
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether `Batch.inputs` are needed: they are not where a pass starts from cached activations."""
+        return True
+
+    @torch.no_grad()
+    def base(self, batch: Batch) -> Tensor:
+        """Outputs of the model with the graft switched off, in eval mode."""
+        with _evaluating(self.graft.model), self.graft.disabled(), autocast(self.device, self.precision):
+            return batch.source.call(self.graft.model, batch)
 
     def enter(self, phase: Phase) -> None:
         """Told by the loop where other parameters are trained from now on; for most methods there is one phase."""
@@ -61,6 +75,10 @@ class PhasedForward(Forward):
     def __call__(self, batch: Batch) -> Tensor:
         return self.inner(batch)
 
+    @property
+    def reads_inputs(self) -> bool:
+        return self.inner.reads_inputs
+
     def enter(self, phase: Phase) -> None:
         self.inner = Forward(self.graft, self.device, self.precision)  # lets go of what was kept
         self.inner = make_forward(
@@ -79,18 +97,37 @@ class CachedForward(Forward):
         self.start = start
         self.plain = Forward(graft, device, precision)
         self.kept = Kept(dataset.lengths, ragged=start.per_token and not dataset.uniform)
-        with _evaluating(graft.model), torch.no_grad():
-            for rows in ordered_batches(dataset.lengths, FILL_BATCH):
-                self.kept.put(rows, start.capture(self.plain, dataset.batch(rows, device)))
+        self._fill(dataset)
+
+    @torch.no_grad()
+    def _fill(self, dataset: Dataset) -> None:
+        """Compute what is kept: a share of the batches in each process, and all are given all."""
+        index, world = processes()
+
+        def capture(rows: np.ndarray) -> Tensor:
+            return self.start.capture(self.plain, dataset.batch(rows, self.device))
+
+        with _evaluating(self.graft.model):
+            for batch in ordered_batches(dataset.lengths, FILL_BATCH)[index::world]:
+                for rows, values in in_parts(batch, self.device, capture, ADVICE):
+                    self.kept.put(rows, values)
+        if world > 1:
+            self.kept.exchange()
+
+    @property
+    def reads_inputs(self) -> bool:
+        return self.start.reads_inputs
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.start.resume(self.plain, batch, self.kept.get(batch.rows).to(self.device))
 
 
 class Start(Protocol):
-    """A place in the network all of whose input is frozen. `per_token`: this is a state for each token of a row."""
+    """A place in the network all of whose input is frozen. `per_token`: this is a state for each token of a row.
+    `reads_inputs`: going on from there needs the inputs of the batch, such as its mask."""
 
     per_token: bool
+    reads_inputs: bool
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
         """What comes in there."""
@@ -103,6 +140,8 @@ class Start(Protocol):
 
 class AtHead:
     """At a head of ours: pooled features (rows, width), or the states of tokens."""
+
+    reads_inputs = False
 
     def __init__(self, head: OutputHead) -> None:
         self.head = head
@@ -121,7 +160,7 @@ class AtHead:
 class AtBlock:
     """At block `depth`, which is given (rows, length, width), or maps."""
 
-    per_token = True
+    per_token = reads_inputs = True
 
     def __init__(self, blocks: list[nn.Module], depth: int) -> None:
         self.blocks, self.depth = blocks, depth
@@ -137,7 +176,7 @@ class AtBlock:
 class AtOwnHead:
     """At the last layers of the model itself, whose output is the logits, each row of `shape`."""
 
-    per_token = False
+    per_token = reads_inputs = False
 
     def __init__(self, module: nn.Module, shape: torch.Size) -> None:
         self.module, self.shape = module, shape
@@ -178,11 +217,11 @@ def make_forward(
         found = _own_head(plain, depth, dataset, labels) or (
             _passed_on(plain, blocks, dataset) if blocks > 0 else None
         )
-    if found is None:
+    fits = found is not None and found[1] * 4 < MEMORY_SHARE * host_memory()
+    if not all_agree(fits):
         return plain
-    start, size = found
-    if size * 4 >= MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return plain
+    assert found is not None
+    start, _ = found
     return CachedForward(graft, device, precision, dataset, start)
 
 

@@ -16,6 +16,21 @@ class Kept:
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.values: Tensor | None = None
 
+    def exchange(self) -> None:
+        """Give all processes what each of them has put: the values of the others are zero."""
+        from graftkit.engine.parallel import add_up, gather
+
+        shapes = [
+            shape
+            for shape in gather(None if self.values is None else (self.values.shape[1:], self.values.dtype))
+            if shape
+        ]
+        if self.values is None:
+            shape, kind = shapes[0]
+            rows = int(self.offsets[-1]) if self.ragged else len(self.lengths)
+            self.values = torch.zeros((rows, *shape), dtype=kind)
+        add_up(self.values)
+
     def put(self, rows: np.ndarray, values: Tensor) -> None:
         """Keep `values` (rows, length, width), or (rows, ...) where all rows have one shape."""
         if self.values is None:
@@ -24,7 +39,7 @@ class Kept:
                 if self.ragged
                 else (len(self.lengths), *values.shape[1:])
             )
-            self.values = values.new_empty(shape, device="cpu")
+            self.values = values.new_zeros(shape, device="cpu")
         if not self.ragged:
             self.values[torch.from_numpy(rows)] = values.cpu()
             return

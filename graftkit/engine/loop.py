@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from graftkit.backbone.anatomy import has_statistics
-from graftkit.data.batches import epoch_batches, ordered_batches, steps_per_epoch
+from graftkit.backbone.memory import is_out_of_memory
+from graftkit.data.order import Order, steps_per_epoch
+from graftkit.data.source import Batch, Pass, Source
 from graftkit.engine import checkpoint
+from graftkit.engine.ahead import Ahead
 from graftkit.engine.audit import STEPS, Audit
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, set_training
-from graftkit.engine.parallel import processes, sum_gradients, sum_numbers
+from graftkit.engine.memory import release
+from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
 from graftkit.errors import UserError
 from graftkit.grafts.graft import Graft
 from graftkit.optim.labels import Labels
 from graftkit.optim.schedule import factor
-from graftkit.tasks.base import Calls, Criterion, Dataset, Task
+from graftkit.tasks.base import Learn, Terms
 
 LOW = 0.01  # share of the learning rate below which a step may be too small to change a number
 
@@ -45,10 +50,20 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Of one term in one step: the mean loss over its `units`, and the share of them that were answered right, where the
+    task says so."""
+
+    loss: float
+    units: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class Step:
-    """One optimizer step: its 1-based number, the mean loss over its units (rows, or labelled tokens), and the
-    gradient's norm. `hits`: units answered right; nan where a task cannot say. `unused`: parameters that turned out to
-    have no part in the output; `zero`: those whose gradient was zero in the whole first epoch."""
+    """One optimizer step: its 1-based number, its loss (the weighted sum of the means of its terms), and the gradient's
+    norm. `unused`: parameters that turned out to have no part in the output; `zero`: those whose gradient was zero in
+    the whole first epoch."""
 
     number: int
     epoch: float
@@ -56,47 +71,58 @@ class Step:
     gradient_norm: float
     lr_factor: float
     rows: int
-    units: float
-    hits: float
     tokens: int
+    terms: Mapping[str, Figures] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the units that were answered right in training."""
-        return None if math.isnan(self.hits) else self.hits / self.units
+        """That of the first term that has one."""
+        return next((f.accuracy for f in self.terms.values() if f.accuracy is not None), None)
 
 
 class NotFinite(UserError):
     """A loss or gradient was not finite; the weights were not changed."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """The batches of one step: the row numbers of all processes, the batches of this one, the units of each term in all."""
+
+    rows: list[np.ndarray]
+    own: list[Batch]
+    units: dict[str, float]
+    tokens: int
+
+
 class Loop:
-    """Iterating trains `graft` on `dataset` from the present step to the last.
+    """Iterating trains `graft` on a source from the present step to the last.
 
     `phases`: what is trained when. What is not yet trained has no gradient, and so no optimizer state and no decay.
     """
 
-    def __init__(self, graft: Graft, dataset: Dataset, forward: Forward, phases: Sequence[Phase],
-                 criterion: Criterion, settings: Settings) -> None:  # fmt: skip
+    def __init__(self, graft: Graft, source: Source, forward: Forward, phases: Sequence[Phase],
+                 learn: Learn, settings: Settings) -> None:  # fmt: skip
         self.graft = graft
-        self.dataset = dataset
+        self.source = source
         self.forward = forward
         self.phases = phases
-        self.criterion = criterion
+        self.learn = learn
         self.settings = settings
         self.parameters = graft.parameters  # those that are trained now
         self.step = 0
         self.optimizer = graft.optimizer(settings.lr, settings.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.index, self.world = processes()
-        self.per_epoch = steps_per_epoch(len(dataset), settings.batch_size, settings.accumulate * self.world)
+        self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
         self.split = 1  # into how many parts a batch is cut since memory ran out
-        self._order: tuple[int, list[np.ndarray]] | None = None
+        self._order: tuple[int, Order] | None = None
+        from_first(graft.state.values())
 
     def __iter__(self) -> Iterator[Step]:
         audit: Audit | None = None
+        ahead = Ahead(self.work, self.settings.steps)
         try:
             for phase in self.phases:
                 if self.step >= phase.end:
@@ -105,7 +131,7 @@ class Loop:
                 modules = self.graft.model.modules()
                 lively = next((m for m in modules if m.training and not has_statistics(m)), None)
                 while self.step < phase.end:
-                    result = self._take_step(phase, audit)
+                    result = self._take_step(ahead.take(self.step), phase, audit)
                     if audit is not None and audit.done:
                         audit = None
                     yield result
@@ -113,6 +139,7 @@ class Loop:
                         set_training(self.graft, phase.depth, phase.labels)
             self.graft.model.eval()
         finally:
+            ahead.close()
             for parameter in self.graft.parameters.values():
                 parameter.requires_grad_(True)  # as `attach` left it
 
@@ -136,29 +163,41 @@ class Loop:
     def batches(self, step: int) -> list[np.ndarray]:
         """The row numbers of each batch of a step (0-based), over all processes."""
         epoch, position = divmod(step, self.per_epoch)
-        if self._order is None or self._order[0] != epoch:
+        order = self._order
+        if order is None or order[0] != epoch:
             settings = self.settings
-            self._order = (
-                epoch,
-                epoch_batches(self.dataset.lengths, settings.batch_size, settings.seed, epoch),
-            )
+            order = self._order = epoch, self.source.order(settings.batch_size, settings.seed, epoch)
         width = self.settings.accumulate * self.world
-        return self._order[1][position * width : (position + 1) * width]
+        return order[1].batches(position * width, (position + 1) * width)
 
-    def _take_step(self, phase: Phase, audit: Audit | None) -> Step:
+    def work(self, step: int) -> Work:
+        """The batches of a step, made. A pure function of the step: it runs ahead, in another thread."""
+        at = Pass(self.settings.seed, step // self.per_epoch)
+        rows = self.batches(step)
+        units: dict[str, float] = {}
+        for part in rows:
+            for name, count in self.source.count(part, at).items():
+                units[name] = units.get(name, 0.0) + count
+        own = [self.source.batch(part, self.forward.device, at) for part in rows[self.index :: self.world]]
+        for batch in own:
+            batch.prepare(self.forward.reads_inputs)
+        tokens = sum(self.source.tokens(part) for part in rows)
+        return Work(rows, own, {name: max(1.0, count) for name, count in units.items()}, tokens)
+
+    def _take_step(self, work: Work, phase: Phase, audit: Audit | None) -> Step:
         settings = self.settings
         scale = factor(self.step, settings.steps, settings.warmup, settings.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
-        batches = self.batches(self.step)
-        loss, hits, tokens = self._gradients(batches)
+        sums = self._gradients(work)
         sum_gradients(self.parameters.values())
         if audit is not None:
             audit.after_backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip or math.inf))
+        clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip or math.inf)
+        loss, norm, terms = self._read(sums, clipped, work)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
-            raise NotFinite(self._not_finite(loss, norm, batches))
+            raise NotFinite(self._not_finite(loss, norm, work))
         self.optimizer.step()
         self.step += 1
         if audit is not None:
@@ -171,22 +210,37 @@ class Loop:
             )
         self.graft.after_step(self.step, settings.steps)
         self.optimizer.zero_grad()
-        rows, units = sum(map(len, batches)), self._units(batches)
-        epoch = self.step / self.per_epoch
+        epoch, rows = self.step / self.per_epoch, sum(map(len, work.rows))
         told = ((), ()) if audit is None else (audit.unused, audit.zero)
-        return Step(self.step, epoch, loss, norm, scale, rows, units, hits, tokens, *told)
+        return Step(self.step, epoch, loss, norm, scale, rows, work.tokens, terms, *told)
 
-    def _units(self, batches: list[np.ndarray]) -> float:
-        """How many units the loss of a step is the mean over."""
-        return max(1.0, sum(float(self.dataset.units[rows].sum()) for rows in batches))
+    def _read(self, sums: Sums, norm: Tensor, work: Work) -> tuple[float, float, dict[str, Figures]]:
+        """Loss, norm and figures of a step, read back from the device at once."""
+        device = self.forward.device
+        numbers = [*sums.losses.values(), *sums.correct.values()]
+        found = sum_tensor(torch.stack(numbers)) if numbers else torch.zeros(0, device=device)
+        read = torch.cat([found, norm.detach().to(found).reshape(1)]).tolist()
+        losses = dict(zip(sums.losses, read))
+        correct = dict(zip(sums.correct, read[len(losses) :]))
+        terms = {
+            name: Figures(
+                losses[name] / work.units[name], work.units[name],
+                correct[name] / work.units[name] if name in correct else None,
+            )
+            for name in losses
+        }  # fmt: skip
+        loss = sum(sums.weights[name] * figures.loss for name, figures in terms.items())
+        return loss, read[-1], terms
 
-    def _gradients(self, batches: list[np.ndarray]) -> tuple[float, float, int]:
-        """Gradients of the mean loss over all units of the step; memory that runs out halves the parts."""
+    def _gradients(self, work: Work) -> Sums:
+        """Gradients of the loss of the step; memory that runs out halves the parts."""
         while True:
             try:
-                return self._accumulate(batches)
-            except torch.OutOfMemoryError:
-                largest = max(map(len, batches))
+                return self._accumulate(work)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                largest = max(len(batch.rows) for batch in work.own)
                 if self.split >= largest:
                     raise UserError(
                         "one row alone does not fit into the device's memory; lower data.max_length or choose "
@@ -194,43 +248,58 @@ class Loop:
                     ) from None
             self.split *= 2
             self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
+            release(self.forward.device)
 
-    def _accumulate(self, batches: list[np.ndarray]) -> tuple[float, float, int]:
-        units = self._units(batches)
-        total = torch.zeros((), dtype=torch.float64)
-        hits, tokens = 0.0, 0
+    def _accumulate(self, work: Work) -> Sums:
+        sums = Sums()
         device = self.forward.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             seed = self.settings.seed * 1_000_003 + self.step * self.world + self.index
             torch.manual_seed(seed)
             with _numpy_seeded(seed), fast_dropout(device, self.settings.seed, self.step, self.index):
-                for whole in batches[self.index :: self.world]:
-                    for part in np.array_split(whole, min(self.split, len(whole))):
-                        batch = self.dataset.batch(part, device)
-                        scores = self.criterion(self.forward(batch), batch)
-                        (scores.losses.sum() / units).backward()
-                        total += scores.losses.detach().sum().double().cpu()
-                        hits += math.nan if scores.hits is None else float(scores.hits.sum())
-                        tokens += int(self.dataset.lengths[part].sum())
+                for batch in (part for whole in work.own for part in self._parts(whole)):
+                    terms = self.learn(self.forward, batch)
+                    self._total(terms, work.units).backward()
+                    sums.add(terms)
             extra = (
                 self.graft.extra_loss() if self.index == 0 else None
             )  # gradients are summed over processes
             if extra is not None and extra.requires_grad:
                 extra.backward()
-        loss, hits, read = sum_numbers([float(total) / units, hits, tokens])
-        return loss, hits, int(read)
+        return sums
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The batch, or since memory ran out the parts of it."""
+        if self.split == 1 or len(batch.rows) == 1:
+            return [batch]
+        pieces = np.array_split(batch.rows, min(self.split, len(batch.rows)))
+        return [self.source.batch(rows, batch.device, batch.at) for rows in pieces]
+
+    def _total(self, terms: Terms, units: Mapping[str, float]) -> Tensor:
+        """The part that a batch has in the loss of the step."""
+        if terms.keys() != units.keys():
+            raise ValueError(
+                f"the learner gives the terms {sorted(terms)}, but the source counts units of {sorted(units)}."
+            )
+        parts = [
+            (term.losses.sum() / units[name]) * term.weight
+            if term.weight != 1
+            else term.losses.sum() / units[name]
+            for name, term in terms.items()
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
     @torch.no_grad()
-    def _not_finite(self, loss: float, norm: float, batches: list[np.ndarray]) -> str:
+    def _not_finite(self, loss: float, norm: float, work: Work) -> str:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        rows, guilty = np.concatenate(batches), []
-        for part in batches:
-            batch = self.dataset.batch(part, self.forward.device)
-            losses = self.criterion(self.forward(batch), batch).losses
-            guilty += part[~torch.isfinite(losses).cpu().numpy()].tolist()
+        rows, guilty = np.concatenate(work.rows), []
+        at = work.own[0].at if work.own else Pass()
+        for part in work.rows:
+            terms = self.learn(self.forward, self.source.batch(part, self.forward.device, at))
+            bad = [~torch.isfinite(term.each()).cpu().numpy() for term in terms.values()]
+            guilty += part[np.any(bad, axis=0)].tolist()
         named = sorted(guilty or rows.tolist())
-        places = "; ".join(self.dataset.where(row) for row in named[:8])
+        places = "; ".join(self.source.where(row) for row in named[:8])
         more = f"; and {len(named) - 8} more" if len(named) > 8 else ""
         which = "rows whose own loss is not finite" if guilty else "rows of the batch"
         return (
@@ -248,6 +317,29 @@ class Loop:
         if position is not None:
             self.step = position["step"]
         return position
+
+
+@dataclass
+class Sums:
+    """Losses and correct units of each term, added up on the device over the batches of a step."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    correct: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def add(self, terms: Terms) -> None:
+        """Add the terms of one batch; nothing is read back."""
+        for name, term in terms.items():
+            self.weights[name] = term.weight
+            _add(self.losses, name, term.losses)
+            if term.correct is not None:
+                _add(self.correct, name, term.correct)
+
+
+def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+    kind = torch.float32 if values.device.type == "mps" else torch.float64
+    found = values.detach().sum().to(kind)
+    sums[name] = sums[name] + found if name in sums else found
 
 
 def moving_now(graft: Graft, labels: Labels) -> set[str]:
@@ -282,14 +374,3 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)
-
-
-@torch.no_grad()
-def predict(dataset: Dataset, forward: Calls, task: Task, batch_size: int) -> list[Any]:
-    """The task's outcome of every row, in the dataset's order."""
-    forward.graft.model.eval()
-    result: list[Any] = [None] * len(dataset)
-    for rows in ordered_batches(dataset.lengths, batch_size):
-        for row, outcome in zip(rows, task.outcomes(forward, dataset.batch(rows, forward.device))):
-            result[row] = outcome
-    return result

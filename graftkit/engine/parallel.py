@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def _state() -> Any:
@@ -43,9 +45,52 @@ def sum_numbers(numbers: Sequence[float]) -> list[float]:
     """Each number added up over all processes."""
     if processes()[1] == 1:
         return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device() if device().type == "cuda" else None)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device())
     torch.distributed.all_reduce(sums)
     return sums.tolist()
+
+
+def sum_tensor(values: Tensor) -> Tensor:
+    """A tensor on this process's device added up over all processes, in place."""
+    if processes()[1] > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in the order of these; any that can be pickled, exchanged within one run."""
+    world = processes()[1]
+    if world == 1:
+        return [value]
+    found: list[Any] = [None] * world
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether all processes say yes."""
+    return all(gather(yes))
+
+
+def from_first(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the values of the first one, in place, so that they start from the same."""
+    if processes()[1] == 1:
+        return
+    for tensor in tensors:
+        held = tensor.detach().to(device())
+        torch.distributed.broadcast(held, 0)
+        tensor.data.copy_(held)
+
+
+def add_up(values: Tensor, chunk: int = 1 << 24) -> None:
+    """Add up a tensor on the host over all processes, in place and piece by piece."""
+    if processes()[1] == 1:
+        return
+    flat = values.view(-1)
+    for start in range(0, len(flat), chunk):
+        piece = flat[start : start + chunk].to(device())
+        torch.distributed.all_reduce(piece)
+        flat[start : start + chunk] = piece.cpu()
 
 
 def wait() -> None:

@@ -181,7 +181,7 @@ def _real_rows(loaded: Loaded) -> tuple[Dataset, bool]:
 @torch.no_grad()
 def _logits(model: Any, dataset: Dataset, rows: np.ndarray) -> list[torch.Tensor]:
     """What the model gives for each row alone, in fp32."""
-    return [dataset.logits(model, dataset.batch(rows[i : i + 1])).float().cpu() for i in range(len(rows))]
+    return [dataset.call(model, dataset.batch(rows[i : i + 1])).float().cpu() for i in range(len(rows))]
 
 
 def _card(run: Path, how: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graftkit.data.batches import epoch_batches, padding_share
+from graftkit.data.order import epoch_batches, padding_share
 from graftkit.errors import UserError
 from graftkit.report.console import Console, count, duration, size
 

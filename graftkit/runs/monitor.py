@@ -16,8 +16,9 @@ import torch
 
 from graftkit.engine import checkpoint
 from graftkit.engine.forward import make_forward
-from graftkit.engine.loop import Loop, Step, predict
+from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes, wait
+from graftkit.engine.predict import predict
 from graftkit.errors import UserError, listing
 from graftkit.files import append_lines, write_json, write_text
 from graftkit.report.card import model_card

@@ -17,7 +17,7 @@ from graftkit.data.read import SUFFIXES
 from graftkit.data.stream import ROWS
 from graftkit.engine import parallel, precision
 from graftkit.engine.forward import Forward
-from graftkit.engine.loop import predict as run_predict
+from graftkit.engine.predict import predict as run_predict
 from graftkit.errors import NoGoodRows, UserError, listing, nearest
 from graftkit.grafts import folder as graft_files
 from graftkit.grafts.graft import Graft

@@ -12,8 +12,8 @@ import torch
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import auto_class, find_source, has_two_towers, load_backbone, pooling_of
 from graftkit.backbone.quantized import move
-from graftkit.data.batches import steps_per_epoch
 from graftkit.data.columns import find_again, find_columns
+from graftkit.data.order import steps_per_epoch
 from graftkit.data.read import Table
 from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Phase
@@ -27,7 +27,7 @@ from graftkit.methods.base import read as read_method
 from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.catalogue import build, parse
 from graftkit.recipe.schema import Recipe
-from graftkit.tasks.base import Criterion, Dataset, Examples, Reading, Task
+from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Prepared:
     phases: tuple[Phase, ...]
     max_length: int
     train: Dataset
-    criterion: Criterion
+    learn: Learn
 
     @property
     def depth(self) -> int:
@@ -153,14 +153,14 @@ def prepare_backbone(
     return backbone, method
 
 
-def attach_new(backbone: Backbone, method: Chain, *, meta: bool) -> Graft:
+def attach_new(backbone: Backbone, method: Chain, *, meta: bool, keep_base: bool = False) -> Graft:
     """Attach a method to train it. `meta`: shapes only, nothing is allocated. Raises `UserError` for want of memory."""
     try:
         if not meta:
-            return attach(backbone, method, keep_base=False)
+            return attach(backbone, method, keep_base=keep_base)
         backbone.model.to("meta")
         with torch.device("meta"):
-            return attach(backbone, method, keep_base=False)
+            return attach(backbone, method, keep_base=keep_base)
     except (RuntimeError, MemoryError, TypeError) as error:
         told = str(error).lower()
         if isinstance(error, MemoryError) or any(word in told for word in ("alloc", "memory", "overflow")):
@@ -178,7 +178,7 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        graft = attach_new(backbone, method, meta=meta)
+        graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
     device = parallel.device()
     kind = precision.choose(recipe.train.precision, device)
     if not meta:
@@ -214,5 +214,5 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
         phases,
         max_length,
         dataset,
-        rows.task.criterion(dataset, rows.labels, train.label_smoothing),
+        rows.task.learner(dataset, rows.labels, train.label_smoothing),
     )

@@ -194,7 +194,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     start = time.monotonic()
     forward = _training_forward(prepared, datasets["train"])
     loop = Loop(
-        prepared.graft, datasets["train"], forward, prepared.phases, prepared.criterion, prepared.settings
+        prepared.graft, datasets["train"], forward, prepared.phases, prepared.learn, prepared.settings
     )
     watch = Watch(prepared, datasets, folder, loop, start)
     if resumed:

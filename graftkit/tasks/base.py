@@ -1,22 +1,27 @@
-"""What a task is: which columns, how rows become tensors, which loss and metrics, how outputs become answers."""
+"""What a task is: which columns, how rows become tensors, which loss and metrics, how outputs become answers.
+
+A task is put together of four parts, each of which can be read alone: the `Reader` (rows -> examples), the `Encoder`
+(examples -> a source of batches), the `Learner` (a batch -> the terms of a loss) and the `Scorer` (outputs -> metrics and
+answers).
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import positions_of
 from graftkit.backbone.prompts import positions_taken
 from graftkit.data.columns import Column
 from graftkit.data.read import Table, read_table
+from graftkit.data.source import LOSS, Batch, Pass, Source
 from graftkit.data.split import hold_out
 from graftkit.data.stream import slices, stream_table
 from graftkit.errors import NoGoodRows, UserError
@@ -52,45 +57,15 @@ class Examples:
         return replace(self, table=self.table.take(rows), values=values, targets=targets)
 
 
-class Batch:
-    """Some rows of a dataset on a device. `inputs` and `targets` are made when first asked for, and once.
+class Dataset(Source):
+    """A source of checked rows in memory. There can be more or fewer of them than examples: windows of long texts, packed
+    texts.
 
-    Kept outputs of a frozen prefix often make `inputs` unnecessary.
+    `lengths` (rows,): size of each row. `units` (rows,): how many things the loss of each row is a sum over, 1 or its
+    target tokens.
     """
 
-    def __init__(self, dataset: Dataset, rows: np.ndarray, device: torch.device | None = None) -> None:
-        self.dataset = dataset
-        self.rows = rows
-        self.device = device
-
-    @cached_property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the model is called with."""
-        return {name: self.move(tensor) for name, tensor in self.dataset.inputs(self.rows).items()}
-
-    @cached_property
-    def targets(self) -> Tensor | None:
-        targets = self.dataset.targets(self.rows)
-        return None if targets is None else self.move(targets)
-
-    def move(self, tensor: Tensor) -> Tensor:
-        return tensor if self.device is None else tensor.to(self.device, non_blocking=True)
-
-
-class Dataset:
-    """Rows as a model takes them. There can be more or fewer than examples: windows of long texts, packed texts.
-
-    `lengths`: size of each row, in tokens where it has any; rows of like size share a batch. `units`: how many things
-    the loss of each row is a sum over, 1 or its labelled tokens; a step's loss is the mean over the units of all its
-    batches. `truncated`: how many rows lost something because they are longer than the model takes.
-    """
-
-    unit: ClassVar[str] = "tokens"  # of `lengths`
-    uniform: bool = False  # inputs of all rows have one shape, so that nothing is padded
-    keeps: bool = (
-        True  # a row is the same in each epoch and is one row for the model: its outputs may be kept
-    )
-    truncated: int = 0
+    lengths: np.ndarray
 
     def __init__(self, examples: Examples, lengths: np.ndarray, units: np.ndarray | None = None) -> None:
         self.examples = examples
@@ -100,56 +75,21 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, rows: np.ndarray, device: torch.device | None = None) -> Batch:
-        return Batch(self, rows, device)
-
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """What the model is called with for these rows."""
-        raise NotImplementedError
-
-    def targets(self, rows: np.ndarray) -> Tensor | None:
-        """What the loss of these rows is computed from; None where they have none."""
-        return None
-
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the task's loss and outcomes are computed from, by calling the model on a batch."""
-        output = model(**batch.inputs)
-        return output if isinstance(output, Tensor) else output.logits
+    def count(self, rows: np.ndarray, at: Pass) -> Mapping[str, float]:
+        return {LOSS: float(self.units[rows].sum())}
 
     def where(self, row: int) -> str:
-        """The place of a row in what the user handed over."""
         return self.examples.where(row)
 
     def digest(self) -> str:
-        """Of all that a run learns from; another one tells that the rows are not those that a run began with."""
         digest = hashlib.sha256()
         for part in self.digested():
             digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
+        """What the digest is of."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of the rows of one batch: `losses` (rows,), in fp32, each summed over the row's units; `hits`: how many units
-    were answered right, (rows,) or a sum, where that can be said."""
-
-    losses: Tensor
-    hits: Tensor | None = None
-
-
-Criterion = Callable[[Tensor, Batch], Scores]
-
-
-class Calls(Protocol):
-    """The engine's forward function, as tasks see it."""
-
-    graft: Any
-    device: torch.device
-
-    def __call__(self, batch: Batch) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -161,37 +101,60 @@ class Reading:
     columns: dict[str, str] = field(default_factory=dict)
 
 
-class Task:
-    """Base of all tasks. Subclasses are frozen dataclasses whose fields are declared with `option`.
+@dataclass(frozen=True)
+class Term:
+    """One part of a loss on the rows of one batch.
 
-    Literals of the class that a recipe needs before torch is loaded: `method`, what is trained by default, and `head`,
-    whether a head is put on the model.
+    `losses`: (rows,) in fp32, each summed over the row's units; or their sum (), and then `by_row` gives them on demand,
+    so that a bad row can be named. `correct`: how many units were answered right, (rows,) or a sum, where that means
+    anything. The units are counted by `Source.count` under the same name. `weight`: of this term in the step's loss.
     """
+
+    losses: Tensor
+    correct: Tensor | None = None
+    weight: float = 1.0
+    by_row: Callable[[], Tensor] | None = None
+
+    def each(self) -> Tensor:
+        """The losses of the rows (rows,)."""
+        return self.losses if self.by_row is None else self.by_row()
+
+
+Terms = Mapping[str, Term]
+
+
+class Calls(Protocol):
+    """The engine's forward function, as tasks see it: autocast and the activation cache are inside it."""
+
+    graft: Any
+    device: torch.device
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The outputs (`Source.call`) of the model with its graft."""
+        ...
+
+    def base(self, batch: Batch) -> Tensor:
+        """Those of the model with the graft switched off, in eval mode and without gradients. Needs `Task.needs_base`."""
+        ...
+
+
+Learn = Callable[[Calls, Batch], Terms]
+
+
+def one_term(loss: Callable[[Tensor, Batch], Term]) -> Learn:
+    """The learner of a loss with one term, computed from the outputs of one forward pass."""
+
+    def learn(forward: Calls, batch: Batch) -> Terms:
+        return {LOSS: loss(forward(batch), batch)}
+
+    return learn
+
+
+class Reader:
+    """How rows are read and checked."""
 
     columns: ClassVar[tuple[Column, ...]] = ()
     labelled: ClassVar[tuple[str, ...]] = ("label",)  # columns that hold the answer; `predict` needs none
-    modality: ClassVar[str] = "text"
-    method: ClassVar[str] = "lora() + head()"
-    head: ClassVar[bool] = True
-    trains: ClassVar[bool] = True  # False: the model is asked as it is, and a run has no steps and no method
-    per_token: ClassVar[bool] = False  # the head answers for each token, not for a whole text
-    # the figures that are shown first; the first chooses the best weights, larger is better but for 'loss'
-    headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
-    using: ClassVar[tuple[str, ...]] = ()  # options that may be given anew where a finished run is used
-    # which classes of transformers have the head of this task, in the order in which they are looked for
-    families: ClassVar[tuple[str, ...]] = ("SEQUENCE_CLASSIFICATION",)
-
-    def __post_init__(self) -> None:
-        check_values(self, "task")  # of the dataclass that a subclass is
-
-    def __str__(self) -> str:
-        return as_expression(self)
-
-    @property
-    def name(self) -> str:
-        return entry_name(type(self).__module__)
-
-    # what is handed over
 
     def read(self, source: Any, reading: Reading, name: str) -> Table:
         """The table of a file, a folder, or what Python holds, which messages call `name`."""
@@ -199,7 +162,7 @@ class Task:
 
     def pieces(self, source: Any, reading: Reading, name: str, rows: int) -> Iterator[Table]:
         """What `read` gives in tables of at most `rows` rows; where `read` is the one above, only one is in memory."""
-        if type(self).read is Task.read:
+        if type(self).read is Reader.read:
             return stream_table(
                 source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name, rows=rows
             )
@@ -237,16 +200,17 @@ class Task:
         """
         raise NotImplementedError
 
-    def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Task:
-        """The task with what only the training rows tell written into its options, which are saved with the graft."""
-        return self
+    def asked(self, examples: Examples, row: int) -> dict[str, Any]:
+        """What was asked, as it stands in a row of answers."""
+        return {name: values[row] for name, values in examples.values.items() if name not in self.labelled}
 
-    def decided(self, metrics: dict[str, Any] | None) -> Task:
-        """The same with what the evaluation rows decide, such as a threshold. `metrics`: theirs with the weights that
-        are kept; None where a run had none."""
-        return self
 
-    # what the model sees
+class Encoder:
+    """How examples become what the model is called with."""
+
+    # which classes of transformers have the head of this task, in the order in which they are looked for
+    families: ClassVar[tuple[str, ...]] = ("SEQUENCE_CLASSIFICATION",)
+    per_token: ClassVar[bool] = False  # the head answers for each token, not for a whole text
 
     def settle(self, backbone: Backbone) -> None:
         """Set what the task's options say in a model that was just loaded, before anything is attached to it."""
@@ -287,13 +251,36 @@ class Task:
         """A row as the model reads it, to be shown before anything is done; empty where there is nothing to see."""
         return ""
 
-    # what is learned
+    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+        """What the rows are like, before training: `rows`, and by size and label what the task knows."""
+        lengths = dataset.lengths
+        return {
+            "rows": len(dataset.examples),
+            "lengths": {"unit": dataset.unit, "sum": int(lengths.sum()), "mean": float(lengths.mean()),
+                        "longest": int(lengths.max())},
+            "truncated": dataset.truncated,
+        }  # fmt: skip
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
-        """The loss, made once for a run on the rows of `dataset`."""
+
+class Learner:
+    """What is learned from a batch."""
+
+    needs_base: ClassVar[bool] = False  # the loss asks what the model without its graft gives: `forward.base`
+
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
+        """The loss of a run on the rows of `dataset`: a function of (forward, batch) that gives its terms, made once.
+
+        The loss of a step is the sum over terms of weight * (the sum over all batches of the step, on all processes) /
+        (their units). `forward` may be called as often as the loss needs.
+        """
         raise NotImplementedError
 
-    # what comes out
+
+class Scorer:
+    """What outputs say: figures and answers."""
+
+    # the figures that are shown first; the first chooses the best weights, larger is better but for 'loss'
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
 
     def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Any]:
         """What is kept of each row of a batch, small and on the CPU; by default its logits in fp32."""
@@ -319,10 +306,6 @@ class Task:
         """The answer to each example, to be written beside what was asked."""
         raise NotImplementedError
 
-    def asked(self, examples: Examples, row: int) -> dict[str, Any]:
-        """What was asked, as it stands in a row of answers."""
-        return {name: values[row] for name, values in examples.values.items() if name not in self.labelled}
-
     def line(self, answer: dict[str, Any]) -> str:
         """One answer for the terminal."""
         raise NotImplementedError
@@ -338,15 +321,38 @@ class Task:
         """The examples that the model got most wrong: `where`, what was asked, `expected`, `answer`, `loss`."""
         return []
 
-    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
-        """What the rows are like, before training: `rows`, and by size and label what the task knows."""
-        lengths = dataset.lengths
-        return {
-            "rows": len(dataset.examples),
-            "lengths": {"unit": dataset.unit, "sum": int(lengths.sum()), "mean": float(lengths.mean()),
-                        "longest": int(lengths.max())},
-            "truncated": dataset.truncated,
-        }  # fmt: skip
+
+class Task(Reader, Encoder, Learner, Scorer):
+    """Base of all tasks. Subclasses are frozen dataclasses whose fields are declared with `option`.
+
+    Literals of the class that a recipe needs before torch is loaded: `method`, what is trained by default, and `head`,
+    whether a head is put on the model.
+    """
+
+    modality: ClassVar[str] = "text"
+    method: ClassVar[str] = "lora() + head()"
+    head: ClassVar[bool] = True
+    trains: ClassVar[bool] = True  # False: the model is asked as it is, and a run has no steps and no method
+    using: ClassVar[tuple[str, ...]] = ()  # options that may be given anew where a finished run is used
+
+    def __post_init__(self) -> None:
+        check_values(self, "task")  # of the dataclass that a subclass is
+
+    def __str__(self) -> str:
+        return as_expression(self)
+
+    @property
+    def name(self) -> str:
+        return entry_name(type(self).__module__)
+
+    def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Task:
+        """The task with what only the training rows tell written into its options, which are saved with the graft."""
+        return self
+
+    def decided(self, metrics: dict[str, Any] | None) -> Task:
+        """The same with what the evaluation rows decide, such as a threshold. `metrics`: theirs with the weights that
+        are kept; None where a run had none."""
+        return self
 
 
 def check_rows(

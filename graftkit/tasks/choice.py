@@ -17,10 +17,11 @@ from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.encode import Encoded, encode_texts
 from graftkit.data.read import Table
+from graftkit.data.source import Batch, Pass
 from graftkit.data.split import hold_out
 from graftkit.data.stream import stream_table
 from graftkit.errors import UserError, listing
-from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Reading, Scores, Task, check_rows
+from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task, Term, check_rows, one_term
 from graftkit.tasks.shared.labels import LABEL, is_missing
 from graftkit.tasks.shared.masked import masked_cross_entropy
 from graftkit.tasks.shared.metrics import log_softmax, mean_interval
@@ -43,10 +44,10 @@ class Choices(TextDataset):
         self.lengths = np.add.reduceat(encoded.lengths, self.begins[:-1])
         self.units = np.ones(len(counts))
 
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         return self.encoded.pad([i for row in rows for i in range(self.begins[row], self.begins[row + 1])])
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def call(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, most choices of a row): the score of each choice, -inf where a row has fewer."""
         output = model(**batch.inputs)
         scores = (output if isinstance(output, Tensor) else output.logits).squeeze(-1)
@@ -175,16 +176,16 @@ class Choice(Task):
         pairs = None if first is None else second
         return Choices(examples, encode_texts(tokenizer_of(backbone, self), texts, pairs, max_length), counts)
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Cross-entropy over the choices of each row."""
 
-        def scores(logits: Tensor, batch: Batch) -> Scores:
+        def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None
             logits = logits.float()
             losses = masked_cross_entropy(logits, batch.targets, logits > -torch.inf, label_smoothing)
-            return Scores(losses, logits.detach().argmax(dim=-1) == batch.targets)
+            return Term(losses, logits.detach().argmax(dim=-1) == batch.targets)
 
-        return scores
+        return one_term(scores)
 
     def outcomes(self, forward: Any, batch: Batch) -> Sequence[np.ndarray]:
         """Logarithms of the probabilities of each row's choices."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftkit.data.batches import epoch_batches, ordered_batches, padding_share, steps_per_epoch
+from graftkit.data.order import epoch_batches, ordered_batches, padding_share, steps_per_epoch
 from graftkit.engine import precision
 from graftkit.engine.forward import CachedForward, make_forward
 from graftkit.engine.frozen import set_training

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.data.sounds import Sound
+from graftkit.data.source import Pass
 from graftkit.errors import UserError, first_line, listing
 from graftkit.tasks.audio_classify.inputs import Front
 from graftkit.tasks.base import Dataset, Examples
@@ -21,7 +22,7 @@ ROOM = 1 << 30  # bytes of decoded sounds that a dataset keeps
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a row in training, drawn from torch's generator.
+    """Random changes of a row in training, drawn from the generator of that row.
 
     `gain`: decibels up or down at most; `shift`: samples earlier or later at most; `masks` stripes of time and as many
     of frequency, each at most the share `time` of the frames, or `frequency` of the bands.
@@ -37,18 +38,20 @@ class Augmentation:
     def of_waves(self) -> bool:
         return bool(self.gain or self.shift)
 
-    def wave(self, wave: np.ndarray) -> np.ndarray:
+    def wave(self, wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Louder or softer, earlier or later, as long as before."""
         if self.gain:
-            wave = wave * np.float32(10 ** (self.gain * (2 * float(torch.rand(())) - 1) / 20))
+            wave = wave * np.float32(10 ** (self.gain * (2 * random.random() - 1) / 20))
         most = min(self.shift, len(wave) - 1)
         if most:
-            by = int(torch.randint(-most, most + 1, ()))
+            by = int(random.integers(-most, most + 1))
             wave = np.concatenate([np.zeros(max(by, 0), wave.dtype), wave[max(-by, 0) : len(wave) - max(by, 0)],
                                    np.zeros(max(-by, 0), wave.dtype)])  # fmt: skip
         return wave
 
-    def features(self, features: np.ndarray, time: int, frames: int) -> np.ndarray:
+    def features(
+        self, features: np.ndarray, time: int, frames: int, random: np.random.Generator
+    ) -> np.ndarray:
         """Stripes of features, of which `frames` are not padding, set to their mean (Park et al. 2019, section 2)."""
         if not self.masks:
             return features
@@ -56,14 +59,14 @@ class Augmentation:
         rows = np.moveaxis(result, time, 0)[:frames]  # (frames, bands), a view
         mean = rows.mean()
         for _ in range(self.masks):
-            rows[_stripe(len(rows), self.time)] = mean
-            rows[:, _stripe(rows.shape[1], self.frequency)] = mean
+            rows[_stripe(len(rows), self.time, random)] = mean
+            rows[:, _stripe(rows.shape[1], self.frequency, random)] = mean
         return result
 
 
-def _stripe(places: int, share: float) -> slice:
-    width = int(torch.randint(0, round(share * places) + 1, ()))
-    start = int(torch.randint(0, places - width + 1, ()))
+def _stripe(places: int, share: float, random: np.random.Generator) -> slice:
+    width = int(random.integers(0, round(share * places) + 1))
+    start = int(random.integers(0, places - width + 1))
     return slice(start, start + width)
 
 
@@ -90,8 +93,8 @@ class SoundDataset(Dataset):
         self._kept: dict[int, np.ndarray] = {}
         self._room = ROOM
 
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
-        features = [self._features(int(row)) for row in rows]
+    def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
+        features = [self._features(int(row), at) for row in rows]
         if self.front.fixed:
             return {self.front.name: torch.from_numpy(np.stack(features))}
         sizes = np.array([len(row) for row in features])
@@ -105,17 +108,17 @@ class SoundDataset(Dataset):
             )
         return found
 
-    def _features(self, row: int) -> np.ndarray:
-        augmentation, front = self.augmentation, self.front
+    def _features(self, row: int, at: Pass) -> np.ndarray:
+        augmentation, front, random = self.augmentation, self.front, at.generator(row)
         if not augmentation.of_waves:
             features = self._keeping(row, lambda: self._made(self._wave(row)))
         else:
-            features = self._made(augmentation.wave(self._keeping(row, lambda: self._wave(row))))
+            features = self._made(augmentation.wave(self._keeping(row, lambda: self._wave(row)), random))
         if front.time is None:
             return features
         share = self.lengths[row] / self.longest if self.uniform else 1.0
         frames = max(1, round(share * features.shape[front.time]))
-        return augmentation.features(features, front.time, frames)
+        return augmentation.features(features, front.time, frames, random)
 
     def _keeping(self, row: int, make: Any) -> np.ndarray:
         found = self._kept.get(row)
@@ -161,7 +164,7 @@ class SoundDataset(Dataset):
             return
         problem = self._misfit(backbone, order[-1])
         if problem is not None:
-            shape = "x".join(map(str, self._features(int(order[-1])).shape))
+            shape = "x".join(map(str, self._features(int(order[-1]), Pass()).shape))
             raise UserError(
                 f"{backbone.source} cannot take {self.front.name} of {shape} a row: {first_line(problem)}. "
                 "The transform (the feature extractor of its folder, or the options of audio_classify()) has to fit it."
@@ -192,7 +195,7 @@ class SoundDataset(Dataset):
         try:
             model.eval()
             with torch.autocast(some.device.type, torch.bfloat16, enabled=half):
-                self.logits(model, self.batch(np.array([row]), some.device))
+                self.call(model, self.batch(np.array([row]), some.device))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             return error
         finally:

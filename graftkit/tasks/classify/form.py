@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from graftkit.data.read import Table
+from graftkit.data.source import Batch
 from graftkit.errors import UserError, listing
-from graftkit.tasks.base import Batch, Criterion, Dataset, Scores, Task
+from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
 from graftkit.tasks.shared.labels import LABEL, LabelTask, balanced, cross_entropy, is_missing, label_text
 from graftkit.tasks.shared.metrics import interval, resamples
 
@@ -96,19 +97,19 @@ class Ordinal(OneLabel):
     def output_names(self, labels: Sequence[str]) -> Sequence[str]:
         return [f"above {label}" for label in labels[:-1]]
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """-log P(y) of logits (rows, classes - 1)."""
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
         weights = self.class_weight(Counter(targets.tolist()), len(labels))
 
-        def scores(logits: Tensor, batch: Batch) -> Scores:
+        def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None
             chances = chances_of_steps(logits.float())
             losses = cross_entropy(chances, batch.targets, label_smoothing, weights)
-            return Scores(losses, median(chances.detach()) == batch.targets)
+            return Term(losses, median(chances.detach()) == batch.targets)
 
-        return scores
+        return one_term(scores)
 
     def log_probabilities(self, outcomes: Sequence[Any]) -> np.ndarray:
         return chances_of_steps(torch.from_numpy(np.stack(outcomes))).numpy()

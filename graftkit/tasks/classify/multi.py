@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from graftkit.data.read import Table
+from graftkit.data.source import Batch
 from graftkit.data.split import hold_out
 from graftkit.errors import UserError, listing, nearest
-from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Scores
+from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import Form
 from graftkit.tasks.shared.labels import LABEL, LabelIndex, is_missing, label_problem, label_text, natural
 from graftkit.tasks.shared.metrics import interval, resamples
@@ -141,19 +142,19 @@ class ManyLabels(Form):
         kept = set(range(len(targets))) - set(held)
         return sorted(kept), sorted(held)
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Binary cross-entropy of logits (rows, labels), the mean over labels; smoothing draws targets to 1/2."""
 
-        def scores(logits: Tensor, batch: Batch) -> Scores:
+        def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None
             wanted = batch.targets * (1 - label_smoothing) + label_smoothing / 2
             losses = torch.nn.functional.binary_cross_entropy_with_logits(
                 logits.float(), wanted, reduction="none"
             ).mean(dim=1)
             right = (logits.detach().float().sigmoid() > self.threshold) == (batch.targets > 0)
-            return Scores(losses, right.all(dim=1))
+            return Term(losses, right.all(dim=1))
 
-        return scores
+        return one_term(scores)
 
     def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
         targets = np.asarray(dataset.examples.targets) > 0

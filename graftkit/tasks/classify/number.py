@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from graftkit.data.read import Table
+from graftkit.data.source import Batch
 from graftkit.data.split import hold_out
 from graftkit.errors import UserError
-from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Scores
+from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import SCALE, Form, refuse_empty
 from graftkit.tasks.shared.labels import LABEL
 from graftkit.tasks.shared.metrics import interval, resamples
@@ -66,19 +67,19 @@ class Number(Form):
     def output_names(self, labels: Sequence[str]) -> Sequence[str]:
         return ("value",)
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Squared error of logits (rows, 1), in squared deviations."""
         if label_smoothing:
             raise UserError(
                 "train.label_smoothing spreads a target over classes, and a regression has none; leave it out."
             )
 
-        def scores(logits: Tensor, batch: Batch) -> Scores:
+        def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None
             wanted = ((batch.targets - self.center) / self.scale).float()
-            return Scores((logits[:, 0].float() - wanted) ** 2)
+            return Term((logits[:, 0].float() - wanted) ** 2)
 
-        return scores
+        return one_term(scores)
 
     def values(self, outcomes: Sequence[Any]) -> np.ndarray:
         """Outputs in the numbers' own units, (rows,)."""

@@ -15,7 +15,7 @@ from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
 from graftkit.recipe.catalogue import option
-from graftkit.tasks.base import Criterion, Dataset, Examples
+from graftkit.tasks.base import Dataset, Examples, Learn
 from graftkit.tasks.classify.form import Form, OneLabel, Ordinal
 from graftkit.tasks.classify.multi import ManyLabels
 from graftkit.tasks.classify.number import Number, units_of
@@ -140,8 +140,8 @@ class Classify(TextTask):
         targets = examples.targets
         return encode(self, examples, backbone, max_length, None if targets is None else np.asarray(targets))
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
-        return self.form.criterion(dataset, labels, label_smoothing)
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
+        return self.form.learner(dataset, labels, label_smoothing)
 
     def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
         return self.form.metrics(outcomes, dataset, labels)

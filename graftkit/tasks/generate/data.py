@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.data.chat import Marked, Message, Template, TemplateFails, tokens_of
 from graftkit.data.packing import leaks, pack, positions
+from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError
-from graftkit.tasks.base import Batch, Dataset, Examples
+from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.generate.scores import token_scores
 from graftkit.tasks.generate.text import Writing, decoder_start
 
@@ -73,7 +74,7 @@ class GenerateDataset(Dataset):
     def answered(self) -> bool:
         return self.examples.targets is not None
 
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         """Ids, padded on the right, and a mask; for packed rows positions that begin anew, which say the same."""
         ids = self._padded([self.ids[row] for row in rows], self.padding)
         if not self.packed:
@@ -99,7 +100,7 @@ class GenerateDataset(Dataset):
         found = [np.flatnonzero(self.learned[row]) - 1 for row in rows]
         return _counted(found), torch.from_numpy(np.concatenate(found))
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def call(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scores of the learned tokens, (labels, 3), as `token_scores` has them."""
         rows, places = map(batch.move, self.places(batch.rows))
         return token_scores(model, batch.inputs, rows, places, batch.move(self.labels(batch.rows)))
@@ -140,7 +141,7 @@ class PromptedDataset(GenerateDataset):
     def _lengths(self, rows: Sequence[Written]) -> np.ndarray:
         return np.array([len(row.ids) + len(row.prompt) for row in rows])
 
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         prompts = [self.prompts[row] for row in rows]
         before = [np.concatenate([[self.start], self.ids[row][:-1]]) for row in rows]
         return {

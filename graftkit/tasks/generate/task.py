@@ -15,9 +15,10 @@ from graftkit.backbone import Backbone
 from graftkit.data.chat import Template, check_template, read_messages
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
+from graftkit.data.source import Batch
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
-from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Scores, Task, check_rows
+from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Task, Term, check_rows, one_term
 from graftkit.tasks.generate.data import (
     Dialogues,
     GenerateDataset,
@@ -266,22 +267,22 @@ class Generate(Task):
 
     # what is learned
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Cross-entropy over the learned tokens, summed by row."""
 
-        def scores(found: Tensor, batch: Batch) -> Scores:
+        def scores(found: Tensor, batch: Batch) -> Term:
             tokens = -(1 - label_smoothing) * found[:, LABEL] - label_smoothing * found[:, MEAN]
             counts = torch.from_numpy(dataset.units[batch.rows].astype(np.int64)).to(found.device)
             rows = torch.arange(len(counts), device=found.device).repeat_interleave(counts)
             losses = torch.zeros(len(counts), device=found.device).index_add(0, rows, tokens)
-            return Scores(losses, (found[:, LABEL] >= found[:, OTHER]).detach())
+            return Term(losses, (found[:, LABEL] >= found[:, OTHER]).detach())
 
-        return scores
+        return one_term(scores)
 
     # what comes out
 
     def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Any]:
-        dataset = batch.dataset
+        dataset = batch.source
         assert isinstance(dataset, GenerateDataset)
         texts: list[str | None] = [None] * len(batch.rows)
         if dataset.writing is not None and "text" not in (

@@ -20,9 +20,10 @@ from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.images import SUFFIXES, Picture, load, look_at
 from graftkit.data.read import Table
+from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError, listing
 from graftkit.recipe.catalogue import option
-from graftkit.tasks.base import Batch, Criterion, Dataset, Examples, Reading, Scores, check_rows
+from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Term, check_rows, one_term
 from graftkit.tasks.image_classify.inputs import (
     IMAGENET_DEVIATION,
     IMAGENET_MEAN,
@@ -40,22 +41,25 @@ PATHS = ("img", "file", "path", "file_name", "filename", "filepath", "file_path"
 
 class MixedBatch(Batch):
     """A batch whose images are mixed in pairs. `targets` are those of its own rows; `share`: how much of each image is
-    its own; `partners`: the rows that the rest is of."""
+    its own; `others`: the targets of the images that the rest is of."""
 
     @cached_property
-    def mixed(self) -> tuple[Tensor, Tensor, float]:
-        dataset = self.dataset
-        assert isinstance(dataset, ImageDataset)
-        return dataset.augmentation.mix(dataset.inputs(self.rows)[dataset.argument])
+    def mixed(self) -> tuple[Tensor, np.ndarray, float]:
+        source = self.source
+        assert isinstance(source, ImageDataset)
+        images = source.inputs(self.rows, self.at)[source.argument]
+        return source.augmentation.mix(images, self.at.generator(self.rows[0], 1))
 
     @cached_property
-    def inputs(self) -> dict[str, Tensor]:
-        assert isinstance(self.dataset, ImageDataset)
-        return {self.dataset.argument: self.move(self.mixed[0])}
+    def host_inputs(self) -> dict[str, Tensor]:  # type: ignore[override]
+        assert isinstance(self.source, ImageDataset)
+        return {self.source.argument: self.mixed[0]}
 
     @cached_property
-    def partners(self) -> Batch:
-        return Batch(self.dataset, self.rows[self.mixed[1].numpy()], self.device)
+    def others(self) -> Tensor:
+        targets = self.source.targets(self.rows[self.mixed[1]])
+        assert targets is not None
+        return self.move(targets)
 
     @property
     def share(self) -> float:
@@ -76,17 +80,17 @@ class ImageDataset(Dataset):
         self.augmentation = augmentation
         self.keeps = not augmentation
 
-    def batch(self, rows: np.ndarray, device: torch.device | None = None) -> Batch:
-        return (MixedBatch if self.augmentation.mixes else Batch)(self, rows, device)
+    def batch(self, rows: np.ndarray, device: torch.device | None = None, at: Pass | None = None) -> Batch:
+        return (MixedBatch if self.augmentation.mixes else Batch)(self, rows, device, at)
 
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         """(rows, channels, height, width) under the name by which the model takes images."""
         change, pixels = self.augmentation, self.pixels
         on_images = change.crop == "resized" or change.operations
-        drawn = change.draw(len(rows)) if on_images else None
+        drawn = [change.draw(at.generator(row)) for row in rows] if change else []
 
         def make(image: Any, place: int) -> Tensor:
-            if drawn is None:
+            if not on_images:
                 return pixels(image)
             image = change.image(image, drawn[place], pixels.size(image), pixels.resample)
             return pixels(image, whole=change.crop != "resized")
@@ -94,13 +98,13 @@ class ImageDataset(Dataset):
         made = load([self.pictures[row] for row in rows], make)
         if len({tuple(one.shape) for one in made}) > 1:
             raise UserError(f"the images of a batch come out in several sizes ({pixels}).")
-        return {self.argument: change.pixels(torch.stack(made))}
+        return {self.argument: change.pixels(torch.stack(made), drawn)}
 
     def targets(self, rows: np.ndarray) -> Tensor | None:
         targets = self.examples.targets
         return None if targets is None else torch.from_numpy(np.asarray(targets)[rows])
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def call(self, model: nn.Module, batch: Batch) -> Tensor:
         output = model(**batch.inputs)
         found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(found, Tensor) or found.dim() != 2:
@@ -280,21 +284,23 @@ class ImageClassify(LabelTask):
             self.mixup, self.cutmix,
         )  # fmt: skip
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Cross-entropy; of mixed images that of both labels, by their shares."""
-        plain = super().criterion(dataset, labels, label_smoothing)
+        loss = self.loss(dataset, labels, label_smoothing)
 
-        def scores(logits: Tensor, batch: Batch) -> Scores:
-            own = plain(logits, batch)
+        def of_batch(logits: Tensor, batch: Batch) -> Term:
+            assert batch.targets is not None
+            own = loss(logits, batch.targets)
             if not isinstance(batch, MixedBatch):
                 return own
-            other, share = plain(logits, batch.partners), batch.share
-            assert own.hits is not None and other.hits is not None
-            return Scores(
-                share * own.losses + (1 - share) * other.losses, share * own.hits + (1 - share) * other.hits
+            other, share = loss(logits, batch.others), batch.share
+            assert own.correct is not None and other.correct is not None
+            return Term(
+                share * own.losses + (1 - share) * other.losses,
+                share * own.correct + (1 - share) * other.correct,
             )
 
-        return scores
+        return one_term(of_batch)
 
     def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
         return None if self.class_weights is None else balanced(counts, classes)

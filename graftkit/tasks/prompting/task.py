@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
+from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
-from graftkit.tasks.base import Batch, Dataset, Examples
+from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.prompting.asking import Asking
 from graftkit.tasks.prompting.scores import Prompt
 from graftkit.tasks.prompting.template import (
@@ -51,14 +52,14 @@ class Prompts(Dataset):
         """Rows beside which not all examples have room."""
         return sum(prompt.shots < len(self.asking.shots) for prompt in self.prompts)
 
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         return self.asking.padded([self.prompts[row] for row in rows])
 
     def targets(self, rows: np.ndarray) -> Tensor | None:
         targets = self.examples.targets
         return None if targets is None else torch.from_numpy(np.asarray(targets)[rows])
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def call(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scores of the labels' words, (rows, labels); with `calibrate` less those that they have for no content."""
         prompts = [self.prompts[row] for row in batch.rows]
         scores = self.asking.scores(model, prompts, batch.move)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from graftkit.data.read import Table
+from graftkit.data.source import Batch
 from graftkit.errors import UserError, listing, nearest
-from graftkit.tasks.base import Batch, Criterion, Dataset, Scores, Task
+from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
 from graftkit.tasks.shared.metrics import log_softmax, of_choices
 
 LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment", "y")
@@ -76,20 +77,28 @@ class LabelTask(Task):
         """Weight of each class in the loss, or None. `counts`: training rows of each."""
         return None
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
-        """Cross-entropy of logits (rows, classes)."""
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
+        loss = self.loss(dataset, labels, label_smoothing)
+
+        def of_batch(logits: Tensor, batch: Batch) -> Term:
+            assert batch.targets is not None
+            return loss(logits, batch.targets)
+
+        return one_term(of_batch)
+
+    def loss(
+        self, dataset: Dataset, labels: Sequence[str], label_smoothing: float
+    ) -> Callable[[Tensor, Tensor], Term]:
+        """Cross-entropy of logits (rows, classes) and targets (rows,)."""
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
         weights = self.class_weight(Counter(targets.tolist()), len(labels))
 
-        def scores(logits: Tensor, batch: Batch) -> Scores:
-            assert batch.targets is not None
-            return Scores(
-                cross_entropy(logits, batch.targets, label_smoothing, weights),
-                logits.detach().argmax(-1) == batch.targets,
-            )
+        def of_targets(logits: Tensor, targets: Tensor) -> Term:
+            losses = cross_entropy(logits, targets, label_smoothing, weights)
+            return Term(losses, logits.detach().argmax(-1) == targets)
 
-        return scores
+        return of_targets
 
     def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
         targets = dataset.examples.targets

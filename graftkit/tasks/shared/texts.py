@@ -12,6 +12,7 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.data.encode import Encoded, encode_texts
 from graftkit.data.read import Table
+from graftkit.data.source import Pass
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Task, check_rows
 from graftkit.tasks.shared.labels import is_missing
@@ -32,7 +33,7 @@ class TextDataset(Dataset):
         self.numbers = numbers
         self.truncated = encoded.truncated
 
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         return self.encoded.pad(rows.tolist())
 
     def targets(self, rows: np.ndarray) -> Tensor | None:

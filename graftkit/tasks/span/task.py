@@ -15,11 +15,12 @@ import numpy as np
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
+from graftkit.data.source import Batch
 from graftkit.data.squad import Gold, locate, nested, read_answers, squad_table
 from graftkit.data.stream import slices, stream_table
 from graftkit.errors import UserError, listing
 from graftkit.recipe.catalogue import option
-from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Reading, Task, check_rows
+from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, check_rows, one_term
 from graftkit.tasks.shared.labels import is_missing
 from graftkit.tasks.shared.texts import text_problem, tokenizer_of
 from graftkit.tasks.span.metrics import best_threshold, figures, score
@@ -180,12 +181,12 @@ class Span(Task):
             )
         return data
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
-        return span_loss(label_smoothing)
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
+        return one_term(span_loss(label_smoothing))
 
     def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Found]:
         logits = forward(batch)
-        windows = batch.dataset
+        windows = batch.source
         assert isinstance(windows, Windows)
         losses = np.full(len(batch.rows), np.nan)
         if batch.targets is not None:

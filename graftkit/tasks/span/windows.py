@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.data.encode import Encoded
+from graftkit.data.source import Batch
 from graftkit.errors import UserError
-from graftkit.tasks.base import Batch, Criterion, Examples, Scores
+from graftkit.tasks.base import Examples, Term
 from graftkit.tasks.shared.masked import masked_cross_entropy
 from graftkit.tasks.shared.texts import TextDataset
 
@@ -65,7 +66,7 @@ class Windows(TextDataset):
         lengths = np.array([len(row) for row in features["input_ids"]])
         super().__init__(examples, Encoded(features, lengths, cut, {"input_ids": padding}), numbers, units)
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def call(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, length, 2): scores of each token as the first and as the last of the answer."""
         output = model(**batch.inputs)
         if getattr(output, "start_logits", None) is not None:
@@ -149,10 +150,10 @@ def _window(encoding: Any, i: int, question: int, cls: int | None, context: int)
     return Window(question, first, last, null, offsets, features)
 
 
-def span_loss(label_smoothing: float) -> Criterion:
+def span_loss(label_smoothing: float) -> Callable[[Tensor, Batch], Term]:
     """Mean of the cross-entropies of the answer's first and last token, over context and no-answer position."""
 
-    def scores(logits: Tensor, batch: Batch) -> Scores:
+    def scores(logits: Tensor, batch: Batch) -> Term:
         targets = batch.targets
         assert targets is not None
         places, first, last, null = targets[:, :2], targets[:, 2:3], targets[:, 3:4], targets[:, 4:5]
@@ -163,7 +164,7 @@ def span_loss(label_smoothing: float) -> Criterion:
             logits.float().transpose(1, 2), places.clamp(min=0), allowed.unsqueeze(1), label_smoothing
         )
         best = logits.detach().float().masked_fill(~allowed.unsqueeze(-1), -torch.inf).argmax(dim=1)
-        return Scores(losses.mean(dim=1) * known, (best == places).all(dim=1))
+        return Term(losses.mean(dim=1) * known, (best == places).all(dim=1))
 
     return scores
 

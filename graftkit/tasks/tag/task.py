@@ -16,11 +16,12 @@ from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.conll import SUFFIXES, conll_pieces, read_conll
 from graftkit.data.read import read_table
+from graftkit.data.source import Batch
 from graftkit.data.stream import slices, stream_table
 from graftkit.data.table import Table
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
-from graftkit.tasks.base import Batch, Calls, Criterion, Dataset, Examples, Reading, Scores, Task, check_rows
+from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, Term, check_rows, one_term
 from graftkit.tasks.shared.labels import LabelIndex
 from graftkit.tasks.shared.texts import tokenizer_of
 from graftkit.tasks.tag.entities import (
@@ -165,24 +166,24 @@ class Tag(Task):
         parts = split_all(tokenizer, texts, spans, max_length, backbone.source)
         return TagDataset(examples, texts, spans, parts, tokenizer.pad_token_id or 0)
 
-    def criterion(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Criterion:
+    def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Cross-entropy of logits (rows, length, labels) at the first token of each word."""
 
-        def scores(logits: Tensor, batch: Batch) -> Scores:
+        def scores(logits: Tensor, batch: Batch) -> Term:
             targets = batch.targets
             assert targets is not None
             losses = torch.nn.functional.cross_entropy(
                 logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none",
                 label_smoothing=label_smoothing,
             )  # fmt: skip
-            return Scores(losses.sum(dim=1), (logits.detach().argmax(-1) == targets).sum(dim=1))
+            return Term(losses.sum(dim=1), (logits.detach().argmax(-1) == targets).sum(dim=1))
 
-        return scores
+        return one_term(scores)
 
     def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Any]:
         """Of each word of a row: its likeliest label, the probability of that, and the loss; (words, 3) in fp32."""
         chances = forward(batch).float().log_softmax(dim=-1).cpu().numpy()
-        dataset = batch.dataset
+        dataset = batch.source
         assert isinstance(dataset, TagDataset)
         found = []
         for i, row in enumerate(batch.rows):

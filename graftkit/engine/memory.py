@@ -1,0 +1,59 @@
+"""How much memory there is, and what to do where it runs out: the same work in smaller parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from graftkit.backbone.memory import is_out_of_memory
+from graftkit.errors import UserError
+
+T = TypeVar("T")
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroup v2 and v1
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or the limit of its cgroup, shared by the processes of a
+    run on this machine."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in LIMITS:
+        with suppress(OSError, ValueError):  # 'max' is no number: no limit
+            total = min(total, int(Path(path).read_text(encoding="ascii")))
+    return total // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def release(device: torch.device) -> None:
+    """Give memory back that the allocator of a device holds for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def in_parts(
+    rows: np.ndarray, device: torch.device, work: Callable[[np.ndarray], T], advice: str
+) -> Iterator[tuple[np.ndarray, T]]:
+    """Do `work` on row numbers, all at once or, where memory runs out, in halves; yield each part with its result.
+
+    Raises `UserError` with `advice` where one row alone does not fit.
+    """
+    waiting = [rows]
+    while waiting:
+        part = waiting.pop()
+        try:
+            result = work(part)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(part) == 1:
+                raise UserError(f"one row alone does not fit into the memory of {device}; {advice}") from None
+        else:
+            yield part, result
+            continue
+        release(device)  # outside of `except`: the error holds the tensors of the pass that failed
+        middle = (len(part) + 1) // 2
+        waiting += [part[middle:], part[:middle]]
