@@ -19,6 +19,7 @@ from torch import nn
 from graftkit.backbone import quantized
 from graftkit.backbone.anatomy import is_map
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.own import call, load_weights
 from graftkit.backbone.parts import find_sites
 from graftkit.errors import UserError, first_line, listing, nearest
@@ -212,6 +213,8 @@ def load_backbone(
     except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
     model.eval()
     length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import UserError, first_line, listing, nearest
 
 PICKLE_MARKS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -65,6 +66,8 @@ def _made(name: str, module_name: str, function: str) -> Any:
     except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"model {name!r}: calling {function}() without arguments failed "
             f"({type(error).__name__}: {first_line(error)})."

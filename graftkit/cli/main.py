@@ -28,7 +28,7 @@ from graftkit.cli.options import (
     given_values,
     recipe_values,
 )
-from graftkit.errors import Interrupted, UserError
+from graftkit.errors import Interrupted, UserError, first_line
 
 if TYPE_CHECKING:
     from graftkit.recipe.catalogue import Option
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 # typer brings its own copy of click from 0.25 on, so its errors are told by their common base
 UsageMistake: type[Exception] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+NO_MEMORY = (
+    "out of memory; lower train.batch_size or data.max_length, quantize the model, or choose a smaller one"
 )
 
 app = typer.Typer(
@@ -242,6 +246,12 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except (MemoryError, RuntimeError) as error:
+        from graftkit.backbone.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _stop(1, f"error: {NO_MEMORY} ({first_line(error)})", as_json)
 
 
 def _usage(error: Any) -> str:

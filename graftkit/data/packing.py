@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.prompts import positions_taken
 from graftkit.errors import first_line
 
@@ -70,6 +71,8 @@ def leaks(model: Any, rows: Sequence[np.ndarray]) -> str | None:
             ).logits[0]  # fmt: skip
             alone = torch.cat([model(input_ids=tensor(row), use_cache=False).logits[0] for row in rows])
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"it takes no positions that begin anew ({first_line(error)})"
     finally:
         model.train(training)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
+from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
 from graftkit.methods.base import Method, PeftForm, exactly, place
 from graftkit.methods.shared.peft_bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
@@ -195,6 +196,8 @@ class Peft(Method):
                 tuner = tuners[self.kind](holder, {INSIDE: configs[self.kind](**options)}, INSIDE)
             tuner._cast_adapter_dtype(INSIDE)
         except Exception as error:  # PEFT checks little: what wrong options run into can be anything
+            if is_out_of_memory(error):
+                raise
             what = first_line(error).rstrip(".!")
             if not isinstance(error, ValueError | TypeError | NotImplementedError):
                 what = f"{type(error).__name__} {what}"
@@ -236,6 +239,8 @@ class Peft(Method):
                 with torch.no_grad():
                     layer.merge(safe_merge=True)
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise NotFoldable(
                     f"peft({self.tuner!r}) cannot be folded into {site.name!r}: PEFT says {first_line(error)!r}"
                 ) from None

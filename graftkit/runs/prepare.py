@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import auto_class, find_source, has_two_towers, load_backbone, pooling_of
+from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.quantized import move
 from graftkit.data.columns import find_again, find_columns
 from graftkit.data.order import steps_per_epoch
@@ -28,6 +30,9 @@ from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.catalogue import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
+
+# what torch says of a shape that no memory could hold
+TOO_LARGE = re.compile(r"size calculation overflowed|Overflow when unpacking|without overflow")
 
 
 @dataclass(frozen=True)
@@ -162,8 +167,7 @@ def attach_new(backbone: Backbone, method: Chain, *, meta: bool, keep_base: bool
         with torch.device("meta"):
             return attach(backbone, method, keep_base=keep_base)
     except (RuntimeError, MemoryError, TypeError) as error:
-        told = str(error).lower()
-        if isinstance(error, MemoryError) or any(word in told for word in ("alloc", "memory", "overflow")):
+        if is_out_of_memory(error) or TOO_LARGE.search(str(error)):
             raise UserError(
                 f"{method} does not fit into memory; lower its sizes, such as rank, bottleneck, tokens or hidden."
             ) from None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.memory import is_out_of_memory
 from graftkit.data.sounds import Sound
 from graftkit.data.source import Pass
 from graftkit.errors import UserError, first_line, listing
@@ -197,6 +198,8 @@ class SoundDataset(Dataset):
             with torch.autocast(some.device.type, torch.bfloat16, enabled=half):
                 self.call(model, self.batch(np.array([row]), some.device))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             return error
         finally:
             torch.set_rng_state(state)

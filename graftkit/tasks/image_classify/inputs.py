@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class Processor:
         try:
             made = self.processor(image, return_tensors="pt", **({} if whole else self.as_it_is))
         except Exception as error:  # a processor's own arithmetic
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"the image processor of {self.source} fails on an image of {image.width} x {image.height}: "
                 f"{type(error).__name__}: {first_line(error)}."

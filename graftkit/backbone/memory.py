@@ -1,0 +1,35 @@
+"""Tell an error for want of memory from other errors."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+# what allocators say in errors of other classes than torch.OutOfMemoryError
+NO_MEMORY = re.compile(
+    r"""
+    out\ of\ memory                             # CUDA, HIP, XPU and MPS, drivers included
+    | can't\ allocate\ memory                   # DefaultCPUAllocator on Linux and macOS
+    | not\ enough\ memory                       # DefaultCPUAllocator on Windows
+    | \b[A-Z]+_STATUS_\w*ALLOC(ATION)?_FAILED   # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, and ROCm's
+    | \bstd::bad_alloc\b
+    | Invalid\ buffer\ size                     # MPS, for one tensor that is larger than Metal allows
+    """,
+    re.VERBOSE,
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether this error, or one that it was raised from, is for want of memory of the host or a device.
+
+    `torch.OutOfMemoryError` is a `RuntimeError`, so a handler of `RuntimeError` meets it too. Code that reads a
+    meaning into a `RuntimeError` asks this first, and raises the error again where it is for want of memory.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
