@@ -82,7 +82,7 @@ def make_model(folder: Path, rows: list[dict[str, str]], seed: int) -> Path:
 def losses(model: Path, graft: Path | None, test: Path) -> dict[str, Any]:
     """Metrics on the test rows of the model as it is."""
     _, task, dataset, forward = loaded(model, graft, test, "generate()")
-    from graftkit.engine.loop import predict
+    from graftkit.engine.predict import predict
 
     return task.metrics(predict(dataset, forward, task, 24), dataset, ())
 

@@ -48,6 +48,7 @@ class Audit:
         self.with_gradient: set[str] = set()
         self.moved: set[str] = set()
         self.before = {name: digest(tensor) for name, tensor in self._tensors()}
+        self._gradients: dict[str, Tensor] = {}  # of the present step: whether it is not zero everywhere
 
     def free(self, trained: Container[str], state: Collection[str], spare: Collection[str] = ()) -> None:
         """From the next step on other parameters are trained too, and looked at in their own first steps."""
@@ -73,13 +74,21 @@ class Audit:
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [*self.model.named_parameters(), *self.model.named_buffers()]
 
+    def _changed(self, names: set[str] | None) -> set[str]:
+        """Those of the tensors of these names, or of all, that are not what they were; read back at once."""
+        return _true({
+            name: digest(tensor) != self.before[name]
+            for name, tensor in self._tensors()
+            if name not in self.moved and (names is None or name in names)
+        })  # fmt: skip
+
     def after_backward(self) -> None:
-        """Note which parameters have a gradient, and which have one that is not zero everywhere."""
+        """Note which parameters have a gradient, and ask of those that had none but zeros so far. Reads nothing back."""
+        self._gradients = {}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None and parameter.numel() and name not in self.with_gradient:
                 self.reached.add(name)
-                if bool(parameter.grad.any()):
-                    self.with_gradient.add(name)
+                self._gradients[name] = parameter.grad.any()
 
     def after_step(self, rising: bool = False, last: bool = True) -> None:
         """From a parameter's second step on, raise `UserError` with the names of all that broke the rule.
@@ -90,15 +99,13 @@ class Audit:
         single token there is nothing for queries and keys to choose.
         """
         self.steps += 1
+        self.with_gradient |= _true(self._gradients)
         self.age = {name: age + 1 for name, age in self.age.items()}
         due = {name for name, age in self.age.items() if age >= STEPS}
         if not due:
             return
         first_look = STEPS in self.age.values()
-        now = self._tensors() if first_look else list(self.model.named_parameters())
-        changed = {
-            name for name, tensor in now if name not in self.moved and digest(tensor) != self.before[name]
-        }
+        changed = self._changed(None if first_look else due - self.moved)
         self.moved |= changed
         self.unused = tuple(sorted((due - self.reached) & self.spare))
         silent = due - (self.with_gradient | self.idle if last else self.reached) - set(self.unused)
@@ -126,19 +133,28 @@ class Audit:
             )
 
 
+def _true(flags: dict[str, Tensor]) -> set[str]:
+    """The names whose flag is set, read back at once for each device."""
+    found: set[str] = set()
+    for device in {flag.device for flag in flags.values()}:
+        here = {name: flag for name, flag in flags.items() if flag.device == device}
+        found.update(name for name, is_set in zip(here, torch.stack(list(here.values())).tolist()) if is_set)
+    return found
+
+
 def _methods(trained: Container[str]) -> dict[str, str]:
     """The method of each parameter, where labels say it."""
     return {name: group.method for name, group in trained.items()} if isinstance(trained, dict) else {}
 
 
-def digest(tensor: Tensor) -> int:
-    """A sum over the tensor's bits that changes when any element does."""
+def digest(tensor: Tensor) -> Tensor:
+    """A sum over the tensor's bits that changes when any element does: a scalar on the tensor's device."""
     flat = tensor.detach().reshape(-1)
     if flat.numel() == 0:
-        return 0
+        return torch.zeros((), dtype=torch.int64, device=flat.device)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if flat.is_complex() or flat.element_size() not in kinds:
-        return hash(flat.cpu().numpy().tobytes())
-    return int(
-        (flat if flat.dtype == torch.bool else flat.view(kinds[flat.element_size()])).sum(dtype=torch.int64)
-    )
+    if flat.dtype != torch.bool:
+        flat = flat.view(kinds[flat.element_size()])
+    return flat.sum(dtype=torch.int64)

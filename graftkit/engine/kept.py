@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftkit.engine.parallel import add_up, gather
+
 
 class Kept:
     """One value for each row, on the CPU: of one shape, or with `ragged` one vector for each of its tokens."""
@@ -16,30 +18,23 @@ class Kept:
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.values: Tensor | None = None
 
+    @property
+    def _places(self) -> int:
+        return int(self.offsets[-1]) if self.ragged else len(self.lengths)
+
     def exchange(self) -> None:
         """Give all processes what each of them has put: the values of the others are zero."""
-        from graftkit.engine.parallel import add_up, gather
-
-        shapes = [
-            shape
-            for shape in gather(None if self.values is None else (self.values.shape[1:], self.values.dtype))
-            if shape
-        ]
+        mine = None if self.values is None else (self.values.shape[1:], self.values.dtype)
+        shape, kind = next(found for found in gather(mine) if found is not None)
         if self.values is None:
-            shape, kind = shapes[0]
-            rows = int(self.offsets[-1]) if self.ragged else len(self.lengths)
-            self.values = torch.zeros((rows, *shape), dtype=kind)
+            self.values = torch.zeros((self._places, *shape), dtype=kind)
         add_up(self.values)
 
     def put(self, rows: np.ndarray, values: Tensor) -> None:
         """Keep `values` (rows, length, width), or (rows, ...) where all rows have one shape."""
         if self.values is None:
-            shape = (
-                (int(self.offsets[-1]), values.shape[2])
-                if self.ragged
-                else (len(self.lengths), *values.shape[1:])
-            )
-            self.values = values.new_zeros(shape, device="cpu")
+            of_one = values.shape[2:] if self.ragged else values.shape[1:]
+            self.values = values.new_zeros((self._places, *of_one), device="cpu")
         if not self.ragged:
             self.values[torch.from_numpy(rows)] = values.cpu()
             return

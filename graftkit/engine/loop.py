@@ -172,8 +172,10 @@ class Loop:
 
     def work(self, step: int) -> Work:
         """The batches of a step, made. A pure function of the step: it runs ahead, in another thread."""
-        at = Pass(self.settings.seed, step // self.per_epoch)
-        rows = self.batches(step)
+        return self.made(self.batches(step), Pass(self.settings.seed, step // self.per_epoch))
+
+    def made(self, rows: list[np.ndarray], at: Pass) -> Work:
+        """The same of the row numbers of the step's batches over all processes."""
         units: dict[str, float] = {}
         for part in rows:
             for name, count in self.source.count(part, at).items():

@@ -172,11 +172,11 @@ def test_the_same_seed_gives_the_same_images():
     image = plain(40, 30)
 
     def once() -> torch.Tensor:
-        torch.manual_seed(3)
-        drawn = change.draw(4)
+        random = np.random.default_rng(3)
+        drawn = [change.draw(random) for _ in range(4)]
         made = [np.asarray(change.image(image, drawn[i], (16, 16), 2)) for i in range(4)]
         x = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).float()
-        return change.mix(change.pixels(x))[0]
+        return change.mix(change.pixels(x, drawn), random)[0]
 
     first = once()
     assert torch.equal(first, once()) and first.shape == (4, 3, 16, 16)
@@ -200,14 +200,14 @@ def test_random_boxes_have_the_areas_and_ratios_of_the_paper():
 
 def test_flip_and_moves():
     x = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5)
-    assert torch.equal(Augmentation(flip=1.0).pixels(x), x.flip(3))
-    torch.manual_seed(0)
-    halves = Augmentation(flip=0.5).pixels(x.repeat(50, 1, 1, 1))
+    random = np.random.default_rng(0)
+    drawn = [Augmentation().draw(random) for _ in range(100)]
+    assert torch.equal(Augmentation(flip=1.0).pixels(x, drawn[:2]), x.flip(3))
+    halves = Augmentation(flip=0.5).pixels(x.repeat(50, 1, 1, 1), drawn)
     assert 20 < sum(torch.equal(a, b) for a, b in zip(halves, x.repeat(50, 1, 1, 1))) < 80
-    torch.manual_seed(1)
-    places = torch.randint(0, 5, (2, 2)).tolist()
-    torch.manual_seed(1)
-    moved = Augmentation("padded", padding=2).pixels(x)
+    moved = Augmentation("padded", padding=2).pixels(x, drawn[:2])
+    places = [(int(5 * numbers[-3]), int(5 * numbers[-2])) for numbers in drawn]
+    assert {top for top, _ in places} == {left for _, left in places} == set(range(5))
     for y, z, (top, left) in zip(moved, x, places):
         wide = torch.zeros(3, 8, 9)
         wide[:, 2:6, 2:7] = z
@@ -216,13 +216,11 @@ def test_flip_and_moves():
 
 def test_mixup_and_cutmix():
     x = torch.zeros(6, 1, 10, 10) + torch.arange(6.0)[:, None, None, None]
-    torch.manual_seed(0)
-    mixed, other, share = Augmentation(mixup=1.0).mix(x)
+    mixed, other, share = Augmentation(mixup=1.0).mix(x, np.random.default_rng(0))
     assert torch.allclose(mixed[:, 0, 0, 0], share * x[:, 0, 0, 0] + (1 - share) * x[other, 0, 0, 0])
     for seed in range(20):
-        torch.manual_seed(seed)
-        cut, other, share = Augmentation(cutmix=1.0).mix(x)
-        own = (cut == x).flatten(1).float().mean(1)[other != torch.arange(6)]
+        cut, other, share = Augmentation(cutmix=1.0).mix(x, np.random.default_rng(seed))
+        own = (cut == x).flatten(1).float().mean(1)[other != np.arange(6)]
         assert torch.allclose(own, torch.full_like(own, share))
         assert torch.equal((cut == x) | (cut == x[other]), torch.ones_like(cut, dtype=torch.bool))
     assert x[1].eq(1).all()  # what was handed over is as it was

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from graftkit.data.order import epoch_batches, ordered_batches, padding_share, steps_per_epoch
+from graftkit.data.source import Pass
 from graftkit.engine import precision
 from graftkit.engine.forward import CachedForward, make_forward
 from graftkit.engine.frozen import set_training
-from graftkit.engine.loop import predict
+from graftkit.engine.predict import predict
 from graftkit.errors import UserError
 from graftkit.optim.schedule import factor
 
@@ -93,7 +94,7 @@ def test_accumulation_equals_one_big_batch(ready):
         run = ready("full() + head(dropout=0)", batch_size=size, accumulate=accumulate)
         run.graft.model.eval()
         rows = np.arange(32)
-        loss, _, tokens = run.loop._gradients(np.array_split(rows, accumulate))
+        loss, tokens = step_of(run.loop, np.array_split(rows, accumulate))
         found.append((loss, tokens, gradients(run)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6) and found[0][1] == found[1][1]
     for name, gradient in found[0][2].items():
@@ -104,7 +105,7 @@ def test_the_gradient_is_that_of_the_mean_loss(ready):
     run = ready("full() + head(dropout=0)", label_smoothing=0.1)
     run.graft.model.eval()
     batch = run.dataset.batch(np.arange(16))
-    loss = run.loop._gradients([np.arange(16)])[0]
+    loss, _ = step_of(run.loop, [np.arange(16)])
     ours = gradients(run)
     run.graft.model.zero_grad()
     plain = torch.nn.functional.cross_entropy(run.forward(batch), batch.targets, label_smoothing=0.1)
@@ -125,18 +126,31 @@ def test_memory_that_runs_out_halves_the_parts_and_changes_nothing_else(ready):
             raise torch.OutOfMemoryError("no room")
         return plain(batch)
 
-    forward.device = CPU
+    forward.device, forward.reads_inputs = CPU, True
     small.loop.forward = forward
-    losses = [run.loop._gradients([np.arange(16)])[0] for run in (whole, small)]
+    losses = [step_of(run.loop, [np.arange(16)])[0] for run in (whole, small)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and small.loop.split == 4
     for name, gradient in gradients(whole).items():
         assert torch.allclose(gradient, gradients(small)[name], atol=1e-6)
     never = type(
-        "Never", (), {"device": CPU, "__call__": lambda self, batch: forward(SimpleNamespace(rows=range(9)))}
+        "Never",
+        (),
+        {
+            "device": CPU,
+            "reads_inputs": True,
+            "__call__": lambda self, batch: forward(SimpleNamespace(rows=range(9))),
+        },
     )
     small.loop.forward = never()
     with pytest.raises(UserError, match="one row alone does not fit"):
-        small.loop._gradients([np.arange(16)])
+        step_of(small.loop, [np.arange(16)])
+
+
+def step_of(loop, batches):
+    """The loss of one step on these batches, whose gradients are then there, and its tokens."""
+    work = loop.made(batches, Pass())
+    sums = loop._gradients(work)
+    return float(sums.losses["loss"]) / work.units["loss"], work.tokens
 
 
 # --- the frozen prefix

@@ -158,7 +158,7 @@ class Drawn(Dataset):
         self.values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         super().__init__(Examples(Table({}, "drawn", list(range(6)), "row"), {}), np.ones(6, np.int64))
 
-    def inputs(self, rows):
+    def inputs(self, rows, at):
         return {name: value[torch.from_numpy(rows)] for name, value in self.values.items()}
 
 

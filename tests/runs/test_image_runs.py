@@ -16,6 +16,7 @@ from conftest import equal_bits, forked, graft_tensors
 from image_models import ROOT, convnext, dataset_of, fill, picture, tune
 from PIL import Image
 
+from graftkit.data.source import Pass
 from graftkit.errors import UserError
 from graftkit.runs.predict import predict
 
@@ -180,22 +181,21 @@ def test_a_batch_draws_images_and_partners_once(tiny_vit, colours):
     dataset, prepared = dataset_of(tiny_vit, colours / "train", "image_classify(mixup=1.0)")
     plain, _ = dataset_of(tiny_vit, colours / "train", training=False)
     rows = np.arange(0, 24, 3)
-    torch.manual_seed(5)
-    batch = dataset.batch(rows)
-    other = batch.partners.rows
-    x = plain.inputs(rows)["pixel_values"]
-    y = plain.inputs(other)["pixel_values"]
+    batch = dataset.batch(rows, at=Pass(5))
+    other = rows[batch.mixed[1]]
+    x = plain.inputs(rows, Pass())["pixel_values"]
+    y = plain.inputs(other, Pass())["pixel_values"]
     assert torch.allclose(batch.inputs["pixel_values"], batch.share * x + (1 - batch.share) * y, atol=1e-5)
     assert sorted(other) == sorted(rows)
     # the loss is that of the soft target
-    criterion = prepared.rows.task.criterion(dataset, prepared.rows.labels, 0.1)
+    learn = prepared.rows.task.learner(dataset, prepared.rows.labels, 0.1)
     logits = torch.randn(8, 3)
     soft = (
         batch.share * torch.eye(3)[plain.targets(rows)]
         + (1 - batch.share) * torch.eye(3)[plain.targets(other)]
     )
     wanted = torch.nn.functional.cross_entropy(logits, soft, reduction="none", label_smoothing=0.1)
-    assert torch.allclose(criterion(logits, batch).losses, wanted, atol=1e-6)
+    assert torch.allclose(learn(lambda _: logits, batch)["loss"].losses, wanted, atol=1e-6)
 
 
 EVERYTHING = (
@@ -263,7 +263,9 @@ def test_balanced_weights(tiny_vit, tmp_path):
     fill(tmp_path, 6, kinds=("red",))
     dataset, prepared = dataset_of(tiny_vit, tmp_path, "image_classify(class_weights='balanced')")
     task, labels = prepared.rows.task, prepared.rows.labels
-    losses = task.criterion(dataset, labels, 0.0)(torch.zeros(10, 3), dataset.batch(np.arange(10))).losses
+    losses = task.learner(dataset, labels, 0.0)(lambda _: torch.zeros(10, 3), dataset.batch(np.arange(10)))[
+        "loss"
+    ].losses
     targets = dataset.targets(np.arange(10)).numpy()
     sums = [float(losses[torch.from_numpy(targets == i)].sum()) for i in range(3)]
     assert np.allclose(sums, sums[0])

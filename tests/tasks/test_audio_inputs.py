@@ -12,6 +12,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import find_source, load_backbone
 from graftkit.data.read import read_table
+from graftkit.data.source import Pass
 from graftkit.errors import UserError
 from graftkit.tasks.audio_classify.inputs import log_mel
 from graftkit.tasks.audio_classify.rows import Augmentation
@@ -52,7 +53,7 @@ def dataset(
 def test_wav2vec2_gets_what_its_extractor_gives_with_a_mask(backbone):
     data = dataset(backbone("wav2vec2"))
     rows = np.array([0, 2, 1])
-    found = data.inputs(rows)
+    found = data.batch(rows).inputs
     expected = backbone("wav2vec2").processor(
         [WAVES[row].astype(np.float32) for row in rows], sampling_rate=RATE, padding=True, return_tensors="pt"
     )
@@ -66,16 +67,16 @@ def test_wav2vec2_gets_what_its_extractor_gives_with_a_mask(backbone):
 
 def test_with_its_mask_an_answer_does_not_depend_on_the_batch(backbone):
     data, model = dataset(backbone("wav2vec2")), backbone("wav2vec2").model
-    together = data.logits(model, data.batch(np.arange(4)))
+    together = data.call(model, data.batch(np.arange(4)))
     for row in range(4):
-        alone = data.logits(model, data.batch(np.array([row])))
+        alone = data.call(model, data.batch(np.array([row])))
         assert torch.allclose(alone[0], together[row], atol=1e-5)
 
 
 def test_a_model_with_group_norm_gets_no_mask_and_each_row_is_normed_alone(backbone):
     """As its authors trained it (see Wav2Vec2FeatureExtractor); in a batch transformers would norm over the padding."""
     data = dataset(backbone("wav2vec2-group"))
-    found = data.inputs(np.array([0, 1]))
+    found = data.batch(np.array([0, 1])).inputs
     assert set(found) == {"input_values"}
     alone = backbone("wav2vec2-group").processor(
         WAVES[0].astype(np.float32), sampling_rate=RATE, return_tensors="pt"
@@ -89,10 +90,10 @@ def test_without_a_mask_seconds_pads_all_rows_to_one_length(backbone):
         dataset(backbone("wav2vec2-group"), AudioClassify(seconds=0.6)),
         backbone("wav2vec2-group").model,
     )
-    assert data.uniform and data.inputs(np.array([0]))["input_values"].shape == (1, 4800)
+    assert data.uniform and data.batch(np.array([0])).inputs["input_values"].shape == (1, 4800)
     assert data.lengths.tolist() == [2480, 4000, 1920, 4800] and data.truncated == 1
-    together = data.logits(model, data.batch(np.arange(4)))
-    alone = data.logits(model, data.batch(np.array([2])))
+    together = data.call(model, data.batch(np.arange(4)))
+    alone = data.call(model, data.batch(np.array([2])))
     assert torch.allclose(alone[0], together[2], atol=1e-5)
 
 
@@ -101,13 +102,13 @@ def test_spectrograms_of_one_size_are_the_extractors_own(backbone, name, shape, 
     waves = [tone(len(wave) / RATE, 300, rate, seed=number) for number, wave in enumerate(WAVES[:3])]
     data = dataset(backbone(name), waves=waves, rate=rate)
     processor = backbone(name).processor
-    [(key, found)] = data.inputs(np.arange(3)).items()
+    [(key, found)] = data.batch(np.arange(3)).inputs.items()
     expected = processor(
         [wave.astype(np.float32) for wave in waves], sampling_rate=rate, return_tensors="pt"
     )[key]
     assert data.uniform and data.keeps and found.shape == (3, *shape) and found.dtype == torch.float32
     assert torch.allclose(found, expected.float(), atol=1e-4)
-    assert data.logits(backbone(name).model, data.batch(np.arange(3))).shape == (3, 2)
+    assert data.call(backbone(name).model, data.batch(np.arange(3))).shape == (3, 2)
 
 
 def test_what_is_longer_than_the_model_takes_is_cut_and_counted(backbone):
@@ -125,7 +126,7 @@ def test_what_is_longer_than_the_model_takes_is_cut_and_counted(backbone):
     assert AudioClassify().max_length(None, backbone("wav2vec2")) == 30 * RATE
     middle = dataset(backbone("wav2vec2"), AudioClassify(seconds=0.5, cut="middle"))
     wave = WAVES[3][3600:7600].astype(np.float32)
-    found = middle.inputs(np.array([3]))["input_values"][0].numpy()
+    found = middle.batch(np.array([3])).inputs["input_values"][0].numpy()
     assert np.allclose(found, (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7), atol=1e-4)
 
 
@@ -151,7 +152,7 @@ def test_log_mel_equals_that_of_transformers(window, hop, size):
 def test_a_module_of_ones_own_takes_a_spectrogram_as_the_recipe_says():
     task = AudioClassify(rate=8000, features="log_mel", n_mels=16, seconds=0.5, mean=-4.0, deviation=2.0)
     data = dataset(Backbone(Bands()), task)
-    [(name, found)] = data.inputs(np.arange(4)).items()
+    [(name, found)] = data.batch(np.arange(4)).inputs.items()
     assert name == "spectrogram" and found.shape == (4, 16, 51) and data.uniform
     filters = mel_filter_bank(129, 16, 0.0, 4000.0, 8000, norm="slaney", mel_scale="slaney")
     wave = np.pad(WAVES[0], (0, 4000 - len(WAVES[0]))).astype(np.float32)
@@ -161,7 +162,7 @@ def test_a_module_of_ones_own_takes_a_spectrogram_as_the_recipe_says():
 
 def test_a_module_that_takes_a_mask_gets_rows_of_their_own_length():
     data = dataset(Backbone(Masked()), AudioClassify(rate=8000))
-    found = data.inputs(np.array([0, 1]))
+    found = data.batch(np.array([0, 1])).inputs
     assert list(found) == ["samples", "attention_mask"] and found["samples"].shape == (2, 4000)
     assert found["attention_mask"].sum(1).tolist() == [2480, 4000]
     assert np.allclose(found["samples"][0, :2480], WAVES[0], atol=1e-6)
@@ -227,29 +228,33 @@ def test_sounds_too_short_for_the_model_are_all_named(backbone):
 
 
 def drawn(data, seed: int, rows=(0, 1)) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return next(iter(data.inputs(np.array(rows)).values()))
+    return next(iter(data.inputs(np.array(rows), Pass(seed)).values()))
 
 
-def test_augmentation_is_drawn_from_the_global_generator_and_only_in_training(backbone):
+def test_augmentation_is_a_function_of_seed_epoch_and_row_and_only_in_training(backbone):
     task = AudioClassify(spec_augment=True, gain=6.0, shift=0.05)
     data = dataset(backbone("ast"), task, training=True)
     assert torch.equal(drawn(data, 1), drawn(data, 1)) and not torch.equal(drawn(data, 1), drawn(data, 2))
     assert not data.keeps, "a row is another one in each epoch"
+    together = data.inputs(np.array([2, 0, 1]), Pass(1, 3))["input_values"]
+    for place, row in enumerate((2, 0, 1)):
+        alone = data.inputs(np.array([row]), Pass(1, 3))["input_values"][0]
+        assert torch.equal(together[place], alone), "whatever stands beside it"
+        assert not torch.equal(alone, data.inputs(np.array([row]), Pass(1, 4))["input_values"][0])
     plain = dataset(backbone("ast"), task)
     assert plain.keeps and torch.equal(drawn(plain, 1), drawn(plain, 2))
     assert torch.equal(drawn(plain, 1), drawn(dataset(backbone("ast")), 1))
 
 
 def test_stripes_are_the_mean_and_within_their_shares_and_the_real_frames():
-    torch.manual_seed(0)
+    random = np.random.default_rng(1)
     features = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
     features[15:] = 9.0  # padding
     before = features.copy()
     augmentation = Augmentation(masks=1, time=0.4, frequency=0.25)
     widths = []
     for _ in range(200):
-        found = augmentation.features(features, 0, 15)
+        found = augmentation.features(features, 0, 15, random)
         assert (features == before).all() and (found[15:] == 9.0).all()
         changed = found[:15] != before[:15]
         assert np.allclose(found[:15][changed], before[:15].mean())
@@ -257,17 +262,17 @@ def test_stripes_are_the_mean_and_within_their_shares_and_the_real_frames():
         assert changed.sum() == frames * 8 + bands * 15 - frames * bands
         widths.append((frames, bands))
     assert {frames for frames, _ in widths} == set(range(7)) and {bands for _, bands in widths} == {0, 1, 2}
-    turned = augmentation.features(features.T.copy(), 1, 15)
+    turned = augmentation.features(features.T.copy(), 1, 15, random)
     assert turned.shape == (8, 20) and (turned[:, 15:] == 9.0).all()
 
 
 def test_gain_and_shift():
-    torch.manual_seed(0)
+    random = np.random.default_rng(0)
     wave = WAVES[0].astype(np.float32)
-    gains = [np.abs(Augmentation(gain=6.0).wave(wave)).max() / np.abs(wave).max() for _ in range(300)]
+    gains = [np.abs(Augmentation(gain=6.0).wave(wave, random)).max() / np.abs(wave).max() for _ in range(300)]
     assert 0.5 < min(gains) < 0.52 and 1.9 < max(gains) < 2.0  # 6 dB are a factor of 1.995
     for _ in range(50):
-        moved = Augmentation(shift=100).wave(wave)
+        moved = Augmentation(shift=100).wave(wave, random)
         assert len(moved) == len(wave)
         by = int(np.argmax(signal_of(moved, wave))) - (len(wave) - 1)
         assert abs(by) <= 100
@@ -294,11 +299,11 @@ def test_wav2vec2_masks_its_own_frames_only_where_the_task_says(tmp_path):
         loaded.model.train()
         batch = data.batch(np.arange(3))
         np.random.seed(0)
-        first, second = (data.logits(loaded.model, batch) for _ in range(2))
+        first, second = (data.call(loaded.model, batch) for _ in range(2))
         np.random.seed(0)
         results[spec_augment] = (
             torch.equal(first, second),
-            torch.equal(first, data.logits(loaded.model, batch)),
+            torch.equal(first, data.call(loaded.model, batch)),
         )
     assert results == {False: (True, True), True: (False, True)}
     with pytest.raises(UserError, match=r"row 1 gives 2 frames, fewer than the 4 that .* masks at once"):

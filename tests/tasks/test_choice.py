@@ -159,8 +159,8 @@ def test_scores_are_those_of_the_models_own_class(tiny_bert):
     dataset = task.dataset(made, backbone, 32)
     batch = dataset.batch(np.arange(4))
     with torch.no_grad():
-        logits = dataset.logits(model, batch)
-    scores = task.criterion(dataset, (), 0.0)(logits, batch)
+        logits = dataset.call(model, batch)
+    scores = task.learner(dataset, (), 0.0)(lambda _: logits, batch)["loss"]
     assert logits.shape == (4, 4) and torch.isinf(logits).sum() == 4
     tokenizer = backbone.processor
     for i in range(4):
@@ -170,14 +170,14 @@ def test_scores_are_those_of_the_models_own_class(tiny_bert):
             wanted = other(**{k: v[None] for k, v in given.items()}, labels=torch.tensor([made.targets[i]]))
         assert torch.allclose(logits[i, : len(choices)], wanted.logits[0], atol=1e-5)
         assert scores.losses[i].item() == pytest.approx(wanted.loss.item(), abs=1e-5)
-        assert bool(scores.hits[i]) == (wanted.logits[0].argmax() == made.targets[i])
+        assert bool(scores.correct[i]) == (wanted.logits[0].argmax() == made.targets[i])
 
 
 def test_texts_with_a_context(tiny_bert):
     backbone = load_backbone(find_source(str(tiny_bert)))
     rows = [{"context": "the old cat", "question": "my dog", "choices": ["hen", "pig"], "label": 0}]
     made = examples(rows, {**COLUMNS, "context": "context"})
-    ids = Choice().dataset(made, backbone, 32).inputs(np.arange(1))["input_ids"]
+    ids = Choice().dataset(made, backbone, 32).batch(np.arange(1)).inputs["input_ids"]
     assert backbone.processor.batch_decode(ids) == [
         f"[CLS] the old cat [SEP] my dog {choice} [SEP]" for choice in ("hen", "pig")
     ]

@@ -28,8 +28,8 @@ def dataset_of(targets: np.ndarray) -> Dataset:
 
 def losses(task: Classify, logits: torch.Tensor, targets: np.ndarray, smoothing: float = 0.0) -> torch.Tensor:
     dataset = dataset_of(targets)
-    criterion = task.criterion(dataset, LABELS, smoothing)
-    return criterion(logits, Batch(dataset, np.arange(len(targets)))).losses
+    learn = task.learner(dataset, LABELS, smoothing)
+    return learn(lambda _: logits, Batch(dataset, np.arange(len(targets))))["loss"].losses
 
 
 def random_sets(seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:

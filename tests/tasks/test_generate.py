@@ -20,7 +20,7 @@ from graftkit.data.chat import TEMPLATES
 from graftkit.data.columns import find_columns
 from graftkit.data.read import read_table
 from graftkit.engine.forward import Forward
-from graftkit.engine.loop import predict as run_predict
+from graftkit.engine.predict import predict as run_predict
 from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 from graftkit.tasks.generate.task import Generate

@@ -214,8 +214,8 @@ def losses_and_gradients(task: Generate, base: Backbone, table, **more):
     data = dataset(task, base, table, **more)
     batch = data.batch(np.arange(len(data)))
     base.model.zero_grad()
-    found = data.logits(base.model, batch)
-    total = task.criterion(data, (), 0.0)(found, batch).losses.sum()
+    found = data.call(base.model, batch)
+    total = task.learner(data, (), 0.0)(lambda _: found, batch)["loss"].losses.sum()
     total.backward()
     gradients = {name: p.grad.clone() for name, p in base.model.named_parameters() if p.grad is not None}
     scores = sorted(zip(batch.targets.tolist(), found.detach()[:, 0].tolist()))
@@ -313,7 +313,7 @@ def test_loss_is_that_of_transformers(kind):
     task = Generate()
     data = dataset(task, base, rows(7))
     batch = data.batch(np.arange(7))
-    losses = task.criterion(data, (), 0.0)(data.logits(base.model, batch), batch).losses
+    losses = task.learner(data, (), 0.0)(lambda _: data.call(base.model, batch), batch)["loss"].losses
     for row in range(7):
         inputs = {name: tensor[row : row + 1] for name, tensor in batch.inputs.items()}
         labels = torch.full((1, max(map(len, data.ids))), -100)
@@ -337,7 +337,7 @@ def test_logits_are_computed_for_labels_alone_and_in_parts():
     batch = data.batch(np.arange(20))
     sizes = []
     base.model.lm_head.register_forward_hook(lambda m, a, output: sizes.append(output.numel()))
-    data.logits(base.model, batch)
+    data.call(base.model, batch)
     assert sizes == [len(batch.targets) * 300]
     where, places = data.places(batch.rows)
     token_scores(base.model, batch.inputs, where, places, batch.targets, 3000)

@@ -33,7 +33,7 @@ def test_inputs_are_those_of_the_model_s_own_processor(model, colours, request):
 
     folder = request.getfixturevalue(model)
     dataset, _ = dataset_of(folder, colours / "train")
-    made = dataset.inputs(np.arange(len(dataset)))
+    made = dataset.batch(np.arange(len(dataset))).inputs
     images = [Image.open(p.name).convert("RGB") for p in dataset.pictures]
     wanted = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
     assert list(made) == ["pixel_values"] and torch.equal(made["pixel_values"], wanted)
@@ -103,7 +103,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"several sizes.*tall\.png as 48 x 32"):
         dataset_of("examples.resnet20:resnet20", tmp_path)
     dataset, _ = dataset_of("examples.resnet20:resnet20", tmp_path, "image_classify(resize=32, crop=32)")
-    assert dataset.inputs(np.arange(7))["x"].shape == (7, 3, 32, 32)
+    assert dataset.batch(np.arange(7)).inputs["x"].shape == (7, 3, 32, 32)
 
 
 def test_data_max_length_has_no_sense(tiny_vit, colours):
@@ -140,7 +140,9 @@ def test_folders_tables_bytes_images_and_arrays_give_the_same(tiny_vit, colours,
     wanted, _ = dataset_of(tiny_vit, root)
     every = np.arange(len(wanted))
     for dataset in found:
-        assert torch.equal(dataset.inputs(every)["pixel_values"], wanted.inputs(every)["pixel_values"])
+        assert torch.equal(
+            dataset.batch(every).inputs["pixel_values"], wanted.batch(every).inputs["pixel_values"]
+        )
         assert torch.equal(dataset.targets(every), wanted.targets(every))
     assert found[0].digest() == found[1].digest() == wanted.digest()
 

@@ -92,7 +92,7 @@ def resolved(rows: list[dict], **options) -> tuple[Prompting, object]:
 def scores(task, examples, backbone, max_length: int = 64) -> np.ndarray:
     dataset = task.dataset(examples, backbone, max_length)
     with torch.no_grad():
-        return dataset.logits(backbone.model, dataset.batch(np.arange(len(examples)))).numpy()
+        return dataset.call(backbone.model, dataset.batch(np.arange(len(examples)))).numpy()
 
 
 def plain(model, tokenizer, prompt: str, word: str) -> tuple[float, int]:

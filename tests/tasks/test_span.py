@@ -320,7 +320,7 @@ def test_windows_cover_the_context_and_share_their_stride(tiny_bert):
     }  # fmt: skip
     holding = [i for i, (start, *_) in enumerate(dataset.numbers) if start != dataset.windows[i].null]
     assert 1 <= len(holding) <= 2 and dataset.units.all() and dataset.truncated == 0
-    tokens = dataset.inputs(np.array(holding))["input_ids"]
+    tokens = dataset.batch(np.array(holding)).inputs["input_ids"]
     cat = backbone.processor.convert_tokens_to_ids("cat")
     for ids, i in zip(tokens, holding):
         assert ids[dataset.numbers[i, 0]] == ids[dataset.numbers[i, 1]] == cat
@@ -336,7 +336,7 @@ def test_an_answer_longer_than_any_window_is_not_learned(tiny_bert):
     assert not dataset.units[first].any() and dataset.units[~first].all()
     batch = dataset.batch(np.arange(len(dataset)))
     logits = torch.randn(len(dataset), int(dataset.lengths.max()), 2)
-    losses = Span().criterion(dataset, (), 0.0)(logits, batch).losses
+    losses = Span().learner(dataset, (), 0.0)(lambda _: logits, batch)["loss"].losses
     assert not losses[torch.tensor(first)].any() and (losses[torch.tensor(~first)] > 0).all()
     with pytest.raises(UserError, match=r"no answer of .* is whole in a window of 32 tokens"):
         Span().dataset(examples([long]), backbone, 32, training=True)
@@ -359,7 +359,7 @@ def test_loss_over_context_and_no_answer(tiny_bert, smoothing):
     dataset = Span().dataset(examples(rows), backbone, 32)
     batch = dataset.batch(np.arange(3))
     logits = torch.randn(3, int(dataset.lengths.max()), 2, generator=torch.Generator().manual_seed(0))
-    got = Span().criterion(dataset, (), smoothing)(logits, batch).losses
+    got = Span().learner(dataset, (), smoothing)(lambda _: logits, batch)["loss"].losses
     for i, (start, end, first, last, null) in enumerate(dataset.numbers):
         kept = [null, *range(first, last + 1)]
         assert null == 0 and (start == 0) == (i == 2)

@@ -230,11 +230,11 @@ def test_the_loss_is_that_of_transformers(backbone):
     dataset = task.dataset(examples, backbone, 64)
     batch = dataset.batch(np.array([0, 1]))
     logits = torch.randn(*batch.targets.shape, 3, generator=torch.Generator().manual_seed(0))
-    scores = task.criterion(dataset, labels, 0.0)(logits, batch)
+    scores = task.learner(dataset, labels, 0.0)(lambda _: logits, batch)["loss"]
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
     assert scores.losses.sum() / dataset.units.sum() == pytest.approx(mean.item())
     right = (logits.argmax(-1) == batch.targets).sum()
-    assert scores.hits.sum() == right
+    assert scores.correct.sum() == right
 
 
 class Says:
