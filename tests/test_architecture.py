@@ -83,6 +83,7 @@ def test_a_method_imports_base_backbone_and_torch():
         "graftkit.catalogue",
         "graftkit.errors",
         "graftkit.files",
+        "graftkit.libraries",
     )
     for name in METHODS:
         none([i for i in own(f"methods/{name}.py") if i.of("graftkit") and not i.of(*allowed)])

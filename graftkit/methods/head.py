@@ -26,6 +26,7 @@ from graftkit.backbone.pooling import (
 )
 from graftkit.catalogue import option
 from graftkit.errors import UserError, listing
+from graftkit.libraries import method_of
 from graftkit.methods.base import Addition, Group, Labels, Method, labels_of, place
 from graftkit.methods.mixtures import Mixture
 
@@ -91,7 +92,7 @@ class Head(Method):
         width = entering(module) if reads_input else backbone.hidden_size
         head = PooledHead(width, self.classes, self.pooling, self.hidden, self.dropout)
         place(backbone.model, name, head)
-        head.shifts = takes_decoder_inputs(backbone.model) and hasattr(backbone.model, "_shift_right")
+        head.shifts = takes_decoder_inputs(backbone.model) and bool(method_of(backbone.model, "_shift_right"))
         if module is not backbone.model:
             head.read_from(
                 module, reads_input, next(n for n, m in backbone.model.named_modules() if m is module)
