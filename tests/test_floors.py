@@ -19,7 +19,8 @@ from graftkit.recipe.catalogue import entries
 ROOT = Path(graftkit.__file__).parent
 # from the lowest floor to the highest; what shares a floor does not know of each other
 FLOORS = (
-    ("errors", "files"),
+    ("errors",),
+    ("files", "libraries"),
     ("recipe",),
     ("backbone",),
     ("data",),
@@ -34,7 +35,7 @@ FLOORS = (
     ("__main__", "__init__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-LIGHT = ("errors", "files", "recipe", "report", "cli")  # import no torch at the top of a file
+LIGHT = ("errors", "files", "libraries", "recipe", "report", "cli")  # import no torch at the top of a file
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft")
 
 

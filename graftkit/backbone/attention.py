@@ -17,6 +17,7 @@ from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.tokens import by_name, position_tables
 from graftkit.errors import UserError
+from graftkit.libraries import attention_of, lacking
 
 NAME = "graftkit_sdpa"
 
@@ -140,6 +141,10 @@ def adopt(backbone: Backbone) -> None:
             f"{type(model).__name__} cannot compute its attention as sdpa ({str(error).split('.')[0]}), so keys and "
             "values cannot be added to it. Use lora or adapter instead."
         ) from None
+    if attention_of(model) != NAME:  # else its keys and values would be trained, and never read
+        raise lacking(
+            "transformers", f"leaves {type(model).__name__} with another attention than it was given"
+        )
 
 
 def release(model: nn.Module, implementation: str | None) -> None:

@@ -13,6 +13,7 @@ from graftkit.backbone.anatomy import Site, features, is_conv, is_linear, is_map
 from graftkit.backbone.parts import find_sites
 from graftkit.backbone.quantized import shape_of
 from graftkit.errors import UserError
+from graftkit.libraries import warn_of_untested
 
 WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim", "num_features", "embed_dim")
 
@@ -36,6 +37,7 @@ class Backbone:
     blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        warn_of_untested()
         self.source = self.source or type(self.model).__name__
         if not self.sites:
             self.sites, self.blocks = find_sites(self.model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone.backbone import Backbone
 from graftkit.errors import UserError
+from graftkit.libraries import method_of
 
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
@@ -80,12 +81,13 @@ def mask_of_states(module: Any, states: Tensor, given: dict[str, Any]) -> Tensor
     if mask is None or mask.shape == states.shape[:2]:
         return mask
     if mask.dim() == 2:
-        if hasattr(module, "_get_feature_vector_attention_mask"):
-            return module._get_feature_vector_attention_mask(states.shape[1], mask)
+        if (frames := method_of(module, "_get_feature_vector_attention_mask")) is not None:
+            return frames(states.shape[1], mask)
         prefix = mask.long().sum(dim=1)
         is_prefix = bool((mask.long().cumsum(dim=1).argmax(dim=1) + 1 == prefix).all())
-        if hasattr(module, "_get_feat_extract_output_lengths") and is_prefix:
-            lengths = module._get_feat_extract_output_lengths(prefix)
+        counts = method_of(module, "_get_feat_extract_output_lengths")
+        if counts is not None and is_prefix:
+            lengths = counts(prefix)
             return (torch.arange(states.shape[1], device=states.device) < lengths[:, None]).to(mask.dtype)
     raise UserError(
         f"head(): the attention_mask is {list(mask.shape)}, but {type(module).__name__} gives "

@@ -27,6 +27,7 @@ from graftkit.backbone.tokens import (
     shorten,
 )
 from graftkit.errors import UserError
+from graftkit.libraries import tokens_seen
 
 # models of patches or frames whose blocks know no order and no grid, so that they take more tokens
 PATCHED = (
@@ -167,11 +168,12 @@ class InFront:
         self.given = None
         given = by_name(module, args, kwargs)
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-        if not self.added.active or (ids is None and embeddings is None) or _goes_on(given):
+        if not self.added.active or (ids is None and embeddings is None):
+            return None
+        seen = tokens_seen(given)
+        if seen is None:
             return None
         rows, length = given["input_ids" if embeddings is None else "inputs_embeds"].shape[:2]
-        cache = given.get("past_key_values")
-        seen = 0 if cache is None else int(cache.get_seq_length())
         new = dict(given)
         if given.get("attention_mask") is not None:
             new["attention_mask"] = self._mask(given["attention_mask"], length, seen)
@@ -237,14 +239,6 @@ class InFront:
             f"beside {tokens} virtual tokens, {self.source} takes an attention_mask of (rows, {whole - tokens}), not "
             f"{shape}. Leave cache_implementation out, and do not use a cache that was made without the virtual tokens."
         )
-
-
-def _goes_on(given: dict[str, Any]) -> bool:
-    """Whether a recurrent model, such as Mamba or RWKV, is given the state in which the virtual tokens left it."""
-    state: Any = given.get("cache_params", given.get("state"))
-    if hasattr(state, "has_previous_state"):
-        return bool(state.has_previous_state())
-    return state is not None
 
 
 def _ones_before(mask: Tensor, tokens: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone.anatomy import Added, base_modules
+from graftkit.libraries import cache_names
 
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
@@ -137,7 +138,7 @@ def shorten(output: Any, kept: slice, length: int, start: str = "") -> Any:
                 output[name] = tuple(
                     part.view(-1, length, part.shape[-1])[:, kept].flatten(0, 1) for part in value
                 )
-            elif name.startswith(start) and name not in ("attentions", "past_key_values"):
+            elif name.startswith(start) and name != "attentions" and name not in cache_names():
                 output[name] = shorten(value, kept, length)
         return output
     if type(output) in (tuple, list):

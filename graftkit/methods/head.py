@@ -25,6 +25,7 @@ from graftkit.backbone.pooling import (
     takes_decoder_inputs,
 )
 from graftkit.errors import UserError, listing
+from graftkit.libraries import method_of
 from graftkit.methods.base import Method, OutputHead, Outputs, labels_of, place
 from graftkit.methods.shared.mixtures import Mixture
 from graftkit.optim.labels import Group, Labels
@@ -138,7 +139,7 @@ class Head(Method):
         width = entering(module) if reads_input else backbone.hidden_size
         head = PooledHead(width, self.classes, self.pooling, self.hidden, self.dropout)
         place(backbone.model, name, head)
-        head.shifts = takes_decoder_inputs(backbone.model) and hasattr(backbone.model, "_shift_right")
+        head.shifts = takes_decoder_inputs(backbone.model) and bool(method_of(backbone.model, "_shift_right"))
         if module is not backbone.model:
             head.read_from(
                 module, reads_input, next(n for n, m in backbone.model.named_modules() if m is module)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from graftkit.backbone.anatomy import Added
 from graftkit.backbone.attention import AddedKeysValues, adopt, attention_modules, shift_positions
 from graftkit.backbone.prompts import refuse_crowd
 from graftkit.errors import NotFoldable, UserError
+from graftkit.libraries import rotary_of, takes_cache
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
@@ -91,9 +90,8 @@ class Prefix(Method):
         modules = attention_modules(backbone)
         shapes = {kv_shape(backbone, module) for _, _, module in modules}
         bare = backbone.model.base_model
-        takes_cache = "past_key_values" in inspect.signature(bare.forward).parameters  # type: ignore[union-attr]
         turn = None if self.shift else _rotation(backbone, self.tokens)
-        if len(shapes) != 1 or not takes_cache or hasattr(bare, "decoder") or not (self.shift or turn):
+        if len(shapes) != 1 or not takes_cache(bare) or hasattr(bare, "decoder") or not (self.shift or turn):
             return None
         columns = []
         for _, _, module in modules:
@@ -155,16 +153,15 @@ class Prefix(Method):
 def _rotation(backbone: Backbone, tokens: int) -> Callable[[Tensor], Tensor] | None:
     """Turns keys (kv heads, tokens, d) by `tokens` rotary positions; None where the model has no plain ones."""
     attention = attention_modules(backbone)[0][2]
-    rotary = next((m for m in backbone.model.modules() if hasattr(m, "inv_freq")), None)
-    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if rotary is None or turn is None or getattr(rotary, "rope_type", None) not in PLAIN_ROTATIONS:
+    rotary = rotary_of(backbone.model, attention)
+    if rotary is None or rotary.kind not in PLAIN_ROTATIONS:
         return None
 
     def turned(key: Tensor) -> Tensor:
-        angles = rotary(key, torch.tensor([[tokens]], device=key.device))
+        angles = rotary.angles(key, torch.tensor([[tokens]], device=key.device))
         width = angles[0].shape[-1]  # some models turn the first part of a head only
         part = key[None, ..., :width]
-        return torch.cat([turn(part, part, *angles)[1][0], key[..., width:]], dim=-1)
+        return torch.cat([rotary.turn(part, part, *angles)[1][0], key[..., width:]], dim=-1)
 
     return turned
 

@@ -14,12 +14,13 @@ from graftkit import UserError, load
 
 peft = pytest.importorskip("peft")
 import peft_lora  # noqa: E402
+from peft_cache import for_peft  # noqa: E402
 from peft_lora import shaken, write_with_peft  # noqa: E402
 
 
 def with_peft(model: nn.Module, folder: Path) -> nn.Module:
     known = ("lora_", "modules_to_save", "prompt")
-    return peft_lora.with_peft(model, folder, trained=known, by_hand=("prompt_embeddings",))
+    return peft_lora.with_peft(for_peft(model), folder, trained=known, by_hand=("prompt_embeddings",))
 
 
 # ---- prefixes

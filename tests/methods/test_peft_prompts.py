@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from peft_cache import for_peft
 from shaken import shaken
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ def write_with_peft(model: nn.Module, folder: Path, name: str, task: str, **sett
     """An adapter that PEFT made on `model`, all of its trained values random, and written."""
     make, known = CONFIGS[name]
     config = make(task_type=task, num_virtual_tokens=3, **{**known, **settings})
-    wrapped = peft.get_peft_model(model, config).eval()
+    wrapped = peft.get_peft_model(for_peft(model), config).eval()
     shake(p for p in wrapped.parameters() if p.requires_grad)
     wrapped.save_pretrained(str(folder))
     return wrapped
@@ -85,7 +86,7 @@ def with_peft(model: nn.Module, folder: Path) -> nn.Module:
     """PEFT's reading of a folder; a warning about keys is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        return peft.PeftModel.from_pretrained(for_peft(model), str(folder)).eval()
 
 
 @BOTH
@@ -179,7 +180,7 @@ def test_generation_is_that_of_peft(kind, name, tmp_path):
 def test_gradients_are_those_of_peft(name):
     make, known = CONFIGS[name]
     wrapped = peft.get_peft_model(
-        tiny.causal("llama"), make(task_type="CAUSAL_LM", num_virtual_tokens=3, **known)
+        for_peft(tiny.causal("llama")), make(task_type="CAUSAL_LM", num_virtual_tokens=3, **known)
     ).eval()
     theirs = next(p for p in wrapped.parameters() if p.requires_grad)
     graft = attach(tiny.causal("llama"), OURS[name]).model.eval()

@@ -17,6 +17,7 @@ from graftkit.data.folders import given_files, locate_files, read_files, stream_
 from graftkit.data.read import Table
 from graftkit.data.sounds import SUFFIXES, BadSound, Sound, look
 from graftkit.errors import UserError, listing
+from graftkit.libraries import method_of
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.audio_classify.inputs import (
     Extractor,
@@ -235,7 +236,7 @@ class AudioClassify(LabelTask):
     def _refuse_short(self, dataset: SoundDataset, backbone: Backbone) -> None:
         """Raise `UserError` where the model's own masks are longer than a sound."""
         config: Any = backbone.model.config
-        frames: Any = getattr(backbone.model, "_get_feat_extract_output_lengths", None)
+        frames = method_of(backbone.model, "_get_feat_extract_output_lengths")
         row = int(dataset.lengths.argmin())
         if frames is None or config.mask_time_prob <= 0:
             return

@@ -1,0 +1,227 @@
+"""What differs between the versions of the libraries below, and which versions were tested.
+
+Each entry says for which versions it is. What is asked of a library here is found, or is an error that names the library
+and its version: a default in its place would change results without a word. No library is imported before it is needed,
+as the command line comes here first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftkit.errors import UserError
+
+WATCHED = ("torch", "transformers", "peft", "accelerate", "datasets")
+
+
+# ---- versions
+
+
+class UntestedVersion(UserWarning):
+    """A library is older or newer than those that the tests were run with."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The versions of a library that were tested: from `oldest` up to, but not including, `bound`."""
+
+    name: str
+    oldest: str
+    bound: str
+
+    def __str__(self) -> str:
+        return f"{self.name} from {self.oldest} up to below {self.bound}"
+
+    def has(self, version: str) -> bool:
+        return _number(self.oldest) <= _number(version) < _number(self.bound)
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """'2.13.0+cpu' as (2, 13); what stands behind the second place is taken for a repair."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def tested() -> dict[str, Tested]:
+    """By name, from what pyproject.toml said when GraftKit was installed; nothing where it was not installed."""
+    try:
+        lines = importlib.metadata.requires("graftkit") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    oldest: dict[str, str] = {}
+    bounds: dict[str, str] = {}
+    for line in lines:
+        needed, _, when = line.partition(";")
+        name = re.split(r"[<>=!~ \[]", needed, maxsplit=1)[0].lower()
+        if match := re.search(r">=\s*([\d.]+)", needed):
+            oldest.setdefault(name, match[1])
+        if "tested" in when and (match := re.search(r"<\s*([\d.]+)", needed)):
+            bounds[name] = match[1]
+    return {
+        name: Tested(name, oldest[name], bounds[name])
+        for name in WATCHED
+        if name in oldest and name in bounds
+    }
+
+
+def installed(name: str) -> str | None:
+    """The version of a library; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def warn_of_untested() -> None:
+    """One warning of one line for a process, where a library is of a version that was not tested."""
+    found = []
+    for name, versions in tested().items():
+        version = installed(name)
+        if version is not None and not versions.has(version):
+            found.append(f"{name} {version} (tested: {versions.oldest} up to below {versions.bound})")
+    if found:
+        message = f"GraftKit was not tested with {', '.join(found)}"
+        # without a file's name there is no line of source to show below it
+        warnings.warn_explicit(message, UntestedVersion, "graftkit", 1, module="graftkit.libraries")
+
+
+def lacking(library: str, what: str) -> UserError:
+    """The error for a library that is not what this file knows."""
+    versions = tested().get(library)
+    known = f" GraftKit was tested with {versions}; install one of those." if versions else ""
+    return UserError(f"{library} {installed(library) or ''} {what}, which graftkit relies on.{known}")
+
+
+# ---- transformers: the cache of keys and values
+
+# An argument and an output of models. From 5.24 on it is `cache` everywhere. Up to 5.23 it is `past_key_values`, of
+# Mamba, Mamba 2, FalconMamba and xLSTM `cache_params`; both are taken and renamed by 5.24, behind the hooks that look
+# here. RWKV says `state` in all versions. (FlauBERT and XLM up to 5.23 call something of their own `cache`.)
+OLD_CACHES = ("past_key_values", "cache_params")
+STATE = "state"
+
+
+@functools.cache
+def cache_name() -> str:
+    """What models call their cache: 'cache' (transformers 5.24) or 'past_key_values' (5.17 to 5.23)."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    names = inspect.signature(BaseModelOutputWithPast).parameters
+    for name in ("cache", OLD_CACHES[0]):
+        if name in names:
+            return name
+    raise lacking("transformers", "calls the cache of its models neither 'cache' nor 'past_key_values'")
+
+
+def cache_names() -> tuple[str, ...]:
+    """All names that a cache may have in a call or an output of the installed version."""
+    return tuple(dict.fromkeys((cache_name(), *OLD_CACHES, STATE)))
+
+
+def takes_cache(model: Any) -> bool:
+    """Whether a model takes a cache of keys and values. Models of a user's own may keep to the older name."""
+    return not {cache_name(), OLD_CACHES[0]}.isdisjoint(inspect.signature(model.forward).parameters)
+
+
+def tokens_seen(given: Mapping[str, Any]) -> int | None:
+    """How many tokens a model has read before, by the cache among the arguments of a call.
+
+    None where the cache is the state of a recurrent model, such as Mamba, that has read something.
+    """
+    found = [(name, given[name]) for name in cache_names() if given.get(name) is not None]
+    if not found:
+        return 0
+    name, cache = found[0]
+    from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+    if name == STATE:
+        return None
+    if isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache):
+        layers = cache.layers
+        if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+            return None if cache.has_previous_state() else 0
+    elif not isinstance(cache, Cache | tuple | dict):  # xLSTM's
+        return None
+    return int(cache.get_seq_length())
+
+
+# ---- transformers: names that models have or have not
+
+# What stands for "this architecture has it", with one that has: where that one has lost it, the name has changed.
+# All are there from 5.17 to 5.24.
+WITNESSES = {
+    "_shift_right": ("transformers.models.t5.modeling_t5", "T5PreTrainedModel"),
+    "_get_feat_extract_output_lengths": (
+        "transformers.models.wav2vec2.modeling_wav2vec2", "Wav2Vec2PreTrainedModel",
+    ),
+    "_get_feature_vector_attention_mask": (
+        "transformers.models.wav2vec2.modeling_wav2vec2", "Wav2Vec2PreTrainedModel",
+    ),
+}  # fmt: skip
+
+
+def method_of(model: Any, name: str) -> Callable | None:
+    """A method that some architectures of transformers have, None for the others."""
+    found = getattr(model, name, None)
+    if found is None:
+        _witness(name)
+    return found
+
+
+@functools.cache
+def _witness(name: str) -> None:
+    module, kind = WITNESSES[name]
+    if not hasattr(getattr(importlib.import_module(module), kind, None), name):
+        raise lacking("transformers", f"has no {kind}.{name}")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A model's rotary positions: `angles(x, position_ids)` gives what `turn(q, k, *angles)` turns by."""
+
+    angles: Any
+    turn: Callable
+    kind: str
+
+
+def rotary_of(model: Any, attention: Any) -> Rotary | None:
+    """The rotary positions of an attention module; None where the model has none, or some of a kind of its own.
+
+    `inv_freq`, `rope_type` and `apply_rotary_pos_emb` beside the attention: transformers 5.17 to 5.24.
+    """
+    _rotary_names()
+    module = importlib.import_module(type(attention).__module__)
+    angles = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
+    turn, kind = getattr(module, "apply_rotary_pos_emb", None), getattr(angles, "rope_type", None)
+    return None if turn is None or kind is None else Rotary(angles, turn, kind)
+
+
+@functools.cache
+def _rotary_names() -> None:
+    from transformers.models.llama import modeling_llama
+
+    if not hasattr(modeling_llama, "apply_rotary_pos_emb"):
+        raise lacking("transformers", "has no apply_rotary_pos_emb beside Llama's attention")
+    config = modeling_llama.LlamaConfig(hidden_size=8, num_attention_heads=1)
+    rotary = modeling_llama.LlamaRotaryEmbedding(config)
+    for name in ("inv_freq", "rope_type"):
+        if not hasattr(rotary, name):
+            raise lacking("transformers", f"has no {name} in Llama's rotary positions")
+
+
+def attention_of(model: Any) -> str:
+    """The name of the attention function that a model of transformers calls (5.17 to 5.24)."""
+    name = getattr(model.config, "_attn_implementation", None)
+    if name is None:
+        raise lacking(
+            "transformers", f"does not say in {type(model.config).__name__} which attention is used"
+        )
+    return name
