@@ -170,7 +170,6 @@ class Task:
 
     columns: ClassVar[tuple[Column, ...]] = ()
     labelled: ClassVar[tuple[str, ...]] = ("label",)  # columns that hold the answer; `predict` needs none
-    modality: ClassVar[str] = "text"
     method: ClassVar[str] = "lora() + head()"
     head: ClassVar[bool] = True
     trains: ClassVar[bool] = True  # False: the model is asked as it is, and a run has no steps and no method
@@ -236,6 +235,14 @@ class Task:
         A list of strings, where the task needs one column to answer. Raises `UserError` for what cannot be answered.
         """
         raise NotImplementedError
+
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        """What `graftkit predict RUN` takes on a command line, for the model card; a file by default."""
+        return "--data FILE"
+
+    def made_up(self, columns: Mapping[str, str], labels: Sequence[str]) -> list[Any] | None:
+        """Something to hand to `given` where no rows are at hand to compare an export on; None: only real rows will do."""
+        return None
 
     def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Task:
         """The task with what only the training rows tell written into its options, which are saved with the graft."""
@@ -328,8 +335,9 @@ class Task:
         raise NotImplementedError
 
     def plain(self, labels: Sequence[str]) -> dict[str, Any]:
-        """What who reads the outputs of an exported model has to know: its `problem_type` in transformers, where it has
-        one there, and `how` outputs become answers, where not as there."""
+        """What a reader of an exported model's outputs has to know: its `problem_type` in transformers, where it has one
+        there; `how` outputs become answers, where not as there; and which `kind` of answers `classifier.py` makes of them
+        (single, multi, ordinal, regression). Without a `kind`, a head that pools cannot be exported."""
         return {}
 
     def worst(
