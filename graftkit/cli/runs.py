@@ -165,7 +165,7 @@ def export(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a run as a plain model: the graft folded in, compared with the run on real rows."""
-    from graftkit.export.transformers import export as run_export
+    from graftkit.runs.export import export as run_export
 
     done = run_export(run, to, overwrite=overwrite)
     emit(as_json, done)

@@ -2,43 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graftkit.errors import listing
 from graftkit.report.console import count, duration, size
 from graftkit.report.summary import mistake, statistics_lines, title
-
-if TYPE_CHECKING:
-    from graftkit.runs.prepare import Prepared
+from graftkit.report.values import Subject
 
 SHOWN = 10  # examples that went most wrong
 DATA = {"rows": ("rows",), "sizes": ("sizes", "truncated"), "labels": ("labels",), "more": ("also", "note")}
 
 
 def model_card(
-    prepared: Prepared, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]],
+    subject: Subject, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]],
     statistics: dict[str, Any],
 ) -> str:  # fmt: skip
     """Markdown: what was trained on what, how well it does, and how to load it. `statistics` of each part of the data."""
-    rows, recipe = prepared.rows, prepared.recipe
-    names = list(dict.fromkeys([*rows.task.headline, "loss"]))
+    return f"""# {subject.task} with {subject.method or "the model as it is"}
+
+A graft on `{subject.model}`: {count(result["trained_parameters"])} trained parameters of {count(result["total_parameters"])}.
+
+{_facts(subject, result)}
+
+## Data
+
+| data | {" | ".join(DATA)} |
+| --- |{" --- |" * len(DATA)}
+{_data_rows(statistics)}
+{_figures(subject, result, found, worst)}
+## Use
+
+```
+graftkit predict {result["run"]} {subject.predict}
+graftkit evaluate {result["run"]} --data FILE
+{_export(subject, result["run"])}graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # the same run once more
+```
+
+In Python:
+
+```python
+import graftkit
+{_base(subject)}
+graft = graftkit.load(model, {result["run"] + "/graft"!r})
+```
+{_in_peft(result)}"""
+
+
+def _facts(subject: Subject, result: dict[str, Any]) -> str:
+    """The list of what was trained on what, and how."""
+    columns = ", ".join(f"{name} in column `{column}`" for name, column in subject.columns.items())
+    skipped = f" {subject.skipped} bad rows were left out." if subject.skipped else ""
+    labels = ", ".join(map(_plain, subject.labels[:20])) + (" ..." if len(subject.labels) > 20 else "")
+    return f"""- data: {subject.rows:,} training rows of `{subject.data}`{f"; {columns}" if columns else ""}.{skipped}
+{f"- labels ({len(subject.labels)}): {labels}" if labels else f"- task: {subject.task_name}"}
+- training: {count(result["steps"])} steps of {subject.batch_size} rows, {result["precision"]}, seed {subject.seed};
+  {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}{_unused(result)}"""
+
+
+def _figures(
+    subject: Subject, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]
+) -> str:
+    """The tables of what came out, for each part of the data that was evaluated."""
+    if not found:
+        return "\nThe run had no rows to evaluate on.\n"
+    names = list(dict.fromkeys([*subject.headline, "loss"]))
     names = [name for name in names if any(name in metrics for metrics in found.values())]
     figures = "\n".join(
         f"| {part} | {metrics['rows']:,} | {' | '.join(_figure(metrics, name) for name in names)} |"
         for part, metrics in found.items()
     )
-    metrics = result["metrics"]
+    mistakes = "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in map(_mistake, worst[:SHOWN]))
+    return f"""
+## Figures
+
+Intervals are 95% bootstrap intervals over the rows.
+
+| data | rows | {" | ".join(map(title, names))} |
+| --- | --- |{" --- |" * len(names)}
+{figures}
+{_by_class(result["metrics"])}{_MOST_WRONG + mistakes if mistakes else ""}"""
+
+
+def _by_class(metrics: dict[str, Any]) -> str:
     classes = "\n".join(
         f"| {_plain(label)} | {m['precision']:.3f} | {m['recall']:.3f} | {m['f1']:.3f} | {m['rows']} |"
         for label, m in (metrics.get("per_class") or {}).items()
     )
-    skipped = f" {len(rows.train.skipped)} bad rows were left out." if rows.train.skipped else ""
-    labels = ", ".join(map(_plain, rows.labels[:20])) + (" ..." if len(rows.labels) > 20 else "")
-    columns = ", ".join(f"{name} in column `{column}`" for name, column in rows.columns.items())
-    by_class = (
-        f"""
+    if not classes:
+        return ""
+    return f"""
 <details><summary>By class</summary>
 
 | class | precision | recall | F1 | support |
@@ -47,54 +100,6 @@ def model_card(
 
 </details>
 """
-        if classes
-        else ""
-    )
-    mistakes = "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in map(_mistake, worst[:SHOWN]))
-    tables = (
-        f"""
-## Figures
-
-Intervals are 95% bootstrap intervals over the rows.
-
-| data | rows | {" | ".join(map(title, names))} |
-| --- | --- |{" --- |" * len(names)}
-{figures}
-{by_class}{_MOST_WRONG + mistakes if mistakes else ""}"""
-        if found
-        else "\nThe run had no rows to evaluate on.\n"
-    )
-    return f"""# {recipe.task} with {str(prepared.graft.method) or "the model as it is"}
-
-A graft on `{recipe.model}`: {count(result["trained_parameters"])} trained parameters of {count(result["total_parameters"])}.
-
-- data: {len(rows.train):,} training rows of `{recipe.data.train}`{f"; {columns}" if columns else ""}.{skipped}
-{f"- labels ({len(rows.labels)}): {labels}" if labels else f"- task: {rows.task.name}"}
-- training: {count(result["steps"])} steps of {prepared.plan.batch_size} rows, {result["precision"]}, seed {recipe.seed};
-  {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}{_unused(result)}
-
-## Data
-
-| data | {" | ".join(DATA)} |
-| --- |{" --- |" * len(DATA)}
-{_data_rows(statistics)}
-{tables}
-## Use
-
-```
-graftkit predict {result["run"]} {_example(rows.task.modality, rows.columns)}
-graftkit evaluate {result["run"]} --data FILE
-{_export(prepared, result["run"])}graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # the same run once more
-```
-
-In Python:
-
-```python
-import graftkit
-{_base(prepared)}
-graft = graftkit.load(model, {result["run"] + "/graft"!r})
-```
-{_in_peft(result)}"""
 
 
 _MOST_WRONG = """
@@ -140,36 +145,21 @@ def _figure(metrics: dict[str, Any], name: str) -> str:
     return f"{metrics[name]:.4f}" + ("" if low is None else f" ({low:.4f} to {high:.4f})")
 
 
-def _export(prepared: Prepared, run: str) -> str:
-    if not prepared.rows.task.trains or not hasattr(prepared.backbone.model, "config"):
+def _export(subject: Subject, run: str) -> str:
+    if not subject.exports:
         return ""
     return f"graftkit export {run} --to FOLDER    # a plain model, where the method can be folded\n"
 
 
-def _example(modality: str, columns: Mapping[str, str]) -> str:
-    """What `predict` takes on a command line."""
-    if modality != "text":
-        return {"image": "picture.jpg", "audio": "sound.wav"}[modality]
-    if {"choices", "context"} <= columns.keys():
-        return "--data FILE"
-    if "text_pair" in columns:
-        return '"a text" "its pair"'
-    asked = [name for name in ("question", "context", "prompt") if name in columns]
-    if "choices" in columns:
-        asked += ["choice", "choice"]
-    return " ".join(f'"a {name}"' for name in asked or ["text"])
-
-
-def _base(prepared: Prepared) -> str:
+def _base(subject: Subject) -> str:
     """The lines that make the plain model."""
-    name = prepared.recipe.model
-    kind = type(prepared.backbone.model).__name__
-    package, _, function = name.partition(":")
-    called = bool(function) and not Path(name).exists()
+    package, _, function = subject.model.partition(":")
+    called = bool(function) and not Path(subject.model).exists()
     lines = [f"from {package} import {function}"] if called else []
-    place = f"{function}()" if called else repr(name)
-    if not hasattr(prepared.backbone.model, "config"):
+    place = f"{function}()" if called else repr(subject.model)
+    if not subject.plain:
         return "\n".join([*lines, "", f"model = {place}.model    # with its weights loaded"])
+    kind = subject.model_class
     return "\n".join(
         [*lines, f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({place})"]
     )

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from graftkit.report.console import Console, count
 from graftkit.report.summary import statistics_lines
-
-if TYPE_CHECKING:
-    from graftkit.runs.check import Check, Finding
+from graftkit.report.values import Check, Finding
 
 SHOWN = 20  # findings of each file
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from graftkit.data.order import epoch_batches, padding_share
-from graftkit.errors import UserError
 from graftkit.report.console import Console, count, duration, size
-
-if TYPE_CHECKING:
-    from graftkit.backbone import Backbone
-    from graftkit.plan.parameters import Plan
-    from graftkit.runs.prepare import Prepared
-    from graftkit.tasks.base import Dataset
-
+from graftkit.report.values import Found, Sizes
 
 HARDEST = 3  # classes, and examples that went most wrong, that are shown
 
@@ -27,46 +18,30 @@ def title(name: str) -> str:
     )
 
 
-def show_found(
-    console: Console,
-    prepared: Prepared,
-    datasets: dict[str, Dataset] | None = None,
-    statistics: dict[str, Any] | None = None,
-) -> None:
-    """Backbone, sites, labels, rows; `statistics` of each part of the data, as tasks give them."""
-    backbone, rows = prepared.backbone, prepared.rows
-    roles = Counter(site.role for site in backbone.sites)
-    console.heading("Found")
-    parts = [f"{len(rows.train):,} train"]
-    parts += [f"{len(part):,} {name}" for name, part in (("eval", rows.eval), ("test", rows.test)) if part]
-    columns = ", ".join(f"{name} = {column!r}" for name, column in rows.columns.items())
+def show_found(console: Console, found: Found) -> None:
+    """Backbone, sites, rows and labels, before the first step."""
+    width = "" if found.width is None else f", width {found.width}"
+    parts = [f"{number:,} {name}" for name, number in found.rows.items()]
+    columns = ", ".join(f"{name} = {column!r}" for name, column in found.columns.items())
     lines = [
-        (
-            "backbone",
-            f"{backbone.source} ({type(backbone.model).__name__}, {len(backbone.blocks)} blocks{_width(backbone)})",
-        ),
-        ("sites", ", ".join(f"{number} {role}" for role, number in roles.items())),
+        ("backbone", f"{found.model} ({found.model_class}, {found.blocks} blocks{width})"),
+        ("sites", ", ".join(f"{number} {role}" for role, number in found.sites.items())),
         ("rows", f"{', '.join(parts)}; columns {columns}"),
     ]
-    train = (statistics or {}).get("train", {})
-    if rows.labels:
-        text = f"{len(rows.labels)}: {', '.join(rows.labels[:4])}{' ...' if len(rows.labels) > 4 else ''}"
+    train = found.statistics
+    console.heading("Found")
+    if found.labels:
+        text = f"{len(found.labels)}: {', '.join(found.labels[:4])}{' ...' if len(found.labels) > 4 else ''}"
         lines.append(("labels", text + _spread(train.get("labels"), train.get("counted", "training rows"))))
-    if rows.skipped:
-        lines.append(("left out", f"{len(rows.skipped)} bad rows, the first: {rows.skipped[0]}"))
-    if datasets:
-        lines.append(("sizes", _sizes(prepared, datasets)))
+    if found.skipped:
+        lines.append(("left out", f"{len(found.skipped)} bad rows, the first: {found.skipped[0]}"))
+    lines.append(("sizes", _sizes(found.sizes)))
     if also := ", ".join(_also(train)):
         lines.append(("also", also))
     lines += [("note", text) for text in train.get("notes", ())]
-    few = len(rows.eval) if rows.eval else FEW
-    if few < FEW and rows.task.trains and prepared.recipe.train.evaluate_every != "end":
-        lines.append(
-            (
-                "note",
-                f"{few} rows are few to choose the best weights by; data.eval=null keeps the last ones instead",
-            )
-        )
+    if found.chosen_by is not None and found.chosen_by < FEW:
+        few = f"{found.chosen_by} rows are few to choose the best weights by"
+        lines.append(("note", f"{few}; data.eval=null keeps the last ones instead"))
     console.pairs(lines)
 
 
@@ -74,7 +49,7 @@ FEW = 50  # evaluation rows; with as many, the 95% interval of an accuracy of 0.
 TOLD = {"rows", "lengths", "truncated", "labels", "counted", "notes", "example"}  # in words of their own
 
 
-def statistics_lines(part: dict[str, Any]) -> list[tuple[str, str]]:
+def statistics_lines(part: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a task says of one part of the data, in words."""
     lengths = part["lengths"]
     unit = lengths["unit"]
@@ -92,7 +67,7 @@ def statistics_lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     return lines + [("note", text) for text in part.get("notes", ())]
 
 
-def _also(part: dict[str, Any]) -> Iterator[str]:
+def _also(part: Mapping[str, Any]) -> Iterator[str]:
     """Figures that only some tasks have; zeros and what is nested deeper are left to the JSON."""
     for name, value in part.items():
         if name in TOLD:
@@ -132,55 +107,47 @@ def _spread(counts: dict[str, int] | None, what: str) -> str:
     return f"; {count(fewest)} ({rare}) to {count(most)} ({common}) {what} each"
 
 
-def _sizes(prepared: Prepared, datasets: dict[str, Dataset]) -> str:
+def _sizes(sizes: Sizes) -> str:
     """How long rows are, how much of the batches is padding, and how many rows were cut."""
-    dataset = datasets["train"]
-    lengths = dataset.lengths
-    if dataset.uniform:
-        text = f"{count(len(dataset))} rows of one size"
+    if sizes.padding is None:
+        text = f"{count(sizes.rows)} rows of one size"
     else:
-        batches = epoch_batches(lengths, prepared.settings.batch_size, prepared.settings.seed, 0)
         text = (
-            f"{lengths.sum():,} {dataset.unit}, {lengths.mean():.1f} a row, longest {lengths.max():,}, "
-            f"{padding_share(lengths, batches):.1%} padding"
+            f"{sizes.total:,} {sizes.unit}, {sizes.mean:.1f} a row, longest {sizes.longest:,}, "
+            f"{sizes.padding:.1%} padding"
         )
-    cut, total = sum(part.truncated for part in datasets.values()), sum(map(len, datasets.values()))
-    if cut:
-        text += f"; {cut:,} of {total:,} rows are longer than {prepared.max_length:,} {dataset.unit} and were truncated"
+    if sizes.truncated:
+        text += (
+            f"; {sizes.truncated:,} of {sizes.truncated_of:,} rows are longer than {sizes.max_length:,} {sizes.unit} "
+            "and were truncated"
+        )
     return text
 
 
-def _width(backbone: Backbone) -> str:
-    try:
-        return f", width {backbone.hidden_size}"
-    except UserError:  # a user's own module need not tell
-        return ""
-
-
-def show_plan(console: Console, plan: Plan) -> None:
-    """Exact counts before the first step."""
-    share = plan.trained_parameters / plan.total_parameters
-    groups = ", ".join(f"{name} {count(number)}" for name, number in plan.groups.items())
-    schedule = [("schedule", text) for text in _schedule(plan)]
+def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
+    """Exact counts before the first step. `plan`: what plan.json holds."""
+    trained, total = plan["trained_parameters"], plan["total_parameters"]
+    groups = ", ".join(f"{name} {count(number)}" for name, number in plan["groups"].items())
     console.heading("Plan")
     console.pairs(
         [
-            ("method", plan.method or "none: the model as it is"),
-            ("trained", f"{count(plan.trained_parameters)} of {count(plan.total_parameters)} parameters ({share:.2%}){': ' if groups else ''}{groups}"),
-            *schedule,
-            *(("warning", text) for text in plan.warnings),
-            ("frozen", _frozen(plan)),
-            ("memory", f"weights {size(plan.weight_bytes)}, gradients {size(plan.gradient_bytes)}, "
-                       f"optimizer {size(plan.optimizer_bytes)}; activations come on top"),
-            ("steps", f"{count(plan.steps)} of {plan.batch_size} rows ({count(plan.steps_per_epoch)} an epoch), {plan.precision}"),
+            ("method", plan["method"] or "none: the model as it is"),
+            ("trained", f"{count(trained)} of {count(total)} parameters ({trained / total:.2%}){': ' if groups else ''}{groups}"),
+            *(("schedule", text) for text in _schedule(plan)),
+            *(("warning", text) for text in plan["warnings"]),
+            ("frozen", _frozen(plan["frozen_blocks"], plan["blocks"])),
+            ("memory", f"weights {size(plan['weight_bytes'])}, gradients {size(plan['gradient_bytes'])}, "
+                       f"optimizer {size(plan['optimizer_bytes'])}; activations come on top"),
+            ("steps", f"{count(plan['steps'])} of {plan['batch_size']} rows ({count(plan['steps_per_epoch'])} an epoch), "
+                      f"{plan['precision']}"),
         ]
     )  # fmt: skip
 
 
-def _frozen(plan: Plan) -> str:
-    if not plan.frozen_blocks:
-        return f"none: gradients go through all {plan.blocks} blocks"
-    return f"the first {plan.frozen_blocks} of {plan.blocks} blocks are computed without gradients"
+def _frozen(frozen: int, blocks: int) -> str:
+    if not frozen:
+        return f"none: gradients go through all {blocks} blocks"
+    return f"the first {frozen} of {blocks} blocks are computed without gradients"
 
 
 def show_rendered(console: Console, text: str) -> None:
@@ -191,29 +158,29 @@ def show_rendered(console: Console, text: str) -> None:
             console.line(f"  {line}")
 
 
-def _schedule(plan: Plan) -> Iterator[str]:
+def _schedule(plan: Mapping[str, Any]) -> Iterator[str]:
     """What is trained from which step on, and whether the run ends before all of it is."""
-    if not plan.schedule:
+    if not plan["schedule"]:
         return
     parts = [
-        f"{count(entry['trained_parameters'])} from step {count(entry['step'])}" for entry in plan.schedule
+        f"{count(entry['trained_parameters'])} from step {count(entry['step'])}" for entry in plan["schedule"]
     ]
     if len(parts) > 5:
         parts = [*parts[:3], "...", parts[-1]]
     yield f"parameters trained: {', '.join(parts)}"
-    if plan.never_trained_parameters:
+    if plan["never_trained_parameters"]:
         yield (
-            f"warning: the run ends before {count(plan.never_trained_parameters)} of the parameters are freed; train "
+            f"warning: the run ends before {count(plan['never_trained_parameters'])} of the parameters are freed; train "
             "longer (train.epochs) or free them sooner if they are to be trained"
         )
 
 
 def show_end(
-    console: Console, prepared: Prepared, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]
+    console: Console, headline: Sequence[str], result: dict[str, Any], found: dict[str, Any],
+    worst: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     """Figures with their intervals, what went most wrong, time, memory, and where the run is."""
     console.heading("Result")
-    headline = prepared.rows.task.headline
     lines = [line for name, metrics in found.items() for line in _metric_lines(name, metrics, headline)]
     lines.append(("time", duration(result["seconds"])))
     lines.append(("peak memory", size(result["peak_memory_bytes"])))

@@ -7,7 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +18,13 @@ from graftkit.data.read import Table
 from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
+from graftkit.report.values import Check, Finding
 from graftkit.runs.prepare import Rows, make_task, prepare, reading_of
 from graftkit.tasks.base import Examples
 
 ORDER = ("train", "eval", "test", "recipe")
 NO_MODEL = "none"  # stands in a recipe that names no model
 RARE, COMMON = 20, 0.9  # a class 20 times as frequent as another, or with 90% of the rows, is told of
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem or a warning. `data`: train, eval, test or recipe; `place`: 'line 17' of the file, where it has one."""
-
-    data: str
-    file: str
-    place: str
-    text: str
-
-
-@dataclass
-class Check:
-    """What was found. `rows`: of each part of the data, how many are good, and how many are bad."""
-
-    problems: list[Finding] = field(default_factory=list)
-    warnings: list[Finding] = field(default_factory=list)
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-    statistics: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        """Whether there are no problems."""
-        return not self.problems
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "ok": self.ok, "problems": [vars(one) for one in self.problems],
-            "warnings": [vars(one) for one in self.warnings], "rows": self.rows, "labels": list(self.labels),
-            "statistics": self.statistics,
-        }  # fmt: skip
 
 
 def check(
@@ -89,7 +57,10 @@ class _Checker:
         self.recipe, self.tables, self.with_model = recipe, tables, with_model
         self.task = make_task(recipe.task)
         self.reading = replace(reading_of(recipe), skip_bad=True)
-        self.found = Check()
+        self.problems: list[Finding] = []
+        self.warnings: list[Finding] = []
+        self.labels: tuple[str, ...] = ()
+        self.statistics: dict[str, Any] = {}
         self.files = {name: self._file(name) for name in ("train", "eval", "test") if self._is_given(name)}
         self.columns: dict[str, str] | None = None
         self.known = False  # whether the labels are
@@ -115,12 +86,12 @@ class _Checker:
         if self.with_model and "train" in self.examples and self.columns is not None:
             self._try("recipe", lambda: self._measure(share))
         self._classes()
+        rows = {}
         for name, file in self.files.items():
             good = len(self.examples[name]) if name in self.examples else 0
-            self.found.rows[name] = {"file": file, "good": good, "bad": len(self.bad[name])}
-        for findings in (self.found.problems, self.found.warnings):
-            findings.sort(key=_in_order)
-        return self.found
+            rows[name] = {"file": file, "good": good, "bad": len(self.bad[name])}
+        problems, warnings = (sorted(some, key=_in_order) for some in (self.problems, self.warnings))
+        return Check(problems, warnings, rows, self.labels, self.statistics)
 
     def _read(self, name: str) -> Table:
         source = self.tables.get(name)
@@ -139,7 +110,7 @@ class _Checker:
         if self.columns is not None:
             labels = self._try("train", lambda: task.label_names(table, self.columns or {}, True))
             self.known = labels is not None
-            self.found.labels = labels or ()
+            self.labels = labels or ()
 
     def _rows(self, name: str, table: Table) -> None:
         task = self.task
@@ -152,7 +123,7 @@ class _Checker:
         if columns is None:
             return
         examples = self._try(
-            name, lambda: task.examples(table, columns, self.found.labels, True, targets=self.known)
+            name, lambda: task.examples(table, columns, self.labels, True, targets=self.known)
         )
         if examples is not None:
             self.examples[name] = examples
@@ -173,8 +144,8 @@ class _Checker:
         if share is None:
             return
         train, held = share
-        task = self.task.resolve(train, self.found.labels, self.recipe.seed)
-        rows = Rows(task, self.columns or {}, self.found.labels, train, held, self.examples.get("test"))
+        task = self.task.resolve(train, self.labels, self.recipe.seed)
+        rows = Rows(task, self.columns or {}, self.labels, train, held, self.examples.get("test"))
         prepared = prepare(self.recipe, rows, meta=True)
         for name, examples in (("train", train), ("eval", held), ("test", rows.test)):
             if examples is None:
@@ -187,7 +158,7 @@ class _Checker:
             if dataset is None:
                 continue
             self._add_rows(name if name in self.files else "train", dataset.examples.skipped)
-            self.found.statistics[name] = task.statistics(dataset, rows.labels)
+            self.statistics[name] = task.statistics(dataset, rows.labels)
             if dataset.truncated:
                 limit = f"{prepared.max_length:,} {dataset.unit}"
                 self._warn(
@@ -229,7 +200,7 @@ class _Checker:
 
     def _answers(self, examples: Examples) -> list[Any]:
         """What is to be learned from each row: a label, or a digest of something longer; None where nothing is known."""
-        targets, labels = examples.targets, self.found.labels
+        targets, labels = examples.targets, self.labels
         if targets is not None:
             if _are_labels(targets) and labels:
                 return [labels[target] for target in targets]
@@ -247,7 +218,7 @@ class _Checker:
         return ", but with another answer"
 
     def _classes(self) -> None:
-        examples, labels = self.examples.get("train"), self.found.labels
+        examples, labels = self.examples.get("train"), self.labels
         if examples is None or not labels or not _are_labels(examples.targets):
             return
         counts = Counter({label: 0 for label in labels})
@@ -289,10 +260,10 @@ class _Checker:
         finding = self._finding(name, message)
         if finding not in self.seen:
             self.seen.add(finding)
-            self.found.problems.append(finding)
+            self.problems.append(finding)
 
     def _warn(self, name: str, message: str) -> None:
-        self.found.warnings.append(self._finding(name, message))
+        self.warnings.append(self._finding(name, message))
 
     def _finding(self, name: str, message: str) -> Finding:
         file = self.files.get(name, "")

@@ -14,6 +14,7 @@ from graftkit.methods.base import read
 from graftkit.recipe import selection
 from graftkit.report.console import Console, count
 from graftkit.runs.prepare import attach_new, prepare_backbone
+from graftkit.runs.reporting import width_of
 from graftkit.tasks.base import Task
 
 EXAMPLE_CLASSES = 2  # a head needs a number of classes before the data is known
@@ -35,7 +36,7 @@ def inspect_model(model: str, method: str | None, weights: str | None = None) ->
     found: dict[str, Any] = {
         "model": model,
         "class": type(backbone.model).__name__,
-        "width": _width(backbone),
+        "width": width_of(backbone),
         "blocks": list(backbone.blocks),
         "total_parameters": sum(p.numel() for p in backbone.model.parameters()),
         "sites": [_site(site) for site in backbone.sites],
@@ -51,14 +52,6 @@ def inspect_model(model: str, method: str | None, weights: str | None = None) ->
         found["total_with_method"] = sum(p.numel() for p in graft.model.parameters())
         found["trained"] = {name: list(p.shape) for name, p in parameters.items()}
     return found
-
-
-def _width(backbone: Backbone) -> int | None:
-    """Width of the states, where a user's own module tells it."""
-    try:
-        return backbone.hidden_size
-    except UserError:
-        return None
 
 
 def _site(site: Site) -> dict[str, Any]:

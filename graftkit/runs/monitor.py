@@ -26,6 +26,7 @@ from graftkit.report.console import Console
 from graftkit.report.summary import show_end, title
 from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.runs.prepare import Prepared
+from graftkit.runs.reporting import subject_of
 from graftkit.tasks.base import Dataset
 
 CHECKPOINT_SECONDS = 120.0
@@ -213,12 +214,12 @@ class Watch:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
                 write_text(folder / WORST, "".join(lines))
             about = {name: task.statistics(dataset, rows.labels) for name, dataset in self.datasets.items()}
-            write_text(folder / CARD, model_card(prepared, result, found, worst, about))
+            write_text(folder / CARD, model_card(subject_of(prepared), result, found, worst, about))
             write_json(folder / RESULT, result)
             for path in checkpoint.existing(folder / CHECKPOINTS):
                 path.unlink()
         wait()  # for the folder to be whole
-        show_end(console, prepared, result, found, worst)
+        show_end(console, task.headline, result, found, worst)
         return result
 
 

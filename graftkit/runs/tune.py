@@ -26,6 +26,7 @@ from graftkit.runs import folder as run_folder
 from graftkit.runs.folder import PLAN, RECIPE, RESULT, how_to_resume
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows
+from graftkit.runs.reporting import found_in
 from graftkit.tasks.base import Dataset
 
 
@@ -65,7 +66,7 @@ class Run:
         return run_evaluate(self.path, data, options)["metrics"]
 
     def export(self, to: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-        from graftkit.export.transformers import export as run_export
+        from graftkit.runs.export import export as run_export
 
         return run_export(self.path, Path(to), overwrite=overwrite)
 
@@ -170,8 +171,8 @@ def plan(recipe: Recipe, console: Console) -> Plan:
     rows = prepare_rows(recipe)
     prepared = prepare(recipe, rows, meta=True)
     datasets = {"train": prepared.train}
-    show_found(console, prepared, datasets, statistics(prepared, datasets))
-    show_plan(console, prepared.plan)
+    show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
+    show_plan(console, prepared.plan.as_dict())
     return prepared.plan
 
 
@@ -188,8 +189,8 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
            resumed: bool) -> dict[str, Any]:  # fmt: skip
     """The steps, and around them logging, evaluation and checkpoints; the result."""
     train, rows = prepared.recipe.train, prepared.rows
-    show_found(console, prepared, datasets, statistics(prepared, datasets))
-    show_plan(console, prepared.plan)
+    show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
+    show_plan(console, prepared.plan.as_dict())
     show_rendered(console, rows.task.rendered(datasets["train"]))
     start = time.monotonic()
     forward = _training_forward(prepared, datasets["train"])

@@ -204,6 +204,14 @@ class Reader:
         """What was asked, as it stands in a row of answers."""
         return {name: values[row] for name, values in examples.values.items() if name not in self.labelled}
 
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        """What `graftkit predict RUN` takes on a command line, for the model card; a file by default."""
+        return "--data FILE"
+
+    def made_up(self, columns: Mapping[str, str], labels: Sequence[str]) -> list[Any] | None:
+        """Something to hand to `given` where no rows are at hand to compare an export on; None: only real rows will do."""
+        return None
+
 
 class Encoder:
     """How examples become what the model is called with."""
@@ -311,8 +319,9 @@ class Scorer:
         raise NotImplementedError
 
     def plain(self, labels: Sequence[str]) -> dict[str, Any]:
-        """What who reads the outputs of an exported model has to know: its `problem_type` in transformers, where it has
-        one there, and `how` outputs become answers, where not as there."""
+        """What a reader of an exported model's outputs has to know: its `problem_type` in transformers, where it has one
+        there; `how` outputs become answers, where not as there; and which `kind` of answers `classifier.py` makes of them
+        (single, multi, ordinal, regression). Without a `kind`, a head that pools cannot be exported."""
         return {}
 
     def worst(

@@ -159,6 +159,12 @@ class Choice(Task):
             return [{columns["choices"]: list(item)} for item in items]
         return None
 
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        if {"question", "context"} <= columns.keys():
+            return "--data FILE"
+        asked = [name for name in ("question", "context") if name in columns]
+        return " ".join(f'"a {name}"' for name in [*asked, "choice", "choice"])
+
     def dataset(
         self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
     ) -> Dataset:

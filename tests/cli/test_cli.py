@@ -326,18 +326,23 @@ def test_rows_in_place_of_a_recipe(command, rows_folder):
 
 
 @pytest.mark.parametrize(
-    ("modality", "columns", "told"),
+    ("task", "columns", "told"),
     [
-        ("text", ["text", "label"], '"a text"'),
-        ("text", ["text", "text_pair", "label"], '"a text" "its pair"'),
-        ("text", ["question", "context", "answers"], '"a question" "a context"'),
-        ("text", ["question", "choices", "label"], '"a question" "a choice" "a choice"'),
-        ("text", ["question", "context", "choices", "label"], "--data FILE"),
-        ("text", ["prompt", "completion"], '"a prompt"'),
-        ("image", ["image", "label"], "picture.jpg"),
+        ("classify", ["text", "label"], '"a text"'),
+        ("classify", ["text", "text_pair", "label"], '"a text" "its pair"'),
+        ("prompting", ["text", "label"], '"a text"'),
+        ("tag", ["tokens", "tags"], '"a text"'),
+        ("span", ["question", "context", "answers"], '"a question" "a context"'),
+        ("choice", ["question", "choices", "label"], '"a question" "a choice" "a choice"'),
+        ("choice", ["choices", "label"], '"a choice" "a choice"'),
+        ("choice", ["question", "context", "choices", "label"], "--data FILE"),
+        ("generate", ["prompt", "completion"], '"a prompt"'),
+        ("generate", ["text"], '"a text"'),
+        ("image_classify", ["image", "label"], "picture.jpg"),
+        ("audio_classify", ["audio", "label"], "sound.wav"),
     ],
 )
-def test_a_card_says_what_predict_takes(modality, columns, told):
-    from graftkit.report.card import _example
+def test_a_card_says_what_predict_takes(task, columns, told):
+    from graftkit.runs.prepare import make_task
 
-    assert _example(modality, dict.fromkeys(columns, "")) == told
+    assert make_task(task).predict_arguments(dict.fromkeys(columns, "")) == told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,7 +50,6 @@ class AudioClassify(LabelTask):
     """One answer of several for a sound: WAV, FLAC, OGG or MP3, in folders by class or named by a table."""
 
     columns: ClassVar[tuple[Column, ...]] = (Column("audio", AUDIO, "text"), Column("label", LABEL, "label"))
-    modality: ClassVar[str] = "audio"
     families: ClassVar[tuple[str, ...]] = ("AUDIO_CLASSIFICATION",)
 
     seconds: float | None = option(
@@ -145,6 +144,9 @@ class AudioClassify(LabelTask):
         if all(isinstance(item, dict) and set(item) & {"array", "bytes"} for item in items):
             return [{columns["audio"]: item} for item in items]
         return given_files(items, columns["audio"], "sound")
+
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        return "sound.wav"
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"audio": examples.values["name"][row]}

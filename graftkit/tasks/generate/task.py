@@ -34,7 +34,7 @@ from graftkit.tasks.generate.data import (
 from graftkit.tasks.generate.scores import LABEL, MEAN, OTHER
 from graftkit.tasks.generate.text import Writing, ends_of, room_for, write
 from graftkit.tasks.shared.labels import is_missing
-from graftkit.tasks.shared.texts import text_problem, tokenizer_of
+from graftkit.tasks.shared.texts import made_up_texts, text_problem, tokenizer_of
 
 PROMPT = ("instruction", "question", "query", "source", "article", "document")
 COMPLETION = ("output", "answer", "response", "target", "summary", "translation", "reply")
@@ -175,6 +175,12 @@ class Generate(Task):
             return [{columns["messages"]: [{"role": "user", "content": item}]} for item in items]
         more = {columns["input"]: ""} if "input" in columns else {}
         return [{columns["prompt" if "prompt" in columns else "text"]: item, **more} for item in items]
+
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        return '"a prompt"' if {"prompt", "messages"} & columns.keys() else '"a text"'
+
+    def made_up(self, columns: Mapping[str, str], labels: Sequence[str]) -> list[Any]:
+        return made_up_texts(labels)
 
     # what the model sees
 

@@ -128,7 +128,6 @@ class ImageClassify(LabelTask):
     """
 
     method: ClassVar[str] = "head()"
-    modality: ClassVar[str] = "image"
     families: ClassVar[tuple[str, ...]] = ("IMAGE_CLASSIFICATION",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("image", PATHS, "text"),
@@ -202,6 +201,9 @@ class ImageClassify(LabelTask):
         if not items:
             raise UserError("there is no image to answer; name one or more, or give --data FOLDER.")
         return given_files(items, columns.get("image", "image"), NOUN)
+
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        return "picture.jpg"
 
     def examples(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,18 @@ class TextTask(Task):
             if any(isinstance(text, str) and not text.strip() for text in row.values()):
                 raise UserError(f"text {number} of {len(rows)} is empty; there is nothing to answer.")
         return rows
+
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        return '"a text" "its pair"' if "text_pair" in columns else '"a text"'
+
+    def made_up(self, columns: Mapping[str, str], labels: Sequence[str]) -> list[Any]:
+        texts = made_up_texts(labels)
+        return list(zip(texts, texts[::-1])) if "text_pair" in columns else texts
+
+
+def made_up_texts(labels: Sequence[str]) -> list[str]:
+    """Texts that an export is compared on where the run's rows have gone."""
+    return [f"{label}: how does this compare?" for label in labels or ("an export",)]
 
 
 def tokenizer_of(backbone: Backbone, task: Task) -> Any:

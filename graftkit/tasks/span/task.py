@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from graftkit.errors import UserError, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, check_rows, one_term
 from graftkit.tasks.shared.labels import is_missing
-from graftkit.tasks.shared.texts import text_problem, tokenizer_of
+from graftkit.tasks.shared.texts import made_up_texts, text_problem, tokenizer_of
 from graftkit.tasks.span.metrics import best_threshold, figures, score
 from graftkit.tasks.span.windows import Best, Found, Windows, cut_windows, gather, search, span_loss
 
@@ -161,6 +161,12 @@ class Span(Task):
                 if not isinstance(text, str) or not text.strip():
                     raise UserError(f"the {name} of pair {number} of {len(items)} is empty or no text.")
         return [{columns["question"]: question, columns["context"]: context} for question, context in items]
+
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        return '"a question" "a context"'
+
+    def made_up(self, columns: Mapping[str, str], labels: Sequence[str]) -> list[Any]:
+        return [(text, text) for text in made_up_texts(labels)]
 
     def dataset(
         self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, Term, check_rows, one_term
 from graftkit.tasks.shared.labels import LabelIndex
-from graftkit.tasks.shared.texts import tokenizer_of
+from graftkit.tasks.shared.texts import made_up_texts, tokenizer_of
 from graftkit.tasks.tag.entities import (
     accuracy_of,
     chunks,
@@ -156,6 +156,12 @@ class Tag(Task):
             if not item or (isinstance(item, str) and not item.strip()):
                 raise UserError(f"text {number} of {len(items)} is empty; there is nothing to answer.")
         return [{columns["tokens"]: item} for item in items]
+
+    def predict_arguments(self, columns: Mapping[str, str]) -> str:
+        return '"a text"'
+
+    def made_up(self, columns: Mapping[str, str], labels: Sequence[str]) -> list[Any]:
+        return made_up_texts(labels)
 
     def dataset(
         self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False

@@ -1,0 +1,177 @@
+"""A finished run as something else: claim the folder, let an exporter write beside it, compare, and swap it in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from graftkit.backbone.load import find_source
+from graftkit.data.columns import find_again
+from graftkit.errors import UserError, listing
+from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, logits
+from graftkit.export.transformers import Transformers
+from graftkit.files import TEMPORARY, read_json, write_json, write_text
+from graftkit.runs.folder import CARD
+from graftkit.runs.predict import Loaded, load_run
+from graftkit.runs.prepare import reading_of
+
+MARKER = "graftkit_export.json"  # the files that an export wrote: no others may be overwritten
+
+
+def export(
+    folder: str | Path, to: Path, *, overwrite: bool = False, exporter: Exporter | None = None
+) -> dict[str, Any]:
+    """Write a run to the folder `to`, by default as a plain model of transformers with the graft folded in.
+
+    Its answers are compared with the run's before the folder gets its place. `README.md` is the run's card. `overwrite`
+    replaces an earlier export, and never a folder with other files. Raises `NotFoldable` where the method cannot be
+    folded, `UserError` where the exporter cannot write the run or `to` is something else.
+    """
+    exporter, folder = exporter or Transformers(), Path(folder)
+    to = _claim(folder, to, overwrite)
+    loaded = load_run(folder, exact=True)
+    run = _exportable(loaded)
+    exporter.refuse(run)
+    if run.base is not None:
+        _refuse(to, "the model that the run started from", run.base.resolve())
+    sample = _sample(loaded)
+    before = logits(run.graft.model, sample, run.device)
+    run.graft.fold()
+    how, native = exporter.how(run, to), exporter.native(run)
+    temporary = to.with_name(f"{to.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        exporter.write(run, temporary)
+        write_text(temporary / "README.md", _card(folder, how))
+        files = _note_files(temporary)
+        found = compare(before, exporter.outputs(run, temporary, sample))
+        _put(temporary, to, files)
+    except OSError as error:
+        raise UserError(f"{str(to)!r} cannot be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "run": str(folder), "to": str(to), "files": files, "native": native, "rows_compared": len(sample.rows),
+        "rows_real": sample.real, "largest_difference": found.difference, "same_answers": found.same_answers,
+        "load_with": how, "outputs": run.task.plain(run.labels).get("how"),
+    }  # fmt: skip
+
+
+def _exportable(loaded: Loaded) -> Exportable:
+    recipe = loaded.recipe
+    return Exportable(
+        loaded.graft, loaded.backbone, loaded.task, loaded.labels, loaded.columns, loaded.max_length,
+        loaded.forward.device, recipe.model, find_source(recipe.model, recipe.weights).folder, recipe.quantize,
+    )  # fmt: skip
+
+
+def _claim(run: Path, to: Path, overwrite: bool) -> Path:
+    """The whole path of the folder to write. Raises `UserError` where it may not be written to."""
+    try:
+        to = to.expanduser().resolve()
+        _refuse(to, "the run itself", run.resolve())
+        _refuse_others(to, overwrite)
+    except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
+        raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
+    return to
+
+
+def _refuse(to: Path, what: str, kept: Path) -> None:
+    if kept.is_relative_to(to):
+        holds = "is" if kept == to else "holds"
+        raise UserError(f"{str(to)!r} {holds} {what}; name another folder.")
+
+
+def _refuse_others(to: Path, overwrite: bool) -> None:
+    """Raise `UserError` where `to` is in use by anything, with `overwrite` by anything but an export."""
+    file = next((path for path in (to, *to.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise UserError(f"{str(file)!r} is a file; name a folder to write the model to.")
+    if not to.exists() or not any(to.iterdir()):
+        return
+    files = _written_before(to)
+    folders = {str(parent) for name in files for parent in Path(name).parents}
+    there = ((path, str(path.relative_to(to))) for path in sorted(to.rglob("*")))
+    others = [
+        name for path, name in there
+        if name not in (folders if path.is_dir() and not path.is_symlink() else files)
+    ]  # fmt: skip
+    if others:
+        raise UserError(
+            f"{str(to)!r} holds something other than an exported model ({listing(others, 4)}), so it is not "
+            "overwritten; name another folder."
+        )
+    if not overwrite:
+        raise UserError(f"{str(to)!r} exists; name another folder or use --overwrite.")
+
+
+def _written_before(to: Path) -> set[str]:
+    """The files that exports wrote to a folder, as they noted there."""
+    try:
+        return {str(name) for name in read_json(to / MARKER)["files"]}
+    except (UserError, KeyError, TypeError):
+        return set()
+
+
+def _put(temporary: Path, to: Path, written: list[str]) -> None:
+    """Give a whole export its place. In a folder that is there the files are exchanged one by one: it may be
+    someone's working folder. All of them are noted first, so that a half-done exchange can be done again.
+    """
+    if not to.exists():
+        temporary.replace(to)
+        return
+    old = _written_before(to)
+    write_json(to / MARKER, {"files": sorted({*old, *written})})
+    for name in written:
+        if name != MARKER:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / name, to / name)
+    for name in old - set(written):
+        (to / name).unlink(missing_ok=True)
+    os.replace(temporary / MARKER, to / MARKER)
+
+
+def _sample(loaded: Loaded) -> Sample:
+    """Rows of the first data file of the run that can be read, else made-up ones."""
+    data, task, reading = loaded.recipe.data, loaded.task, reading_of(loaded.recipe)
+    for source in (data.train, data.eval, data.test):
+        if not isinstance(source, str):
+            continue
+        try:
+            table = task.read(source, replace(reading, skip_bad=True), source)
+            table = table.take(range(min(4 * ROWS, len(table))))
+            columns = find_again(table, task.columns, loaded.columns)
+            examples = task.examples(table, columns, loaded.labels, True)
+        except UserError:  # it has moved, or was in memory
+            continue
+        return Sample(task.dataset(examples, loaded.backbone, loaded.max_length), True)
+    items = task.made_up(loaded.columns, loaded.labels)
+    given = None if items is None else task.given(items[:ROWS], loaded.columns)
+    if given is None:
+        raise UserError(
+            "no data file of the run can be read, and export compares the plain model with the run on real rows; put "
+            "the files back where recipe.yaml says."
+        )
+    table = task.read(given, reading, "rows")
+    columns = find_again(table, task.columns, loaded.columns, leave_out=task.labelled)
+    examples = task.examples(table, columns, loaded.labels, False, targets=False)
+    return Sample(task.dataset(examples, loaded.backbone, loaded.max_length), False)
+
+
+def _card(run: Path, how: str) -> str:
+    """The run's card, with how the plain model is loaded in the place of how the graft is used."""
+    card = run / CARD
+    about = (
+        card.read_text(encoding="utf-8").partition("\n## Use\n")[0] if card.is_file() else f"# {run.name}\n"
+    )
+    return f"{about}\n## Use\n\nThis folder is the plain model, with the graft folded into its weights.\n\n```\n{how}\n```\n"
+
+
+def _note_files(folder: Path) -> list[str]:
+    """Note in an export which files it consists of."""
+    written = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    files = sorted([*written, MARKER])
+    write_json(folder / MARKER, {"files": files})
+    return files

@@ -1,0 +1,86 @@
+"""What reports are given of a run: from its live objects to the plain values of `graftkit/report`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from graftkit.backbone import Backbone
+from graftkit.data.order import epoch_batches, padding_share
+from graftkit.errors import UserError
+from graftkit.report.values import Found, Sizes, Subject
+from graftkit.runs.prepare import Prepared
+from graftkit.tasks.base import Dataset
+
+
+def found_in(prepared: Prepared, datasets: Mapping[str, Dataset], statistics: Mapping[str, Any]) -> Found:
+    """What is shown before the first step. `statistics` of each part of the data, as tasks give them."""
+    backbone, rows = prepared.backbone, prepared.rows
+    chooses = rows.task.trains and prepared.recipe.train.evaluate_every != "end"
+    parts = {"train": rows.train, "eval": rows.eval, "test": rows.test}
+    return Found(
+        model=backbone.source,
+        model_class=type(backbone.model).__name__,
+        blocks=len(backbone.blocks),
+        width=width_of(backbone),
+        sites=Counter(site.role for site in backbone.sites),
+        rows={name: len(part) for name, part in parts.items() if part},
+        columns=rows.columns,
+        labels=rows.labels,
+        skipped=rows.skipped,
+        sizes=_sizes(prepared, datasets),
+        statistics=statistics.get("train", {}),
+        chosen_by=len(rows.eval) if rows.eval and chooses else None,
+    )
+
+
+def _sizes(prepared: Prepared, datasets: Mapping[str, Dataset]) -> Sizes:
+    dataset = datasets["train"]
+    lengths, padding = dataset.lengths, None
+    if not dataset.uniform:
+        batches = epoch_batches(lengths, prepared.settings.batch_size, prepared.settings.seed, 0)
+        padding = padding_share(lengths, batches)
+    return Sizes(
+        rows=len(dataset),
+        unit=dataset.unit,
+        total=int(lengths.sum()),
+        mean=float(lengths.mean()),
+        longest=int(lengths.max()),
+        padding=padding,
+        truncated=sum(part.truncated for part in datasets.values()),
+        truncated_of=sum(map(len, datasets.values())),
+        max_length=prepared.max_length,
+    )
+
+
+def width_of(backbone: Backbone) -> int | None:
+    """Width of the states; None where a user's own module does not tell it."""
+    try:
+        return backbone.hidden_size
+    except UserError:
+        return None
+
+
+def subject_of(prepared: Prepared) -> Subject:
+    """What the model card of a run is about."""
+    rows, recipe, model = prepared.rows, prepared.recipe, prepared.backbone.model
+    plain = hasattr(model, "config")
+    return Subject(
+        model=recipe.model,
+        model_class=type(model).__name__,
+        plain=plain,
+        exports=plain and rows.task.trains,
+        task=recipe.task,
+        task_name=rows.task.name,
+        method=str(prepared.graft.method),
+        headline=tuple(rows.task.headline),
+        predict=rows.task.predict_arguments(rows.columns),
+        data=str(recipe.data.train),
+        rows=len(rows.train),
+        skipped=len(rows.train.skipped),
+        columns=rows.columns,
+        labels=rows.labels,
+        batch_size=prepared.plan.batch_size,
+        seed=recipe.seed,
+    )
