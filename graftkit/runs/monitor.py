@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from graftkit.engine import checkpoint
-from graftkit.engine.forward import make_forward
+from graftkit.engine.cached import make_forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes, wait
 from graftkit.engine.predict import predict

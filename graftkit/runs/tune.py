@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graftkit.engine.forward import Forward, PhasedForward, make_forward
+from graftkit.engine.cached import PhasedForward, make_forward
+from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes, sum_numbers
 from graftkit.errors import Interrupted, UserError

@@ -13,7 +13,7 @@ import torch
 from graftkit.data.order import epoch_batches, ordered_batches, padding_share, steps_per_epoch
 from graftkit.data.source import Pass
 from graftkit.engine import precision
-from graftkit.engine.forward import CachedForward, make_forward
+from graftkit.engine.cached import CachedForward, make_forward
 from graftkit.engine.frozen import set_training
 from graftkit.engine.predict import predict
 from graftkit.errors import UserError

@@ -12,8 +12,10 @@ from torch import nn
 from graftkit import attach
 from graftkit.data.encode import Encoded
 from graftkit.data.read import Table
-from graftkit.engine.forward import AtOwnHead, CachedForward, Forward, make_forward
+from graftkit.engine.cached import CachedForward, make_forward
+from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import frozen_depth, set_training
+from graftkit.engine.starts import AtOwnHead
 from graftkit.grafts.graft import Graft
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.shared.texts import TextDataset

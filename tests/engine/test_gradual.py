@@ -15,7 +15,8 @@ from conftest import equal_bits, forked, graft_tensors, tune_words
 from safetensors.torch import load_file
 
 from graftkit import UserError, attach
-from graftkit.engine.forward import Forward, PhasedForward
+from graftkit.engine.cached import PhasedForward
+from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import phases
 from graftkit.engine.loop import Loop
 from graftkit.methods.base import read
@@ -179,7 +180,7 @@ def test_the_steps_are_those_of_a_plain_loop(ready):
 
 def test_what_is_kept_is_the_prefix_of_today(ready, monkeypatch):
     """Head alone: features; then the inputs of the last block, of the one before; nothing when all are trained."""
-    from graftkit.engine import forward
+    from graftkit.engine import cached as forward
 
     run = ready(f"gradual_unfreeze(every=2) + {HEAD}", steps=EPOCH * 10)
     run.loop.forward = PhasedForward(run.graft, torch.device("cpu"), "fp32", run.dataset, EPOCH)

@@ -138,7 +138,7 @@ def test_plan_trains_nothing(tiny_vit, colours, command):
 @pytest.mark.parametrize("method", ["head(pooling='mean', dropout=0)", "head(pooling='own')"])
 def test_frozen_features_are_kept_and_equal_those_computed_anew(colours, tmp_path, monkeypatch, method):
     """A network with BatchNorm: its statistics neither move nor are those of the batch."""
-    from graftkit.engine import forward
+    from graftkit.engine import cached as forward
 
     monkeypatch.chdir(ROOT)
     task, made = "image_classify(resize=32, crop=32)", []
@@ -163,7 +163,7 @@ def test_frozen_features_are_kept_and_equal_those_computed_anew(colours, tmp_pat
 
 
 def test_augmentation_keeps_nothing_and_says_so(tiny_vit, colours):
-    from graftkit.engine.forward import CachedForward, make_forward
+    from graftkit.engine.cached import CachedForward, make_forward
 
     dataset, prepared = dataset_of(tiny_vit, colours / "train", "image_classify(flip=0.5)")
     forward = make_forward(prepared.graft, torch.device("cpu"), "fp32", prepared.depth, dataset, 5)

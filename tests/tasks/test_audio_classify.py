@@ -262,7 +262,7 @@ def test_changed_recordings_are_not_resumed_with(tiny_ast, tones, tmp_path, monk
 
 
 def test_kept_outputs_of_frozen_blocks_change_nothing(tiny_ast, tones, tmp_path, monkeypatch):
-    import graftkit.engine.forward as forward
+    import graftkit.engine.cached as forward
 
     kept = []
     plain = forward.CachedForward.__init__

@@ -1,0 +1,305 @@
+"""Places in a network where a pass may begin, since all that comes in there is frozen; how they are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
+
+from graftkit.data.source import Batch
+from graftkit.engine.forward import Forward, evaluating
+from graftkit.engine.frozen import head_of, only_head_trains, set_training
+from graftkit.engine.precision import autocast
+from graftkit.grafts.graft import Graft
+from graftkit.methods.base import OutputHead
+from graftkit.optim.labels import Labels
+from graftkit.tasks.base import Dataset
+
+SAME = 1e-3  # largest difference of a logit, as a share of the largest, that padding and bf16 may make
+
+
+class Start(Protocol):
+    """A place in the network all of whose input is frozen. `per_token`: this is a state for each token of a row.
+    `reads_inputs`: going on from there needs the inputs of the batch, such as its mask."""
+
+    per_token: bool
+    reads_inputs: bool
+
+    def capture(self, plain: Forward, batch: Batch) -> Tensor:
+        """What comes in there."""
+        ...
+
+    def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
+        """The logits, computed from what was kept."""
+        ...
+
+
+class AtHead:
+    """At a head of ours: pooled features (rows, width), or the states of tokens."""
+
+    reads_inputs = False
+
+    def __init__(self, head: OutputHead) -> None:
+        self.head = head
+        self.per_token = head.per_token
+
+    def capture(self, plain: Forward, batch: Batch) -> Tensor:
+        got: list[Tensor] = []
+        with _grabbing(self.head, got):
+            plain(batch)
+        return got[0]
+
+    def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
+        return self.head.logits(states)
+
+
+class AtBlock:
+    """At block `depth`, which is given (rows, length, width), or maps."""
+
+    per_token = reads_inputs = True
+
+    def __init__(self, blocks: list[nn.Module], depth: int) -> None:
+        self.blocks, self.depth = blocks, depth
+
+    def capture(self, plain: Forward, batch: Batch) -> Tensor:
+        return _captured(self.blocks[self.depth], plain, batch)
+
+    def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
+        with _skipping(self.blocks, self.depth, states):
+            return plain(batch)
+
+
+class AtOwnHead:
+    """At the last layers of the model itself, whose output is the logits, each row of `shape`."""
+
+    per_token = reads_inputs = False
+
+    def __init__(self, module: nn.Module, shape: torch.Size) -> None:
+        self.module, self.shape = module, shape
+
+    def capture(self, plain: Forward, batch: Batch) -> Tensor:
+        return _captured(self.module, plain, batch)
+
+    def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
+        with autocast(plain.device, plain.precision):
+            return self.module(states).reshape(len(states), *self.shape)
+
+
+def find_start(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> tuple[Start, int] | None:
+    """The last place where a pass over these rows may begin while `labels` are trained, and how many numbers come in
+    there for all rows; None where there is no such place. `depth`: of the frozen prefix, in blocks.
+    """
+    if only_head_trains(plain.graft, labels):
+        head = head_of(plain.graft)
+        assert head is not None
+        return AtHead(head), head.width * (int(dataset.lengths.sum()) if head.per_token else len(dataset))
+    blocks = min(depth, len(plain.graft.backbone.blocks) - 1)  # what follows the last block is computed again
+    own = _own_head(plain, depth, dataset, labels)
+    return own or (_passed_on(plain, blocks, dataset) if blocks > 0 else None)
+
+
+def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> tuple[AtOwnHead, int] | None:
+    """The model's own last layers, where they alone are trained and the logits come from them, and the numbers in their
+    input for all rows; else None.
+
+    Found by trying it on the longest and the shortest row: they are called once, with one tensor, from which they
+    alone compute the logits; and in training this tensor is the same, so that nothing random happens before them.
+    """
+    graft, model = plain.graft, plain.graft.model
+    module = _trained_alone(graft, labels)
+    if module is None:
+        return None
+    batch = _extremes(plain, dataset)
+    entered: list[tuple] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append((*map(_copied, args), *kwargs.values())), with_kwargs=True
+    )
+    try:
+        with evaluating(model), torch.no_grad():
+            wanted: Any = plain(batch)
+    finally:
+        handle.remove()
+    if len(entered) != 1 or len(entered[0]) != 1 or not isinstance(entered[0][0], Tensor):
+        return None
+    states = entered[0][0]
+    if len(states) != len(batch.rows) or not (dataset.uniform or states.dim() == 2):
+        return None
+    start = AtOwnHead(module, wanted.shape[1:])
+    with evaluating(model), torch.no_grad():
+        with autocast(plain.device, plain.precision):
+            got = module(states.clone())
+        if not isinstance(got, Tensor) or got.numel() != wanted.numel():
+            return None
+        if not _alike(got.reshape(wanted.shape), wanted):
+            return None
+        with _as_it_was(model, plain.device):
+            set_training(graft, depth, labels)
+            inside = set(module.modules())
+            if any(
+                isinstance(m, _Dropout) and m.p and m.training for m in model.modules() if m not in inside
+            ):
+                return None
+            if not _alike(start.capture(plain, batch), states):
+                return None
+    return start, states[0].numel() * len(dataset)
+
+
+def _trained_alone(graft: Graft, labels: Labels) -> nn.Module | None:
+    """The largest part of the model all of whose parameters are trained, and no others."""
+    trained = {id(parameter) for name, parameter in graft.parameters.items() if name in labels}
+    parts = (module for name, module in graft.model.named_modules() if name)
+    return next((module for module in parts if {id(p) for p in module.parameters()} == trained), None)
+
+
+def _extremes(plain: Forward, dataset: Dataset) -> Batch:
+    """The longest and the shortest row."""
+    return dataset.batch(np.unique([dataset.lengths.argmax(), dataset.lengths.argmin()]), plain.device)
+
+
+def _without_padding(outputs: Tensor, batch: Batch, dataset: Dataset) -> Tensor:
+    """Outputs for each token with zeros where there is padding, whose values no loss reads; other outputs as they are."""
+    longest = int(dataset.lengths[batch.rows].max())
+    if dataset.uniform or outputs.dim() < 2 or outputs.shape[:2] != (len(batch.rows), longest):
+        return outputs
+    outputs = outputs.clone()
+    for i, row in enumerate(batch.rows):
+        outputs[i, dataset.lengths[row] :] = 0
+    return outputs
+
+
+def _alike(got: Tensor, wanted: Tensor) -> bool:
+    return bool((got - wanted).abs().max() <= SAME * wanted.abs().max())
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> tuple[AtBlock, int] | None:
+    """Block `depth` and the numbers in its input for all rows, where this is all that the blocks before it are for; else
+    None.
+
+    Found by trying it on the longest and the shortest row: nothing trained lies before it, each of these blocks is
+    called once, gives its states alone, and these are what the next is given; without them the result is the same.
+    It is not so where a decoder looks at all of an encoder, or where something lies between the blocks.
+    """
+    lengths, batch = dataset.lengths, _extremes(plain, dataset)
+    blocks = [plain.graft.backbone.module(name) for name in plain.graft.backbone.blocks]
+    entered: list[tuple[int, Any]] = []
+    left: list[tuple[int, Any]] = []
+    handles = []
+    for i, block in enumerate(blocks[: depth + 1]):
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, i=i: entered.append((i, _entering(args, kwargs))), with_kwargs=True
+            )
+        )
+        handles.append(block.register_forward_hook(lambda _, args, output, i=i: left.append((i, output))))
+    try:
+        with evaluating(plain.graft.model):
+            wanted = plain(batch).detach()
+    finally:
+        for handle in handles:
+            handle.remove()
+    states = entered[-1][1] if entered else None
+    in_order = [i for i, _ in entered] == list(range(depth + 1)) == [i for i, _ in left]
+    linked = in_order and all(left[i][1] is entered[i + 1][1] for i in range(depth))
+    if not linked or not isinstance(states, Tensor) or states.requires_grad or len(states) != len(batch.rows):
+        return None
+    if not dataset.uniform and (states.dim() != 3 or states.shape[1] != lengths[batch.rows].max()):
+        return None
+    states = states.clone()
+    for i, row in enumerate(batch.rows if not dataset.uniform else ()):
+        states[i, lengths[row] :] = 0
+    start = AtBlock(blocks, depth)
+    with evaluating(plain.graft.model), torch.no_grad():
+        got = start.resume(plain, batch, states)
+        if not _alike(_without_padding(got, batch, dataset), _without_padding(wanted, batch, dataset)):
+            return None
+    size = states[0].numel() * len(dataset) if dataset.uniform else int(lengths.sum()) * states.shape[2]
+    return start, size
+
+
+def _entering(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The states that a block is given, first in its arguments or by their usual name."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def _captured(module: nn.Module, plain: Forward, batch: Batch) -> Tensor:
+    """What the module is given; the pass ends there."""
+    got: list[Tensor] = []
+    handle = module.register_forward_pre_hook(_stop_with(got), with_kwargs=True)
+    try:
+        plain(batch)
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    return got[0]
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards the model's buffers, such as running statistics, and the random numbers go on as before."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+class _Captured(Exception):
+    pass
+
+
+def _stop_with(got: list[Tensor]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        got.append(_entering(args, kwargs))
+        raise _Captured
+
+    return hook
+
+
+@contextmanager
+def _grabbing(head: OutputHead, got: list[Tensor]) -> Iterator[None]:
+    plain = head.logits
+
+    def logits(features: Tensor) -> Tensor:
+        got.append(features)
+        return plain(features)
+
+    head.logits = logits  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.logits
+
+
+@contextmanager
+def _skipping(blocks: list[nn.Module], depth: int, states: Tensor) -> Iterator[None]:
+    """Blocks before `depth` return what they are given; block `depth` starts from `states`."""
+
+    def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": states}
+
+    def pass_by(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    handle = blocks[depth].register_forward_pre_hook(start, with_kwargs=True)
+    for block in blocks[:depth]:
+        block.forward = pass_by  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in blocks[:depth]:
+            del block.forward
