@@ -70,3 +70,66 @@ def test_their_folder_must_be_named(still_bert, rows_folder):
     done = launch(*words[:at], *words[at + 2 :])
     assert done.returncode != 0
     assert "name it with --out" in done.stderr
+
+
+SHARES = """
+import json, sys
+import numpy as np, torch
+from graftkit.engine import kept, parallel, predict
+from graftkit.tasks.base import Dataset
+
+index, world = parallel.processes()
+
+class Rows(Dataset):
+    def __init__(self):
+        self.lengths = np.arange(1, 12)
+    def __len__(self):
+        return 11
+
+class Task:
+    def outcomes(self, forward, batch):
+        seen.extend(batch.rows.tolist())
+        return [int(row) * 10 for row in batch.rows]
+
+class Forward:
+    device = torch.device("cpu")
+    class graft:
+        model = torch.nn.Linear(1, 1)
+
+seen = []
+outcomes = predict.predict(Rows(), Forward(), Task(), 2)
+cache = kept.Kept(np.arange(1, 4), ragged=True)
+for row in range(index, 3, world):
+    cache.put(np.array([row]), torch.full((1, row + 1, 2), row + 0.5))
+cache.exchange()
+weights = torch.full((3,), float(index))
+parallel.from_first([weights])
+print(json.dumps([outcomes, seen, cache.get(np.arange(3)).sum((1, 2)).tolist(), weights.tolist(),
+                  parallel.all_agree(True), parallel.all_agree(index == 0)]))
+"""
+
+
+def test_evaluation_and_cache_are_shared_and_values_are_those_of_the_first(tmp_path):
+    script = tmp_path / "shares.py"
+    script.write_text(SHARES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={port}",
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    assert len(found) == 2
+    seen = sorted(row for one in found for row in one[1])
+    assert seen == list(range(11)), "each row once, in one of the processes"
+    for outcomes, _, cached, weights, agreed, disagreed in found:
+        assert outcomes == [10 * row for row in range(11)]
+        assert cached == [1.0, 6.0, 15.0] and weights == [0.0] * 3
+        assert agreed and not disagreed
