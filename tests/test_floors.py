@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import graftkit
-from graftkit.recipe.catalogue import entries
+from graftkit.recipe.catalogue import FAMILIES, entries
 
 ROOT = Path(graftkit.__file__).parent
 # from the lowest floor to the highest; what shares a floor does not know of each other
@@ -137,18 +137,19 @@ def test_there_are_no_circles() -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["method", "task"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_entry_imports_another(family: str) -> None:
     """A method knows no other method, a task no other task; what they share is below them."""
     own = {entry.module.removeprefix("graftkit."): entry.name for entry in entries(family).values()}
-    none([i for i in IMPORTS if i.module in own and i.folder == f"{family}s"
-          and not i.file.startswith(f"{family}s/{own[i.module]}")])  # fmt: skip
+    folder = FAMILIES[family].folder
+    none([i for i in IMPORTS if i.module in own and i.folder == folder
+          and not i.file.startswith(f"{folder}/{own[i.module]}")])  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["method", "task"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_entries_are_loaded_by_the_catalogue_alone(family: str) -> None:
     own = {entry.module.removeprefix("graftkit.") for entry in entries(family).values()}
-    none([i for i in IMPORTS if i.module in own and i.folder != f"{family}s"])
+    none([i for i in IMPORTS if i.module in own and i.folder != FAMILIES[family].folder])
 
 
 def test_what_is_light_imports_no_torch() -> None:

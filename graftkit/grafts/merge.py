@@ -20,7 +20,7 @@ from graftkit.grafts.peft_folder import read_peft
 from graftkit.grafts.stored import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, Contents
 from graftkit.methods.base import Method, PeftForm, exactly
 from graftkit.methods.base import read as read_method
-from graftkit.recipe.catalogue import Call
+from graftkit.recipe.expressions import Call
 
 HEADS = ("mean", "first", "none")
 OF_A_GRAFT = {DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, "README.md"}

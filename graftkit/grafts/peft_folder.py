@@ -13,7 +13,8 @@ from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors
 from graftkit.grafts.stored import Stored
 from graftkit.methods.shared.peft_reading import ANY, PEFT_CONFIG, PEFT_TENSORS, PeftReading
-from graftkit.recipe.catalogue import Call, entries
+from graftkit.recipe.catalogue import entries
+from graftkit.recipe.expressions import Call
 
 
 def read_peft(folder: Path) -> Stored:

@@ -16,7 +16,8 @@ from graftkit.files import read_json, read_tensors
 from graftkit.methods.base import Method, multiply, new_parameter
 from graftkit.methods.shared.bottlenecks import Bottleneck, Insertion, Place, bottleneck_at, find_places
 from graftkit.optim.labels import Group, Labels
-from graftkit.recipe.catalogue import Call, entries, option, parse
+from graftkit.recipe.catalogue import entries, option
+from graftkit.recipe.expressions import Call, parse
 
 DESCRIPTION, TENSORS = "graft.json", "graft.safetensors"
 Tensors = dict[str, Tensor]

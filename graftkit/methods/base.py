@@ -21,7 +21,8 @@ from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
 from graftkit.errors import NotFoldable, UserError
 from graftkit.optim.labels import Group, Labels
-from graftkit.recipe.catalogue import as_expression, build, check_values, entry_name, parse
+from graftkit.recipe.catalogue import check_values, entry_name
+from graftkit.recipe.expressions import as_expression, build, parse
 
 if TYPE_CHECKING:
     from graftkit.methods.shared.mixtures import Mixture
@@ -126,7 +127,7 @@ class Method:
     yields = False  # True: where another method claims the same parameter, that one has it
 
     def __post_init__(self) -> None:
-        check_values(self, "method")
+        check_values(self)
 
     @property
     def name(self) -> str:

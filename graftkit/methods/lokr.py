@@ -14,7 +14,6 @@ from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import lycoris
 from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
-from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
@@ -40,23 +39,11 @@ class LoKr(SizedMethod):
     peft_types = ("LOKR",)
 
     rank: int = option(8, "rank of a factor that is decomposed", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
-    alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
     factor: int | None = option(
         None, "size of w1 that is aimed at; null means as near to w2's as can be", at_least=1
     )
     decompose_both: bool = option(False, "also decompose w1 where it is large")
     effective_conv: bool = option(False, "a core in place of the flattened kernel in convolutions")
-    lr: float | None = option(None, "learning rate; null means 0.01", above=0)
-    ranks: dict | None = option(
-        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
-    )
-    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
-
-    default_scale = 1.0
-
-    def group(self) -> Group:
-        return Group("added", self.lr or 1e-2, self.name, self.lr is not None)
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Kronecker:
         return Kronecker(weight, rank, scale, self.factor, self.decompose_both, self.effective_conv)

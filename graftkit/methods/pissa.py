@@ -32,18 +32,8 @@ class PiSSA(LowRankMethod):
     """
 
     rank: int = option(8, "number of singular triplets", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
     alpha: float | None = option(None, "scale times rank; null means the rank, a scale of 1", above=0)
-    dropout: float = option(
-        0.0, "dropout on the input of the update; embeddings, packed attention and experts have none",
-        at_least=0, below=1,
-    )  # fmt: skip
     lr: float | None = option(None, "learning rate; null means 0.0002", above=0)
-    stabilised: bool = option(False, "a scale of alpha / sqrt(rank), which suits large ranks")
-    ranks: dict | None = option(
-        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
-    )
-    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
     iterations: int = option(8, "power iterations of the randomised SVD; 0 for the exact one", at_least=0)
 
     default_lr = 2e-4

@@ -70,7 +70,7 @@ A graft on `{recipe.model}`: {count(result["trained_parameters"])} trained param
 
 - data: {len(rows.train):,} training rows of `{recipe.data.train}`{f"; {columns}" if columns else ""}.{skipped}
 {f"- labels ({len(rows.labels)}): {labels}" if labels else f"- task: {rows.task.name}"}
-- training: {count(result["steps"])} steps of {prepared.plan.batch_size} rows, {result["precision"]}, seed {recipe.seed};
+- training: {count(result["steps"])} steps of {prepared.plan.batch_size} rows{_optimizer(prepared)}, {result["precision"]}, seed {recipe.seed};
   {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}{_unused(result)}
 
 ## Data
@@ -105,6 +105,10 @@ Examples whose answers were furthest from what was expected.
 | where | example | expected | answer | loss |
 | --- | --- | --- | --- | --- |
 """
+
+
+def _optimizer(prepared: Prepared) -> str:
+    return f" with {prepared.plan.optimizer}" if prepared.rows.task.trains else ""
 
 
 def _unused(result: dict[str, Any]) -> str:

@@ -170,6 +170,7 @@ def show_plan(console: Console, plan: Plan) -> None:
             *schedule,
             *(("warning", text) for text in plan.warnings),
             ("frozen", _frozen(plan)),
+            *([("optimizer", plan.optimizer)] if plan.steps else []),
             ("memory", f"weights {size(plan.weight_bytes)}, gradients {size(plan.gradient_bytes)}, "
                        f"optimizer {size(plan.optimizer_bytes)}; activations come on top"),
             ("steps", f"{count(plan.steps)} of {plan.batch_size} rows ({count(plan.steps_per_epoch)} an epoch), {plan.precision}"),

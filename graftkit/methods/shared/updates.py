@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from graftkit.backbone.weights import Weight, apply, input_of, weights_at, witho
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Method, exactly, labels_of, place
 from graftkit.optim.labels import Group, Labels
+from graftkit.recipe.catalogue import option
 
 if TYPE_CHECKING:
     from graftkit.methods.shared.peft_reading import PeftReading
@@ -190,27 +192,34 @@ class UpdateMethod(Method):
         return values
 
 
+@dataclass(frozen=True)
 class SizedMethod(UpdateMethod):
-    """A method whose updates have a rank and a scale alpha / rank, for all sites or by site.
+    """A method whose updates have a rank and a scale alpha / rank, for all sites or by site."""
 
-    Subclasses are dataclasses with `rank`, `alpha` and `sites`, and with `ranks` and `alphas` where these can differ.
-    """
+    rank: int = option(8, "rank of the update", at_least=1)
+    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
+    ranks: dict | None = option(
+        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
+    )
+    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
+    lr: float | None = option(None, "learning rate; null means 0.01", above=0)
 
-    rank: int
-    alpha: float | None
-    ranks: dict | None = None
-    alphas: dict | None = None
-    default_scale = 2.0  # where alpha is null
+    default_lr = 1e-2
+    default_scale = 1.0  # where alpha is null
+
+    def group(self) -> Group:
+        return Group("added", self.lr or self.default_lr, self.name, self.lr is not None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, kinds, least in (("ranks", int, 1), ("alphas", int | float, 0)):
-            for selection, value in (getattr(self, option) or {}).items():
+        for key, kinds, least in (("ranks", int, 1), ("alphas", int | float, 0)):
+            for selection, value in (getattr(self, key) or {}).items():
                 good = isinstance(value, kinds) and not isinstance(value, bool) and value >= least
                 if not isinstance(selection, str) or not good or not math.isfinite(value) or value == 0:
                     raise UserError(
-                        f"{self.name}(): {option} has {selection!r}: {value!r}; write a selection and a positive "
-                        f"number, for example {option}={{'blocks[-2:]': 16}}."
+                        f"{self.name}(): {key} has {selection!r}: {value!r}; write a selection and a positive "
+                        f"number, for example {key}={{'blocks[-2:]': 16}}."
                     )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Update:
@@ -240,16 +249,16 @@ class SizedMethod(UpdateMethod):
         """The alpha that goes with a rank where `alphas` says nothing."""
         return self.default_scale * rank if self.alpha is None else self.alpha
 
-    def _by_name(self, backbone: Backbone, option: str) -> dict[str, float]:
+    def _by_name(self, backbone: Backbone, key: str) -> dict[str, float]:
         """`ranks` or `alphas` by the names of parameters; where two selections meet, the later one counts."""
         named = self.named(backbone)
         found: dict[str, float] = {}
-        for selection, value in (getattr(self, option) or {}).items():
+        for selection, value in (getattr(self, key) or {}).items():
             chosen = {weight for _, weight in self._chosen(backbone, selection)}
             names = [name for name, (_, weight) in named.items() if weight in chosen]
             if not names:
                 raise UserError(
-                    f"{self.name}(): {option} has {selection!r}, which is none of sites={self.sites!r}; "
+                    f"{self.name}(): {key} has {selection!r}, which is none of sites={self.sites!r}; "
                     "widen the one or the other."
                 )
             found |= dict.fromkeys(names, value)
