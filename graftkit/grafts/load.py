@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import is_linear
 from graftkit.errors import UserError, listing
-from graftkit.grafts.attach import attach, detach
+from graftkit.grafts.attach import attach_chain, detach
 from graftkit.grafts.contents import stored_name
 from graftkit.grafts.folder import read
 from graftkit.grafts.graft import Graft
@@ -35,7 +35,7 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
     before, graft = backbone.missing, None
     backbone.missing = tuple(sorted({*before, *map(str, stored.about.get("missing", ()))}))
     try:
-        graft = attach(backbone, method_for(stored, backbone), name=name)
+        graft = attach_chain(backbone, method_for(stored, backbone), name, stored=True)
         wanted = graft.tensors
         tensors = tensors_for(stored, graft)
         _refuse_misfits(path, backbone, wanted, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,6 +34,9 @@ class Adapter(Method):
     Parameters: 2 * width * bottleneck + bottleneck + width for each place, two places a block for 'houlsby' and one
     for the others, and the norms of these blocks where they are trained.
     """
+
+    frees_base: ClassVar[dict[str, tuple]] = {"placement": ("houlsby",), "norms": (True,)}
+    stage: ClassVar[int] = 3
 
     bottleneck: int = option(64, "width of the bottleneck", at_least=1)
     placement: str = option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class AdapterFusion(Method):
     When: adapters of several other tasks are there already, and a task with few rows may gain from all of them.
     Parameters: 3 * width^2 for each place.
     """
+
+    stage: ClassVar[int] = 3
 
     grafts: tuple | None = option(None, "folders of the adapters' grafts or runs, at least two")
     adapters: tuple | None = option(

@@ -9,7 +9,8 @@ their names and values and a base checkpoint loads before or after grafting.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
 from graftkit.errors import NotFoldable, UserError
+from graftkit.methods.shared import sums
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import check_values, entry_name
 from graftkit.recipe.expressions import as_expression, build, parse
@@ -121,10 +123,23 @@ class Method:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are declared with `option`."""
 
     peft_types: ClassVar[tuple[str, ...]] = ()  # kinds of PEFT's adapters that `from_peft` reads
-    gives_outputs: ClassVar[bool] = (
-        False  # the method is a head: what it adds gives the outputs that a task asks for
-    )
-    yields = False  # True: where another method claims the same parameter, that one has it
+    # What a method says of itself. The recipe reads these without importing the file, so they are plain values.
+    gives_outputs: ClassVar[bool] = False  # a head: what it adds gives the outputs that a task asks for
+    # whether it trains parameters of the backbone itself; a mapping: with which values of its options it does so
+    # beside what it adds
+    frees_base: ClassVar[bool | dict[str, tuple]] = False
+    covers: ClassVar[bool] = False  # trains the whole backbone, and that from the first step
+    updates_weights: ClassVar[bool] = False  # adds to weights (`updated_weights`), which stay as they are
+    needs_base: ClassVar[bool] = False  # changes how others train the backbone, and is nothing without them
+    takes_out: ClassVar[bool] = False  # takes parameters of others out of training
+    repeats: ClassVar[bool] = False  # may be written more than once in a sum
+    # where several methods claim a parameter, that which yields least has it; alike, they are refused
+    # 0: what is named; 1: what comes along, such as the biases beside an update; 2: the whole backbone
+    yields: int = 0
+    # methods of a sum act from the lowest stage to the highest, however it is written: 0 for weights, 1 for what
+    # rescales them, 2 for vectors at outputs, 3 for modules in between, 4 for virtual tokens, 7 and 8 for those that
+    # change the labels of others, 9 for heads
+    stage: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -150,12 +165,19 @@ class Method:
         """How the head that the model brings is used: 'replaced' by one of other outputs, 'complete' as it is, or not."""
         return None
 
+    def prepare(self, backbone: Backbone) -> None:
+        """Put new modules in the place of the base's own. In a sum this comes before any method is attached."""
+
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         """Place new modules, named after the graft; return labels for all parameters to be trained."""
         raise NotImplementedError
 
+    def updated_weights(self, backbone: Backbone) -> set[str]:
+        """Names of the base's parameters that stay as they are and have an update beside them."""
+        return set()
+
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
-        """Change the labels of all methods after they are attached; for `freeze` and `layerwise_lr`."""
+        """Change the labels of all methods after they are attached."""
         return labels
 
     def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:
@@ -224,17 +246,16 @@ class PeftForm:
 
 @dataclass(frozen=True)
 class Chain(Method):
-    """Several methods, attached in order."""
+    """Several methods. `arranged` has them in the order in which they act, whatever the one in which they are written."""
 
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [method.name for method in self.methods]
-        twice = {name for name in names if names.count(name) > 1}
-        for name in sorted(twice - {"unfreeze", "freeze"}):
-            selects = any(method.name == name and hasattr(method, "sites") for method in self.methods)
-            how = "write it once with both selections" if selects else "write it once"
-            raise UserError(f"{name}() stands twice in {' + '.join(names)}; {how}.")
+        sums.refuse_repeats(self.methods)
+        sums.refuse_heads(self.methods)
+
+    def arranged(self) -> Chain:
+        return Chain(sums.arranged(self.methods))
 
     def __add__(self, other: Method) -> Chain:
         if not isinstance(other, Method):
@@ -261,32 +282,30 @@ class Chain(Method):
     def stored(self) -> Chain:
         return Chain(tuple(method.stored() for method in self.methods))
 
-    def attach(self, backbone: Backbone, graft: str) -> Labels:
-        labels: Labels = {}
-        yielding: set[str] = set()
-        for method in sorted(self.methods, key=lambda m: m.yields):
-            for name, group in _attach_one(method, backbone, graft).items():
-                if name not in labels:
-                    labels[name] = group
-                    if method.yields:
-                        yielding.add(name)
-                elif not method.yields:
-                    raise UserError(
-                        f"{labels[name].method}() and {method.name}() both claim the parameter {name!r}; "
-                        "narrow the selection of one of them."
-                    )
+    def attach(self, backbone: Backbone, graft: str, stored: bool = False) -> Labels:
+        """Attach all in order. `stored`: as the sum was trained once, though it would be refused today."""
         for method in self.methods:
-            labels = method.relabel(backbone, labels)
+            with _named(method):
+                method.prepare(backbone)
+        claims = []
+        for method in self.methods:
+            with _named(method):
+                claims.append((method, method.attach(backbone, graft)))
+        if not stored:
+            sums.refuse_redundant(claims)
+        labels = sums.settle(claims, stored)
+        removed: dict[str, str] = {}
+        for method in self.methods:
+            kept = method.relabel(backbone, labels)
+            removed |= {name: method.name for name in labels if name not in kept}
+            labels = kept
         idle = backbone.idle
-        labels = {name: group for name, group in labels.items() if name not in idle}
         order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
-        lost = next((name for name in labels if name not in order), None)
-        if lost is not None:
-            raise UserError(
-                f"{labels[lost].method}() adds {lost!r} to a module that another method replaces after it; write that "
-                f"method, such as head(), in front of {labels[lost].method}()."
-            )
-        return dict(sorted(labels.items(), key=lambda item: order[item[0]]))
+        labels = {name: labels[name] for name in sorted(labels, key=order.__getitem__) if name not in idle}
+        if not stored:
+            sums.refuse_silent(claims, labels, removed, backbone)
+            sums.refuse_updates_of_trained(self.methods, backbone, labels)
+        return labels
 
     def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:
         for method in self.methods:
@@ -307,10 +326,11 @@ class Chain(Method):
             method.after_step(backbone, graft, step, steps)
 
 
-def _attach_one(method: Method, backbone: Backbone, graft: str) -> Labels:
-    """`attach` of one method; what it refuses is told under its name."""
+@contextmanager
+def _named(method: Method) -> Iterator[None]:
+    """What a method refuses inside is told under its name."""
     try:
-        return method.attach(backbone, graft)
+        yield
     except NotFoldable:
         raise
     except UserError as error:

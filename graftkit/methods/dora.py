@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class DoRA(LoraLikeMethod):
     When: lora stays behind full fine-tuning, above all at small ranks; a step takes longer than lora's.
     Parameters: those of lora(), and out more for each map (at experts, for each of them).
     """
+
+    stage: ClassVar[int] = 1
 
     @property
     def wanted(self) -> str:

@@ -52,6 +52,8 @@ class Head(Method):
     """
 
     gives_outputs: ClassVar[bool] = True
+    frees_base: ClassVar[dict[str, tuple]] = {"pooling": ("own",)}
+    stage: ClassVar[int] = 9
 
     classes: int | None = option(None, "number of outputs; the task knows it", at_least=1)
     pooling: str = option(
@@ -117,8 +119,7 @@ class Head(Method):
         return dataclasses.replace(self, pooling=choice)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
-        if self.classes is None:
-            raise UserError("head() needs the number of outputs: head(classes=3).")
+        assert self.classes is not None
         group = Group("head", self.lr or 5e-3, self.name, self.lr is not None)
         if self.pooling == "own":
             return self._use_own(backbone, group)
@@ -182,35 +183,42 @@ class Head(Method):
             )
         return maps[-1]
 
-    def _use_own(self, backbone: Backbone, group: Group) -> Labels:
+    def prepare(self, backbone: Backbone) -> None:
+        """The last map of the model's own head gets the number of outputs."""
+        if self.classes is None:
+            raise UserError("head() needs the number of outputs: head(classes=3).")
+        if self.pooling != "own":
+            return
         if self.hidden:
             raise UserError(
                 "head(pooling='own') has the layers that the architecture gives it, so hidden has no part in it; "
                 "use pooling='mean', 'cls' or 'last' with it."
             )
         last = self._own_map(backbone)
-        assert self.classes is not None
-        if widths(last.module)[1] != self.classes:
-            new = new_map(last, self.classes)
-            parent, _, leaf = last.name.rpartition(".")
-            setattr(backbone.module(parent), leaf, new)
-            backbone.sites = tuple(
-                dataclasses.replace(site, module=new) if site is last else site for site in backbone.sites
-            )
-            config = getattr(backbone.model, "config", None)
-            if config is not None:
-                config.num_labels = self.classes
-            if hasattr(backbone.model, "num_labels"):
-                backbone.model.num_labels = self.classes  # type: ignore[assignment]
+        if widths(last.module)[1] == self.classes:
+            return
+        new = new_map(last, self.classes)
+        parent, _, leaf = last.name.rpartition(".")
+        setattr(backbone.module(parent), leaf, new)
+        backbone.sites = tuple(
+            dataclasses.replace(site, module=new) if site is last else site for site in backbone.sites
+        )
+        config = getattr(backbone.model, "config", None)
+        if config is not None:
+            config.num_labels = self.classes
+        if hasattr(backbone.model, "num_labels"):
+            backbone.model.num_labels = self.classes  # type: ignore[assignment]
+
+    def _use_own(self, backbone: Backbone, group: Group) -> Labels:
         # transformers' classification losses are means of what they are given: Trainer has to average them
         backbone.model.accepts_loss_kwargs = False  # type: ignore[assignment]
-        labels: Labels = {}
-        for site in backbone.sites:
-            if site.role == "head":
-                labels |= labels_of(backbone, site.name, group)
+        heads = {site.name for site in backbone.sites if site.role == "head"}
         # a pooler that the weights lack is random: train it
-        labels |= {name: group for name in backbone.missing if name in backbone.base_parameters}
-        return labels
+        return {
+            name: group
+            for name in backbone.base_parameters
+            if name in backbone.missing or name.rpartition(".")[0] in heads
+        }
 
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
         """What this head passes by, a pooler or the model's own head, has no part in the output: it cannot be trained."""

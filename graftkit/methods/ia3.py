@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class IA3(Method):
     """
 
     peft_types = ("IA3",)
+    stage: ClassVar[int] = 2
 
     sites: str | None = option(
         None,

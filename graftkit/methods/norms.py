@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ class Norms(Method):
     """
 
     peft_types = ("LN_TUNING",)
+    frees_base: ClassVar[bool] = True
 
     sites: str = option("norms", "norms that are trained, as a selection")
     statistics: bool = option(False, "whether BatchNorm's running mean and variance move too")

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Prefix(Method):
     """
 
     peft_types = ("PREFIX_TUNING",)
+    stage: ClassVar[int] = 4
 
     tokens: int = option(16, "number of trained positions in each layer", at_least=1)
     hidden: int = option(0, "width of the reparameterisation's hidden layer; 0 for none", at_least=0)

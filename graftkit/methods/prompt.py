@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Prompt(Method):
     """
 
     peft_types = ("PROMPT_TUNING", "P_TUNING")
+    stage: ClassVar[int] = 4
 
     tokens: int = option(20, "number of virtual tokens", at_least=1)
     start: str = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,6 +20,9 @@ class Unfreeze(Method):
     When: a head or a small graft is not enough; what lies below the freed blocks is computed without gradients.
     Parameters: those of the chosen parts.
     """
+
+    frees_base: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
 
     sites: str = option("blocks[-2:]", "parts that are trained, as a selection")
     lr: float | None = option(None, "learning rate; null means 0.0001", above=0)

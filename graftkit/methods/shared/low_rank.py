@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,11 @@ class LowRankMethod(SizedMethod):
     b_bias = False
     bias = "none"
     plain_conv = False
+    frees_base: ClassVar[dict[str, tuple]] = {"bias": ("all", "lora_only")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "yields", self.bias != "none")  # a head has its own biases
+        object.__setattr__(self, "yields", int(self.bias != "none"))  # a head has its own biases
 
     @property
     def wanted(self) -> str:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,7 @@ class UpdateMethod(Method):
 
     sites: str
     kinds: tuple[str, ...] = KINDS  # of weights that the method can update
+    updates_weights: ClassVar[bool] = True
 
     def make(self, weight: Weight, name: str) -> Update:
         """The update of the weight of that dotted name. Raises `UserError` where it cannot be."""
@@ -162,6 +163,9 @@ class UpdateMethod(Method):
             f"{names[id(weight.module)]}.{weight.parameter}".lstrip("."): (site, weight)
             for site, weight in self.targets(backbone)
         }
+
+    def updated_weights(self, backbone: Backbone) -> set[str]:
+        return set(self.named(backbone))
 
     def added_name(self, weight: Weight, graft: str) -> str:
         """Name of the new module below the module that is called."""
