@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
-from graftkit.errors import NotFoldable, UserError
+from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.shared import sums
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import check_values, entry_name
@@ -296,7 +296,8 @@ class Chain(Method):
         labels = sums.settle(claims, stored)
         removed: dict[str, str] = {}
         for method in self.methods:
-            kept = method.relabel(backbone, labels)
+            with _beside(method, self.methods):
+                kept = method.relabel(backbone, labels)
             removed |= {name: method.name for name in labels if name not in kept}
             labels = kept
         idle = backbone.idle
@@ -337,6 +338,19 @@ def _named(method: Method) -> Iterator[None]:
         if f"{method.name}(" in str(error):
             raise
         raise UserError(f"{method.name}(): {error}") from None
+
+
+@contextmanager
+def _beside(method: Method, methods: Iterable[Method]) -> Iterator[None]:
+    """What a method refuses because of those beside it names these too."""
+    try:
+        yield
+    except UserError as error:
+        others = [f"{other.name}()" for other in methods if other.name != method.name]
+        unnamed = [name for name in dict.fromkeys(others) if name[:-1] not in str(error)]
+        raise UserError(
+            f"{error} Beside it there is {listing(unnamed)}." if unnamed else str(error)
+        ) from None
 
 
 def read(expression: str) -> Chain:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graftkit.errors import UserError, listing, nearest
-from graftkit.recipe import catalogue, expressions, selection
+from graftkit.recipe import catalogue, expressions, selection, sums
 
 IN_MEMORY = "(in memory)"
 DEFAULT_OPTIMIZER = "adamw()"
@@ -151,19 +151,7 @@ class Recipe(Section):
         for call in calls:
             if "sites" in call.arguments:
                 selection.parse(call.arguments["sites"])
-        names = [call.name for call in calls]
-        for other in ("unfreeze", "gradual_unfreeze", "bitfit"):
-            if "full" in names and other in names:
-                raise UserError(f"full() already trains what {other}() would; leave one of them out.")
-        freeing = {"full", "unfreeze", "gradual_unfreeze", "bitfit", "norms", "adapter"}
-        if "layerwise_lr" in names and not freeing & set(names):
-            raise UserError(
-                "layerwise_lr() needs full() or unfreeze(...) beside it: nothing else trains the backbone."
-            )
-        if "freeze" in names and not freeing & set(names):
-            raise UserError(
-                "freeze() needs full() or unfreeze(...) beside it: everything else is frozen anyway."
-            )
+        sums.check(calls)
         return value
 
     @field_validator("task", mode="before")
@@ -188,15 +176,17 @@ class Recipe(Section):
             if self.method is not None:
                 raise UserError(f"{task}() asks the model as it is and trains nothing; leave the method out.")
             return
-        self.method = self.method or constants.get("method", "lora() + head()")
-        names = [call.name for call in expressions.parse(self.method, "method")]
+        self.method = self.method or constants["method"]
+        methods = catalogue.entries("method")
+        heads = [name for name, entry in methods.items() if entry.constants.get("gives_outputs")]
+        own = [call.name for call in expressions.parse(self.method, "method") if call.name in heads]
         if not constants.get("head", True):
-            if "head" in names:
+            if own:
                 raise UserError(
-                    f"{task}() uses the head that the model brings; leave head() out of the method."
+                    f"{task}() uses the head that the model brings; leave {own[0]}() out of the method."
                 )
-        elif "head" not in names:
-            self.method = f"{self.method} + head()"
+        elif not own:
+            self.method = f"{self.method} + {heads[0]}()"
 
     def dump(self) -> str:
         """The recipe as YAML; read again it describes the same run."""
