@@ -164,8 +164,9 @@ def test_the_order_in_which_a_sum_is_written_has_no_part_in_what_it_computes(tex
     first, second = text.split(" + ")
     outputs = []
     for written in (text, f"{second} + {first}"):
+        model = BERT.fresh()
         torch.manual_seed(0)
-        graft = shaken(attach(BERT.fresh(), written))
+        graft = shaken(attach(model, written))
         outputs.append(zoo.outputs(graft.model, BERT.batch()))
     assert torch.equal(*outputs)
 
