@@ -135,7 +135,7 @@ class Method:
     repeats: ClassVar[bool] = False  # may be written more than once in a sum
     # where several methods claim a parameter, that which yields least has it; alike, they are refused
     # 0: what is named; 1: what comes along, such as the biases beside an update; 2: the whole backbone
-    yields: int = 0
+    yields: ClassVar[int] = 0
     # methods of a sum act from the lowest stage to the highest, however it is written: 0 for weights, 1 for what
     # rescales them, 2 for vectors at outputs, 3 for modules in between, 4 for virtual tokens, 7 and 8 for those that
     # change the labels of others, 9 for heads
@@ -305,7 +305,7 @@ class Chain(Method):
         labels = {name: labels[name] for name in sorted(labels, key=order.__getitem__) if name not in idle}
         if not stored:
             sums.refuse_silent(claims, labels, removed, backbone)
-            sums.refuse_updates_of_trained(self.methods, backbone, labels)
+            sums.refuse_useless(claims, backbone, labels)
         return labels
 
     def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:

@@ -100,21 +100,17 @@ def refuse_silent(claims: Claims, labels: Labels, removed: dict[str, str], backb
         )
 
 
-def refuse_updates_of_trained(methods: Sequence[Method], backbone: Backbone, labels: Labels) -> None:
-    """Raise `UserError` for updates of weights of which every one is trained itself, from the first step."""
-    first: Labels = labels
-    for method in methods:
-        first = method.labels_at(backbone, first, 0, 0.0)
-    for method in methods:
-        updated = method.updated_weights(backbone)
-        if updated and updated <= set(first):
-            others = sorted({first[name].method for name in updated} - {method.name})
-            raise UserError(useless(method.name, listing(f"{name}()" for name in others)))
+def refuse_useless(claims: Claims, backbone: Backbone, labels: Labels) -> None:
+    """Raise `UserError` for updates beside weights that are all trained anyway, by a method that trains everything.
 
-
-def useless(update: str, others: str) -> str:
-    """What to say of updates beside weights that are trained anyway."""
-    return (
-        f"{update}() adds an update to weights that {others} trains themselves, which makes nothing possible that was not; "
-        "leave one of them out, or narrow the selection of one."
-    )
+    Where a method frees what a selection names, weight and update both move: the selections may differ.
+    """
+    for whole in (method for method, _ in claims if method.covers):
+        trained = {name for name, group in labels.items() if group.method == whole.name}
+        for method, _ in claims:
+            updated = method.updated_weights(backbone)
+            if updated and updated <= trained:
+                raise UserError(
+                    f"{method.name}() adds an update to weights that {whole.name}() trains themselves, which makes nothing "
+                    "possible that was not; leave one of them out."
+                )
