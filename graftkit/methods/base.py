@@ -23,7 +23,7 @@ from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it f
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.shared import sums
 from graftkit.optim.labels import Group, Labels
-from graftkit.recipe.catalogue import check_values, entry_name
+from graftkit.recipe.catalogue import check_values, entries, entry_name
 from graftkit.recipe.expressions import as_expression, build, parse
 
 if TYPE_CHECKING:
@@ -132,6 +132,12 @@ class Method:
     updates_weights: ClassVar[bool] = False  # adds to weights (`updated_weights`), which stay as they are
     needs_base: ClassVar[bool] = False  # changes how others train the backbone, and is nothing without them
     takes_out: ClassVar[bool] = False  # takes parameters of others out of training
+    is_product: ClassVar[bool] = False  # an update s B A of its A and B at each weight, and nothing else
+    is_general: ClassVar[bool] = False  # what messages recommend where a method does not fit a module
+    selects: ClassVar[bool] = False  # trains any parts of the backbone that `sites` names
+    composes: ClassVar[bool] = (
+        False  # bottlenecks (methods/shared/bottlenecks.py), of which several can be composed
+    )
     repeats: ClassVar[bool] = False  # may be written more than once in a sum
     # where several methods claim a parameter, that which yields least has it; alike, they are refused
     # 0: what is named; 1: what comes along, such as the biases beside an update; 2: the whole backbone
@@ -208,8 +214,25 @@ class Method:
         """
         raise NotFoldable(f"{self.name} cannot be folded.")
 
+    def gives_the_same(self, other: Method) -> bool:
+        """Whether two methods with the same parameters compute the same; what has a part in training alone may differ."""
+        return self == other
+
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         """The PEFT configuration and tensors that mean the same; None where PEFT cannot express it."""
+        return None
+
+    @classmethod
+    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
+        """Whether `from_peft` reads an adapter of this configuration."""
+        return config.get("peft_type") in cls.peft_types
+
+    @classmethod
+    def from_saved_modules(cls, backbone: Backbone, tensors: Mapping[str, Tensor]) -> Method | None:
+        """The method that trains what PEFT saved of the base beside an adapter; None where it trains none of it.
+
+        `tensors`: by parameter, all that `modules_to_save` stands for.
+        """
         return None
 
     @classmethod
@@ -385,6 +408,13 @@ def place(site: nn.Module, name: str, addition: nn.Module) -> None:
                 site.register_forward_hook(addition._after, with_kwargs=True, always_call=addition.replaces)
             )
         addition.__dict__["handles"] = handles
+
+
+def recommended(*properties: str) -> str:
+    """`lora() or unfreeze()`: the methods that say one of these of themselves, as messages recommend them."""
+    known = entries("method").values()
+    names = [entry.name for word in properties for entry in known if entry.constants.get(word) is True]
+    return " or ".join(f"{name}()" for name in dict.fromkeys(names))
 
 
 def exactly(names: Iterable[str]) -> str:

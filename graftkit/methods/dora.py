@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, apply, groups_of, input_of, scale_product, without_autocast
-from graftkit.methods.base import Addition
+from graftkit.methods.base import Addition, PeftForm
+from graftkit.methods.shared import peft_lora
 from graftkit.methods.shared.low_rank import LoraLikeMethod, LowRank
 from graftkit.optim.labels import Labels
+
+if TYPE_CHECKING:
+    from graftkit.methods.shared.peft_reading import PeftReading
 
 TINY = 1e-12  # a row of zeros has no direction; this is its length
 
@@ -31,6 +36,7 @@ class DoRA(LoraLikeMethod):
     Parameters: those of lora(), and out more for each map (at experts, for each of them).
     """
 
+    peft_types = ("LORA",)
     stage: ClassVar[int] = 1
 
     @property
@@ -45,6 +51,17 @@ class DoRA(LoraLikeMethod):
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
         return Direction(weight, rank, scale, self.dropout, plain_conv=self.plain_conv)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        return peft_lora.write(self, backbone, graft, with_magnitudes=True)
+
+    @classmethod
+    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
+        return super().reads_peft(config) and peft_lora.has_magnitudes(config)
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return peft_lora.read(reading, "dora", with_magnitudes=True)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels = super().attach(backbone, graft)

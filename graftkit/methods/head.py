@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -219,6 +219,19 @@ class Head(Method):
             for name in backbone.base_parameters
             if name in backbone.missing or name.rpartition(".")[0] in heads
         }
+
+    def gives_the_same(self, other: Method) -> bool:
+        mine, others = (
+            [getattr(one, name, None) for name in ("name", "classes", "pooling", "hidden")]
+            for one in (self, other)
+        )
+        return mine == others
+
+    @classmethod
+    def from_saved_modules(cls, backbone: Backbone, tensors: Mapping[str, Tensor]) -> Head | None:
+        maps = [site.name for site in backbone.sites if site.role == "head" and is_linear(site.module)]
+        weight = tensors.get(f"{maps[-1]}.weight") if maps else None
+        return cls(classes=len(weight), pooling="own") if weight is not None else None
 
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
         """What this head passes by, a pooler or the model's own head, has no part in the output: it cannot be trained."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight
+from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import peft_lora
 from graftkit.methods.shared.low_rank import LoraLikeMethod, LowRank
 from graftkit.recipe.catalogue import option
@@ -35,6 +38,8 @@ class LoRA(LoraLikeMethod):
     """
 
     peft_types = ("LORA",)
+    is_product: ClassVar[bool] = True
+    is_general: ClassVar[bool] = True
 
     b_bias: bool = option(False, "a trained bias beside B, scaled as B is")
     start: str = option("kaiming", "distribution that A is drawn from", choices=("kaiming", "gaussian"))
@@ -47,4 +52,11 @@ class LoRA(LoraLikeMethod):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return peft_lora.read(reading)
+        return peft_lora.read(reading, "lora")
+
+    @classmethod
+    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
+        return super().reads_peft(config) and not peft_lora.has_magnitudes(config)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        return peft_lora.write(self, backbone, graft)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, groups_of
 from graftkit.errors import UserError
+from graftkit.methods.base import PeftForm
+from graftkit.methods.shared import peft_lora
 from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
 from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
@@ -65,6 +68,9 @@ class PiSSA(LowRankMethod):
                 f"{least} singular values. Take a lower one there with ranks, or lora()."
             )
         return Principal(weight, rank, scale, self.dropout, self.iterations)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        return peft_lora.write(self, backbone, graft)
 
     def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
         """A LoRA of twice the rank with the same scale."""

@@ -137,9 +137,7 @@ class Prompt(Method):
                 f"prompt_embeddings of shape {tuple(values.shape)}."
             )
         # of those for an encoder and a decoder, PEFT uses the encoder's alone
-        return {"method": "prompt", "tokens": tokens}, {
-            "prompt_default.values": values[:tokens].float().contiguous()
-        }
+        return {"tokens": tokens}, {"prompt_default.values": values[:tokens].float().contiguous()}
 
 
 class TrainedTokens(VirtualTokens):

@@ -25,9 +25,8 @@ from graftkit.backbone.weights import (
     multiply,
 )
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import PeftForm, new_parameter
+from graftkit.methods.base import new_parameter
 from graftkit.methods.shared.mixtures import FactorMixture
-from graftkit.methods.shared.peft_lora import write
 from graftkit.methods.shared.updates import SizedMethod, Update
 from graftkit.optim.labels import Labels
 from graftkit.recipe.catalogue import option
@@ -144,9 +143,6 @@ class LowRankMethod(SizedMethod):
                 (bias + update.scale * update.b).detach().to(bias.dtype)
             )
         return values
-
-    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        return write(self, backbone, graft)
 
     def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of the LoRA that PEFT would call an update of that rank and alpha."""

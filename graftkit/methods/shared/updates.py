@@ -16,7 +16,7 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at, without_autocast
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Addition, Method, exactly, labels_of, place
+from graftkit.methods.base import Addition, Method, exactly, labels_of, place, recommended
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
@@ -130,8 +130,8 @@ class UpdateMethod(Method):
     @property
     def wanted(self) -> str:
         """What messages call the weights that the method accepts."""
-        others = "unfreeze()" if self.name == "lora" else "lora() or unfreeze()"
-        return f"weights that {self.name}() can update; use {others} there"
+        instead = recommended("selects") if self.is_general else recommended("is_general", "selects")
+        return f"weights that {self.name}() can update; use {instead} there"
 
     def targets(self, backbone: Backbone) -> list[tuple[Site, Weight]]:
         """Each weight that is updated, with the site that holds it."""
