@@ -164,12 +164,13 @@ def _read(folder: Path, backbone: Backbone) -> tuple[Any, Tensors]:
             f"adapter_fusion(): {folder / DESCRIPTION} is not the description of a graft; restore it from a copy."
         ) from None
     methods = [method for method in methods if not method.gives_outputs]
-    trained = [method.name for method in methods]
     if len(methods) != 1 or not methods[0].composes or methods[0].trains_norms:
+        trained = [method.name for method in sorted(methods, key=lambda method: not method.composes)]
         trained += ["norms" for method in methods if method.composes and method.trains_norms]
+        alone = recommended("composes").replace("()", "(norms=False)")
         raise UserError(
             f"adapter_fusion(): the graft in {folder} trained {listing(trained) or 'a head'}. Only adapters that were "
-            "trained alone, as with norms=False beside a head, can be composed."
+            f"trained alone beside a head, as by {alone}, can be composed."
         )
     if fingerprint != backbone.fingerprint:
         raise UserError(

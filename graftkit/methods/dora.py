@@ -61,7 +61,7 @@ class DoRA(LoraLikeMethod):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return peft_lora.read(reading, "dora", with_magnitudes=True)
+        return peft_lora.read(reading, cls, with_magnitudes=True)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels = super().attach(backbone, graft)

@@ -52,7 +52,7 @@ class LoHa(SizedMethod):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return lycoris.read(reading, "loha", r"hada_(w[12]_[ab]|t[12])")
+        return lycoris.read(reading, cls, r"hada_(w[12]_[ab]|t[12])")
 
 
 class Hadamard(Update):

@@ -61,7 +61,7 @@ class LoKr(SizedMethod):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        options, tensors = lycoris.read(reading, "lokr", r"lokr_(w[12](?:_[ab])?|t2)")
+        options, tensors = lycoris.read(reading, cls, r"lokr_(w[12](?:_[ab])?|t2)")
         torn = next((name for name, tensor in tensors.items() if is_torn(name, tensor)), None)
         if torn is not None:
             raise reading.error(

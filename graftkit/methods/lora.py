@@ -52,7 +52,7 @@ class LoRA(LoraLikeMethod):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return peft_lora.read(reading, "lora")
+        return peft_lora.read(reading, cls)
 
     @classmethod
     def reads_peft(cls, config: Mapping[str, Any]) -> bool:

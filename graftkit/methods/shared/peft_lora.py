@@ -13,6 +13,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, has_geometry
 from graftkit.methods.base import PeftForm, exactly
 from graftkit.methods.shared.updates import by_site, peft_targets
+from graftkit.recipe.catalogue import entry_name
 
 if TYPE_CHECKING:
     from graftkit.methods.shared.low_rank import LowRankMethod
@@ -118,9 +119,10 @@ def has_magnitudes(config: Mapping[str, Any]) -> bool:
 
 
 def read(
-    reading: PeftReading, method: str, *, with_magnitudes: bool = False
+    reading: PeftReading, kind: type, *, with_magnitudes: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The options of a method of that name and the parameters that an adapter of PEFT stands for."""
+    """The options of a method and the parameters that an adapter of PEFT stands for."""
+    method = entry_name(kind.__module__)
     rank = reading.field("r", 8, int)
     alpha = reading.field("lora_alpha", 8, (int, float))
     if rank < 1 or alpha <= 0:
