@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,8 @@ from graftkit.backbone.weights import Weight, apply, groups_of, input_of, scale_
 from graftkit.methods.base import Addition, PeftForm
 from graftkit.methods.shared import peft_lora
 from graftkit.methods.shared.low_rank import LoraLikeMethod, LowRank
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Labels
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 TINY = 1e-12  # a row of zeros has no direction; this is its length
 

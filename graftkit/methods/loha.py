@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from graftkit.backbone.weights import Weight, add_product, input_of, multiply
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import lycoris
 from graftkit.methods.shared.mixtures import FactorMixture
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,9 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import lycoris
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

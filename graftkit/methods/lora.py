@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,10 +13,8 @@ from graftkit.backbone.weights import Weight
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import peft_lora
 from graftkit.methods.shared.low_rank import LoraLikeMethod, LowRank
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

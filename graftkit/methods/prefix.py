@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from graftkit.backbone.attention import AddedKeysValues, adopt, attention_module
 from graftkit.backbone.prompts import refuse_crowd
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 PACKED = "prefix_default.prompt_embeddings"  # keys and values of all layers, as PEFT keeps them
 PLAIN_ROTATIONS = ("default", "linear", "llama3")  # same for every text length, and rotations only

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.methods.base import PeftForm, exactly
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import SizedMethod, by_site, peft_targets
 from graftkit.recipe.catalogue import entry_name
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 def write(

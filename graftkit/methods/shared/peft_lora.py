@@ -12,12 +12,12 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, has_geometry
 from graftkit.methods.base import PeftForm, exactly
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import by_site, peft_targets
 from graftkit.recipe.catalogue import entry_name
 
 if TYPE_CHECKING:
     from graftkit.methods.shared.low_rank import LowRankMethod
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 # ways to start that rewrite the base's weights
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,10 @@ from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at, without_autocast
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Method, exactly, labels_of, place, recommended
+from graftkit.methods.shared.mixtures import MatrixMixture
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
-from graftkit.methods.shared.mixtures import MatrixMixture
 
 MAPS = ("linear", "transposed")  # of which the input is that of the module
 KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")
