@@ -44,20 +44,23 @@ if TYPE_CHECKING:
     from graftkit.runs.tune import tune as tune
 
 
-def _methods() -> dict[str, Any]:
+def _named() -> dict[str, Any]:
+    """Methods and optimizers by the names of their classes; a user's own class does not hide one of the package."""
     from graftkit.recipe.catalogue import entries
 
-    return {entry.class_name: entry for entry in entries("method").values()}
+    known = [entry for family in ("method", "optimizer") for entry in entries(family).values()]
+    known.sort(key=lambda entry: entry.module.startswith("graftkit."))
+    return {entry.class_name: entry for entry in known}
 
 
 def __getattr__(name: str) -> Any:
     if name in _FRONT:
         return getattr(importlib.import_module(_FRONT[name]), name)
-    method = _methods().get(name) if name[:1].isupper() else None  # modules are asked for here too
-    if method is None:
+    entry = _named().get(name) if name[:1].isupper() else None  # modules are asked for here too
+    if entry is None:
         raise AttributeError(f"module 'graftkit' has no attribute {name!r}")
-    return method.load()
+    return entry.load()
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FRONT, *_methods()])
+    return sorted([*globals(), *_FRONT, *_named()])

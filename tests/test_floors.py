@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import graftkit
-from graftkit.recipe.catalogue import entries
+from graftkit.recipe.catalogue import FAMILIES, entries
 
 ROOT = Path(graftkit.__file__).parent
 # from the lowest floor to the highest; what shares a floor does not know of each other
@@ -138,18 +138,19 @@ def test_there_are_no_circles() -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["method", "task"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_entry_imports_another(family: str) -> None:
     """A method knows no other method, a task no other task; what they share is below them."""
     own = {entry.module.removeprefix("graftkit."): entry.name for entry in entries(family).values()}
-    none([i for i in IMPORTS if i.module in own and i.folder == f"{family}s"
-          and not i.file.startswith(f"{family}s/{own[i.module]}")])  # fmt: skip
+    folder = FAMILIES[family].folder
+    none([i for i in IMPORTS if i.module in own and i.folder == folder
+          and not i.file.startswith(f"{folder}/{own[i.module]}")])  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["method", "task"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_entries_are_loaded_by_the_catalogue_alone(family: str) -> None:
     own = {entry.module.removeprefix("graftkit.") for entry in entries(family).values()}
-    none([i for i in IMPORTS if i.module in own and i.folder != f"{family}s"])
+    none([i for i in IMPORTS if i.module in own and i.folder != FAMILIES[family].folder])
 
 
 def test_what_is_light_imports_no_torch() -> None:
@@ -173,3 +174,61 @@ def test_files_and_functions_are_short() -> None:
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:  # type: ignore[operator]
                 long.append(f"{path}: {node.name} has {node.end_lineno - node.lineno + 1} lines")  # type: ignore[operator]
     assert not long, "\n".join(long)
+
+
+# Words that are names of entries too, and mean something else where they stand: (file or folder, word), and why.
+OTHER_MEANINGS = {
+    ("", "head"): "a role of sites and of labels, and a word of selections",
+    ("", "norms"): "a word of selections",
+    ("data", "tag"): "a column of a table",
+    ("tasks", "tag"): "a key of a row",
+    ("tasks", "prompt"): "a column of a table",
+    ("report", "prompt"): "a column of a table",
+    ("report", "choice"): "a column of a table",
+    ("methods/shared/peft_lora.py", "pissa"): "a value of PEFT's init_lora_weights",
+}  # fmt: skip
+FAMILY_FOLDERS = {"method": "methods", "task": "tasks", "optimizer": "optim"}
+
+
+def named_entries(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, text) of each string that is compared with something, or is a member or key of a collection."""
+    for node in ast.walk(tree):
+        found: list[ast.expr | None] = []
+        if isinstance(node, ast.Compare):
+            found = [node.left, *node.comparators]
+        elif isinstance(node, ast.Tuple | ast.List | ast.Set):
+            found = [*node.elts]
+        elif isinstance(node, ast.Dict):
+            found = [*node.keys]
+        elif isinstance(node, ast.MatchValue):
+            found = [node.value]
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "startswith"
+        ):
+            found = [*node.args]
+        for part in found:
+            if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                yield part.lineno, part.value
+
+
+def test_no_entry_is_known_by_its_name() -> None:
+    """What somebody must know of a method, task or optimizer, it says itself; its name stands in its own file alone."""
+    own = {
+        entry.name: entry.module.removeprefix("graftkit.").replace(".", "/")
+        for family in FAMILY_FOLDERS
+        for entry in entries(family).values()
+    }
+    used, wrong = set(), []
+    for path in sorted(ROOT.rglob("*.py")):
+        file = path.relative_to(ROOT).as_posix()
+        for line, text in named_entries(ast.parse(path.read_text(encoding="utf-8"))):
+            if text not in own or file.startswith(own[text].removesuffix("/task")):
+                continue
+            excuse = next((key for key in OTHER_MEANINGS if key[1] == text and file.startswith(key[0])), None)
+            used.add(excuse)
+            if excuse is None:
+                wrong.append(f"{file}, line {line}: {text!r}")
+    assert not wrong, "\n".join(wrong)
+    assert used - {None} == set(OTHER_MEANINGS), "an excuse that nothing needs"

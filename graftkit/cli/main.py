@@ -51,14 +51,18 @@ app = typer.Typer(
 )
 
 
-def _help(family: str) -> str:
-    """A line for each method or task."""
-    from graftkit.recipe.catalogue import entries
+_HOW = {"method": ", joined by '+'"}
 
-    title = {"method": "Methods, joined by '+'", "task": "Tasks"}[family]
+
+def _help(family: str) -> str:
+    """A line for each entry of a family."""
+    from graftkit.recipe.catalogue import FAMILIES, entries
+
+    plural = FAMILIES[family].plural
+    title = f"{plural.capitalize()}{_HOW.get(family, '')}"
     names = entries(family)
     width = max(map(len, names))
-    lines = [f"{title} (`graftkit {family}s NAME` says more):", "", "\b"]
+    lines = [f"{title} (`graftkit {plural} NAME` says more):", "", "\b"]
     lines += [f"{name:<{width}}  {entry.summary}" for name, entry in names.items()]
     return "\n".join(lines)
 
@@ -133,7 +137,7 @@ def inspect(
     weights: Weights = None, method: MethodName = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show a model's anatomy, what selections match, and what a method would train."""
-    from graftkit.recipe.catalogue import parse
+    from graftkit.recipe.expressions import parse
 
     if method is not None:
         parse(method, "method")
@@ -164,9 +168,19 @@ def tasks(
     _tell("task", name, as_json)
 
 
+@app.command()
+def optimizers(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one optimizer, in full")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the optimizers, or describe one of them."""
+    _tell("optimizer", name, as_json)
+
+
 def _tell(family: str, name: str | None, as_json: bool) -> None:
     """All entries of a family, or one of them in full."""
-    from graftkit.recipe.catalogue import entries, parse
+    from graftkit.recipe.catalogue import entries
+    from graftkit.recipe.expressions import parse
 
     known = entries(family)
     if name is not None:
@@ -208,7 +222,7 @@ def recipe(
         return
     for key, description in recipes.keys().items():
         print(f"{key:<24} {description}")
-    for family in ("task", "method"):
+    for family in ("task", "method", "optimizer"):
         print("\n" + _help(family).replace("\b\n", ""))
 
 

@@ -2,6 +2,9 @@
 
 A checkpoint holds the graft's tensors (`Graft.state`), the optimizer's state and the step. The order of the data and all
 randomness are functions of (seed, step), so the step is the whole position; the frozen base is never written.
+
+An optimizer's state may be tensors and numbers of Python, by parameter, and numbers in its groups. All come back as they
+were, with their types; the learning rates of groups are functions of the step.
 """
 
 from __future__ import annotations
@@ -23,11 +26,24 @@ def save(folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torc
          position: dict[str, Any]) -> Path:  # fmt: skip
     """Write the checkpoint of a step, then remove the older ones."""
     tensors: dict[str, Tensor] = {f"parameters/{name}": p for name, p in parameters.items()}
+    numbers: dict[str, float] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{key}/{name}"] = value
+            elif isinstance(value, int | float):
+                numbers[f"{key}/{name}"] = value
+            elif value is not None:
+                raise UserError(
+                    f"{type(optimizer).__name__} keeps {key!r} of a parameter as a {type(value).__name__}, which a "
+                    "checkpoint cannot hold; let the optimizer keep tensors and numbers."
+                )
     path = folder / f"step-{step:08d}.safetensors"
-    write_tensors(path, tensors, {"position": json.dumps({"step": step, **position})})
+    metadata = {
+        "position": json.dumps({"step": step, **position}),
+        "optimizer": json.dumps({"state": numbers, "groups": list(map(_numbers, optimizer.param_groups))}),
+    }
+    write_tensors(path, tensors, metadata)
     for old in existing(folder)[:-1]:
         old.unlink(missing_ok=True)
     return path
@@ -57,7 +73,18 @@ def restore(
             state, _, name = rest.partition("/")
             parameter = parameters[name]
             optimizer.state[parameter][state] = value.to(parameter.device)  # a fused optimizer's steps too
+    kept = json.loads(metadata.get("optimizer", "{}"))
+    for key, number in kept.get("state", {}).items():
+        state, _, name = key.partition("/")
+        optimizer.state[parameters[name]][state] = number
+    for group, numbers in zip(optimizer.param_groups, kept.get("groups", [])):
+        group |= numbers
     return json.loads(metadata["position"])
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, float]:
+    """What a group of parameters counts. Its learning rate is set anew in each step."""
+    return {key: value for key, value in group.items() if isinstance(value, int | float) and key != "lr"}
 
 
 def save_best(folder: Path, parameters: dict[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
 from graftkit.errors import UserError
 from graftkit.grafts.graft import Graft
+from graftkit.optim.base import Optimizer
 from graftkit.optim.labels import Labels
 from graftkit.optim.schedule import factor
 from graftkit.tasks.base import Learn, Terms
@@ -41,6 +42,7 @@ class Settings:
     steps: int
     batch_size: int
     accumulate: int
+    optimizer: Optimizer
     lr: float | None
     weight_decay: float
     warmup: float
@@ -112,7 +114,7 @@ class Loop:
         self.settings = settings
         self.parameters = graft.parameters  # those that are trained now
         self.step = 0
-        self.optimizer = graft.optimizer(settings.lr, settings.weight_decay)
+        self.optimizer = graft.optimizer(settings.lr, settings.weight_decay, settings.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.index, self.world = processes()
         self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)

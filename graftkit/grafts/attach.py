@@ -22,9 +22,17 @@ def attach(
     """Add a method's parameters to a model, in place, and freeze everything else.
 
     `method`: for example `LoRA(rank=8) + Head(classes=3)`, or the same as a string. `keep_base`: keep a copy
-    of the base parameters that the method trains, which `disable` needs. Raises `UserError` where the method
+    of the base parameters that the method trains, which `disable` needs. The order in which a sum is written has no
+    part in what it does. Raises `UserError` where the method
     does not fit the model; the model is then as it was.
     """
+    return attach_chain(model, as_chain(method).arranged(), name, keep_base=keep_base)
+
+
+def attach_chain(
+    model: nn.Module | Backbone, chain: Chain, name: str, *, keep_base: bool = True, stored: bool = False
+) -> Graft:
+    """Attach methods in the order that they have. `stored`: as they were trained once, though refused today."""
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"graft name {name!r} must be a plain word (letters, digits, hyphens, underscores).")
@@ -40,12 +48,11 @@ def attach(
         raise UserError(
             f"the graft {folded_on(backbone.model)[-1].name!r} is folded into {backbone.source}; unfold it first."
         )
-    chain = as_chain(method)
     chain = Chain(tuple(m.resolve(backbone) for m in chain.methods))
     backbone.base_parameters  # noqa: B018  (the names as they are before anything is added)
     snapshot = Snapshot(backbone)
     try:
-        labels = chain.attach(backbone, name)
+        labels = chain.attach(backbone, name, stored)
         claim(backbone.model, present, name)
         replaced = snapshot.replaced(backbone.model)
         refuse_untrainable(backbone, chain, labels, replaced)

@@ -21,8 +21,10 @@ from graftkit.grafts.snapshot import Snapshot
 from graftkit.grafts.still import KeepStatistics, moving_statistics
 from graftkit.grafts.switch import swap_base
 from graftkit.methods.base import Chain
-from graftkit.optim.groups import make_optimizer, param_groups
+from graftkit.optim.base import Optimizer, as_optimizer
+from graftkit.optim.groups import hidden_matrices, param_groups
 from graftkit.optim.labels import Labels
+from graftkit.recipe.schema import DEFAULT_OPTIMIZER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +104,26 @@ class Graft:
                 yield name, module
 
     def param_groups(self, lr: float | None = None, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-        """Groups for a torch optimizer, one for each combination of rate and decay.
+        """Return groups for a torch optimizer, one for each combination of rate and decay.
 
         `lr` replaces the rate of every method whose options do not name one. Norms and biases (one
-        dimension) are not decayed. `optimizer` makes one of them, which galore() needs.
+        dimension) are not decayed. Groups say whether their parameters are `hidden`: weights of the backbone's own
+        linear layers, without embeddings and head.
         """
-        return param_groups(self.parameters, self.labels, lr, weight_decay)
+        hidden = hidden_matrices(self.backbone)
+        return param_groups(self.parameters, self.labels, lr, weight_decay, hidden)
 
-    def optimizer(self, lr: float | None = None, weight_decay: float = 0.01) -> torch.optim.Optimizer:
-        """AdamW over `param_groups`, with whatever a method asks of it: galore() is in the optimizer alone."""
-        return make_optimizer(self.param_groups(lr, weight_decay))
+    def optimizer(
+        self,
+        lr: float | None = None,
+        weight_decay: float = 0.01,
+        optimizer: Optimizer | str = DEFAULT_OPTIMIZER,
+    ) -> torch.optim.Optimizer:
+        """Return an optimizer over `param_groups`: AdamW, or what `optimizer` says, as in 'galore(rank=8)'."""
+        groups = self.param_groups(lr, weight_decay)
+        chosen = as_optimizer(optimizer)
+        chosen.check(groups)
+        return chosen.make(groups)
 
     def labels_at(self, step: int, epoch: float) -> Labels:
         """The labels of what is trained in a step (from 0) of an epoch (step / steps an epoch): all, for most methods.

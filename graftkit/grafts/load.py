@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.anatomy import is_linear
 from graftkit.errors import UserError, listing
-from graftkit.grafts.attach import attach, detach
+from graftkit.grafts.attach import attach_chain, detach
 from graftkit.grafts.contents import stored_name
 from graftkit.grafts.folder import read
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.stored import Stored
 from graftkit.methods.base import Chain
 from graftkit.methods.base import read as read_method
+from graftkit.recipe.catalogue import entries
 
 
 def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default") -> Graft:
@@ -35,7 +34,7 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
     before, graft = backbone.missing, None
     backbone.missing = tuple(sorted({*before, *map(str, stored.about.get("missing", ()))}))
     try:
-        graft = attach(backbone, method_for(stored, backbone), name=name)
+        graft = attach_chain(backbone, method_for(stored, backbone), name, stored=True)
         wanted = graft.tensors
         tensors = tensors_for(stored, graft)
         _refuse_misfits(path, backbone, wanted, tensors)
@@ -80,17 +79,13 @@ def _refuse_misfits(
 
 def method_for(stored: Stored, backbone: Backbone) -> Chain:
     """The method; modules that PEFT saved are the backbone's own head, or are unfrozen."""
-    text = stored.method
-    maps = [site.name for site in backbone.sites if site.role == "head" and is_linear(site.module)]
-    output = f"{maps[-1]}.weight" if maps else ""
-    if output in stored.saved:
-        text += f" + head(classes={stored.tensors[output].shape[0]}, pooling='own')"
-    heads = {site.name for site in backbone.sites if site.role == "head"}
-    others = [n.rpartition(".")[0] for n in stored.saved if n not in backbone.missing]
-    others = [re.escape(owner) for owner in dict.fromkeys(others) if owner not in heads]
-    if others:
-        text += f" + unfreeze({'re:' + '|'.join(others)!r})"
-    return read_method(text) if text else Chain()  # of a task that trains nothing
+    chain = read_method(stored.method) if stored.method else Chain()  # of a task that trains nothing
+    saved = {name: stored.tensors[name] for name in stored.saved}
+    kinds = [entry.load() for entry in entries("method").values()] if saved else []
+    for kind in sorted(kinds, key=lambda kind: not kind.gives_outputs):  # type: ignore[attr-defined]
+        found = kind.from_saved_modules(backbone, saved)  # type: ignore[attr-defined]
+        chain = chain + found if found is not None else chain
+    return chain
 
 
 def tensors_for(stored: Stored, graft: Graft) -> dict[str, Tensor]:

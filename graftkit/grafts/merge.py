@@ -17,14 +17,20 @@ from graftkit.files import read_json
 from graftkit.grafts import folder as graft_files
 from graftkit.grafts.merge_rules import Combination, Factors
 from graftkit.grafts.peft_folder import read_peft
-from graftkit.grafts.stored import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, Contents
-from graftkit.methods.base import Method, PeftForm, exactly
+from graftkit.grafts.stored import (
+    DESCRIPTION,
+    OWN_TENSORS,
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    STORED_NAME,
+    Contents,
+)
+from graftkit.methods.base import Method, PeftForm, exactly, recommended
 from graftkit.methods.base import read as read_method
-from graftkit.recipe.catalogue import Call
+from graftkit.recipe.expressions import Call
 
 HEADS = ("mean", "first", "none")
 OF_A_GRAFT = {DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, "README.md"}
-LOW_RANK = ("lora", "pissa")  # pissa is read as the LoRA of twice the rank that PEFT is given
 OUT_PROJ = "out_proj_"
 
 
@@ -33,14 +39,15 @@ class Member:
     """One graft that is merged.
 
     `factors`: the update of each weight, by the name of its addition. `keys`: PEFT's key of each tensor, by our name;
-    empty where PEFT cannot express the graft. `head`: the parameters of its head, `form` the method that made it.
+    empty where PEFT cannot express the graft. `method` makes such updates. `head`: the parameters of its head, `form` the
+    method that made it.
     """
 
     folder: Path
     factors: dict[str, Factors]
     keys: dict[str, str]
     config: dict[str, Any]
-    plain_conv: bool
+    method: Any
     head: dict[str, Tensor]
     form: Method | None
     about: dict[str, Any]
@@ -125,44 +132,43 @@ def _check_target(target: Path, folders: list[Path], overwrite: bool) -> None:
 
 
 def _read(folder: Path) -> Member:
-    """Raises `UserError` for a graft that is not a LoRA, with or without a head."""
+    """Raises `UserError` for a graft that is not a LoRA, with or without a head.
+
+    What PEFT is given counts: of another method, its form there may be a LoRA.
+    """
     stored = graft_files.read(folder)
     chain = read_method(stored.method).methods
-    method = next((method for method in chain if method.name in LOW_RANK), None)
-    others = [method.name for method in chain if method.name not in (*LOW_RANK, "head")]
-    if method is None or others:
-        raise UserError(
-            f"{folder} is a graft of {' + '.join(f'{m.name}()' for m in chain)}; only those of lora(), with or without a "
-            "head(), can be merged. To use it beside others, load them all and see graftkit.using."
-        )
+    own = [method for method in chain if not method.gives_outputs]
     config, peft = {}, stored
-    if (folder / PEFT_CONFIG).is_file():
+    if len(own) == 1 and (folder / PEFT_CONFIG).is_file():
         config, peft = read_json(folder / PEFT_CONFIG), read_peft(folder)
-        method = read_method(peft.method).methods[0]
-    elif method.name != "lora":
+    found = [method for method in read_method(peft.method).methods if not method.gives_outputs]
+    if len(own) != 1 or not found[0].is_product:
+        mergeable = recommended("is_product")
         raise UserError(
-            f"{folder} is a graft of {method.name}() that PEFT cannot express, which cannot be merged."
+            f"{folder} is a graft of {' + '.join(f'{m.name}()' for m in chain)}; only those of {mergeable}, and others of "
+            "which PEFT has the form of one, can be merged, with or without a head. To use it beside others, load them "
+            "all and see graftkit.using."
         )
-    if method.bias != "none":  # type: ignore[attr-defined]
+    method: Any = found[0]
+    if method.bias != "none":
         raise UserError(
-            f"{folder} trains biases of the backbone too ({method}), which cannot be merged without it; merge grafts of "
-            "lora(bias='none')."
+            f"{folder} trains biases of the backbone too ({method}), which cannot be merged without it; merge grafts that "
+            "were trained with bias='none'."
         )
     factors = {}
     for name in peft.tensors:
         if name.endswith("_default.A"):
             addition = name.removesuffix(".A")
             factors[addition] = _factors(folder, method, addition, peft.tensors)
-    own = stored.tensors.items()
+    tensors = stored.tensors.items()
     if stored.fingerprint is None:
-        head = {name: tensor for name, tensor in own if name in stored.saved}
+        head = {name: tensor for name, tensor in tensors if name in stored.saved}
     else:
-        head = {
-            name: tensor for name, tensor in own if not re.search(r"(^|\.)(lora|pissa)_(.+_)?default\.", name)
-        }
-    form = next((m for m in chain if m.name == "head"), None)
-    plain_conv = method.plain_conv  # type: ignore[attr-defined]
-    return Member(folder, factors, peft.keys, config, plain_conv, head, form, stored.about)
+        added = re.compile(rf"(^|\.){own[0].name}_(.+_)?{STORED_NAME}\.")
+        head = {name: tensor for name, tensor in tensors if not added.search(name)}
+    form = next((m for m in chain if m.gives_outputs), None)
+    return Member(folder, factors, peft.keys, config, method, head, form, stored.about)
 
 
 def _factors(folder: Path, method: Any, addition: str, tensors: dict[str, Tensor]) -> Factors:
@@ -219,7 +225,7 @@ def _refuse_strangers(members: list[Member]) -> None:
                     "shapes; only grafts of one backbone can be merged."
                 )
     convolutions = [m for m in members if any(u.A.dim() > 2 for u in m.factors.values())]
-    if len({member.plain_conv for member in convolutions}) > 1:
+    if len({member.method.plain_conv for member in convolutions}) > 1:
         raise UserError(
             "some of the grafts pad convolutions with zeros (plain_conv) and some do not; merge them apart."
         )
@@ -265,7 +271,7 @@ def _head(
     for member, _ in having[1:]:
         shapes = [{name: tensor.shape for name, tensor in m.head.items()} for m in (first, member)]
         labels = [m.about.get("labels") for m in (first, member)]
-        same_form = None in (first.form, member.form) or _same(first.form, member.form)
+        same_form = first.form is None or member.form is None or first.form.gives_the_same(member.form)
         if shapes[0] != shapes[1] or not same_form or (all(labels) and labels[0] != labels[1]):
             raise UserError(
                 f"the heads in {first.folder} and {member.folder} are for different classes or of different forms, so they "
@@ -278,11 +284,6 @@ def _head(
         )
     mean = {name: sum(w / total * m.head[name].float() for m, w in having) for name in first.head}
     return mean, form, about  # type: ignore[return-value]
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two heads compute alike."""
-    return all(getattr(first, name) == getattr(second, name) for name in ("classes", "pooling", "hidden"))
 
 
 def _write(
@@ -302,11 +303,11 @@ def _write(
         arguments["ranks"] = {selection: r for r, selection in by_rank.items()}
         arguments["alphas"] = {selection: float(r) for r, selection in by_rank.items()}
     arguments |= {"b_bias": True} if any(update.b is not None for update in updates.values()) else {}
-    arguments |= {"plain_conv": True} if any(member.plain_conv for member in members) else {}
+    arguments |= {"plain_conv": True} if any(member.method.plain_conv for member in members) else {}
     if len({update.b is None for update in updates.values()}) > 1:
         for name, update in updates.items():
             tensors.setdefault(f"{name}.b", torch.zeros(len(update.B)))
-    method = str(Call("lora", arguments)) + (f" + {form}" if form is not None else "")
+    method = str(Call(members[0].method.name, arguments)) + (f" + {form}" if form is not None else "")
     peft = _peft_form(members, arguments, ranks, tensors, head)
     ours = next((member.about for member in members if member.about), None)
     description = None
@@ -362,8 +363,11 @@ def _peft_form(
     config |= {"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {}
     config |= {"lora_bias": True} if arguments.get("b_bias") else {}
     kept = {keys[name]: tensor for name, tensor in tensors.items()}
+    added = [f"{member.form.name}_{STORED_NAME}." for member in members if member.form is not None]
     inside = {
-        f"base_model.model.{name}": tensor for name, tensor in head.items() if "head_default." not in name
+        f"base_model.model.{name}": tensor
+        for name, tensor in head.items()
+        if not any(part in name for part in added)
     }
     if inside:
         having = next(member for member in members if member.head)

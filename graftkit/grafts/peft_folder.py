@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors
 from graftkit.grafts.stored import Stored
 from graftkit.methods.shared.peft_reading import ANY, PEFT_CONFIG, PEFT_TENSORS, PeftReading
-from graftkit.recipe.catalogue import Call, entries
+from graftkit.recipe.catalogue import entries
+from graftkit.recipe.expressions import Call
 
 
 def read_peft(folder: Path) -> Stored:
@@ -22,36 +24,32 @@ def read_peft(folder: Path) -> Stored:
     if not isinstance(config, dict):
         raise UserError(f"{folder / PEFT_CONFIG} is not the configuration of an adapter.")
     kind = config.get("peft_type")
-    readers = {
-        name: entry
-        for entry in entries("method").values()
-        for name in entry.load().peft_types  # type: ignore[attr-defined]
-    }
     if not isinstance(kind, str):
         raise UserError(
             f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; it must be the name of a kind of adapter."
         )
-    reader = readers.get(kind) or readers[ANY]
+    kinds: dict[Any, str] = {entry.load(): entry.name for entry in entries("method").values()}
+    readers = [cls for cls in kinds if cls.reads_peft(config)]
+    reader = (readers or [cls for cls in kinds if ANY in cls.peft_types])[0]
     contents, _ = read_tensors(folder / PEFT_TENSORS)
     wrapped = {
         key.removeprefix("base_model.model.").removeprefix("base_model."): t for key, t in contents.items()
     }
     reading = PeftReading(folder, config, wrapped)
-    arguments, tensors = reader.load().from_peft(reading)  # type: ignore[attr-defined]
+    arguments, tensors = reader.from_peft(reading)
     reading.refuse_rest()
     strange = [key for key in reading.tensors if key in contents or _is_adapter_key(key)]
     if strange:
         raise UserError(
             f"{folder / PEFT_TENSORS}: {listing(map(repr, strange), 4)} is not a tensor of {kind} that graftkit reads."
         )
-    name = arguments.pop("method", reader.name)  # a kind of adapter that several methods write
     saved = tuple(reading.tensors)
     found = {**tensors, **reading.tensors}
     in_file = {id(tensor): key for key, tensor in contents.items()}
     keys = {own: in_file[id(tensor)] for own, tensor in found.items() if id(tensor) in in_file}
     return Stored(
         folder,
-        str(Call(name, arguments)),
+        str(Call(kinds[reader], arguments)),
         found,
         backbone=config.get("base_model_name_or_path"),
         saved=saved,

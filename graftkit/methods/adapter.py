@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,6 +35,10 @@ class Adapter(Method):
     for the others, and the norms of these blocks where they are trained.
     """
 
+    frees_base: ClassVar[dict[str, tuple]] = {"placement": ("houlsby",), "norms": (True,)}
+    stage: ClassVar[int] = 3
+    composes: ClassVar[bool] = True
+
     bottleneck: int = option(64, "width of the bottleneck", at_least=1)
     placement: str = option(
         "houlsby", "where they stand in a block", choices=("houlsby", "pfeiffer", "parallel")
@@ -49,6 +54,10 @@ class Adapter(Method):
     )
     lr: float | None = option(None, "learning rate; null means 0.001", above=0)
 
+    @property
+    def trains_norms(self) -> bool:
+        return self.placement == "houlsby" if self.norms is None else self.norms
+
     def targets(self, backbone: Backbone) -> list[Place]:
         return find_places(backbone, self.placement, self.sites, self.name)
 
@@ -60,9 +69,9 @@ class Adapter(Method):
             made = bottleneck_at(
                 place, self.placement, self.bottleneck, self.nonlinearity, self.scale, self.dropout
             )
-            made.insert(place, f"adapter_{graft}")
-            labels |= labels_of(backbone, f"{place.name}.adapter_{graft}", group)
-        if self.placement == "houlsby" if self.norms is None else self.norms:
+            made.insert(place, f"{self.name}_{graft}")
+            labels |= labels_of(backbone, f"{place.name}.{self.name}_{graft}", group)
+        if self.trains_norms:
             base = Group("base", group.lr, self.name, group.fixed_lr)
             blocks = {place.block for place in places}
             for site in backbone.sites:

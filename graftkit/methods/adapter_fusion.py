@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.files import read_json, read_tensors
-from graftkit.methods.base import Method, multiply, new_parameter
+from graftkit.methods.base import Method, multiply, new_parameter, recommended
 from graftkit.methods.shared.bottlenecks import Bottleneck, Insertion, Place, bottleneck_at, find_places
 from graftkit.optim.labels import Group, Labels
-from graftkit.recipe.catalogue import Call, entries, option, parse
+from graftkit.recipe.catalogue import option
+from graftkit.recipe.expressions import build, parse
 
 DESCRIPTION, TENSORS = "graft.json", "graft.safetensors"
 Tensors = dict[str, Tensor]
@@ -34,6 +35,8 @@ class AdapterFusion(Method):
     When: adapters of several other tasks are there already, and a task with few rows may gain from all of them.
     Parameters: 3 * width^2 for each place.
     """
+
+    stage: ClassVar[int] = 3
 
     grafts: tuple | None = option(None, "folders of the adapters' grafts or runs, at least two")
     adapters: tuple | None = option(
@@ -59,9 +62,9 @@ class AdapterFusion(Method):
                 f"adapter_fusion() composes at least two adapters, but {len(forms)} are given; name the folders of their "
                 "grafts, grafts=['runs/a/graft', 'runs/b/graft'], or use adapter() for a single one."
             )
-        everywhere = [_places(backbone, form) for form in forms]
+        everywhere = [find_places(backbone, form.placement, form.sites, self.name) for form in forms]
         for text, form, there in zip(self.adapters or (), forms, everywhere):
-            if there != everywhere[0] or form["placement"] != forms[0]["placement"]:
+            if there != everywhere[0] or form.placement != forms[0].placement:
                 raise UserError(
                     f"adapter_fusion(): {(self.adapters or ())[0]} and {text} stand at different places of "
                     f"{backbone.source}; train adapters for it with the same placement and sites."
@@ -71,10 +74,10 @@ class AdapterFusion(Method):
         labels: Labels = {}
         for place in everywhere[0]:
             members = [_member(form, place) for form in forms]
-            for text, member, tensors in zip(self.adapters or (), members, values):
-                _fill(member, text, place, tensors)
-            Fusion(place, members).insert(place, f"adapter_fusion_{graft}")
-            name = f"{place.name}.adapter_fusion_{graft}"
+            for form, member, tensors in zip(forms, members, values):
+                _fill(member, form, place, tensors)
+            Fusion(place, members).insert(place, f"{self.name}_{graft}")
+            name = f"{place.name}.{self.name}_{graft}"
             labels |= {f"{name}.{leaf}": group for leaf in ("query", "key", "value")}
         return labels
 
@@ -113,40 +116,37 @@ class Fusion(Insertion):
         return multiply((added * share).sum(-2), self.value)
 
 
-def _form(text: Any) -> dict[str, Any]:
-    """The options of `adapter(...)`, defaults among them."""
-    calls = parse(str(text), "method")
-    if [call.name for call in calls] != ["adapter"]:
-        raise UserError(f"adapter_fusion() composes adapters, but {text!r} is not adapter(...) alone.")
-    defaults = {name: option.default for name, option in entries("method")["adapter"].options.items()}
-    return defaults | calls[0].arguments
+def _form(text: Any) -> Any:
+    """The adapter that `adapter(...)` describes."""
+    methods = build(parse(str(text), "method"), "method")
+    if len(methods) != 1 or not methods[0].composes:
+        raise UserError(
+            f"adapter_fusion() composes adapters, but {text!r} is not {recommended('composes')} alone."
+        )
+    return methods[0]
 
 
-def _places(backbone: Backbone, form: dict[str, Any]) -> list[Place]:
-    return find_places(backbone, form["placement"], form["sites"], "adapter_fusion")
-
-
-def _member(form: dict[str, Any], place: Place) -> Bottleneck:
-    made = bottleneck_at(place, form["placement"], form["bottleneck"], form["nonlinearity"], form["scale"])
+def _member(form: Any, place: Place) -> Bottleneck:
+    made = bottleneck_at(place, form.placement, form.bottleneck, form.nonlinearity, form.scale)
     nn.init.normal_(made.up, std=0.02)
     return made
 
 
-def _fill(member: Bottleneck, text: str, place: Place, tensors: Tensors) -> None:
+def _fill(member: Bottleneck, form: Any, place: Place, tensors: Tensors) -> None:
     """Give a member its trained values."""
     with torch.no_grad():
         for leaf, parameter in member.named_parameters():
-            name = f"{place.name}.adapter_default.{leaf}"
+            name = f"{place.name}.{form.name}_default.{leaf}"
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise UserError(
-                    f"adapter_fusion(): the graft of {text} has no {name!r} of shape {tuple(parameter.shape)}; restore it "
+                    f"adapter_fusion(): the graft of {form} has no {name!r} of shape {tuple(parameter.shape)}; restore it "
                     "from a copy."
                 )
             parameter.copy_(tensors[name])
 
 
-def _read(folder: Path, backbone: Backbone) -> tuple[Call, Tensors]:
-    """The form of the adapter in a graft folder, or in that of a run, and its tensors. Raises `UserError` for others."""
+def _read(folder: Path, backbone: Backbone) -> tuple[Any, Tensors]:
+    """The adapter in a graft folder, or in that of a run, and its tensors. Raises `UserError` for others."""
     if not (folder / DESCRIPTION).is_file() and (folder / "graft" / DESCRIPTION).is_file():
         folder = folder / "graft"
     if not (folder / DESCRIPTION).is_file():
@@ -156,22 +156,21 @@ def _read(folder: Path, backbone: Backbone) -> tuple[Call, Tensors]:
         )
     description = read_json(folder / DESCRIPTION)
     try:
-        calls = [call for call in parse(description["method"], "method") if call.name != "head"]
+        methods = build(parse(description["method"], "method"), "method")
         fingerprint, where = str(description["fingerprint"]), dict(description["tensors"])
-        keys = {name: str(entry["key"]) for name, entry in where.items() if ".adapter_default." in name}
+        keys = {name: str(entry["key"]) for name, entry in where.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"adapter_fusion(): {folder / DESCRIPTION} is not the description of a graft; restore it from a copy."
         ) from None
-    trained = [call.name for call in calls]
-    if trained == ["adapter"]:
-        form = _form(calls[0])
-        if form["placement"] == "houlsby" if form["norms"] is None else form["norms"]:
-            trained.append("norms")
-    if trained != ["adapter"]:
+    methods = [method for method in methods if not method.gives_outputs]
+    if len(methods) != 1 or not methods[0].composes or methods[0].trains_norms:
+        trained = [method.name for method in sorted(methods, key=lambda method: not method.composes)]
+        trained += ["norms" for method in methods if method.composes and method.trains_norms]
+        alone = recommended("composes").replace("()", "(norms=False)")
         raise UserError(
             f"adapter_fusion(): the graft in {folder} trained {listing(trained) or 'a head'}. Only adapters that were "
-            "trained alone, as by adapter(norms=False) + head(), can be composed."
+            f"trained alone beside a head, as by {alone}, can be composed."
         )
     if fingerprint != backbone.fingerprint:
         raise UserError(
@@ -179,4 +178,5 @@ def _read(folder: Path, backbone: Backbone) -> tuple[Call, Tensors]:
             f"fingerprint {fingerprint}); {backbone.source} has {backbone.fingerprint}. Use grafts of one backbone."
         )
     contents, _ = read_tensors(folder / TENSORS)
-    return calls[0], {name: contents[key] for name, key in keys.items() if key in contents}
+    added = f".{methods[0].name}_default."
+    return methods[0], {n: contents[key] for n, key in keys.items() if added in n and key in contents}

@@ -9,92 +9,26 @@ their names and values and a base checkpoint loads before or after grafting.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
-from graftkit.errors import NotFoldable, UserError
+from graftkit.errors import NotFoldable, UserError, listing
+from graftkit.methods.shared import sums
+from graftkit.methods.shared.additions import Addition as Addition  # methods take these from here
+from graftkit.methods.shared.additions import OutputHead as OutputHead
+from graftkit.methods.shared.additions import new_parameter as new_parameter
+from graftkit.methods.shared.additions import place as place
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
-from graftkit.recipe.catalogue import as_expression, build, check_values, entry_name, parse
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.mixtures import Mixture
-    from graftkit.methods.shared.peft_reading import PeftReading
-
-
-class Addition(Added):
-    """New parameters at one site. `after` sees the site's output, `before` its input; both may change them.
-
-    Subclasses override one of the two. An inactive addition leaves the site as it was.
-    """
-
-    replaces = (
-        False  # something of the site during its call: `after` sets it right again, also after an error
-    )
-    adds = False  # True: only adds to what the site gives, and from its input alone, whatever else acts there
-
-    mixture: Mixture | None = None  # stands in for it inside `graftkit.using`
-
-    @classmethod
-    def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
-        """What the same additions of several grafts do at a site, at once: a `Mixture`, or an addition.
-
-        weights (rows or 1, members): how much each row of a batch gets of each; a single row is for the whole batch.
-        Raises `NotImplementedError`, with a reason if there is one, where there is no such thing.
-        """
-        raise NotImplementedError
-
-    @property
-    def alike(self) -> Any:
-        """Additions of several grafts at one site can be mixed if this is the same for them."""
-        return None
-
-    @property
-    def acting(self) -> Any:
-        """The addition, or what stands in for it. Raises `UserError` where that is to be trained."""
-        if self.mixture is None:
-            return self
-        if self.training:
-            raise UserError(
-                f"several grafts are mixed at {self.mixture.where!r} by graftkit.using, which is for outputs alone: call "
-                "model.eval() first. To train a graft, leave the with block and call graft.requires_grad_()."
-            )
-        return self.mixture
-
-    def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        return None
-
-    def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        return output
-
-    def _before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        return self.acting.before(site, args, kwargs) if self.active else None
-
-    def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        return self.acting.after(site, args, kwargs, output) if self.active else output
-
-
-class OutputHead(Addition):
-    """Turns features of the model into its outputs, and nothing comes after it: the engine may start from kept features.
-
-    `pooling`: how states become features; `width`: of a feature; `per_token`: features are (batch, length, width), one
-    for each token, else (batch, width). `steady`: nothing that the head trains has a part in the features.
-    """
-
-    pooling: str
-    width: int
-    per_token = False
-    steady = True
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Logits (batch, outputs) of features (batch, width), or of each token: (batch, length, outputs)."""
-        raise NotImplementedError
+from graftkit.recipe.catalogue import check_values, entries, entry_name
+from graftkit.recipe.expressions import as_expression, build, parse
 
 
 @dataclass(frozen=True)
@@ -120,13 +54,32 @@ class Method:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are declared with `option`."""
 
     peft_types: ClassVar[tuple[str, ...]] = ()  # kinds of PEFT's adapters that `from_peft` reads
-    gives_outputs: ClassVar[bool] = (
-        False  # the method is a head: what it adds gives the outputs that a task asks for
+    # What a method says of itself. The recipe reads these without importing the file, so they are plain values.
+    gives_outputs: ClassVar[bool] = False  # a head: what it adds gives the outputs that a task asks for
+    # whether it trains parameters of the backbone itself; a mapping: with which values of its options it does so
+    # beside what it adds
+    frees_base: ClassVar[bool | dict[str, tuple]] = False
+    covers: ClassVar[bool] = False  # trains the whole backbone, and that from the first step
+    updates_weights: ClassVar[bool] = False  # adds to weights (`updated_weights`), which stay as they are
+    needs_base: ClassVar[bool] = False  # changes how others train the backbone, and is nothing without them
+    takes_out: ClassVar[bool] = False  # takes parameters of others out of training
+    is_product: ClassVar[bool] = False  # an update s B A of its A and B at each weight, and nothing else
+    is_general: ClassVar[bool] = False  # what messages recommend where a method does not fit a module
+    selects: ClassVar[bool] = False  # trains any parts of the backbone that `sites` names
+    composes: ClassVar[bool] = (
+        False  # bottlenecks (methods/shared/bottlenecks.py), of which several can be composed
     )
-    yields = False  # True: where another method claims the same parameter, that one has it
+    repeats: ClassVar[bool] = False  # may be written more than once in a sum
+    # where several methods claim a parameter, that which yields least has it; alike, they are refused
+    # 0: what is named; 1: what comes along, such as the biases beside an update; 2: the whole backbone
+    yields: ClassVar[int] = 0
+    # methods of a sum act from the lowest stage to the highest, however it is written: 0 for weights, 1 for what
+    # rescales them, 2 for vectors at outputs, 3 for modules in between, 4 for virtual tokens, 7 and 8 for those that
+    # change the labels of others, 9 for heads
+    stage: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        check_values(self, "method")
+        check_values(self)
 
     @property
     def name(self) -> str:
@@ -149,12 +102,19 @@ class Method:
         """How the head that the model brings is used: 'replaced' by one of other outputs, 'complete' as it is, or not."""
         return None
 
+    def prepare(self, backbone: Backbone) -> None:
+        """Put new modules in the place of the base's own. In a sum this comes before any method is attached."""
+
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         """Place new modules, named after the graft; return labels for all parameters to be trained."""
         raise NotImplementedError
 
+    def updated_weights(self, backbone: Backbone) -> set[str]:
+        """Names of the base's parameters that stay as they are and have an update beside them."""
+        return set()
+
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
-        """Change the labels of all methods after they are attached; for `freeze` and `layerwise_lr`."""
+        """Change the labels of all methods after they are attached."""
         return labels
 
     def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:
@@ -185,8 +145,25 @@ class Method:
         """
         raise NotFoldable(f"{self.name} cannot be folded.")
 
+    def gives_the_same(self, other: Method) -> bool:
+        """Whether two methods with the same parameters compute the same; what has a part in training alone may differ."""
+        return self == other
+
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         """The PEFT configuration and tensors that mean the same; None where PEFT cannot express it."""
+        return None
+
+    @classmethod
+    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
+        """Whether `from_peft` reads an adapter of this configuration."""
+        return config.get("peft_type") in cls.peft_types
+
+    @classmethod
+    def from_saved_modules(cls, backbone: Backbone, tensors: Mapping[str, Tensor]) -> Method | None:
+        """The method that trains what PEFT saved of the base beside an adapter; None where it trains none of it.
+
+        `tensors`: by parameter, all that `modules_to_save` stands for.
+        """
         return None
 
     @classmethod
@@ -223,17 +200,16 @@ class PeftForm:
 
 @dataclass(frozen=True)
 class Chain(Method):
-    """Several methods, attached in order."""
+    """Several methods. `arranged` has them in the order in which they act, whatever the one in which they are written."""
 
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [method.name for method in self.methods]
-        twice = {name for name in names if names.count(name) > 1}
-        for name in sorted(twice - {"unfreeze", "freeze"}):
-            selects = any(method.name == name and hasattr(method, "sites") for method in self.methods)
-            how = "write it once with both selections" if selects else "write it once"
-            raise UserError(f"{name}() stands twice in {' + '.join(names)}; {how}.")
+        sums.refuse_repeats(self.methods)
+        sums.refuse_heads(self.methods)
+
+    def arranged(self) -> Chain:
+        return Chain(sums.arranged(self.methods))
 
     def __add__(self, other: Method) -> Chain:
         if not isinstance(other, Method):
@@ -260,32 +236,31 @@ class Chain(Method):
     def stored(self) -> Chain:
         return Chain(tuple(method.stored() for method in self.methods))
 
-    def attach(self, backbone: Backbone, graft: str) -> Labels:
-        labels: Labels = {}
-        yielding: set[str] = set()
-        for method in sorted(self.methods, key=lambda m: m.yields):
-            for name, group in _attach_one(method, backbone, graft).items():
-                if name not in labels:
-                    labels[name] = group
-                    if method.yields:
-                        yielding.add(name)
-                elif not method.yields:
-                    raise UserError(
-                        f"{labels[name].method}() and {method.name}() both claim the parameter {name!r}; "
-                        "narrow the selection of one of them."
-                    )
+    def attach(self, backbone: Backbone, graft: str, stored: bool = False) -> Labels:
+        """Attach all in order. `stored`: as the sum was trained once, though it would be refused today."""
         for method in self.methods:
-            labels = method.relabel(backbone, labels)
+            with _named(method):
+                method.prepare(backbone)
+        claims = []
+        for method in self.methods:
+            with _named(method):
+                claims.append((method, method.attach(backbone, graft)))
+        if not stored:
+            sums.refuse_redundant(claims)
+        labels = sums.settle(claims, stored)
+        removed: dict[str, str] = {}
+        for method in self.methods:
+            with _beside(method, self.methods):
+                kept = method.relabel(backbone, labels)
+            removed |= {name: method.name for name in labels if name not in kept}
+            labels = kept
         idle = backbone.idle
-        labels = {name: group for name, group in labels.items() if name not in idle}
         order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
-        lost = next((name for name in labels if name not in order), None)
-        if lost is not None:
-            raise UserError(
-                f"{labels[lost].method}() adds {lost!r} to a module that another method replaces after it; write that "
-                f"method, such as head(), in front of {labels[lost].method}()."
-            )
-        return dict(sorted(labels.items(), key=lambda item: order[item[0]]))
+        labels = {name: labels[name] for name in sorted(labels, key=order.__getitem__) if name not in idle}
+        if not stored:
+            sums.refuse_silent(claims, labels, removed, backbone)
+            sums.refuse_useless(claims, backbone, labels)
+        return labels
 
     def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:
         for method in self.methods:
@@ -306,16 +281,30 @@ class Chain(Method):
             method.after_step(backbone, graft, step, steps)
 
 
-def _attach_one(method: Method, backbone: Backbone, graft: str) -> Labels:
-    """`attach` of one method; what it refuses is told under its name."""
+@contextmanager
+def _named(method: Method) -> Iterator[None]:
+    """What a method refuses inside is told under its name."""
     try:
-        return method.attach(backbone, graft)
+        yield
     except NotFoldable:
         raise
     except UserError as error:
         if f"{method.name}(" in str(error):
             raise
         raise UserError(f"{method.name}(): {error}") from None
+
+
+@contextmanager
+def _beside(method: Method, methods: Iterable[Method]) -> Iterator[None]:
+    """What a method refuses because of those beside it names these too."""
+    try:
+        yield
+    except UserError as error:
+        others = [f"{other.name}()" for other in methods if other.name != method.name]
+        unnamed = [name for name in dict.fromkeys(others) if name[:-1] not in str(error)]
+        raise UserError(
+            f"{error} Beside it there is {listing(unnamed)}." if unnamed else str(error)
+        ) from None
 
 
 def read(expression: str) -> Chain:
@@ -330,26 +319,11 @@ def as_chain(method: Method | str) -> Chain:
     return method if isinstance(method, Chain) else Chain((method,))
 
 
-def place(site: nn.Module, name: str, addition: nn.Module) -> None:
-    """Make `addition` a child of the module at a site, in the site's device and mode, and register its hooks."""
-    if hasattr(site, name):
-        raise UserError(
-            f"{type(site).__name__} already has {name!r}: a graft of this name is attached there."
-        )
-    device = next((p.device for p in site.parameters()), None)
-    if device is not None:
-        addition.to(device)
-    addition.train(site.training)
-    site.add_module(name, addition)
-    if isinstance(addition, Addition):
-        handles = []
-        if type(addition).before is not Addition.before:
-            handles.append(site.register_forward_pre_hook(addition._before, with_kwargs=True))
-        if type(addition).after is not Addition.after:
-            handles.append(
-                site.register_forward_hook(addition._after, with_kwargs=True, always_call=addition.replaces)
-            )
-        addition.__dict__["handles"] = handles
+def recommended(*properties: str) -> str:
+    """`lora() or unfreeze()`: the methods that say one of these of themselves, as messages recommend them."""
+    known = entries("method").values()
+    names = [entry.name for word in properties for entry in known if entry.constants.get(word) is True]
+    return " or ".join(f"{name}()" for name in dict.fromkeys(names))
 
 
 def exactly(names: Iterable[str]) -> str:
@@ -361,12 +335,6 @@ def labels_of(backbone: Backbone, module_name: str, group: Group) -> Labels:
     """The same label for each parameter under a module."""
     prefix = f"{module_name}." if module_name else ""
     return {name: group for name, _ in backbone.model.named_parameters() if name.startswith(prefix)}
-
-
-def new_parameter(*shape: int, std: float | None = None) -> nn.Parameter:
-    """A fp32 parameter of zeros, or drawn from a normal distribution."""
-    values = torch.zeros(shape) if std is None else torch.randn(shape) * std
-    return nn.Parameter(values)
 
 
 def refuse_unless(labels: Mapping[str, Group], message: str) -> None:

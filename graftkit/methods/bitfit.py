@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class BitFit(Method):
     When: the model has biases, and a graft has to be small and, once folded, without any cost.
     Parameters: the biases of the chosen sites, out for each map and width for each norm.
     """
+
+    frees_base: ClassVar[bool] = True
 
     sites: str = option("blocks", "sites whose biases are trained, as a selection")
     lr: float | None = option(None, "learning rate; null means 0.002", above=0)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, apply, groups_of, input_of, scale_product, without_autocast
-from graftkit.methods.base import Addition
-from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
+from graftkit.methods.base import Addition, PeftForm
+from graftkit.methods.shared import peft_lora
+from graftkit.methods.shared.low_rank import LoraLikeMethod, LowRank
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Labels
-from graftkit.recipe.catalogue import option
 
 TINY = 1e-12  # a row of zeros has no direction; this is its length
 
 
 @dataclass(frozen=True)
-class DoRA(LowRankMethod):
+class DoRA(LoraLikeMethod):
     """Low-rank update of the direction of each row of a weight, and a trained length: m (W + s B A) / ||W + s B A||.
 
     Liu et al. 2024, 'DoRA: Weight-Decomposed Low-Rank Adaptation', equation 5, with the norm of each output's row and
@@ -32,28 +34,8 @@ class DoRA(LowRankMethod):
     Parameters: those of lora(), and out more for each map (at experts, for each of them).
     """
 
-    rank: int = option(8, "rank of the update", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
-    alpha: float | None = option(
-        None, "scale times rank; null means 2 * rank, a scale of 2, and 16 with stabilised", above=0
-    )
-    dropout: float = option(
-        0.0, "dropout on the input of the update; embeddings, packed attention and experts have none",
-        at_least=0, below=1,
-    )  # fmt: skip
-    lr: float | None = option(None, "learning rate; null means 0.001", above=0)
-    stabilised: bool = option(False, "a scale of alpha / sqrt(rank), which suits large ranks")
-    ranks: dict | None = option(
-        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
-    )
-    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
-    b_rate: float = option(1.0, "factor on the learning rate of B (LoRA+ takes 2 to 16)", above=0)
-    bias: str = option(
-        "none", "the model's own biases that are trained too", choices=("none", "all", "lora_only")
-    )
-    plain_conv: bool = option(
-        False, "A pads with zeros and is not dilated, whatever the site does, as in PEFT"
-    )
+    peft_types = ("LORA",)
+    stage: ClassVar[int] = 1
 
     @property
     def wanted(self) -> str:
@@ -67,6 +49,17 @@ class DoRA(LowRankMethod):
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
         return Direction(weight, rank, scale, self.dropout, plain_conv=self.plain_conv)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        return peft_lora.write(self, backbone, graft, with_magnitudes=True)
+
+    @classmethod
+    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
+        return super().reads_peft(config) and peft_lora.has_magnitudes(config)
+
+    @classmethod
+    def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return peft_lora.read(reading, cls, with_magnitudes=True)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels = super().attach(backbone, graft)

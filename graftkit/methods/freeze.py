@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,11 @@ class Freeze(Method):
     Parameters: none of its own; those of `sites` are taken out.
     """
 
+    needs_base: ClassVar[bool] = True
+    takes_out: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
+    stage: ClassVar[int] = 7
+
     sites: str = option("embeddings", "parts that stay frozen, as a selection")
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
@@ -31,7 +37,7 @@ class Freeze(Method):
         if not frozen & set(labels):
             raise UserError(
                 f"freeze({self.sites!r}) changes nothing: no other method trains any of these "
-                f"{len(frozen)} parameters. Leave it out, or put full() or unfreeze(...) beside it."
+                f"{len(frozen)} parameters. Leave it out, or put a method beside it that trains parts of the backbone."
             )
         return {name: group for name, group in labels.items() if name not in frozen}
 

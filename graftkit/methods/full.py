@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +21,9 @@ class Full(Method):
     Parameters: all of the backbone's.
     """
 
-    yields = True
+    frees_base: ClassVar[bool] = True
+    covers: ClassVar[bool] = True
+    yields: ClassVar[int] = 2
 
     lr: float | None = option(None, "learning rate; null means 0.00005", above=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class GradualUnfreeze(Method):
     Parameters: all of the backbone's.
     """
 
-    yields = True
+    frees_base: ClassVar[bool] = True
+    yields: ClassVar[int] = 2
 
     every: float = option(1, "how many epochs or steps until the next block is freed", above=0)
     unit: str = option("epochs", "what `every` counts", choices=("epochs", "steps"))

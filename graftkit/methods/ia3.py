@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from graftkit.backbone.weights import scale_columns
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Method, PeftForm, exactly, labels_of, place
 from graftkit.methods.shared.mixtures import Mixture
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 
@@ -38,6 +36,7 @@ class IA3(Method):
     """
 
     peft_types = ("IA3",)
+    stage: ClassVar[int] = 2
 
     sites: str | None = option(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ class LayerwiseLR(Method):
     Parameters: none of its own; it changes rates.
     """
 
+    needs_base: ClassVar[bool] = True
+    stage: ClassVar[int] = 8
+
     decay: float = option(0.9, "factor from one block to the one below it", at_least=0.01, at_most=1)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
@@ -34,7 +38,7 @@ class LayerwiseLR(Method):
         if not any(group.role == "base" for group in labels.values()):
             raise UserError(
                 "layerwise_lr() changes nothing: no parameter of the backbone itself is trained. "
-                "Put full() or unfreeze(...) beside it."
+                "Put a method beside it that trains parts of the backbone."
             )
         top = len(backbone.blocks) - 1
         heights = backbone.heights

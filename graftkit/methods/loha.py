@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,9 @@ from graftkit.backbone.weights import Weight, add_product, input_of, multiply
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import lycoris
 from graftkit.methods.shared.mixtures import FactorMixture
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
-from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,7 @@ class LoHa(SizedMethod):
     peft_types = ("LOHA",)
 
     rank: int = option(8, "rank of each of the two factors", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
-    alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
     effective_conv: bool = option(False, "cores in place of flattened kernels in convolutions")
-    lr: float | None = option(None, "learning rate; null means 0.01", above=0)
-    ranks: dict | None = option(
-        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
-    )
-    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
-
-    default_scale = 1.0
-
-    def group(self) -> Group:
-        return Group("added", self.lr or 1e-2, self.name, self.lr is not None)
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Hadamard:
         return Hadamard(weight, rank, scale, self.effective_conv)
@@ -65,7 +50,7 @@ class LoHa(SizedMethod):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return lycoris.read(reading, "loha", r"hada_(w[12]_[ab]|t[12])")
+        return lycoris.read(reading, cls, r"hada_(w[12]_[ab]|t[12])")
 
 
 class Hadamard(Update):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,9 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import lycoris
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import MAPS, SizedMethod, Update
-from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)
@@ -40,23 +37,11 @@ class LoKr(SizedMethod):
     peft_types = ("LOKR",)
 
     rank: int = option(8, "rank of a factor that is decomposed", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
-    alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
     factor: int | None = option(
         None, "size of w1 that is aimed at; null means as near to w2's as can be", at_least=1
     )
     decompose_both: bool = option(False, "also decompose w1 where it is large")
     effective_conv: bool = option(False, "a core in place of the flattened kernel in convolutions")
-    lr: float | None = option(None, "learning rate; null means 0.01", above=0)
-    ranks: dict | None = option(
-        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
-    )
-    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
-
-    default_scale = 1.0
-
-    def group(self) -> Group:
-        return Group("added", self.lr or 1e-2, self.name, self.lr is not None)
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Kronecker:
         return Kronecker(weight, rank, scale, self.factor, self.decompose_both, self.effective_conv)
@@ -74,7 +59,7 @@ class LoKr(SizedMethod):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        options, tensors = lycoris.read(reading, "lokr", r"lokr_(w[12](?:_[ab])?|t2)")
+        options, tensors = lycoris.read(reading, cls, r"lokr_(w[12](?:_[ab])?|t2)")
         torn = next((name for name, tensor in tensors.items() if is_torn(name, tensor)), None)
         if torn is not None:
             raise reading.error(

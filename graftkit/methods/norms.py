@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,11 +11,9 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_norm
 from graftkit.errors import UserError
 from graftkit.methods.base import Method, PeftForm, exactly, refuse_unless
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Norms(Method):
     """
 
     peft_types = ("LN_TUNING",)
+    frees_base: ClassVar[bool] = True
 
     sites: str = option("norms", "norms that are trained, as a selection")
     statistics: bool = option(False, "whether BatchNorm's running mean and variance move too")

@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
 from graftkit.methods.base import Method, PeftForm, exactly, place
 from graftkit.methods.shared.peft_bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.peft_tuners import (
     GROUPED,
     IDLE,
@@ -30,9 +31,6 @@ from graftkit.methods.shared.peft_tuners import (
 from graftkit.methods.shared.updates import peft_targets
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, groups_of
 from graftkit.errors import UserError
+from graftkit.methods.base import PeftForm
+from graftkit.methods.shared import peft_lora
 from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
 from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
@@ -32,18 +35,8 @@ class PiSSA(LowRankMethod):
     """
 
     rank: int = option(8, "number of singular triplets", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
     alpha: float | None = option(None, "scale times rank; null means the rank, a scale of 1", above=0)
-    dropout: float = option(
-        0.0, "dropout on the input of the update; embeddings, packed attention and experts have none",
-        at_least=0, below=1,
-    )  # fmt: skip
     lr: float | None = option(None, "learning rate; null means 0.0002", above=0)
-    stabilised: bool = option(False, "a scale of alpha / sqrt(rank), which suits large ranks")
-    ranks: dict | None = option(
-        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
-    )
-    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
     iterations: int = option(8, "power iterations of the randomised SVD; 0 for the exact one", at_least=0)
 
     default_lr = 2e-4
@@ -75,6 +68,9 @@ class PiSSA(LowRankMethod):
                 f"{least} singular values. Take a lower one there with ranks, or lora()."
             )
         return Principal(weight, rank, scale, self.dropout, self.iterations)
+
+    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
+        return peft_lora.write(self, backbone, graft)
 
     def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
         """A LoRA of twice the rank with the same scale."""

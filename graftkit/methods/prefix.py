@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from graftkit.backbone.prompts import refuse_crowd
 from graftkit.errors import NotFoldable, UserError
 from graftkit.libraries import rotary_of, takes_cache
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 PACKED = "prefix_default.prompt_embeddings"  # keys and values of all layers, as PEFT keeps them
 PLAIN_ROTATIONS = ("default", "linear", "llama3")  # same for every text length, and rotations only
@@ -40,6 +38,7 @@ class Prefix(Method):
     """
 
     peft_types = ("PREFIX_TUNING",)
+    stage: ClassVar[int] = 4
 
     tokens: int = option(16, "number of trained positions in each layer", at_least=1)
     hidden: int = option(0, "width of the reparameterisation's hidden layer; 0 for none", at_least=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,9 @@ from graftkit.backbone.prompts import Entrance, find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Prompt(Method):
     """
 
     peft_types = ("PROMPT_TUNING", "P_TUNING")
+    stage: ClassVar[int] = 4
 
     tokens: int = option(20, "number of virtual tokens", at_least=1)
     start: str = option(
@@ -136,9 +135,7 @@ class Prompt(Method):
                 f"prompt_embeddings of shape {tuple(values.shape)}."
             )
         # of those for an encoder and a decoder, PEFT uses the encoder's alone
-        return {"method": "prompt", "tokens": tokens}, {
-            "prompt_default.values": values[:tokens].float().contiguous()
-        }
+        return {"tokens": tokens}, {"prompt_default.values": values[:tokens].float().contiguous()}
 
 
 class TrainedTokens(VirtualTokens):

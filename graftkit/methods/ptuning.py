@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class PTuning(Method):
     for 'mlp' (w + 1) * h + (layers - 1) * (h + 1) * h + (h + 1) * w;
     for 'lstm' 8 * h * (w + h + 2) + (layers - 1) * 8 * h * (3 * h + 2) + (2 * h + 1) * (2 * h + w).
     """
+
+    stage: ClassVar[int] = 4
 
     tokens: int = option(20, "number of virtual tokens", at_least=1)
     encoder: str = option("mlp", "what makes the virtual tokens", choices=("mlp", "lstm"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from graftkit.backbone.anatomy import Added
 from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.methods.base import PeftForm, exactly, place
 from graftkit.methods.shared.mixtures import FactorMixture
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_targets
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 
 @dataclass(frozen=True)

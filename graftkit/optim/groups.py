@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
-import torch
 from torch import nn
 
-from graftkit.optim.labels import Group, Projection
-from graftkit.optim.projected import ProjectedAdamW
+from graftkit.backbone import Backbone, select
+from graftkit.backbone.weights import weights_at
+from graftkit.errors import UserError
+from graftkit.optim.base import ParamGroup
+from graftkit.optim.labels import Group
 
 
 def rate(group: Group, lr: float | None) -> float:
@@ -25,37 +25,41 @@ def decay(group: Group, parameter: nn.Parameter, weight_decay: float) -> float:
     return weight_decay if parameter.dim() > 1 else 0.0
 
 
+def hidden_matrices(backbone: Backbone) -> set[str]:
+    """Names of the weights of the linear layers in the body of a model: no embedding, no head, nothing that was added.
+
+    Optimizers that treat matrices in a way of their own, such as GaLore and Muon, are made for these.
+    """
+    try:
+        sites = select(backbone, "all-linear")
+    except UserError:  # there are none
+        return set()
+    weights = {id(weight.value) for site in sites for weight in weights_at(backbone, site)}
+    names = backbone.base_parameters
+    return {
+        name
+        for name, parameter in backbone.model.named_parameters()
+        if id(parameter) in weights and parameter.dim() == 2 and name in names
+    }
+
+
 def param_groups(
-    parameters: Mapping[str, nn.Parameter], labels: Mapping[str, Group], lr: float | None, weight_decay: float
-) -> list[dict[str, Any]]:
-    """One optimizer group for each (rate, decay, projection); every labelled parameter lands in exactly one."""
-    groups: dict[tuple[float, float, Projection | None], list[nn.Parameter]] = {}
+    parameters: Mapping[str, nn.Parameter],
+    labels: Mapping[str, Group],
+    lr: float | None,
+    weight_decay: float,
+    hidden: Collection[str] = (),
+) -> list[ParamGroup]:
+    """One optimizer group for each (rate, decay, hidden); every labelled parameter lands in exactly one.
+
+    `hidden`: names of the matrices of the network's body, which some optimizers treat in a way of their own.
+    """
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         label = labels[name]
-        key = rate(label, lr), decay(label, parameter, weight_decay), label.projection
+        key = rate(label, lr), decay(label, parameter, weight_decay), name in hidden
         groups.setdefault(key, []).append(parameter)
     assert sum(map(len, groups.values())) == len(labels), "a labelled parameter is missing from the groups"
     return [
-        {
-            "params": members,
-            "lr": r,
-            "weight_decay": d,
-            **({} if p is None else {"projection": dataclasses.asdict(p)}),
-        }
-        for (r, d, p), members in groups.items()
+        {"params": members, "lr": r, "weight_decay": d, "hidden": h} for (r, d, h), members in groups.items()
     ]
-
-
-def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW over the groups of `param_groups`, fused where it can be; in low rank where one has a projection."""
-    fused = {p.device.type for group in groups for p in group["params"]} <= {"cpu", "cuda"}
-    projects = any("projection" in group for group in groups)
-    return (ProjectedAdamW if projects else torch.optim.AdamW)(groups or [{"params": []}], fused=fused)
-
-
-def state_numbers(parameter: nn.Parameter, group: Group) -> int:
-    """How many numbers that optimizer keeps of a parameter, but for its count of steps."""
-    if group.projection is None:
-        return 2 * parameter.numel()
-    short, long = sorted(parameter.shape)
-    return (short + 2 * long) * group.projection.rank

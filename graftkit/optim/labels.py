@@ -6,15 +6,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Projection:
-    """Adam works in a space of `rank` dimensions, chosen anew each `interval` steps; `scale`: factor on its steps."""
-
-    rank: int
-    interval: int
-    scale: float
-
-
-@dataclass(frozen=True)
 class Group:
     """How one parameter is trained.
 
@@ -22,7 +13,6 @@ class Group:
     `lr`: the method's learning rate; `fixed_lr`: the user wrote it, so `train.lr` does not replace it.
     `lr_scale`: factor on it (layerwise_lr). `weight_decay`: None means the run's; 0.0 for none.
     `statistics`: the running statistics beside this parameter (BatchNorm's mean and variance) move as well.
-    `projection`: the optimizer sees a matrix's gradient in low rank.
     """
 
     role: str
@@ -32,7 +22,6 @@ class Group:
     lr_scale: float = 1.0
     weight_decay: float | None = None
     statistics: bool = False
-    projection: Projection | None = None
 
 
 Labels = dict[str, Group]

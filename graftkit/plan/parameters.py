@@ -11,7 +11,7 @@ import torch
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
 from graftkit.grafts.graft import Graft
-from graftkit.optim.groups import state_numbers
+from graftkit.optim.base import Optimizer
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Plan:
     """
 
     method: str
+    optimizer: str
     trained_parameters: int
     total_parameters: int
     weight_bytes: int
@@ -45,7 +46,7 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def make_plan(graft: Graft, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
+def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
               frozen_blocks: int, phases: Sequence[Phase] = ()) -> Plan:  # fmt: skip
     """Count parameters and bytes of a graft, on real weights or on the `meta` device alike.
 
@@ -71,7 +72,8 @@ def make_plan(graft: Graft, *, rows: int, batch_size: int, steps_per_epoch: int,
     ]
     reached = schedule[-1]["trained_parameters"] if schedule else trained
     return Plan(
-        str(graft.method), trained, total, weights, 4 * reached, 4 * _optimizer_numbers(graft, phases), rows, batch_size,
+        str(graft.method), str(optimizer), trained, total, weights, 4 * reached,
+        _optimizer_bytes(graft, optimizer, phases), rows, batch_size,
         steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached, _oversized(graft),
     )  # fmt: skip
@@ -112,10 +114,14 @@ def _oversized(graft: Graft) -> list[str]:
     return found
 
 
-def _optimizer_numbers(graft: Graft, phases: Sequence[Phase]) -> int:
-    """What the optimizer keeps, in fp32, of what is trained in the last phase."""
+def _optimizer_bytes(graft: Graft, optimizer: Optimizer, phases: Sequence[Phase]) -> int:
+    """What the optimizer keeps of what is trained in the last phase, where trained parameters are fp32."""
     labels = phases[-1].labels if phases else graft.labels
-    return sum(state_numbers(p, labels[name]) for name, p in graft.parameters.items() if name in labels)
+    reached = {id(p) for name, p in graft.parameters.items() if name in labels}
+    groups = [
+        group | {"params": [p for p in group["params"] if id(p) in reached]} for group in graft.param_groups()
+    ]
+    return sum(optimizer.group_bytes(group, torch.float32) for group in groups)
 
 
 def _count(graft: Graft, phase: Phase) -> int:

@@ -11,9 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graftkit.errors import UserError, listing, nearest
-from graftkit.recipe import catalogue, selection
+from graftkit.recipe import catalogue, expressions, selection, sums
 
 IN_MEMORY = "(in memory)"
+DEFAULT_OPTIMIZER = "adamw()"
 
 
 class Section(BaseModel):
@@ -48,12 +49,15 @@ class DataRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """How the trained parameters are optimized. AdamW throughout."""
+    """How the trained parameters are optimized."""
 
     epochs: float = Field(default=5, gt=0, description="passes over the training rows")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps; replaces epochs")
     batch_size: int = Field(default=32, ge=1, description="rows in one forward pass")
     accumulate: int = Field(default=1, ge=1, description="forward passes before one optimizer step")
+    optimizer: str = Field(
+        default=DEFAULT_OPTIMIZER, description="what takes the steps, for example galore(rank=128)"
+    )
     lr: float | None = Field(
         default=None,
         gt=0,
@@ -85,6 +89,11 @@ class TrainRecipe(Section):
         default="auto", description="type of the matrix products"
     )
 
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _optimizer(cls, value: Any) -> Any:
+        return _one_call(value, "optimizer")
+
     @field_validator("evaluate_every")
     @classmethod
     def _interval(cls, value: int | str) -> int | str:
@@ -96,6 +105,18 @@ class TrainRecipe(Section):
                 "must be at least 1, or 'epoch', a number of epochs such as '2 epochs', or 'end'"
             )
         return value
+
+
+def _one_call(value: Any, family: str) -> Any:
+    """The one call of a key, checked, as text; in YAML it may be a mapping, `{tag: {scheme: bio}}`."""
+    if isinstance(value, dict) and len(value) == 1:
+        (name, options), *_ = value.items()
+        value = str(expressions.Call(str(name).replace("-", "_"), options or {}))
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"^[a-z]+(-[a-z]+)+", lambda name: name[0].replace("-", "_"), value.strip())
+    expressions.parse_one(value, family)
+    return value
 
 
 class Recipe(Section):
@@ -126,38 +147,17 @@ class Recipe(Section):
     def _method(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        calls = catalogue.parse(value, "method")
+        calls = expressions.parse(value, "method")
         for call in calls:
             if "sites" in call.arguments:
                 selection.parse(call.arguments["sites"])
-        names = [call.name for call in calls]
-        for other in ("unfreeze", "gradual_unfreeze", "bitfit"):
-            if "full" in names and other in names:
-                raise UserError(f"full() already trains what {other}() would; leave one of them out.")
-        freeing = {"full", "unfreeze", "gradual_unfreeze", "bitfit", "norms", "adapter"}
-        if "layerwise_lr" in names and not freeing & set(names):
-            raise UserError(
-                "layerwise_lr() needs full() or unfreeze(...) beside it: nothing else trains the backbone."
-            )
-        if "freeze" in names and not freeing & set(names):
-            raise UserError(
-                "freeze() needs full() or unfreeze(...) beside it: everything else is frozen anyway."
-            )
+        sums.check(calls)
         return value
 
     @field_validator("task", mode="before")
     @classmethod
     def _task(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) == 1:  # {tag: {scheme: bio}}
-            (name, options), *_ = value.items()
-            value = str(catalogue.Call(str(name).replace("-", "_"), options or {}))
-        if not isinstance(value, str):
-            return value
-        value = re.sub(r"^[a-z]+(-[a-z]+)+", lambda name: name[0].replace("-", "_"), value.strip())
-        calls = catalogue.parse(value, "task")
-        if len(calls) != 1:
-            raise UserError(f"task {value!r}: a run has one task.")
-        return value
+        return _one_call(value, "task")
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
@@ -170,21 +170,23 @@ class Recipe(Section):
 
     def _fit_method(self) -> None:
         """Give the method what the task says: its default, and a head unless the model brings it."""
-        task = catalogue.parse(self.task, "task")[0].name
+        task = expressions.parse(self.task, "task")[0].name
         constants = catalogue.entries("task")[task].constants
         if not constants.get("trains", True):
             if self.method is not None:
                 raise UserError(f"{task}() asks the model as it is and trains nothing; leave the method out.")
             return
-        self.method = self.method or constants.get("method", "lora() + head()")
-        names = [call.name for call in catalogue.parse(self.method, "method")]
+        self.method = self.method or constants["method"]
+        methods = catalogue.entries("method")
+        heads = [name for name, entry in methods.items() if entry.constants.get("gives_outputs")]
+        own = [call.name for call in expressions.parse(self.method, "method") if call.name in heads]
         if not constants.get("head", True):
-            if "head" in names:
+            if own:
                 raise UserError(
-                    f"{task}() uses the head that the model brings; leave head() out of the method."
+                    f"{task}() uses the head that the model brings; leave {own[0]}() out of the method."
                 )
-        elif "head" not in names:
-            self.method = f"{self.method} + head()"
+        elif not own:
+            self.method = f"{self.method} + {heads[0]}()"
 
     def dump(self) -> str:
         """The recipe as YAML; read again it describes the same run."""
@@ -341,14 +343,16 @@ def _message(error: ValidationError, origin: str) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for editors; methods and tasks are listed in the descriptions."""
+    """JSON Schema of a recipe, for editors; methods, tasks and optimizers are listed in the descriptions."""
     result = Recipe.model_json_schema()
     result["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for family in catalogue.FAMILIES:
+    for family in catalogue.FAMILIES.values():
         lines = []
-        for entry in catalogue.entries(family).values():
+        for entry in catalogue.entries(family.name).values():
             options = ", ".join(f"{o.name}={o.default!r}" for o in entry.options.values())
             lines.append(f"{entry.name}({options}): {entry.summary}")
-        description = result["properties"][family].get("description", "")
-        result["properties"][family]["description"] = description + ".\n" + "\n".join(lines)
+        section, _, key = family.key.rpartition(".")
+        node = result["$defs"][f"{section.capitalize()}Recipe"] if section else result
+        field = node["properties"][key]
+        field["description"] = ".\n".join([field.get("description", ""), "\n".join(lines)])
     return result

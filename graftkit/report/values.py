@@ -105,4 +105,5 @@ class Subject:
     columns: Mapping[str, str]
     labels: tuple[str, ...]
     batch_size: int
+    optimizer: str  # empty where nothing is trained
     seed: int

@@ -198,6 +198,7 @@ class Watch:
             "precision": prepared.precision,
             "device": str(prepared.device),
             "method": str(prepared.graft.method) or "none",
+            "optimizer": prepared.plan.optimizer,
             "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
             "rows_skipped": len(prepared.rows.skipped),
         }

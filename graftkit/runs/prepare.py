@@ -26,8 +26,9 @@ from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
 from graftkit.methods.base import Chain, Outputs
 from graftkit.methods.base import read as read_method
+from graftkit.optim.base import as_optimizer
 from graftkit.plan.parameters import Plan, make_plan
-from graftkit.recipe.catalogue import build, parse
+from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 
@@ -197,14 +198,17 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     per_epoch = steps_per_epoch(len(dataset), train.batch_size, train.accumulate * parallel.processes()[1])
     steps = (train.steps or math.ceil(train.epochs * per_epoch)) if rows.task.trains else 0
     graft.method.check_steps(steps)
+    optimizer = as_optimizer(train.optimizer)
+    if rows.task.trains:
+        optimizer.check(graft.param_groups())
     phases = find_phases(graft, steps, per_epoch)
     plan = make_plan(
-        graft, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
+        graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
         steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases,
     )  # fmt: skip
     settings = Settings(
-        steps, train.batch_size, train.accumulate, train.lr, train.weight_decay, train.warmup, train.schedule,
-        train.clip, recipe.seed,
+        steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay, train.warmup,
+        train.schedule, train.clip, recipe.seed,
     )  # fmt: skip
     return Prepared(
         recipe,

@@ -82,5 +82,6 @@ def subject_of(prepared: Prepared) -> Subject:
         columns=rows.columns,
         labels=rows.labels,
         batch_size=prepared.plan.batch_size,
+        optimizer=prepared.plan.optimizer if prepared.rows.task.trains else "",
         seed=recipe.seed,
     )

@@ -25,7 +25,8 @@ from graftkit.data.source import LOSS, Batch, Pass, Source
 from graftkit.data.split import hold_out
 from graftkit.data.stream import slices, stream_table
 from graftkit.errors import NoGoodRows, UserError
-from graftkit.recipe.catalogue import as_expression, check_values, entry_name
+from graftkit.recipe.catalogue import check_values, entry_name
+from graftkit.recipe.expressions import as_expression
 
 MAX_DEFAULT_LENGTH = 512
 
@@ -345,7 +346,7 @@ class Task(Reader, Encoder, Learner, Scorer):
     using: ClassVar[tuple[str, ...]] = ()  # options that may be given anew where a finished run is used
 
     def __post_init__(self) -> None:
-        check_values(self, "task")  # of the dataclass that a subclass is
+        check_values(self)  # of the dataclass that a subclass is
 
     def __str__(self) -> str:
         return as_expression(self)

@@ -100,7 +100,8 @@ def test_plan_trains_nothing_and_counts_what_tune_counts(
     planned = only_object(command("plan", *words[1:]).out)
     assert not (tmp_path / "run").exists()
     assert planned["trained_parameters"] == formula
-    assert planned["gradient_bytes"] == 4 * formula and planned["optimizer_bytes"] == 8 * formula
+    assert planned["gradient_bytes"] == 4 * formula
+    assert 0 <= planned["optimizer_bytes"] - 8 * formula < 4 * 100, "two moments, and a count for each tensor"
     tuned = only_object(command(*words).out)
     written = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert written.pop("rows_sha256") and written.pop("statistics") and planned == written

@@ -16,6 +16,7 @@ import torch
 import graftkit
 from graftkit.errors import UserError
 
+IMPORTS = "from graftkit.methods.base import Method\n"
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "new-method.md"
 
@@ -79,19 +80,44 @@ def test_in_python(folder):
 @pytest.mark.parametrize(
     "name,text,told",
     [
-        ("lora", "@dataclass\nclass LoRA(Method):\n    pass\n", "a method 'lora' already"),
+        ("lora", f"{IMPORTS}@dataclass\nclass LoRA(Method):\n    pass\n", "a method 'lora' already"),
         ("broken", "class (:\n", "line 1"),
         ("empty_byte", "a = 1\0\n", "null byte"),
-        ("my-method", "@dataclass\nclass M(Method):\n    pass\n", "'my-method' is no name"),
+        ("my-method", f"{IMPORTS}@dataclass\nclass M(Method):\n    pass\n", "'my-method' is no name"),
         (
             "clever",
-            "@dataclass\nclass C(Method):\n    x: int = option(1 + f(), 'h')\n",
-            "line 3: '1 + f()' in option(...) is no plain value",
+            f"{IMPORTS}@dataclass\nclass C(Method):\n    x: int = option(1 + f(), 'h')\n",
+            "line 4: '1 + f()' in option(...) is no plain value",
         ),
         (
             "plain",
-            "class P(Method):\n    pass\n",
-            "line 1: P(Method) is no method yet; write @dataclass(frozen=True)",
+            f"{IMPORTS}class P(Method):\n    pass\n",
+            "line 2: P is no method yet; write @dataclass(frozen=True)",
+        ),
+        (
+            "forgotten",
+            "@dataclass\nclass F(Method):\n    pass\n",
+            "line 2: 'Method' is not defined; import it",
+        ),
+        (
+            "two",
+            f"{IMPORTS}@dataclass\nclass A(Method):\n    pass\n@dataclass\nclass B(Method):\n    pass\n",
+            "line 6: A and B are two methods; give each a file of its own",
+        ),
+        (
+            "half",
+            f"{IMPORTS}class A(Method):\n    x: int = option(1, 'h')\n@dataclass\nclass B(A):\n    pass\n",
+            "line 2: A declares options and is no dataclass",
+        ),
+        (
+            "assigned",
+            "from graftkit import LoRA\n@dataclass\nclass A(LoRA):\n    rank = 4\n",
+            "line 3: A assigns 'rank', an option of a base class; declare it anew, as rank: int = option(...)",
+        ),
+        (
+            "twisted",
+            f"{IMPORTS}from graftkit import LoRA\n@dataclass\nclass A(Method, LoRA):\n    pass\n",
+            "line 4: class A: Cannot create a consistent method resolution order",
         ),
     ],
 )
@@ -113,7 +139,7 @@ def test_files_that_cannot_be_read(folder):
 
 
 def test_a_file_that_fails_when_it_is_imported(folder):
-    text = "import nothing_there\n@dataclass\nclass Failing(Method):\n    pass\n"
+    text = f"{IMPORTS}import nothing_there\n@dataclass\nclass Failing(Method):\n    pass\n"
     (folder / "failing.py").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"failing.py cannot be imported .*nothing_there"):
         graftkit.attach(tiny.bare("bert"), "failing()")

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftkit import UserError, attach, detach, using
+from graftkit.grafts.attach import attach_chain
+from graftkit.methods.base import read
 
 ROWS = ["support-de", None, "sales", "support-fr", "support-de"]
 # three grafts each, of different sizes where the method has a size
@@ -272,13 +274,17 @@ def test_parameters_that_rows_share_are_named():
 
 def test_methods_in_another_order():
     model = tiny.bare("llama")
-    several(
-        model,
-        (
-            "adapter(bottleneck=2, norms=False) + lora(rank=2)",
-            "lora(rank=2) + adapter(bottleneck=2, norms=False)",
-        ),
+    texts = (
+        "adapter(bottleneck=2, norms=False) + lora(rank=2)",
+        "lora(rank=2) + adapter(bottleneck=2, norms=False)",
     )
+    several(model, texts)
+    assert_rows_are_those_alone(model, ["support-de", None, "support-fr"])
+    model = tiny.bare("llama")
+    for name, text in zip(
+        ("support-de", "support-fr"), texts
+    ):  # as saved before sums had an order of their own
+        attach_chain(model, read(text), name)
     assert "different orders" in refusal(model, rows=["support-de", "support-fr"])
     model = tiny.bare("llama")
     several(model, ("lora(rank=2)", "adapter(bottleneck=2)", "adapter(bottleneck=2) + lora(rank=2)"))

@@ -308,8 +308,10 @@ def test_no_graft_adds_to_a_head_that_another_replaces():
         detach(second)
         detach(first)
         assert torch.equal(tiny.outputs(model), base)
-    with pytest.raises(UserError, match=r"write that method, such as head\(\), in front of lora\(\)"):
-        attach(tiny.with_head("bert"), f"{added} + {head}")
+    both = attach(
+        tiny.with_head("bert"), f"{added} + {head}"
+    )  # in one graft the head comes first, however it is written
+    assert both.parameters["classifier.lora_default.B"].shape == (5, 2)
 
 
 def test_statistics_go_on_moving_beside_a_graft_that_is_enabled_again():

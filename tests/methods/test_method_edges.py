@@ -10,7 +10,7 @@ import zoo
 from shaken import shaken
 from torch import nn
 
-from graftkit import NotFoldable, UserError, attach, detach, load
+from graftkit import AdamW, NotFoldable, UserError, attach, detach, load
 from graftkit.backbone.own import load_weights
 from graftkit.plan.parameters import make_plan
 
@@ -56,7 +56,7 @@ def warned(model, text) -> list[str]:
     with torch.device("meta"):
         graft = attach(model.to("meta"), text)
     plan = make_plan(
-        graft, rows=8, batch_size=4, steps_per_epoch=2, steps=2, precision="fp32", frozen_blocks=0
+        graft, AdamW(), rows=8, batch_size=4, steps_per_epoch=2, steps=2, precision="fp32", frozen_blocks=0
     )
     return plan.warnings
 

@@ -11,7 +11,8 @@ import pytest
 
 from graftkit import LoRA, UserError
 from graftkit.methods.base import Chain, read
-from graftkit.recipe.catalogue import FAMILIES, Call, as_expression, build, entries, entry_name, parse
+from graftkit.recipe.catalogue import FAMILIES, entries, entry_name
+from graftkit.recipe.expressions import Call, as_expression, build, parse
 
 
 @pytest.mark.filterwarnings("error")
@@ -21,9 +22,10 @@ def test_a_regular_expression_needs_no_raw_string():
 
 def test_torch_is_not_imported():
     script = (
-        "import sys, graftkit, graftkit.recipe.catalogue, graftkit.recipe.schema, graftkit.cli.main, graftkit.recipe.selection\n"
+        "import sys, graftkit, graftkit.recipe.catalogue, graftkit.recipe.expressions, graftkit.recipe.schema, graftkit.cli.main, graftkit.recipe.selection\n"
         "graftkit.recipe.catalogue.entries('method'), graftkit.recipe.catalogue.entries('task')\n"
-        "graftkit.recipe.catalogue.parse('lora(rank=8) + head()', 'method'), dir(graftkit)\n"
+        "graftkit.recipe.schema.make({'model': 'm', 'data': {'train': 't'}, 'train': {'optimizer': 'galore()'}})\n"
+        "graftkit.recipe.expressions.parse('lora(rank=8) + head()', 'method'), dir(graftkit)\n"
         "assert not {'torch', 'transformers', 'datasets', 'sklearn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
@@ -35,7 +37,7 @@ def test_options_are_those_of_the_dataclass(family):
     for name, entry in entries(family).items():
         made = entry.load()
         fields = {field.name: field for field in dataclasses.fields(made)}
-        assert set(entry.options) == set(fields), name
+        assert list(entry.options) == list(fields), name
         types = typing.get_type_hints(made)
         for key, option in entry.options.items():
             field = fields[key]
@@ -148,3 +150,86 @@ def test_only_methods_join_with_plus():
 def test_methods_join_with_plus():
     joined = LoRA(rank=3) + read("head(classes=2) + freeze()")
     assert joined == read("lora(rank=3) + head(classes=2) + freeze()")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """`own(name, text)` writes a file of a folder of one's own, which GRAFTKIT_METHODS names."""
+    monkeypatch.setenv("GRAFTKIT_METHODS", str(tmp_path))
+
+    def write(name: str, text: str):
+        path = tmp_path / f"{name}.py"
+        path.write_text(
+            "from dataclasses import dataclass\nfrom graftkit.recipe.catalogue import option\n" + text
+        )
+        return path
+
+    return write
+
+
+BODY = "    rank: int = option(3, 'a low one', at_least=1)\n    more: bool = option(False, 'one more')\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from graftkit import LoRA\n@dataclass(frozen=True)\nclass Low(LoRA):\n",
+        "import graftkit\n@dataclass(frozen=True)\nclass Low(graftkit.LoRA):\n",
+        "from graftkit.methods.lora import LoRA as Base\n@dataclass(frozen=True)\nclass Low(Base):\n",
+        "from graftkit.methods import lora\n@dataclass(frozen=True)\nclass Low(lora.LoRA):\n",
+        "import graftkit.methods.lora as l\n@dataclass(frozen=True)\nclass Low(l.LoRA):\n",
+        "from graftkit.methods.lora import *\n@dataclass(frozen=True)\nclass Low(LoRA):\n",
+        "from graftkit import LoRA\n@dataclass(frozen=True)\nclass LoRA(LoRA):\n",
+        "from graftkit import LoRA\nclass Between(LoRA):\n    pass\n\n@dataclass(frozen=True)\nclass Low(Between):\n",
+        "from enum import Enum\nfrom graftkit import LoRA\nclass Color(Enum):\n    red = 1\n\n"
+        "@dataclass(frozen=True)\nclass Low(LoRA):\n",
+    ],
+)
+def test_options_of_base_classes_are_inherited(own, text):
+    own("low", text + BODY)
+    entry = entries("method")["low"]
+    made = entry.load()
+    assert list(entry.options) == [field.name for field in dataclasses.fields(made)]
+    assert list(entry.options) == [*entries("method")["lora"].options, "more"]
+    assert entry.options["rank"].default == 3 == made().rank and entry.options["rank"].help == "a low one"
+    assert parse("low(5, 'q')", "method") == (Call("low", {"rank": 5, "sites": "q"}),)
+    with pytest.raises(UserError, match=r"low\(\): dropout is 2"):
+        parse("low(dropout=2)", "method")
+    sys.modules.pop(entry.module)
+
+
+def test_a_file_that_holds_no_method_is_passed_by(own):
+    own("helpers", "class Helper:\n    pass\n")
+    own(
+        "tasks",
+        "from graftkit.tasks.base import Task\n@dataclass(frozen=True)\nclass Mine(Task):\n    pass\n",
+    )
+    own("other", "import torch\nclass Net(torch.nn.Module):\n    pass\n")
+    assert set(entries("method")) & {"helpers", "tasks", "other"} == set()
+
+
+def test_constants_of_base_classes_are_inherited():
+    assert entries("task")["span"].constants["trains"] is True
+    assert entries("task")["prompting"].constants["trains"] is False
+
+
+@pytest.mark.parametrize(
+    "text,family,said",
+    [
+        ("galore(rank=8) + head()", "method", "galore() is an optimizer, not a method: write train.optimizer=galore(rank=8)"),
+        ("adamw", "method", "write train.optimizer=adamw "),
+        ("lora()", "optimizer", "lora() is a method, not an optimizer: write method=lora()"),
+        ("classify()", "method", "classify() is a task, not a method: write task=classify()"),
+        ("lora()", "task", "lora() is a method, not a task"),
+        ("galore()", "task", "galore() is an optimizer, not a task"),
+        ("galor()", "optimizer", "there is no optimizer 'galor' (known: adamw, galore). Did you mean 'galore'?"),
+        ("sgd()", "optimizer", "An optimizer of your own is found where GRAFTKIT_OPTIMIZERS names its folder."),
+        ("galore(rang=8)", "optimizer", "galore() has no option 'rang' (options: rank, interval, scale, beta1, beta2, eps). Did you mean 'rank'?"),
+        ("galore(rank=0)", "optimizer", "rank is 0, but must be at least 1"),
+        ("adamw(beta1=1.0)", "optimizer", "beta1 is 1.0, but must be below 1"),
+    ],
+)  # fmt: skip
+def test_what_belongs_to_another_family_is_named(text, family, said):
+    with pytest.raises(UserError) as caught:
+        parse(text, family)
+    assert said in str(caught.value)

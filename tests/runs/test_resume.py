@@ -29,7 +29,10 @@ CASES = {
     "vera": ("vera(rank=8, seed=3) + head()", ["train.steps=7"]),
     "prefix": ("prefix(tokens=3, hidden=8) + head(pooling='cls')", ["train.steps=7"]),
     "prompt": ("prompt(tokens=3) + head(pooling='cls')", ["train.steps=7"]),
-    "galore": ("galore(rank=3, interval=3, lr=0.001) + head()", ["train.steps=7"]),
+    "galore": (
+        "full(lr=0.001) + head()",
+        ["train.steps=7", "train.optimizer=galore(rank=3, interval=3)"],
+    ),
     "peft": ("peft('hra', {'r': 4}) + head()", ["train.steps=7"]),
     "best": (
         "full(lr=0.02) + head(lr=0.1)",

@@ -20,7 +20,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from graftkit import NotFoldable, UserError, attach, detach, load
+from graftkit import AdamW, NotFoldable, UserError, attach, detach, load
 from graftkit.backbone.anatomy import Added
 from graftkit.grafts.graft import Graft
 from graftkit.methods.base import Method, read
@@ -235,7 +235,7 @@ def attaches_on_meta(pair: Pair) -> None:
     assert all(p.is_meta for p in planned.parameters.values())
     count = sum(p.numel() for p in real.parameters.values())
     for graft in (planned, real):
-        plan = make_plan(graft, **NUMBERS)
+        plan = make_plan(graft, AdamW(), **NUMBERS)
         assert plan.trained_parameters == count == sum(plan.groups.values())
 
 

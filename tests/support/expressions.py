@@ -26,7 +26,6 @@ EXPRESSIONS = {
     ],
     "freeze": ["full() + freeze('blocks[0]')", "full() + freeze('embeddings')"],
     "full": ["full()"],
-    "galore": ["galore(rank=3)", "galore(rank=2, sites='blocks[-1:].ffn', interval=1) + head(classes=2)"],
     "gradual_unfreeze": ["gradual_unfreeze()", "gradual_unfreeze(unit='steps', decay=0.5) + head(classes=3)"],
     "head": [
         "head(classes=5)",
@@ -72,7 +71,6 @@ IDENTITIES = {
     "adapter",
     "bitfit",
     "full",
-    "galore",
     "ia3",
     "norms",
     "unfreeze",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,33 +25,41 @@ from graftkit.backbone.weights import (
     multiply,
 )
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import PeftForm, new_parameter
+from graftkit.methods.base import new_parameter
 from graftkit.methods.shared.mixtures import FactorMixture
-from graftkit.methods.shared.peft_lora import write
 from graftkit.methods.shared.updates import SizedMethod, Update
-from graftkit.optim.labels import Group, Labels
+from graftkit.optim.labels import Labels
+from graftkit.recipe.catalogue import option
 
 STABLE_ALPHA = 16.0  # Kalajdzievski 2023: the same for every rank
 
 
+@dataclass(frozen=True)
 class LowRankMethod(SizedMethod):
-    """A method that places two factors, A and B, at each weight. Subclasses are dataclasses with `rank` and `sites`."""
+    """A method that places two factors, A and B, at each weight."""
 
-    dropout: float
-    lr: float | None
-    stabilised: bool = False
-    b_rate: float = 1.0
-    b_bias: bool = False
-    bias: str = "none"
-    plain_conv: bool = False
+    alpha: float | None = option(
+        None, "scale times rank; null means 2 * rank, a scale of 2, and 16 with stabilised", above=0
+    )
+    lr: float | None = option(None, "learning rate; null means 0.001", above=0)
+    dropout: float = option(
+        0.0, "dropout on the input of A; embeddings, packed attention and experts have none",
+        at_least=0, below=1,
+    )  # fmt: skip
+    stabilised: bool = option(False, "a scale of alpha / sqrt(rank), which suits large ranks")
+
     default_lr = 1e-3
+    default_scale = 2.0
+    # options of some subclasses
+    b_rate = 1.0
+    b_bias = False
+    bias = "none"
+    plain_conv = False
+    frees_base: ClassVar[dict[str, tuple]] = {"bias": ("all", "lora_only")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "yields", self.bias != "none")  # a head has its own biases
-
-    def group(self) -> Group:
-        return Group("added", self.lr or self.default_lr, self.name, self.lr is not None)
+        object.__setattr__(self, "yields", int(self.bias != "none"))  # a head has its own biases
 
     @property
     def wanted(self) -> str:
@@ -135,12 +144,22 @@ class LowRankMethod(SizedMethod):
             )
         return values
 
-    def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        return write(self, backbone, graft)
-
     def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of the LoRA that PEFT would call an update of that rank and alpha."""
         return rank, alpha
+
+
+@dataclass(frozen=True)
+class LoraLikeMethod(LowRankMethod):
+    """A method whose two factors start from random values and zeros, as LoRA's do."""
+
+    b_rate: float = option(1.0, "factor on the learning rate of B (LoRA+ takes 2 to 16)", above=0)
+    bias: str = option(
+        "none", "the model's own biases that are trained too", choices=("none", "all", "lora_only")
+    )
+    plain_conv: bool = option(
+        False, "A pads with zeros and is not dilated, whatever the site does, as in PEFT"
+    )
 
 
 class LowRank(Update):

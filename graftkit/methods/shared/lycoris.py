@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.methods.base import PeftForm, exactly
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import SizedMethod, by_site, peft_targets
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
+from graftkit.recipe.catalogue import entry_name
 
 
 def write(
@@ -49,7 +48,7 @@ def write(
     return PeftForm(config | {k: v for k, v in patterns.items() if v} | dict(more), tensors)
 
 
-def read(reading: PeftReading, method: str, pattern: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(reading: PeftReading, kind: type, pattern: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The options and parameters of a method; `pattern` matches the ends of its keys, with its name of a parameter.
 
     What drops parts of an update while it trains (`rank_dropout`, `module_dropout`) is not read.
@@ -70,5 +69,8 @@ def read(reading: PeftReading, method: str, pattern: str) -> tuple[dict[str, Any
         "alphas": by_site(reading, "alpha_pattern", keys),
         "effective_conv": reading.field("use_effective_conv2d", False, bool),
     }
-    tensors = {f"{match[1]}.{method}_default.{match[2]}": tensor for match, tensor in found.items()}
+    tensors = {
+        f"{match[1]}.{entry_name(kind.__module__)}_default.{match[2]}": tensor
+        for match, tensor in found.items()
+    }
     return options, tensors

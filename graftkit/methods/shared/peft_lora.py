@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, has_geometry
 from graftkit.methods.base import PeftForm, exactly
+from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.updates import by_site, peft_targets
+from graftkit.recipe.catalogue import entry_name
 
 if TYPE_CHECKING:
     from graftkit.methods.shared.low_rank import LowRankMethod
-    from graftkit.methods.shared.peft_reading import PeftReading
 
 # ways to start that rewrite the base's weights
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -29,12 +30,15 @@ NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "b", "lora_e
          "lora_embedding_B": "B", "lora_magnitude_vector": "m"}  # fmt: skip
 
 
-def write(method: LowRankMethod, backbone: Backbone, graft: str) -> PeftForm | None:
-    """The adapter that computes what the graft does; None where PEFT has none."""
+def write(
+    method: LowRankMethod, backbone: Backbone, graft: str, *, with_magnitudes: bool = False
+) -> PeftForm | None:
+    """The adapter that computes what the graft does; None where PEFT has none. `with_magnitudes`: it is a DoRA."""
     named = {name: weight for name, (_, weight) in method.named(backbone).items()}
     sizes = {name: method.peft_size(*size) for name, size in method.sizes(backbone).items()}
     rank, alpha = method.peft_size(method.rank, method.alpha_at(method.rank))
-    if not _is_expressible(method, named):
+    whole = {"packed", "experts"} & {weight.kind for weight in named.values()}
+    if not _is_expressible(method, named) or (with_magnitudes and whole):
         return None
     tensors: dict[str, Tensor] = {}
     modules, parameters, wrapped = [], [], {}
@@ -73,7 +77,7 @@ def write(method: LowRankMethod, backbone: Backbone, graft: str) -> PeftForm | N
         "bias": method.bias,
     }
     more = {
-        "use_dora": method.name == "dora",
+        "use_dora": with_magnitudes,
         "use_rslora": method.stabilised,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
@@ -86,8 +90,6 @@ def write(method: LowRankMethod, backbone: Backbone, graft: str) -> PeftForm | N
 def _is_expressible(method: LowRankMethod, named: dict[str, Weight]) -> bool:
     kinds = {weight.kind for weight in named.values()}
     if "experts" in kinds and ("transposed" in kinds or method.b_bias):  # PEFT allows for one of them only
-        return False
-    if method.name == "dora" and kinds & {"packed", "experts"}:
         return False
     for name, weight in named.items():
         if name == weight.parameter:  # PEFT replaces modules, and the model itself has no place of its own
@@ -111,8 +113,16 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def read(reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The options of lora() or dora() and the parameters that an adapter of PEFT stands for."""
+def has_magnitudes(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration of PEFT's LoRA is that of a DoRA."""
+    return bool(config.get("use_dora"))
+
+
+def read(
+    reading: PeftReading, kind: type, *, with_magnitudes: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The options of a method and the parameters that an adapter of PEFT stands for."""
+    method = entry_name(kind.__module__)
     rank = reading.field("r", 8, int)
     alpha = reading.field("lora_alpha", 8, (int, float))
     if rank < 1 or alpha <= 0:
@@ -124,11 +134,10 @@ def read(reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
         )
     reading.ignore("fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-    method = "dora" if reading.field("use_dora", False) else "lora"
+    reading.ignore("use_dora")  # which has been looked at to find the method
     bias = reading.field("bias", "none", str)
-    found, keys = _tensors(reading, method)
+    found, keys = _tensors(reading, method, with_magnitudes)
     options: dict[str, Any] = {
-        "method": method,
         "rank": rank,
         "alpha": float(alpha),
         "sites": exactly(site for sites in keys.values() for site in sites),
@@ -138,12 +147,12 @@ def read(reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "alphas": by_site(reading, "alpha_pattern", keys),
     }
     if any("_out_proj_default." in name for name in found) and _applies_twice(reading):
-        options["alphas"] = _doubled(options["alphas"] or {}, float(alpha), found)
+        options["alphas"] = _doubled(options["alphas"] or {}, float(alpha), method, found)
     if bias != "none":
         options["bias"] = bias
         found |= _biases(reading)
     if reading.field("lora_bias", False):
-        if method == "dora":
+        if with_magnitudes:
             raise reading.error(
                 "lora_bias together with use_dora is not read by graftkit; train without one."
             )
@@ -153,11 +162,13 @@ def read(reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {key: value for key, value in options.items() if value is not None and value is not False}, found
 
 
-def _tensors(reading: PeftReading, method: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+def _tensors(
+    reading: PeftReading, method: str, with_magnitudes: bool
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """The parameters by our names; and for each name that PEFT holds its patterns against the sites it means."""
     has_bias = reading.field("lora_bias", False)
     absent = {
-        key for key, name in NAMES.items() if (name == "m") > (method == "dora") or (name == "b") > has_bias
+        key for key, name in NAMES.items() if (name == "m") > with_magnitudes or (name == "b") > has_bias
     }
     taken = reading.take(rf"(.+)\.({'|'.join(map(re.escape, NAMES.keys() - absent))})")
     outputs = {match[1] for match in taken if match[1].endswith(OUT_PROJ)}
@@ -192,11 +203,11 @@ def _applies_twice(reading: PeftReading) -> bool:
     return version is None or tuple(map(int, version.groups())) <= TWICE_UP_TO
 
 
-def _doubled(alphas: dict[str, float], alpha: float, found: Iterable[str]) -> dict[str, float]:
+def _doubled(alphas: dict[str, float], alpha: float, method: str, found: Iterable[str]) -> dict[str, float]:
     """`alphas` with twice of what they are for the output maps of attentions."""
     doubled: dict[float, list[str]] = {}
     for name in found:
-        module, is_output, _ = name.partition(".lora_out_proj_default.")
+        module, is_output, _ = name.partition(f".{method}_out_proj_default.")
         if is_output:
             own = [
                 a for selection, a in alphas.items() if re.fullmatch(selection.removeprefix("re:"), module)

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,11 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at, without_autocast
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Addition, Method, exactly, labels_of, place
-from graftkit.optim.labels import Group, Labels
-
-if TYPE_CHECKING:
-    from graftkit.methods.shared.peft_reading import PeftReading
+from graftkit.methods.base import Addition, Method, exactly, labels_of, place, recommended
 from graftkit.methods.shared.mixtures import MatrixMixture
+from graftkit.methods.shared.peft_reading import PeftReading
+from graftkit.optim.labels import Group, Labels
+from graftkit.recipe.catalogue import option
 
 MAPS = ("linear", "transposed")  # of which the input is that of the module
 KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")
@@ -107,6 +107,7 @@ class UpdateMethod(Method):
 
     sites: str
     kinds: tuple[str, ...] = KINDS  # of weights that the method can update
+    updates_weights: ClassVar[bool] = True
 
     def make(self, weight: Weight, name: str) -> Update:
         """The update of the weight of that dotted name. Raises `UserError` where it cannot be."""
@@ -127,8 +128,8 @@ class UpdateMethod(Method):
     @property
     def wanted(self) -> str:
         """What messages call the weights that the method accepts."""
-        others = "unfreeze()" if self.name == "lora" else "lora() or unfreeze()"
-        return f"weights that {self.name}() can update; use {others} there"
+        instead = recommended("selects") if self.is_general else recommended("is_general", "selects")
+        return f"weights that {self.name}() can update; use {instead} there"
 
     def targets(self, backbone: Backbone) -> list[tuple[Site, Weight]]:
         """Each weight that is updated, with the site that holds it."""
@@ -161,6 +162,9 @@ class UpdateMethod(Method):
             for site, weight in self.targets(backbone)
         }
 
+    def updated_weights(self, backbone: Backbone) -> set[str]:
+        return set(self.named(backbone))
+
     def added_name(self, weight: Weight, graft: str) -> str:
         """Name of the new module below the module that is called."""
         if weight.parameter == "weight":
@@ -190,27 +194,34 @@ class UpdateMethod(Method):
         return values
 
 
+@dataclass(frozen=True)
 class SizedMethod(UpdateMethod):
-    """A method whose updates have a rank and a scale alpha / rank, for all sites or by site.
+    """A method whose updates have a rank and a scale alpha / rank, for all sites or by site."""
 
-    Subclasses are dataclasses with `rank`, `alpha` and `sites`, and with `ranks` and `alphas` where these can differ.
-    """
+    rank: int = option(8, "rank of the update", at_least=1)
+    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
+    ranks: dict | None = option(
+        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
+    )
+    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
+    lr: float | None = option(None, "learning rate; null means 0.01", above=0)
 
-    rank: int
-    alpha: float | None
-    ranks: dict | None = None
-    alphas: dict | None = None
-    default_scale = 2.0  # where alpha is null
+    default_lr = 1e-2
+    default_scale = 1.0  # where alpha is null
+
+    def group(self) -> Group:
+        return Group("added", self.lr or self.default_lr, self.name, self.lr is not None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, kinds, least in (("ranks", int, 1), ("alphas", int | float, 0)):
-            for selection, value in (getattr(self, option) or {}).items():
+        for key, kinds, least in (("ranks", int, 1), ("alphas", int | float, 0)):
+            for selection, value in (getattr(self, key) or {}).items():
                 good = isinstance(value, kinds) and not isinstance(value, bool) and value >= least
                 if not isinstance(selection, str) or not good or not math.isfinite(value) or value == 0:
                     raise UserError(
-                        f"{self.name}(): {option} has {selection!r}: {value!r}; write a selection and a positive "
-                        f"number, for example {option}={{'blocks[-2:]': 16}}."
+                        f"{self.name}(): {key} has {selection!r}: {value!r}; write a selection and a positive "
+                        f"number, for example {key}={{'blocks[-2:]': 16}}."
                     )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Update:
@@ -240,16 +251,16 @@ class SizedMethod(UpdateMethod):
         """The alpha that goes with a rank where `alphas` says nothing."""
         return self.default_scale * rank if self.alpha is None else self.alpha
 
-    def _by_name(self, backbone: Backbone, option: str) -> dict[str, float]:
+    def _by_name(self, backbone: Backbone, key: str) -> dict[str, float]:
         """`ranks` or `alphas` by the names of parameters; where two selections meet, the later one counts."""
         named = self.named(backbone)
         found: dict[str, float] = {}
-        for selection, value in (getattr(self, option) or {}).items():
+        for selection, value in (getattr(self, key) or {}).items():
             chosen = {weight for _, weight in self._chosen(backbone, selection)}
             names = [name for name, (_, weight) in named.items() if weight in chosen]
             if not names:
                 raise UserError(
-                    f"{self.name}(): {option} has {selection!r}, which is none of sites={self.sites!r}; "
+                    f"{self.name}(): {key} has {selection!r}, which is none of sites={self.sites!r}; "
                     "widen the one or the other."
                 )
             found |= dict.fromkeys(names, value)

@@ -1,0 +1,137 @@
+"""Expressions such as `lora(rank=8) + head()`: read, checked against the catalogue, and written. No torch here."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import warnings
+from typing import Any
+
+from graftkit.errors import UserError, listing, nearest
+from graftkit.recipe.catalogue import FAMILIES, elsewhere, entries, entry_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """`lora(rank=8)`, parsed and checked: a name and its keyword arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
+
+
+def parse(expression: str, family: str) -> tuple[Call, ...]:
+    """Read `lora(rank=8) + unfreeze('blocks[-2:]') + head()` into checked calls.
+
+    Raises `UserError` for a syntax error, an unknown name or option (the nearest known one is named) and
+    for a value of the wrong type or out of bounds.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the backslash of a regular expression in a plain string
+            tree = ast.parse(expression.strip(), mode="eval").body
+        return tuple(_call(node, family, expression) for node in _terms(tree, family, expression))
+    except (RecursionError, MemoryError):
+        raise UserError(
+            f"{family} {expression[:60] + ' ...'!r} cannot be read: it is nested too deeply or has too many parts."
+        ) from None
+    except (SyntaxError, ValueError) as error:
+        if "positional argument follows keyword" in str(error):
+            raise UserError(
+                f"{family} {expression!r} cannot be read: a value with a comma stands in quotes, "
+                "for example lora(sites='q,v')."
+            ) from None
+        example = FAMILIES[family].example
+        raise UserError(
+            f"{family} {expression!r} cannot be read: {error}. Write it as, for example, {example}"
+        ) from None
+
+
+def _terms(node: ast.expr, family: str, expression: str) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _terms(node.left, family, expression) + _terms(node.right, family, expression)
+    if isinstance(node, ast.BinOp):
+        raise UserError(f"{family} {expression!r}: parts are joined by '+' only.")
+    return [node]
+
+
+def _call(node: ast.expr, family: str, expression: str) -> Call:
+    name_node = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(name_node, ast.Name):
+        raise UserError(f"{family} {expression!r}: {ast.unparse(node)!r} is not {FAMILIES[family].a}'s name.")
+    name = name_node.id
+    if name not in entries(family):
+        raise UserError(_unknown(name, ast.unparse(node), family))
+    entry = entries(family)[name]
+    arguments: dict[str, Any] = {}
+    if isinstance(node, ast.Call):
+        if len(node.args) > len(entry.options):
+            raise UserError(f"{name}() takes {len(entry.options)} values, but {len(node.args)} are given.")
+        for key, value in zip(entry.options, node.args):
+            arguments[key] = _value(value, name)
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise UserError(f"{name}(): '**' cannot be used here.")
+            if keyword.arg not in entry.options:
+                raise UserError(
+                    f"{name}() has no option {keyword.arg!r} (options: {listing(entry.options) or 'none'})."
+                    f"{nearest(keyword.arg, entry.options)}"
+                )
+            if keyword.arg in arguments:
+                raise UserError(f"{name}(): {keyword.arg} is given twice.")
+            arguments[keyword.arg] = _value(keyword.value, name)
+    for key, value in arguments.items():
+        entry.options[key].check(value, f"{name}()")
+    return Call(name, arguments)
+
+
+def _unknown(name: str, written: str, family: str) -> str:
+    """What to say of a name that a family does not have."""
+    other, known = elsewhere(name, family), entries(family)
+    if other is not None:
+        return (
+            f"{name}() is {other.a}, not {FAMILIES[family].a}: write {other.key}={written} instead, beside "
+            f"{FAMILIES[family].key}={FAMILIES[family].plain}, for example."
+        )
+    hint = nearest(name, known)
+    if not hint:
+        a = FAMILIES[family].a
+        hint = (
+            f" {a[0].upper()}{a[1:]} of your own is found where {FAMILIES[family].variable} names its folder."
+        )
+    return f"there is no {family} {name!r} (known: {listing(known, 30)}).{hint}"
+
+
+def _value(node: ast.expr, name: str) -> Any:
+    if isinstance(node, ast.Name):  # a bare word stands for itself: pooling=mean
+        return {"null": None, "true": True, "false": False}.get(node.id, node.id)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise UserError(f"{name}(): {ast.unparse(node)!r} is not a plain value.") from None
+
+
+def parse_one(expression: str, family: str) -> Call:
+    """The same where one call is wanted, as a run has one task and one optimizer."""
+    calls = parse(expression, family)
+    if len(calls) != 1:
+        raise UserError(f"{FAMILIES[family].key} {expression!r}: a run has one {family}.")
+    return calls[0]
+
+
+def build(calls: tuple[Call, ...], family: str) -> list[Any]:
+    """The values that checked calls describe; imports the files that define them, and so torch."""
+    return [entries(family)[call.name].load()(**call.arguments) for call in calls]
+
+
+def as_expression(value: Any) -> str:
+    """`lora(rank=16)`: the expression that makes `value`; fields at their defaults are left out."""
+    name = entry_name(type(value).__module__)
+    given = {
+        field.name: getattr(value, field.name)
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    }
+    return str(Call(name, given))
