@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY = ".part"
+LOCK = ".lock"  # in a folder that a process writes to; the operating system frees it when that process ends
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems that have no locks
 
 
 @contextmanager
@@ -119,3 +123,87 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path, *, new: bool = False) -> Iterator[Path]:
+    """Hold a folder, which is made where it is absent, so that no other process writes to it meanwhile.
+
+    `new`: raise `FileExistsError` where it is there already. Raises `UserError` where another process holds it. A
+    process that is killed holds nothing any longer. Folders that were made here and are empty at the end are removed.
+    """
+    made, descriptor = _take(folder, new)
+    try:
+        yield folder
+    finally:
+        _release(folder, descriptor)
+        with suppress(OSError):  # something is in it
+            for path in made:
+                path.rmdir()
+
+
+def holder(folder: Path) -> str | None:
+    """The process that holds a folder; None where none does."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return None if _lock(descriptor) else _named(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take(folder: Path, new: bool) -> tuple[list[Path], int]:
+    """Make and lock a folder; what was made, innermost first."""
+    while True:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=not new)
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another process gave the folder up between the two calls
+            continue
+        if not _lock(descriptor):
+            who = _named(descriptor)
+            os.close(descriptor)
+            raise UserError(
+                f"{folder} is in use by {who}, which is still writing to it. Wait until it has ended, or name another "
+                "folder."
+            )
+        if _is_there(folder, descriptor):  # and not a lock that its owner has just removed
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return made, descriptor
+        os.close(descriptor)
+
+
+def _release(folder: Path, descriptor: int) -> None:
+    with suppress(OSError):
+        if _is_there(folder, descriptor):
+            (folder / LOCK).unlink()
+    os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file without waiting; False where another process has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    return True
+
+
+def _is_there(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder / LOCK), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _named(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "another process"

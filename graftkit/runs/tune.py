@@ -7,14 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from graftkit.engine.forward import Forward, PhasedForward, make_forward
 from graftkit.engine.loop import Loop, Step
-from graftkit.engine.parallel import processes, sum_numbers
+from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.errors import Interrupted, UserError
 from graftkit.files import read_json, remove_leftovers, write_json, write_text
 from graftkit.plan.parameters import Plan
@@ -111,18 +111,20 @@ def run_recipe(
     console.quiet_unless(processes()[0] == 0)
     if recipe.out is None and processes()[1] > 1:
         raise UserError("several processes need to know their run folder beforehand: name it with --out.")
-    folder = run_folder.choose(recipe, overwrite)
     tables = tables or {}
-    rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
-    prepared = prepare(recipe, rows)
-    prepared, datasets = _encode(prepared)
-    prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
-    if processes()[0] == 0:
-        if overwrite and folder.exists():
-            run_folder.clear(folder)
-        write_text(folder / RECIPE, prepared.recipe.dump())
-        write_json(folder / PLAN, _planned(prepared, datasets))
-    return _train(prepared, datasets, folder, console, resumed=False)
+    with ExitStack() as stack:
+        claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
+        folder = claimed or run_folder.named(str(recipe.out))
+        rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        prepared = prepare(recipe, rows)
+        prepared, datasets = _encode(prepared)
+        prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
+        if processes()[0] == 0:
+            if overwrite:
+                run_folder.clear(folder)
+            write_text(folder / RECIPE, prepared.recipe.dump())
+            write_json(folder / PLAN, _planned(prepared, datasets))
+        return _train(prepared, datasets, folder, console, resumed=False)
 
 
 def resume(
@@ -155,15 +157,17 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
             raise UserError(
                 f"{folder}: the {name} rows were in memory. Go on with: {how_to_resume(recipe, folder)}."
             )
-    rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
-    prepared = prepare(recipe, rows)
-    prepared, datasets = _encode(prepared)
-    planned = _planned(prepared, datasets)
-    run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
-    if processes()[0] == 0:
-        remove_leftovers(folder)
-        write_json(folder / PLAN, planned)  # it may have been killed before
-    return _train(prepared, datasets, folder, console, resumed=True)
+    with ExitStack() as stack:
+        in_first(lambda: stack.enter_context(run_folder.held(folder)))
+        rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        prepared = prepare(recipe, rows)
+        prepared, datasets = _encode(prepared)
+        planned = _planned(prepared, datasets)
+        run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
+        if processes()[0] == 0:
+            remove_leftovers(folder)
+            write_json(folder / PLAN, planned)  # it may have been killed before
+        return _train(prepared, datasets, folder, console, resumed=True)
 
 
 def plan(recipe: Recipe, console: Console) -> Plan:
