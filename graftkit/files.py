@@ -93,6 +93,52 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise OSError(str(error)) from None
 
 
+def fault(path: Path) -> str | None:
+    """What is wrong with a file as a whole, and the remedy: a Git LFS pointer in its place, nothing in it, or, of a
+    safetensors or JSON file, an end that is missing. None where nothing is.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if POINTER.startswith(start) and len(start) == 8:
+            return (
+                f"is a Git LFS pointer of {size:,} bytes, not the file itself: run `git lfs pull` in {path.parent}, or "
+                "download the file"
+            )
+        if not size:
+            return "is empty: download it again, or restore it from a copy"
+        if path.suffix == ".safetensors":
+            whole = _whole_size(start, file.read(min(size, int.from_bytes(start, "little"))))
+            if whole is None:
+                return "is cut short, or no safetensors file: download it again, or restore it from a copy"
+            if whole > size:
+                return f"is cut short ({size:,} of {whole:,} bytes): download it again, or restore it from a copy"
+        if path.suffix == ".json":
+            file.seek(max(0, size - 64))
+            if not file.read().rstrip().endswith((b"}", b"]")):
+                return f"is cut short after {size:,} bytes: download it again, or restore it from a copy"
+    return None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _whole_size(start: bytes, header: bytes) -> int | None:
+    """The bytes of a safetensors file as its header has them, at least; None where there is no such header."""
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > 100_000_000:  # the format's own limit
+        return None
+    if len(header) < length:
+        return 8 + length
+    try:
+        ends = [
+            entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"
+        ]
+        return 8 + length + int(max(ends, default=0))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Raises `UserError` for a broken or missing one."""
     from safetensors import SafetensorError, safe_open
@@ -103,7 +149,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is broken or cut short ({error}); restore it from a copy.") from None
+        raise UserError(
+            f"{path} is broken or cut short ({_fault(path) or error}); restore it from a copy."
+        ) from None
 
 
 def read_json(path: Path) -> Any:
@@ -113,7 +161,15 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
+        raise UserError(f"{path} cannot be read: {_fault(path) or error}.") from None
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        wrong = fault(path)
+    except OSError:
+        return None
+    return wrong and f"it {wrong}"
 
 
 def remove_leftovers(folder: Path) -> None:
