@@ -73,6 +73,11 @@ class TrainRecipe(Section):
     evaluate_every: int | str = Field(
         default="epoch", description="steps between evaluations, or 'epoch', '2 epochs' and so on, or 'end'"
     )
+    best: str | None = Field(
+        default=None,
+        description="the figure of the evaluation by which weights are kept, such as macro_f1 or loss; null: the task's "
+        "first",
+    )
     early_stopping: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better one"
     )
@@ -161,10 +166,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
-        if self.train.early_stopping and self.data.eval is None:
-            raise UserError(
-                "train.early_stopping needs rows to evaluate on: set data.eval to a file or a share."
-            )
+        for key in ("early_stopping", "best"):
+            if getattr(self.train, key) and self.data.eval is None:
+                raise UserError(f"train.{key} needs rows to evaluate on: set data.eval to a file or a share.")
         self._fit_method()
         return self
 

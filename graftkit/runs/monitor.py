@@ -24,6 +24,7 @@ from graftkit.files import append_lines, write_json, write_text
 from graftkit.report.card import model_card
 from graftkit.report.console import Console
 from graftkit.report.summary import show_end, title
+from graftkit.runs.best import best_of
 from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.reporting import subject_of
@@ -50,6 +51,8 @@ class Watch:
         self.unused: set[str] = set()  # trained parameters that turned out to have no part in the output
         self.zero: list[str] = []  # those whose gradient was zero in the whole first epoch
         self.pending: list[dict[str, Any]] = []
+        rows = prepared.rows
+        self.choice = best_of(rows.task, rows.labels, prepared.recipe.train.best)
         self.problems: list[str] = []  # what failed without costing the run
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
@@ -115,7 +118,7 @@ class Watch:
         metrics = self.metrics("eval")
         self.pending.append({"kind": "evaluation", "step": step, **metrics})
         task = self.prepared.rows.task
-        better = self.best is None or task.better(metrics, self.best)
+        better = self.choice.better(metrics, self.best)
         if better:
             self.best, self.waited, self.best_worst = {"step": step, **metrics}, 0, self.worst
             if self.main:
@@ -123,7 +126,9 @@ class Watch:
                     checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.graft.tensors)
         else:
             self.waited += 1
-        names = dict.fromkeys([name for name in task.headline if name in metrics] + ["loss"])
+        names = dict.fromkeys(
+            [name for name in (*task.headline, self.choice.figure) if name in metrics] + ["loss"]
+        )
         figures = ", ".join(f"{title(name)} {metrics[name]:.4f}" for name in names)
         console.line(f"step {step}: evaluation {figures}{' (best so far)' if better else ''}")
         self.checkpoint()

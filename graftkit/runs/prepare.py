@@ -29,6 +29,7 @@ from graftkit.methods.base import read as read_method
 from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.catalogue import build, parse
 from graftkit.recipe.schema import Recipe
+from graftkit.runs.best import best_of
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 
 # what torch says of a shape that no memory could hold
@@ -105,6 +106,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
         kept, out = task.hold_out(examples, data.eval, recipe.seed)
         held, examples = examples.take(out), examples.take(kept)
     task = task.resolve(examples, labels, recipe.seed)
+    best_of(task, labels, recipe.train.best)  # a wrong one is told before a model is loaded
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
