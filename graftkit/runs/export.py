@@ -24,21 +24,26 @@ MARKER = "graftkit_export.json"  # the files that an export wrote: no others may
 
 
 def export(
-    folder: str | Path, to: Path, *, overwrite: bool = False, exporter: Exporter | None = None
+    folder: str | Path,
+    to: Path,
+    *,
+    overwrite: bool = False,
+    exporter: Exporter | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Write a run to the folder `to`, by default as a plain model of transformers with the graft folded in.
 
-    Its answers are compared with the run's before the folder gets its place. `README.md` is the run's card. `overwrite`
+    `model`: where the run's backbone is now, if it has moved. Its answers are compared with the run's before the folder gets its place. `README.md` is the run's card. `overwrite`
     replaces an earlier export, and never a folder with other files. Raises `NotFoldable` where the method cannot be
     folded, `UserError` where the exporter cannot write the run or `to` is something else.
     """
     exporter, folder = exporter or Transformers(), Path(folder)
     with _claim(folder, to, overwrite) as place:
-        return _export(folder, place, exporter)
+        return _export(folder, place, exporter, model)
 
 
-def _export(folder: Path, to: Path, exporter: Exporter) -> dict[str, Any]:
-    loaded = load_run(folder, exact=True)
+def _export(folder: Path, to: Path, exporter: Exporter, model: str | None) -> dict[str, Any]:
+    loaded = load_run(folder, exact=True, model=model)
     run = _exportable(loaded)
     exporter.refuse(run)
     if run.base is not None:

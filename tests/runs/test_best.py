@@ -21,7 +21,9 @@ def test_the_direction_is_that_of_the_figure():
     high, low = {"loss": 0.4, "f1": 0.8, "perplexity": 9.0}, {"loss": 0.3, "f1": 0.7, "perplexity": 8.0}
     assert Best("f1", "max").better(high, low) and not Best("f1", "max").better(low, high)
     assert Best("perplexity", "min").better(low, high) and not Best("perplexity", "min").better(high, low)
-    assert Best("f1", "max").better({"f1": 0.8, "loss": 0.3}, high), "the loss decides where the figure is the same"
+    assert Best("f1", "max").better({"f1": 0.8, "loss": 0.3}, high), (
+        "the loss decides where the figure is the same"
+    )
     assert not Best("f1", "max").better(high, high)
     nan = {"loss": 0.1, "f1": math.nan}
     assert not Best("f1", "max").better(nan, low) and Best("f1", "max").better(low, nan)
@@ -30,7 +32,11 @@ def test_the_direction_is_that_of_the_figure():
 
 
 @pytest.mark.parametrize(
-    "task", [*(name for name in entries("task") if name != "classify"), *(f"classify(kind={kind!r})" for kind in CLASSIFY)]
+    "task",
+    [
+        *(name for name in entries("task") if name != "classify"),
+        *(f"classify(kind={kind!r})" for kind in CLASSIFY),
+    ],
 )
 def test_every_task_says_what_is_better(task):
     figures = make_task(task).figures(("O", "B-x", "I-x"))
@@ -69,7 +75,11 @@ def test_a_figure_that_there_is_not(command, tiny_bert, rows_folder, tmp_path):
     for name in ("tune", "plan"):
         words = [name, *tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.best=macro_f2")[1:]]
         done = command(*words)
-        assert done.status == 1 and "accuracy, macro_f1, loss" in done.err and "Did you mean 'macro_f1'" in done.err
+        assert (
+            done.status == 1
+            and "accuracy, macro_f1, loss" in done.err
+            and "Did you mean 'macro_f1'" in done.err
+        )
         assert not (tmp_path / "run").exists()
     done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.best=loss", "data.eval=null"))
     assert done.status == 1 and "needs rows to evaluate on" in done.err
