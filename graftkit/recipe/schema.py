@@ -17,7 +17,9 @@ IN_MEMORY = "(in memory)"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 class DataRecipe(Section):
@@ -72,6 +74,11 @@ class TrainRecipe(Section):
     )
     evaluate_every: int | str = Field(
         default="epoch", description="steps between evaluations, or 'epoch', '2 epochs' and so on, or 'end'"
+    )
+    start: str | None = Field(
+        default=None,
+        alias="from",
+        description="a run, or the folder of a graft, whose values the new graft begins with; null: new ones",
     )
     best: str | None = Field(
         default=None,
@@ -302,7 +309,10 @@ def keys() -> dict[str, str]:
         if section is None:
             found[name] = field.description or ""
         else:
-            found |= {f"{name}.{key}": inner.description or "" for key, inner in section.model_fields.items()}
+            found |= {
+                f"{name}.{inner.alias or key}": inner.description or ""
+                for key, inner in section.model_fields.items()
+            }
     return found
 
 

@@ -151,6 +151,16 @@ def how_to_resume(recipe: Recipe, folder: Path) -> str:
     return f"graftkit.resume({str(folder)!r}, {given}) in Python, with the same rows"
 
 
+def go_on(folder: Path) -> str:
+    """How a finished run is trained further: its optimizer's state is gone, and its learning rate has come to its end, so
+    that is a new run which begins with its graft."""
+    run = shlex.quote(str(folder))
+    return (
+        f"To train it further, start a new run from its graft: graftkit tune {run}/recipe.yaml train.from={run} "
+        "train.epochs=N --out NEW"
+    )
+
+
 def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[str, str]:
     """A digest of labels and rows for each part of the data."""
     names = "\0".join(labels)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from graftkit.engine.loop import Settings
 from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
+from graftkit.grafts.load import begin_with
 from graftkit.methods.base import Chain, Outputs
 from graftkit.methods.base import read as read_method
 from graftkit.plan.parameters import Plan, make_plan
@@ -185,6 +187,8 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
+    if recipe.train.start is not None:
+        begin_with(graft, Path(recipe.train.start).expanduser(), rows.labels)
     device = parallel.device()
     kind = precision.choose(recipe.train.precision, device)
     if not meta:

@@ -23,7 +23,7 @@ from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
-from graftkit.runs.folder import PLAN, RECIPE, RESULT, how_to_resume
+from graftkit.runs.folder import PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows
 from graftkit.runs.reporting import found_in
@@ -149,7 +149,9 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE))
     if (folder / RESULT).is_file():
-        console.line(f"{folder} is finished already; {RESULT} and README.md there have its figures.")
+        console.line(
+            f"{folder} is finished already; {RESULT} and README.md there have its figures. {go_on(folder)}"
+        )
         return Run(folder, read_json(folder / RESULT))
     tables = tables or {}
     for name in ("train", "eval", "test"):
@@ -317,7 +319,9 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
         "train": absolute(recipe.data.train), "eval": absolute(recipe.data.eval), "test": absolute(recipe.data.test),
         "columns": prepared.rows.columns,
     })  # fmt: skip
-    train = recipe.train.model_copy(update={"precision": prepared.precision})
+    train = recipe.train.model_copy(
+        update={"precision": prepared.precision, "start": absolute(recipe.train.start)}
+    )
     model = absolute(recipe.model) if Path(recipe.model).expanduser().is_dir() else recipe.model
     method = str(prepared.graft.method.without_outputs()) or None  # other data may have other labels
     return recipe.model_copy(update={
