@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY = ".part"
+LOCK = ".lock"  # in a folder that a process writes to; the operating system frees it when that process ends
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems that have no locks
 
 
 @contextmanager
@@ -89,6 +93,52 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise OSError(str(error)) from None
 
 
+def fault(path: Path) -> str | None:
+    """What is wrong with a file as a whole, and the remedy: a Git LFS pointer in its place, nothing in it, or, of a
+    safetensors or JSON file, an end that is missing. None where nothing is.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if POINTER.startswith(start) and len(start) == 8:
+            return (
+                f"is a Git LFS pointer of {size:,} bytes, not the file itself: run `git lfs pull` in {path.parent}, or "
+                "download the file"
+            )
+        if not size:
+            return "is empty: download it again, or restore it from a copy"
+        if path.suffix == ".safetensors":
+            whole = _whole_size(start, file.read(min(size, int.from_bytes(start, "little"))))
+            if whole is None:
+                return "is cut short, or no safetensors file: download it again, or restore it from a copy"
+            if whole > size:
+                return f"is cut short ({size:,} of {whole:,} bytes): download it again, or restore it from a copy"
+        if path.suffix == ".json":
+            file.seek(max(0, size - 64))
+            if not file.read().rstrip().endswith((b"}", b"]")):
+                return f"is cut short after {size:,} bytes: download it again, or restore it from a copy"
+    return None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _whole_size(start: bytes, header: bytes) -> int | None:
+    """The bytes of a safetensors file as its header has them, at least; None where there is no such header."""
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > 100_000_000:  # the format's own limit
+        return None
+    if len(header) < length:
+        return 8 + length
+    try:
+        ends = [
+            entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"
+        ]
+        return 8 + length + int(max(ends, default=0))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Raises `UserError` for a broken or missing one."""
     from safetensors import SafetensorError, safe_open
@@ -99,7 +149,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is broken or cut short ({error}); restore it from a copy.") from None
+        raise UserError(
+            f"{path} is broken or cut short ({_fault(path) or error}); restore it from a copy."
+        ) from None
 
 
 def read_json(path: Path) -> Any:
@@ -109,7 +161,15 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
+        raise UserError(f"{path} cannot be read: {_fault(path) or error}.") from None
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        wrong = fault(path)
+    except OSError:
+        return None
+    return wrong and f"it {wrong}"
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -119,3 +179,87 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path, *, new: bool = False) -> Iterator[Path]:
+    """Hold a folder, which is made where it is absent, so that no other process writes to it meanwhile.
+
+    `new`: raise `FileExistsError` where it is there already. Raises `UserError` where another process holds it. A
+    process that is killed holds nothing any longer. Folders that were made here and are empty at the end are removed.
+    """
+    made, descriptor = _take(folder, new)
+    try:
+        yield folder
+    finally:
+        _release(folder, descriptor)
+        with suppress(OSError):  # something is in it
+            for path in made:
+                path.rmdir()
+
+
+def holder(folder: Path) -> str | None:
+    """The process that holds a folder; None where none does."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return None if _lock(descriptor) else _named(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take(folder: Path, new: bool) -> tuple[list[Path], int]:
+    """Make and lock a folder; what was made, innermost first."""
+    while True:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=not new)
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another process gave the folder up between the two calls
+            continue
+        if not _lock(descriptor):
+            who = _named(descriptor)
+            os.close(descriptor)
+            raise UserError(
+                f"{folder} is in use by {who}, which is still writing to it. Wait until it has ended, or name another "
+                "folder."
+            )
+        if _is_there(folder, descriptor):  # and not a lock that its owner has just removed
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return made, descriptor
+        os.close(descriptor)
+
+
+def _release(folder: Path, descriptor: int) -> None:
+    with suppress(OSError):
+        if _is_there(folder, descriptor):
+            (folder / LOCK).unlink()
+    os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file without waiting; False where another process has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    return True
+
+
+def _is_there(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder / LOCK), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _named(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "another process"

@@ -19,22 +19,20 @@ from torch import nn
 from graftkit.backbone import quantized
 from graftkit.backbone.anatomy import is_map
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.folder import (
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILES,
+    processor_kind,
+    refuse_faults,
+    refuse_lost_parts,
+)
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.own import call, load_weights
 from graftkit.backbone.parts import find_sites
 from graftkit.errors import UserError, first_line, listing, nearest
+from graftkit.files import fault
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
-PREPROCESSOR_FILE = "preprocessor_config.json"
-PROCESSOR_FILES = (
-    PREPROCESSOR_FILE,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,10 @@ def _folder(name: str, folder: Path) -> Source:
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}.") from None
+        wrong = fault(folder / "config.json")
+        raise UserError(
+            f"{folder / 'config.json'} is not valid JSON: {f'it {wrong}' if wrong else error}."
+        ) from None
     if not any(folder.glob("*.safetensors")):
         pickles = [pickle for pickle in PICKLES if (folder / pickle).exists()]
         if pickles:
@@ -113,10 +114,14 @@ def _folder(name: str, folder: Path) -> Source:
                 "AutoModel.from_pretrained(folder).save_pretrained(folder) writes model.safetensors."
             )
         raise UserError(f"model folder {name!r} has no weights (*.safetensors).")
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    refuse_faults(folder, [*weights, *(file for file in PROCESSOR_FILES if (folder / file).exists())])
+    refuse_lost_parts(folder, weights)
     if not any((folder / file).exists() for file in PROCESSOR_FILES):
+        what, kind = processor_kind(folder)
         raise UserError(
-            f"model folder {name!r} has no tokenizer (tokenizer.json) and no {PREPROCESSOR_FILE}. Save the model's "
-            "tokenizer there: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
+            f"model folder {name!r} has no {what}. Save the model's own there: "
+            f"{kind}.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
         )
     return Source(name, folder=folder)
 

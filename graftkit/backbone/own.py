@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import UserError, first_line, listing, nearest
+from graftkit.files import fault
 
 PICKLE_MARKS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 COUNTER = "num_batches_tracked"  # of BatchNorm: old files lack it, and nothing is computed from it
@@ -124,6 +125,9 @@ def _refuse_file(path: Path) -> None:
                 "open it. Convert it once where you trust it: safetensors.torch.save_file(torch.load(FILE), "
                 "'weights.safetensors')."
             )
+    wrong = fault(path)
+    if wrong is not None:
+        raise UserError(f"weights {str(path)!r} are broken or cut short: the file {wrong}.")
 
 
 def _refuse_misfits(

@@ -101,7 +101,8 @@ def tune(
     if resume is not None:
         if arguments or any(value is not None for value in given.values()) or overwrite:
             raise UserError(
-                "--resume goes on with a run as it is; give no other options or settings with it."
+                "--resume goes on with an unfinished run as it is; give no other options or settings with it. To train a "
+                f"finished run further: graftkit tune {resume}/recipe.yaml train.from={resume} train.epochs=N --out NEW"
             )
         from graftkit.runs.tune import resume_run
 

@@ -19,6 +19,11 @@ Options = Annotated[
     ),
 ]
 
+Moved = Annotated[
+    str | None,
+    typer.Option("--model", help="where the run's model is now, if it has moved: a folder or hub id"),
+]
+
 
 def _options(given: list[str] | None) -> dict[str, Any]:
     from graftkit.recipe import schema as recipes
@@ -30,13 +35,14 @@ def evaluate(
     run: RunFolder,
     data: Annotated[str, typer.Option(help="labelled rows")],
     option: Options = None,
+    model: Moved = None,
     as_json: Json = False,
 ) -> None:
     """Metrics of a run on labelled rows."""
     _refuse_empty(data)
     from graftkit.runs.predict import evaluate as run_evaluate
 
-    found = run_evaluate(run, data, _options(option))
+    found = run_evaluate(run, data, _options(option), model=model)
     if as_json:
         emit(True, found)
         return
@@ -59,6 +65,7 @@ def predict(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the file of answers if it exists")] = False,
     option: Options = None,
+    model: Moved = None,
     stream: Annotated[
         bool | None, typer.Option(help="show one answer while it is written; in a terminal that is so")
     ] = None,
@@ -78,7 +85,9 @@ def predict(
         if note := told_of_size(data):
             print(note, file=sys.stderr)
         given = data if data is not None else texts
-        done = predict_into(run, given, out, _options(option), overwrite=overwrite, tell=_progress(as_json))
+        done = predict_into(
+            run, given, out, _options(option), overwrite=overwrite, tell=_progress(as_json), model=model
+        )
         _tell_skipped(done)
         emit(as_json, {"run": str(run), **done})
         if not as_json:
@@ -88,7 +97,7 @@ def predict(
 
     alone = texts is not None and len(texts) == 1 and not as_json
     show = _show if alone and (sys.stdout.isatty() if stream is None else stream) else None
-    answers = Answers(run, data if data is not None else texts, _options(option), show=show)
+    answers = Answers(run, data if data is not None else texts, _options(option), show=show, model=model)
     predictions = []
     for piece in answers.pieces():
         if as_json:
@@ -162,12 +171,12 @@ def _numbers(text: str | None) -> list[float] | None:
 def export(
     run: RunFolder, to: Annotated[Path, typer.Option(help="folder to write")],
     overwrite: Annotated[bool, typer.Option(help="replace the folder if it holds a model")] = False,
-    as_json: Json = False,
+    model: Moved = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a run as a plain model: the graft folded in, compared with the run on real rows."""
     from graftkit.runs.export import export as run_export
 
-    done = run_export(run, to, overwrite=overwrite)
+    done = run_export(run, to, overwrite=overwrite, model=model)
     emit(as_json, done)
     if not as_json:
         print(f"written: {done['to']} ({', '.join(done['files'])})")

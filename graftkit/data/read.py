@@ -21,6 +21,7 @@ from graftkit.data.rows import (
 )
 from graftkit.data.table import SUFFIXES, BadRows, Table, check_names
 from graftkit.errors import UserError, listing, nearest
+from graftkit.files import POINTER, fault
 
 
 def read_table(source: Any, *, encoding: str = "utf-8", skip_bad: bool = False, name: str = "data") -> Table:
@@ -42,6 +43,8 @@ def _read_file(source: str, encoding: str, skip_bad: bool) -> Table:
     path, kind = find_file(source)
     with telling_why(path, source):
         raw = path.read_bytes()
+    if raw.startswith(POINTER):
+        raise UserError(f"{source} {fault(path)}.")
     bad = BadRows(source, "line", skip_bad)
     if kind in ("parquet", "arrow"):
         return _read_arrow(raw, kind, BadRows(source, "row", skip_bad))

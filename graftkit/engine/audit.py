@@ -10,8 +10,10 @@ local attention in a Longformer whose head reads the first token alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Container
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -148,13 +150,31 @@ def _methods(trained: Container[str]) -> dict[str, str]:
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A sum over the tensor's bits that changes when any element does: a scalar on the tensor's device."""
+    """A hash of a tensor's bits: a scalar on the tensor's device, in integers modulo 2**64, read back by nobody here.
+
+    Each element is multiplied by an odd weight that depends on its place, so one changed element always changes the
+    hash, and several cancel one another with a probability of about 2**-32. (In a plain sum -1 here and +1 there do.)
+    """
     flat = tensor.detach().reshape(-1)
-    if flat.numel() == 0:
-        return torch.zeros((), dtype=torch.int64, device=flat.device)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if flat.dtype != torch.bool:
-        flat = flat.view(kinds[flat.element_size()])
-    return flat.sum(dtype=torch.int64)
+        # 8 bytes as twice 4: an odd weight keeps the top bit of 64 as it is, and two top bits would cancel
+        flat = flat.view({1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32))
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    size = PIECE if flat.device.type == "cpu" else 64 * PIECE
+    for piece in flat.split(size) if flat.numel() else ():
+        weights = _weights(size, flat.device)[: len(piece)]
+        total = (total + (piece.to(torch.int64) * weights).sum()) * ODD
+    return total
+
+
+PIECE = 1 << 16  # elements hashed at a time: what a CPU keeps in its cache
+ODD = 0x1E3779B97F4A7C15  # between pieces, so that their order counts
+
+
+@functools.lru_cache(maxsize=2)
+def _weights(count: int, device: torch.device) -> Tensor:
+    """(count,) odd pseudo-random integers of 64 bits."""
+    draw = np.random.default_rng(0x9E3779B9)
+    return torch.from_numpy(draw.integers(-(2**62), 2**62, count) * 2 + 1).to(device)

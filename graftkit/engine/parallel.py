@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from graftkit.errors import UserError
 
 T = TypeVar("T")
 
@@ -97,3 +99,22 @@ def wait() -> None:
     """Go on when all processes have come here."""
     if processes()[1] > 1:
         torch.distributed.barrier()
+
+
+def in_first(work: Callable[[], T]) -> T | None:
+    """Do `work` in the first process while the others wait; its result there, None in the others.
+
+    Where it raises, all processes stop: the first with that error, the others with a `UserError`.
+    """
+    result, error = None, None
+    if processes()[0] == 0:
+        try:
+            result = work()
+        except BaseException as raised:  # raised again below, when the others know
+            error = raised
+    failed = sum_numbers([float(error is not None)])[0] > 0
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError("the first process could not begin; its own message says why.")
+    return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,11 +28,7 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
     """
     stored = read(Path(path))
     backbone = model if isinstance(model, Backbone) else Backbone(model)
-    if stored.fingerprint is not None and stored.fingerprint != backbone.fingerprint:
-        raise UserError(
-            f"the graft in {path} was trained on another backbone ({stored.backbone or 'unknown'}, fingerprint "
-            f"{stored.fingerprint}); {backbone.source} has {backbone.fingerprint}. Load that backbone instead."
-        )
+    _refuse_other_backbone(path, stored, backbone)
     before, graft = backbone.missing, None
     backbone.missing = tuple(sorted({*before, *map(str, stored.about.get("missing", ()))}))
     try:
@@ -49,6 +47,57 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
         for tensor_name, tensor in wanted.items():
             tensor.copy_(tensors[tensor_name])
     return graft
+
+
+def begin_with(graft: Graft, path: Path, labels: Sequence[str]) -> None:
+    """Give a new graft the values of the one in `path`, the folder of a graft or of a run, to be trained further.
+
+    `labels`: those that the new graft is to answer. Raises `UserError` for another backbone, other labels, or a method
+    that adds something else; learning rates and dropout may be others.
+    """
+    inside = path / "graft"
+    folder = inside if inside.is_dir() else path
+    stored = read(folder)
+    _refuse_other_backbone(folder, stored, graft.backbone)
+    known = tuple(stored.about.get("labels", labels))
+    if known != tuple(labels):
+        raise UserError(
+            f"train.from: the graft in {folder} answers {listing(map(repr, known), 8) or 'without labels'}, but the "
+            f"training rows have {listing(map(repr, labels), 8) or 'no labels'}. Train on rows with the same labels, or "
+            "start without train.from."
+        )
+    there, here = method_for(stored, graft.backbone), graft.method.stored()
+    if _as_attached(there) != _as_attached(here):
+        raise UserError(
+            f"train.from: the graft in {folder} is {there}, and the recipe's method is {here}. Write the method of the graft "
+            "(learning rates and dropout may differ), or start without train.from."
+        )
+    wanted, tensors = graft.tensors, tensors_for(stored, graft)
+    _refuse_misfits(folder, graft.backbone, wanted, tensors)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
+
+
+def _as_attached(chain: Chain) -> list[str]:
+    """The methods without the options that only training heeds, in any order."""
+    plain = []
+    for method in chain.methods:
+        fields = {
+            field.name: field.default
+            for field in dataclasses.fields(method)
+            if field.name in ("lr", "dropout")
+        }
+        plain.append(str(dataclasses.replace(method, **fields)))
+    return sorted(plain)
+
+
+def _refuse_other_backbone(path: str | Path, stored: Stored, backbone: Backbone) -> None:
+    if stored.fingerprint is not None and stored.fingerprint != backbone.fingerprint:
+        raise UserError(
+            f"the graft in {path} was trained on another backbone ({stored.backbone or 'unknown'}, fingerprint "
+            f"{stored.fingerprint}); {backbone.source} has {backbone.fingerprint}. Load that backbone instead."
+        )
 
 
 def _refuse_misfits(

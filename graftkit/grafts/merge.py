@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graftkit.errors import UserError, listing
-from graftkit.files import read_json
+from graftkit.files import LOCK, claimed, read_json
 from graftkit.grafts import folder as graft_files
 from graftkit.grafts.merge_rules import Combination, Factors
 from graftkit.grafts.peft_folder import read_peft
@@ -82,12 +82,24 @@ def merge(
     factors = _weights(folders, weights)
     target = Path(out)
     _check_target(target, folders, overwrite)
+    try:
+        with claimed(target):
+            _check_target(target, folders, overwrite)  # another merge may have ended there in between
+            return _merge(folders, factors, target, combination, heads)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written to: {error}.") from None
+
+
+def _merge(
+    folders: list[Path], factors: list[float], target: Path, combination: Combination, heads: str
+) -> Path:
     members = [_read(folder) for folder in folders]
     _refuse_strangers(members)
     updates = _merged(members, factors, combination)
     head, form, about = _head(members, factors, heads)
     given = {"grafts": [str(folder) for folder in folders], "weights": factors, "how": combination.how}
-    more = {"density": density, "rank": rank, "seed": seed if "dare" in combination.how else None}
+    seed = combination.seed if "dare" in combination.how else None
+    more = {"density": combination.density, "rank": combination.rank, "seed": seed}
     about["merged"] = given | {key: value for key, value in more.items() if value is not None}
     return _write(target, members, updates, head, form, about)
 
@@ -122,12 +134,13 @@ def _check_target(target: Path, folders: list[Path], overwrite: bool) -> None:
         raise UserError(f"{target} is one of the grafts to be merged; name another folder.")
     if not target.is_dir():
         return
-    others = {path.name for path in target.iterdir()} - OF_A_GRAFT
+    names = {path.name for path in target.iterdir()} - {LOCK}
+    others = names - OF_A_GRAFT
     if others:
         raise UserError(
             f"{target} holds other files than a graft's ({listing(sorted(others))}); name another folder."
         )
-    if any(target.iterdir()) and not overwrite:
+    if names and not overwrite:
         raise UserError(f"{target} exists already; name another folder, or replace it with --overwrite.")
 
 

@@ -18,7 +18,9 @@ DEFAULT_OPTIMIZER = "adamw()"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 class DataRecipe(Section):
@@ -76,6 +78,16 @@ class TrainRecipe(Section):
     )
     evaluate_every: int | str = Field(
         default="epoch", description="steps between evaluations, or 'epoch', '2 epochs' and so on, or 'end'"
+    )
+    start: str | None = Field(
+        default=None,
+        alias="from",
+        description="a run, or the folder of a graft, whose values the new graft begins with; null: new ones",
+    )
+    best: str | None = Field(
+        default=None,
+        description="the figure of the evaluation by which weights are kept, such as macro_f1 or loss; null: the task's "
+        "first",
     )
     early_stopping: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better one"
@@ -161,10 +173,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
-        if self.train.early_stopping and self.data.eval is None:
-            raise UserError(
-                "train.early_stopping needs rows to evaluate on: set data.eval to a file or a share."
-            )
+        for key in ("early_stopping", "best"):
+            if getattr(self.train, key) and self.data.eval is None:
+                raise UserError(f"train.{key} needs rows to evaluate on: set data.eval to a file or a share.")
         self._fit_method()
         return self
 
@@ -300,7 +311,10 @@ def keys() -> dict[str, str]:
         if section is None:
             found[name] = field.description or ""
         else:
-            found |= {f"{name}.{key}": inner.description or "" for key, inner in section.model_fields.items()}
+            found |= {
+                f"{name}.{inner.alias or key}": inner.description or ""
+                for key, inner in section.model_fields.items()
+            }
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from graftkit.data.columns import find_again
 from graftkit.errors import UserError, listing
 from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, logits
 from graftkit.export.transformers import Transformers
-from graftkit.files import TEMPORARY, read_json, write_json, write_text
+from graftkit.files import LOCK, TEMPORARY, claimed, read_json, write_json, write_text
 from graftkit.runs.folder import CARD
 from graftkit.runs.predict import Loaded, load_run
 from graftkit.runs.prepare import reading_of
@@ -22,17 +24,26 @@ MARKER = "graftkit_export.json"  # the files that an export wrote: no others may
 
 
 def export(
-    folder: str | Path, to: Path, *, overwrite: bool = False, exporter: Exporter | None = None
+    folder: str | Path,
+    to: Path,
+    *,
+    overwrite: bool = False,
+    exporter: Exporter | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Write a run to the folder `to`, by default as a plain model of transformers with the graft folded in.
 
-    Its answers are compared with the run's before the folder gets its place. `README.md` is the run's card. `overwrite`
+    `model`: where the run's backbone is now, if it has moved. Its answers are compared with the run's before the folder gets its place. `README.md` is the run's card. `overwrite`
     replaces an earlier export, and never a folder with other files. Raises `NotFoldable` where the method cannot be
     folded, `UserError` where the exporter cannot write the run or `to` is something else.
     """
     exporter, folder = exporter or Transformers(), Path(folder)
-    to = _claim(folder, to, overwrite)
-    loaded = load_run(folder, exact=True)
+    with _claim(folder, to, overwrite) as place:
+        return _export(folder, place, exporter, model)
+
+
+def _export(folder: Path, to: Path, exporter: Exporter, model: str | None) -> dict[str, Any]:
+    loaded = load_run(folder, exact=True, model=model)
     run = _exportable(loaded)
     exporter.refuse(run)
     if run.base is not None:
@@ -67,15 +78,19 @@ def _exportable(loaded: Loaded) -> Exportable:
     )  # fmt: skip
 
 
-def _claim(run: Path, to: Path, overwrite: bool) -> Path:
-    """The whole path of the folder to write. Raises `UserError` where it may not be written to."""
-    try:
-        to = to.expanduser().resolve()
-        _refuse(to, "the run itself", run.resolve())
-        _refuse_others(to, overwrite)
-    except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
-        raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
-    return to
+@contextmanager
+def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[Path]:
+    """Hold the folder to write, and give its whole path. Raises `UserError` where it may not be written to."""
+    with ExitStack() as stack:
+        try:
+            to = to.expanduser().resolve()
+            _refuse(to, "the run itself", run.resolve())
+            _refuse_others(to, overwrite)
+            stack.enter_context(claimed(to))
+            _refuse_others(to, overwrite)  # another export may have ended there in between
+        except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
+            raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
+        yield to
 
 
 def _refuse(to: Path, what: str, kept: Path) -> None:
@@ -89,11 +104,11 @@ def _refuse_others(to: Path, overwrite: bool) -> None:
     file = next((path for path in (to, *to.parents) if path.exists() and not path.is_dir()), None)
     if file is not None:
         raise UserError(f"{str(file)!r} is a file; name a folder to write the model to.")
-    if not to.exists() or not any(to.iterdir()):
+    if not to.exists() or all(path.name == LOCK for path in to.iterdir()):
         return
     files = _written_before(to)
     folders = {str(parent) for name in files for parent in Path(name).parents}
-    there = ((path, str(path.relative_to(to))) for path in sorted(to.rglob("*")))
+    there = ((path, str(path.relative_to(to))) for path in sorted(to.rglob("*")) if path != to / LOCK)
     others = [
         name for path, name in there
         if name not in (folders if path.is_dir() and not path.is_symlink() else files)
@@ -119,7 +134,8 @@ def _put(temporary: Path, to: Path, written: list[str]) -> None:
     """Give a whole export its place. In a folder that is there the files are exchanged one by one: it may be
     someone's working folder. All of them are noted first, so that a half-done exchange can be done again.
     """
-    if not to.exists():
+    if all(path.name == LOCK for path in to.iterdir()):
+        (to / LOCK).unlink()  # a folder takes the place of an empty one only
         temporary.replace(to)
         return
     old = _written_before(to)

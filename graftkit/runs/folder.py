@@ -8,9 +8,11 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from graftkit import files
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
 from graftkit.recipe import schema as recipes
@@ -32,32 +34,81 @@ LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
 ROWS = "rows_sha256"  # in the plan: a digest of each part of the data
 
 
-def choose(recipe: Recipe, overwrite: bool) -> Path:
-    """Where the run goes. Raises `UserError` where a run is there already, or anything else."""
-    if recipe.out is None:
-        name = "-".join([recipe.task.partition("(")[0], time.strftime("%Y%m%d-%H%M%S")])
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        return next(path for path in (Path("runs", n).absolute() for n in names) if not path.exists())
+@contextmanager
+def claimed(recipe: Recipe, overwrite: bool) -> Iterator[Path]:
+    """Choose the folder of a new run, and hold it: no other process can start or resume a run there meanwhile.
+
+    Raises `UserError` where a run is there already, or anything else. A run that wrote nothing leaves no folder behind.
+    """
+    with ExitStack() as stack:
+        if recipe.out is None:
+            yield stack.enter_context(_numbered(recipe))
+            return
+        folder = named(recipe.out)
+        _refuse_used(folder, recipe.out, overwrite, files.holder(folder))
+        stack.enter_context(held(folder))
+        _refuse_used(folder, recipe.out, overwrite)  # another run may have ended there in between
+        yield folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[Path]:
+    """Hold the folder of a run. Raises `UserError` where another process is at work in it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.claimed(folder))
+        except OSError as error:
+            raise UserError(f"run folder {str(folder)!r} cannot be written to: {error}.") from None
+        yield folder
+
+
+def named(out: str) -> Path:
+    """The folder that a recipe names, with links followed. Raises `UserError` for one that cannot be."""
     try:
-        folder = Path(recipe.out).expanduser().resolve()
+        return Path(out).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise UserError(f"run folder {out!r} cannot be used: {error}.") from None
+
+
+@contextmanager
+def _numbered(recipe: Recipe) -> Iterator[Path]:
+    """A new folder under runs/, called after the task and the time."""
+    name = "-".join([recipe.task.partition("(")[0], time.strftime("%Y%m%d-%H%M%S")])
+    for number in itertools.count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}").absolute()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(files.claimed(folder, new=True))
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"{str(folder.parent)!r} cannot be used: {error}. Name a folder with --out."
+                ) from None
+            yield folder
+            return
+
+
+def _refuse_used(folder: Path, out: str, overwrite: bool, holder: str | None = None) -> None:
+    try:
         if folder.is_file():
-            raise UserError(f"run folder {recipe.out!r} is a file; name a folder with --out.")
-        names_there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
-        raise UserError(f"run folder {recipe.out!r} cannot be used: {error}.") from None
-    if all(LEFTOVER.fullmatch(name) for name in names_there):
-        return folder
-    foreign = _foreign(folder, names_there)
+            raise UserError(f"run folder {out!r} is a file; name a folder with --out.")
+        names = [path.name for path in folder.iterdir() if path.name != files.LOCK] if folder.is_dir() else []
+    except OSError as error:  # no permission
+        raise UserError(f"run folder {out!r} cannot be used: {error}.") from None
+    if all(LEFTOVER.fullmatch(name) for name in names):
+        return
+    foreign = _foreign(folder, names)
     if foreign:
         raise UserError(
-            f"folder {recipe.out!r} holds files that are not a run's ({listing(foreign, 5)}); name another with --out."
+            f"folder {out!r} holds files that are not a run's ({listing(foreign, 5)}); name another with --out."
         )
     if not overwrite:
+        at_work = "" if holder is None else f", and {holder} is writing to it"
         raise UserError(
-            f"run folder {recipe.out!r} exists. Go on with it by `graftkit tune --resume {recipe.out}`, "
+            f"run folder {out!r} exists{at_work}. Go on with it by `graftkit tune --resume {out}`, "
             "replace it with --overwrite, or name another with --out."
         )
-    return folder
 
 
 def _foreign(folder: Path, names: list[str]) -> list[str]:
@@ -98,6 +149,16 @@ def how_to_resume(recipe: Recipe, folder: Path) -> str:
         return f"graftkit tune --resume {shlex.quote(str(folder))}"
     given = ", ".join(f"{name}=..." for name in names)
     return f"graftkit.resume({str(folder)!r}, {given}) in Python, with the same rows"
+
+
+def go_on(folder: Path) -> str:
+    """How a finished run is trained further: its optimizer's state is gone, and its learning rate has come to its end, so
+    that is a new run which begins with its graft."""
+    run = shlex.quote(str(folder))
+    return (
+        f"To train it further, start a new run from its graft: graftkit tune {run}/recipe.yaml train.from={run} "
+        "train.epochs=N --out NEW"
+    )
 
 
 def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[str, str]:

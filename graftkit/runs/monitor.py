@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from graftkit.engine.cached import make_forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes, wait
 from graftkit.engine.predict import predict
-from graftkit.errors import UserError, listing
+from graftkit.errors import UserError, first_line, listing
 from graftkit.files import append_lines, write_json, write_text
 from graftkit.report.card import model_card
 from graftkit.report.console import Console
 from graftkit.report.summary import show_end, title
+from graftkit.runs.best import best_of
 from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.reporting import subject_of
@@ -50,6 +51,9 @@ class Watch:
         self.unused: set[str] = set()  # trained parameters that turned out to have no part in the output
         self.zero: list[str] = []  # those whose gradient was zero in the whole first epoch
         self.pending: list[dict[str, Any]] = []
+        rows = prepared.rows
+        self.choice = best_of(rows.task, rows.labels, prepared.recipe.train.best)
+        self.problems: list[str] = []  # what failed without costing the run
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
         self.forwards = {
@@ -101,8 +105,11 @@ class Watch:
         rows, dataset = self.prepared.rows, self.datasets[name]
         size = 2 * self.prepared.settings.batch_size
         outcomes = predict(dataset, self.forwards[name], rows.task, size)
-        self.worst = rows.task.worst(outcomes, dataset, rows.labels, WORST_ROWS)
-        return rows.task.metrics(outcomes, dataset, rows.labels)
+        self.worst = []
+        metrics = rows.task.metrics(outcomes, dataset, rows.labels)
+        with self._reporting(f"looking for the worst {name} rows"):
+            self.worst = rows.task.worst(outcomes, dataset, rows.labels, WORST_ROWS)
+        return metrics
 
     def evaluate(self, step: int, console: Console) -> None:
         """Metrics of the evaluation rows; the best weights so far are kept in a file of their own."""
@@ -111,7 +118,7 @@ class Watch:
         metrics = self.metrics("eval")
         self.pending.append({"kind": "evaluation", "step": step, **metrics})
         task = self.prepared.rows.task
-        better = self.best is None or task.better(metrics, self.best)
+        better = self.choice.better(metrics, self.best)
         if better:
             self.best, self.waited, self.best_worst = {"step": step, **metrics}, 0, self.worst
             if self.main:
@@ -119,7 +126,9 @@ class Watch:
                     checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.graft.tensors)
         else:
             self.waited += 1
-        names = dict.fromkeys([name for name in task.headline if name in metrics] + ["loss"])
+        names = dict.fromkeys(
+            [name for name in (*task.headline, self.choice.figure) if name in metrics] + ["loss"]
+        )
         figures = ", ".join(f"{title(name)} {metrics[name]:.4f}" for name in names)
         console.line(f"step {step}: evaluation {figures}{' (best so far)' if better else ''}")
         self.checkpoint()
@@ -179,9 +188,16 @@ class Watch:
         worst = self.best_worst
         task = prepared.rows.task.decided(found.get("eval"))
         self.prepared = prepared = replace(prepared, rows=replace(prepared.rows, task=task))
+        if self.main:
+            rows = prepared.rows
+            prepared.graft.save(
+                folder / GRAFT, task=str(rows.task), labels=list(rows.labels), columns=rows.columns,
+                max_length=prepared.max_length, precision=prepared.precision,
+            )  # fmt: skip
         if "test" in self.datasets:
-            found["test"] = self.metrics("test")
-            worst = self.worst
+            with self._reporting("evaluating the test rows"):
+                found["test"] = self.metrics("test")
+                worst = self.worst
         result = {
             "run": str(folder),
             "metrics": found.get("test") or found.get("eval") or {},
@@ -201,27 +217,50 @@ class Watch:
             "optimizer": prepared.plan.optimizer,
             "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
             "rows_skipped": len(prepared.rows.skipped),
+            "problems": list(self.problems),
         }
         if self.main:
-            rows = prepared.rows
-            prepared.graft.save(
-                folder / GRAFT, task=str(rows.task), labels=list(rows.labels), columns=rows.columns,
-                max_length=prepared.max_length, precision=prepared.precision,
-            )  # fmt: skip
             for name, metrics in found.items():
                 self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
             self.flush()
-            if found:
-                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
-                write_text(folder / WORST, "".join(lines))
-            about = {name: task.statistics(dataset, rows.labels) for name, dataset in self.datasets.items()}
-            write_text(folder / CARD, model_card(subject_of(prepared), result, found, worst, about))
             write_json(folder / RESULT, result)
             for path in checkpoint.existing(folder / CHECKPOINTS):
                 path.unlink()
+            self._describe(result, found, worst)
         wait()  # for the folder to be whole
-        show_end(console, task.headline, result, found, worst)
+        with self._reporting("showing the result"):
+            show_end(console, task.headline, result, found, worst)
+        for problem in self.problems:
+            console.line(f"warning: {problem}")
+        if self.problems != result["problems"]:
+            result["problems"] = list(self.problems)
+            if self.main:
+                with suppress(UserError):
+                    write_json(folder / RESULT, result)
         return result
+
+    def _describe(self, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]) -> None:
+        """Write what is for people alone. The graft is saved already, and no failure here may cost the run."""
+        prepared = self.prepared
+        if found:
+            with self._reporting(f"writing {WORST}"):
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
+                write_text(self.folder / WORST, "".join(lines))
+        with self._reporting(f"writing the model card ({CARD})"):
+            rows = prepared.rows
+            about = {
+                name: rows.task.statistics(dataset, rows.labels) for name, dataset in self.datasets.items()
+            }
+            write_text(self.folder / CARD, model_card(subject_of(prepared), result, found, worst, about))
+
+    @contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
+        """Report an error instead of raising it."""
+        try:
+            yield
+        except Exception as error:
+            problem = f"{what} failed: {type(error).__name__}: {first_line(error)}"
+            self.problems += [] if problem in self.problems else [problem]
 
 
 def _stays(line: str, step: int) -> bool:

@@ -48,9 +48,11 @@ class Loaded:
     forward: Forward
 
 
-def load_run(folder: Path, *, exact: bool = False, options: Mapping[str, Any] | None = None) -> Loaded:
+def load_run(
+    folder: Path, *, exact: bool = False, options: Mapping[str, Any] | None = None, model: str | None = None
+) -> Loaded:
     """Load backbone and graft of a run. `exact`: in fp32 throughout, instead of the run's number types. `options`: of
-    the task, given anew."""
+    the task, given anew. `model`: where the backbone is now, if it has moved."""
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / "recipe.yaml").is_file():
@@ -65,10 +67,13 @@ def load_run(folder: Path, *, exact: bool = False, options: Mapping[str, Any] | 
         )
     labels = tuple(about["labels"])
     task = _with_options(make_task(about["task"]), options or {})
-    backbone, _ = prepare_backbone(
-        recipe.model, method_of(recipe), task, labels, weights=recipe.weights, quantize=recipe.quantize,
-        seed=recipe.seed,
-    )  # fmt: skip
+    if model is not None:
+        recipe = recipe.model_copy(update={"model": model})
+    with _telling_of_moves(recipe.model, named=model is not None):
+        backbone, _ = prepare_backbone(
+            recipe.model, method_of(recipe), task, labels, weights=recipe.weights, quantize=recipe.quantize,
+            seed=recipe.seed,
+        )  # fmt: skip
     graft = load(backbone, folder / "graft")
     device = parallel.device()
     kind = "fp32" if exact else about["precision"]
@@ -82,6 +87,19 @@ def load_run(folder: Path, *, exact: bool = False, options: Mapping[str, Any] | 
     return Loaded(recipe, backbone, graft, task, labels, about["columns"], about["max_length"], forward)
 
 
+@contextmanager
+def _telling_of_moves(model: str, named: bool) -> Iterator[None]:
+    """Say what can be done where the backbone of a run is not where it was."""
+    try:
+        yield
+    except UserError as error:
+        if named or ":" in model or Path(model).expanduser().is_dir():
+            raise
+        raise UserError(
+            f"{error} If the model of this run has moved, say where it is: --model FOLDER, or model=... in Python."
+        ) from None
+
+
 def _with_options(task: Task, options: Mapping[str, Any]) -> Task:
     for name in options:
         if name not in task.using:
@@ -92,9 +110,12 @@ def _with_options(task: Task, options: Mapping[str, Any]) -> Task:
     return replace(task, **options) if options else task  # type: ignore[type-var]
 
 
-def evaluate(folder: str | Path, data: Any, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Metrics of a run on labelled rows: a file, or a table in memory. `options`: of the task, given anew."""
-    loaded = load_run(Path(folder), options=options)
+def evaluate(
+    folder: str | Path, data: Any, options: Mapping[str, Any] | None = None, *, model: str | None = None
+) -> dict[str, Any]:
+    """Metrics of a run on labelled rows: a file, or a table in memory. `options`: of the task, given anew. `model`: where
+    its backbone is now, if it has moved."""
+    loaded = load_run(Path(folder), options=options, model=model)
     reading, task = reading_of(loaded.recipe), loaded.task
     with _settings_of(folder):
         table = task.read(data, reading, "eval")
@@ -114,13 +135,15 @@ def evaluate(folder: str | Path, data: Any, options: Mapping[str, Any] | None = 
     }
 
 
-def predict(folder: str | Path, given: Any, options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def predict(
+    folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, model: str | None = None
+) -> list[dict[str, Any]]:
     """Answers for texts (a list of strings, or of pairs), a file, or a table in memory.
 
     Those for a file or a table have their `row` in it: the line of a text file, else the place, from 1. `options`: of
-    the task, given anew.
+    the task, given anew. `model`: where the run's backbone is now, if it has moved.
     """
-    return answer(folder, given, options)["predictions"]
+    return answer(folder, given, options, model=model)["predictions"]
 
 
 def answer(
@@ -128,12 +151,13 @@ def answer(
     given: Any,
     options: Mapping[str, Any] | None = None,
     show: Callable[[str], None] | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """What `predict` gives, and how many bad rows were left out, with a message for each of the first 1,000.
 
     `show`: is given a single answer piece by piece, where the task writes it so; `streamed` says whether it did.
     """
-    answers = Answers(folder, given, options, show=show)
+    answers = Answers(folder, given, options, show=show, model=model)
     predictions = list(answers)
     return {
         "predictions": predictions,
@@ -145,15 +169,16 @@ def answer(
 
 
 def stream(
-    folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, rows: int = ROWS
-) -> Answers:
+    folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, rows: int = ROWS,
+    model: str | None = None,
+) -> Answers:  # fmt: skip
     """What `predict` gives, one after another while a file of any size is read, `rows` rows at a time."""
-    return Answers(folder, given, options, rows)
+    return Answers(folder, given, options, rows, model=model)
 
 
 def predict_into(
     folder: str | Path, given: Any, out: str | Path, options: Mapping[str, Any] | None = None, *, overwrite: bool = False,
-    rows: int = ROWS, tell: Callable[[int], None] | None = None,
+    rows: int = ROWS, tell: Callable[[int], None] | None = None, model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write what `predict` gives into a file (.jsonl, .csv, .tsv, .parquet), whole or not at all, `rows` rows at a time.
 
@@ -162,7 +187,7 @@ def predict_into(
     """
     path = Path(out).expanduser()
     check_path(path, str(given) if isinstance(given, str | Path) else None, overwrite)
-    answers, count = Answers(folder, given, options, rows), 0
+    answers, count = Answers(folder, given, options, rows, model=model), 0
     with writing(path) as write:
         for piece in answers.pieces():
             write(piece)
@@ -183,12 +208,12 @@ class Answers:
 
     def __init__(
         self, folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, rows: int = ROWS,
-        show: Callable[[str], None] | None = None,
+        show: Callable[[str], None] | None = None, model: str | None = None,
     ) -> None:  # fmt: skip
         if isinstance(given, str) and not os.path.exists(os.path.expanduser(given)):
             _refuse_text(given)
         self.folder, self.rows, self.show = folder, rows, show
-        self.loaded = load_run(Path(folder), options=options)
+        self.loaded = load_run(Path(folder), options=options, model=model)
         task = self.loaded.task
         items = task.given(given, self.loaded.columns) if isinstance(given, list) else None
         self.numbered = items is None

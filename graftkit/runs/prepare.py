@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ from graftkit.engine.loop import Settings
 from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
+from graftkit.grafts.load import begin_with
 from graftkit.methods.base import Chain, Outputs
 from graftkit.methods.base import read as read_method
 from graftkit.optim.base import as_optimizer
 from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
+from graftkit.runs.best import best_of
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 
 # what torch says of a shape that no memory could hold
@@ -106,6 +109,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
         kept, out = task.hold_out(examples, data.eval, recipe.seed)
         held, examples = examples.take(out), examples.take(kept)
     task = task.resolve(examples, labels, recipe.seed)
+    best_of(task, labels, recipe.train.best)  # a wrong one is told before a model is loaded
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
@@ -184,6 +188,8 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
+    if recipe.train.start is not None:
+        begin_with(graft, Path(recipe.train.start).expanduser(), rows.labels)
     device = parallel.device()
     kind = precision.choose(recipe.train.precision, device)
     if not meta:

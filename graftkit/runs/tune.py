@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from graftkit.engine.cached import PhasedForward, make_forward
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
-from graftkit.engine.parallel import processes, sum_numbers
+from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.errors import Interrupted, UserError
 from graftkit.files import read_json, remove_leftovers, write_json, write_text
 from graftkit.plan.parameters import Plan
@@ -24,7 +24,7 @@ from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
-from graftkit.runs.folder import PLAN, RECIPE, RESULT, how_to_resume
+from graftkit.runs.folder import PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows
 from graftkit.runs.reporting import found_in
@@ -112,18 +112,20 @@ def run_recipe(
     console.quiet_unless(processes()[0] == 0)
     if recipe.out is None and processes()[1] > 1:
         raise UserError("several processes need to know their run folder beforehand: name it with --out.")
-    folder = run_folder.choose(recipe, overwrite)
     tables = tables or {}
-    rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
-    prepared = prepare(recipe, rows)
-    prepared, datasets = _encode(prepared)
-    prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
-    if processes()[0] == 0:
-        if overwrite and folder.exists():
-            run_folder.clear(folder)
-        write_text(folder / RECIPE, prepared.recipe.dump())
-        write_json(folder / PLAN, _planned(prepared, datasets))
-    return _train(prepared, datasets, folder, console, resumed=False)
+    with ExitStack() as stack:
+        claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
+        folder = claimed or run_folder.named(str(recipe.out))
+        rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        prepared = prepare(recipe, rows)
+        prepared, datasets = _encode(prepared)
+        prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
+        if processes()[0] == 0:
+            if overwrite:
+                run_folder.clear(folder)
+            write_text(folder / RECIPE, prepared.recipe.dump())
+            write_json(folder / PLAN, _planned(prepared, datasets))
+        return _train(prepared, datasets, folder, console, resumed=False)
 
 
 def resume(
@@ -148,7 +150,9 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE))
     if (folder / RESULT).is_file():
-        console.line(f"{folder} is finished already; {RESULT} and README.md there have its figures.")
+        console.line(
+            f"{folder} is finished already; {RESULT} and README.md there have its figures. {go_on(folder)}"
+        )
         return Run(folder, read_json(folder / RESULT))
     tables = tables or {}
     for name in ("train", "eval", "test"):
@@ -156,15 +160,17 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
             raise UserError(
                 f"{folder}: the {name} rows were in memory. Go on with: {how_to_resume(recipe, folder)}."
             )
-    rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
-    prepared = prepare(recipe, rows)
-    prepared, datasets = _encode(prepared)
-    planned = _planned(prepared, datasets)
-    run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
-    if processes()[0] == 0:
-        remove_leftovers(folder)
-        write_json(folder / PLAN, planned)  # it may have been killed before
-    return _train(prepared, datasets, folder, console, resumed=True)
+    with ExitStack() as stack:
+        in_first(lambda: stack.enter_context(run_folder.held(folder)))
+        rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        prepared = prepare(recipe, rows)
+        prepared, datasets = _encode(prepared)
+        planned = _planned(prepared, datasets)
+        run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
+        if processes()[0] == 0:
+            remove_leftovers(folder)
+            write_json(folder / PLAN, planned)  # it may have been killed before
+        return _train(prepared, datasets, folder, console, resumed=True)
 
 
 def plan(recipe: Recipe, console: Console) -> Plan:
@@ -314,7 +320,9 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
         "train": absolute(recipe.data.train), "eval": absolute(recipe.data.eval), "test": absolute(recipe.data.test),
         "columns": prepared.rows.columns,
     })  # fmt: skip
-    train = recipe.train.model_copy(update={"precision": prepared.precision})
+    train = recipe.train.model_copy(
+        update={"precision": prepared.precision, "start": absolute(recipe.train.start)}
+    )
     model = absolute(recipe.model) if Path(recipe.model).expanduser().is_dir() else recipe.model
     method = str(prepared.graft.method.without_outputs()) or None  # other data may have other labels
     return recipe.model_copy(update={

@@ -288,8 +288,13 @@ class Learner:
 class Scorer:
     """What outputs say: figures and answers."""
 
-    # the figures that are shown first; the first chooses the best weights, larger is better but for 'loss'
-    headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+    headline: ClassVar[tuple[str, ...]] = (
+        "accuracy",
+        "macro_f1",
+    )  # shown first; the first chooses the weights
+    # "max" or "min": what is better of a figure that weights can be chosen by; None: they cannot be. Those of `headline`
+    # that are not in here are better where they are larger
+    directions: ClassVar[Mapping[str, str | None]] = {"loss": "min"}
 
     def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Any]:
         """What is kept of each row of a batch, small and on the CPU; by default its logits in fp32."""
@@ -303,11 +308,10 @@ class Scorer:
         """Figures of rows with targets: those of `headline`, each with `NAME_interval` where it has one, `rows`, ..."""
         raise NotImplementedError
 
-    def better(self, metrics: dict[str, Any], best: dict[str, Any]) -> bool:
-        """Whether weights with these metrics are to be kept instead of the best so far."""
-        name = self.headline[0]
-        sign = -1 if name in ("loss", "perplexity") else 1
-        return (sign * metrics[name], -metrics["loss"]) > (sign * best[name], -best["loss"])
+    def figures(self, labels: Sequence[str]) -> dict[str, str]:
+        """The figures of `metrics` that weights can be chosen by, the default first, each with "max" or "min"."""
+        found = {n: self.directions.get(n, "max") for n in (*self.headline, *self.directions)}
+        return {name: direction for name, direction in found.items() if direction is not None}
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]

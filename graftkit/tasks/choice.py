@@ -69,6 +69,7 @@ class Choice(Task):
     )  # fmt: skip
     method: ClassVar[str] = "lora() + head()"
     headline: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "chance")
+    directions: ClassVar[Mapping[str, str | None]] = {"loss": "min", "chance": None}
 
     def read(self, source: Any, reading: Reading, name: str) -> Table:
         return gathered(super().read(source, reading, name))

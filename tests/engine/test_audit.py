@@ -220,3 +220,41 @@ def test_a_poisoned_embedding_names_the_rows_that_use_it(command, tiny_bert, row
         done = command(*words)
         assert done.status == 1 and f"rows whose own loss is not finite: {path}, line 42." in done.err
     assert not (tmp_path / "run" / "graft").exists()
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 5, 70_000])
+def test_a_digest_tells_of_one_changed_element(dtype, size):
+    from graftkit.engine.audit import digest
+
+    torch.manual_seed(0)
+    tensor = torch.rand(size).gt(0.5).to(dtype)
+    before = int(digest(tensor))
+    assert int(digest(tensor.clone())) == before
+    for place in {0, size // 2, size - 1}:
+        changed = tensor.clone()
+        changed[place] = ~tensor[place] if dtype == torch.bool else 1 - tensor[place]
+        assert int(digest(changed)) != before
+
+
+def test_changes_that_cancel_in_a_sum_of_bits_are_told():
+    from graftkit.engine.audit import digest
+
+    torch.manual_seed(0)
+    for dtype, bits in (
+        (torch.float32, torch.int32),
+        (torch.float64, torch.int64),
+        (torch.bfloat16, torch.int16),
+    ):
+        tensor = torch.randn(70_000).to(dtype)
+        before = int(digest(tensor))
+        for left, right in ((0, 1), (3, 69_999), (65_535, 65_536), (100, 200)):
+            swapped, shifted, mirrored = tensor.clone(), tensor.clone(), tensor.clone()
+            swapped[[left, right]] = tensor[[right, left]]
+            shifted.view(bits)[left] += 1
+            shifted.view(bits)[right] -= 1
+            mirrored[[left, right]] = -tensor[[left, right]]  # the top bits of two elements
+            assert before not in {int(digest(one)) for one in (swapped, shifted, mirrored)}

@@ -17,10 +17,11 @@ from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import phases
 from graftkit.engine.loop import Loop, Settings
 from graftkit.grafts.attach import attach
+from graftkit.optim.adamw import AdamW
 from graftkit.tasks.base import Term
 
 SETTINGS = Settings(
-    steps=4, batch_size=4, accumulate=2, lr=0.01, weight_decay=0.0, warmup=0.0, schedule="constant", clip=0.0, seed=3,
+    steps=4, batch_size=4, accumulate=2, optimizer=AdamW(), lr=0.01, weight_decay=0.0, warmup=0.0, schedule="constant", clip=0.0, seed=3,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -189,6 +190,74 @@ def test_broken_config_and_weights(refused, tiny_bert, tmp_path):
     refused("config.json is not valid JSON", model=folder)
     (folder / "config.json").write_text('{"model_type": "no_such_architecture"}')
     refused("no_such_architecture", model=folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 133466304\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"]
+)
+def test_a_model_whose_files_are_pointers_or_empty(refused, tiny_bert, tmp_path, name):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    (folder / name).write_text(POINTER)
+    refused(str(folder / name), f"is a Git LFS pointer of {len(POINTER)} bytes", "git lfs pull", model=folder)
+    (folder / name).write_text("")
+    refused(str(folder / name), "is empty", "download it again", model=folder)
+
+
+def test_a_model_whose_files_are_cut_short(refused, tiny_bert, tmp_path):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    os.truncate(weights, size - 1000)
+    refused(
+        str(weights), f"is cut short ({size - 1000:,} of {size:,} bytes)", "download it again", model=folder
+    )
+    os.truncate(weights, 200)
+    refused(str(weights), "is cut short (200 of ", model=folder)
+    shutil.copy(tiny_bert / "model.safetensors", weights)
+    os.truncate(folder / "tokenizer.json", 100)
+    refused(str(folder / "tokenizer.json"), "is cut short after 100 bytes", model=folder)
+
+
+def test_a_model_that_lacks_one_of_its_weights_files(refused, tiny_bert, tmp_path):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("lacks model-00002-of-00002.safetensors", "model.safetensors.index.json", model=folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("vit", "no image processor (preprocessor_config.json)"),
+        ("wav2vec2", "no feature extractor"),
+        ("bert", "no tokenizer"),
+    ],
+)
+def test_a_model_without_a_processor(refused, tiny_bert, tmp_path, kind, told):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    for path in [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
+        path.unlink()
+    refused(told, "from_pretrained(ORIGINAL)", model=folder)
+
+
+def test_rows_that_are_a_pointer(refused, tmp_path):
+    for name in ("t.csv", "t.parquet", "t.jsonl"):
+        refused(name, "is a Git LFS pointer", "git lfs pull", train=written(tmp_path / name, POINTER))
+
+
+def test_a_graft_whose_files_are_pointers(command, finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    for name in ("graft.json", "adapter_model.safetensors"):
+        whole = (folder / "graft" / name).read_bytes()
+        (folder / "graft" / name).write_text(POINTER)
+        done = command("predict", folder, "a plum")
+        assert done.status == 1 and name in done.err and "git lfs pull" in done.err
+        (folder / "graft" / name).write_bytes(whole)
 
 
 def test_weights_of_another_shape(refused, tiny_bert, tmp_path):

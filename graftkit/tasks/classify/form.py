@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,6 +70,7 @@ class Ordinal(OneLabel):
     headline: ClassVar[tuple[str, ...]] = (
         "quadratic_weighted_kappa", "mean_absolute_error", "accuracy", "macro_f1",
     )  # fmt: skip
+    directions: ClassVar[Mapping[str, str | None]] = {"mean_absolute_error": "min", "loss": "min"}
     aliases: ClassVar[tuple[str, ...]] = (*LABEL, *SCALE)
 
     def __init__(self, order: Sequence[str] | None, class_weights: str | None = None) -> None:

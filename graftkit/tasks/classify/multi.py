@@ -6,7 +6,7 @@ import ast
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +32,11 @@ class ManyLabels(Form):
     several columns of 0 and 1. Each label has a loss of its own, binary cross-entropy, and a row's is their mean."""
 
     headline: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
+    directions: ClassVar[Mapping[str, str | None]] = {
+        "exact_match": "max",
+        "label_accuracy": "max",
+        "loss": "min",
+    }
     aliases: ClassVar[tuple[str, ...]] = (*SETS, *(name for name in LABEL if name not in SETS))
 
     def __init__(self, threshold: float, separator: str | None, indicators: Sequence[str] | None) -> None:

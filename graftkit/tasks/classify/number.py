@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +26,7 @@ class Number(Form):
     learning rates mean what they mean elsewhere; all figures are in the numbers' own units."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "mean_absolute_error", "pearson", "spearman", "r2")
+    directions: ClassVar[Mapping[str, str | None]] = {"loss": "min", "mean_absolute_error": "min"}
     aliases: ClassVar[tuple[str, ...]] = (*SCALE, *LABEL)
 
     def __init__(self, center: float | None, scale: float | None) -> None:

@@ -76,6 +76,7 @@ class Classify(TextTask):
             raise UserError("classify(): separator is empty; name what stands between labels, such as ';'.")
         # these depend on the kind; they are the class's in all other tasks
         object.__setattr__(self, "headline", self.form.headline)
+        object.__setattr__(self, "directions", self.form.directions)
         object.__setattr__(self, "columns", self._columns())
         object.__setattr__(self, "using", ("threshold",) if self.kind == "multi" else ())
 

@@ -69,6 +69,7 @@ class Generate(Task):
     method: ClassVar[str] = "lora()"
     head: ClassVar[bool] = False
     headline: ClassVar[tuple[str, ...]] = ("perplexity", "exact_match", "token_accuracy")
+    directions: ClassVar[Mapping[str, str | None]] = {"perplexity": "min", "loss": "min"}
     families: ClassVar[tuple[str, ...]] = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")
     using: ClassVar[tuple[str, ...]] = (
         "exact_match", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed",

@@ -228,9 +228,10 @@ class Tag(Task):
             "words": int(words.sum()),
         }
 
-    def better(self, metrics: dict[str, Any], best: dict[str, Any]) -> bool:
-        name = "f1" if "f1" in metrics else "accuracy"
-        return (metrics[name], -metrics["loss"]) > (best[name], -best["loss"])
+    def figures(self, labels: Sequence[str]) -> dict[str, str]:
+        """Of entities, or of tags that stand each for themselves."""
+        names = ("f1", "precision", "recall", "accuracy") if types_of(labels) else ("accuracy", "macro_f1")
+        return {**dict.fromkeys(names, "max"), "loss": "min"}
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
