@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,21 +220,19 @@ class Loop:
 
     def _read(self, sums: Sums, norm: Tensor, work: Work) -> tuple[float, float, dict[str, Figures]]:
         """Loss, norm and figures of a step, read back from the device at once."""
-        device = self.forward.device
-        numbers = [*sums.losses.values(), *sums.correct.values()]
-        found = sum_tensor(torch.stack(numbers)) if numbers else torch.zeros(0, device=device)
+        found = sum_tensor(
+            torch.stack([*sums.losses.values(), *sums.correct.values(), *sums.counted.values()])
+        )
         read = torch.cat([found, norm.detach().to(found).reshape(1)]).tolist()
-        losses = dict(zip(sums.losses, read))
-        correct = dict(zip(sums.correct, read[len(losses) :]))
-        terms = {
+        terms = len(sums.losses)
+        figures = {
             name: Figures(
-                losses[name] / work.units[name], work.units[name],
-                correct[name] / work.units[name] if name in correct else None,
+                loss / work.units[name], work.units[name], correct / work.units[name] if counted else None
             )
-            for name in losses
-        }  # fmt: skip
-        loss = sum(sums.weights[name] * figures.loss for name, figures in terms.items())
-        return loss, read[-1], terms
+            for name, loss, correct, counted in zip(sums.losses, read, read[terms:], read[2 * terms :])
+        }
+        loss = sum(sums.weights[name] * one.loss for name, one in figures.items())
+        return loss, read[-1], figures
 
     def _gradients(self, work: Work) -> Sums:
         """Gradients of the loss of the step; memory that runs out halves the parts."""
@@ -255,8 +253,8 @@ class Loop:
             release(self.forward.device)
 
     def _accumulate(self, work: Work) -> Sums:
-        sums = Sums()
         device = self.forward.device
+        sums = Sums(work.units, device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             seed = self.settings.seed * 1_000_003 + self.step * self.world + self.index
             torch.manual_seed(seed)
@@ -323,27 +321,27 @@ class Loop:
         return position
 
 
-@dataclass
 class Sums:
-    """Losses and correct units of each term, added up on the device over the batches of a step."""
+    """Of each term, added up on the device over the batches of a step: losses, correct units, and whether these are
+    counted. A process without a batch in a step has zeros."""
 
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    correct: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        zero = torch.zeros((), dtype=kind, device=device)
+        self.losses = dict.fromkeys(names, zero)
+        self.correct = dict(self.losses)
+        self.counted = dict(self.losses)
+        self.weights = dict.fromkeys(names, 1.0)
 
     def add(self, terms: Terms) -> None:
         """Add the terms of one batch; nothing is read back."""
         for name, term in terms.items():
             self.weights[name] = term.weight
-            _add(self.losses, name, term.losses)
+            zero = self.losses[name]
+            self.losses[name] = zero + term.losses.detach().sum().to(zero)
             if term.correct is not None:
-                _add(self.correct, name, term.correct)
-
-
-def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-    kind = torch.float32 if values.device.type == "mps" else torch.float64
-    found = values.detach().sum().to(kind)
-    sums[name] = sums[name] + found if name in sums else found
+                self.correct[name] = self.correct[name] + term.correct.sum().to(zero)
+                self.counted[name] = torch.ones_like(zero)
 
 
 def moving_now(graft: Graft, labels: Labels) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ def begin_with(graft: Graft, path: Path, labels: Sequence[str]) -> None:
 def _as_attached(chain: Chain) -> list[str]:
     """The methods without the options that only training heeds, in any order."""
     plain = []
+    method: Any
     for method in chain.methods:
         fields = {
             field.name: field.default

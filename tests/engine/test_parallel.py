@@ -64,6 +64,16 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, still_bert, rows_fol
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4)
 
 
+def test_a_step_with_fewer_batches_than_processes(tmp_path, still_bert, rows_folder):
+    """96 rows in batches of 40: the last step of an epoch has one batch for two processes."""
+    words = tune_words(still_bert, rows_folder, tmp_path / "run", "train.epochs=2", "train.batch_size=40")
+    done = launch(*words)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [line["rows"] for line in steps if line["kind"] == "step"]
+    assert len(rows) == 4 and sum(rows[:2]) == sum(rows[2:]) == 96
+
+
 def test_their_folder_must_be_named(still_bert, rows_folder):
     words = tune_words(still_bert, rows_folder, Path("unused"), *SETTINGS)
     at = words.index("--out")
