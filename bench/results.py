@@ -26,6 +26,8 @@ from pathlib import Path
 
 from common import MODEL, ROOT, child_arguments, machine
 
+from graftkit.recipe.schema import DEFAULT_OPTIMIZER
+
 FOLDER = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "results.md"
 TASKS = "<!-- tasks: written by bench/tasks.py -->"  # from here on the page is that script's
@@ -33,8 +35,8 @@ SEEDS = (0, 1, 2)
 FULL, TOP = "full(lr=1e-4) + layerwise_lr(decay=0.85)", "unfreeze('blocks[-2:]', lr=2e-4)"
 COMMON = {"train.label_smoothing": 0.1}
 SMALL = {**COMMON, "train.batch_size": 16}
-# name: (method, epochs); epochs are what each needs, cheap ones get more
-ALL_ROWS = {
+# name: (method, epochs), and settings where there are any; epochs are what each needs, cheap ones get more
+ALL_ROWS: dict[str, tuple] = {
     "head": ("head()", 10),
     "head + unfreeze": (f"{TOP} + head()", 6),
     "full + layerwise_lr": (f"{FULL} + head()", 4),
@@ -62,7 +64,7 @@ ALL_ROWS |= {
     "unfreeze": ("unfreeze() + head()", 2),
     "gradual_unfreeze": ("gradual_unfreeze() + head()", 2),
     "full": ("full() + head()", 2),
-    "galore": ("galore() + head()", 2),
+    "galore": ("full(lr=1e-4) + head()", 2, {"train.optimizer": "galore(scale=1.0)"}),
     "freeze": ("full() + freeze('embeddings') + head()", 2),
     "layerwise_lr": ("full() + layerwise_lr() + head()", 2),
 }
@@ -114,7 +116,8 @@ def measure(part: str, name: str, seed: int, alone: bool, steps: int | None = No
     import graftkit
 
     shots, methods, settings = PARTS[part]
-    method, epochs = methods[name]
+    method, epochs, *more = methods[name]
+    settings = {**settings, **(more[0] if more else {})}
     if steps is not None:
         settings = {**settings, "train.steps": steps}
     with tempfile.TemporaryDirectory() as folder:
@@ -133,6 +136,7 @@ def measure(part: str, name: str, seed: int, alone: bool, steps: int | None = No
         "steps",
         "precision",
         "method",
+        "optimizer",
     )
     result = {**run.result, "method": run.result["method"].replace(folder, "runs")}
     return {
@@ -229,8 +233,10 @@ def line(runs: list[dict]) -> str:
     spread = (
         f"{min(accuracies):.4f} to {max(accuracies):.4f} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
     )
+    optimizer = runs[0].get("optimizer", DEFAULT_OPTIMIZER)
+    beside = "" if optimizer == DEFAULT_OPTIMIZER else f", `train.optimizer={optimizer}`"
     return (
-        f"| `{runs[0]['method']}` | {statistics.mean(accuracies):.4f} | {spread} | {runs[0]['trained_parameters']:,} "
+        f"| `{runs[0]['method']}`{beside} | {statistics.mean(accuracies):.4f} | {spread} | {runs[0]['trained_parameters']:,} "
         f"| {runs[0]['epochs']} | {seconds} | {memory} |\n"
     )
 

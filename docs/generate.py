@@ -1,6 +1,6 @@
 """Writes the generated parts of the documentation: `python docs/generate.py`, or `make docs`.
 
-What stands between `<!-- NAME -->` and `<!-- /NAME -->` in a page comes from the code: the methods and tasks from the
+What stands between `<!-- NAME -->` and `<!-- /NAME -->` in a page comes from the code: methods, tasks and optimizers from the
 catalogue, the keys of a recipe from its schema. tests/docs/test_docs.py fails where a committed page is not up to date.
 
 The docstring of a method is its entry in docs/methods.md. Its first paragraph says what the method does. Behind it stand
@@ -9,6 +9,8 @@ such word, or to the end of the paragraph; what a formula needs to be said befor
 
     When: what it is good for, beside the other methods.
     Parameters, L the number of layers: how many it trains, as a formula.
+
+An optimizer has `Memory` in the place of `Parameters`: how much it keeps for what is trained.
 
 The matrix of methods and models is in docs/matrix.json. `python docs/generate.py --matrix` makes it by running
 tests/support/contract.py on each pair; with names behind it (`--matrix lora dora`), on the pairs of these methods alone.
@@ -32,13 +34,13 @@ from graftkit.recipe.catalogue import Entry, Option, entries
 FOLDER = Path(__file__).parent
 PAGES = ("methods.md", "recipe.md")
 MATRIX = FOLDER / "matrix.json"
-NOTES = ("When", "Parameters")
+NOTES = ("When", "Parameters", "Memory")
 
 
 def overview() -> str:
     """A row for each method."""
     rows = ["| method | what it does | when | parameters | paper |", "| --- | --- | --- | --- | --- |"]
-    for entry in _methods():
+    for entry in packaged("method"):
         notes = notes_of(entry)
         name = f"[`{entry.name}`](#{entry.name})"
         rows.append(_row(name, entry.summary, notes["When"], notes["Parameters"], papers(entry) or "—"))
@@ -47,7 +49,7 @@ def overview() -> str:
 
 def methods() -> str:
     """A section for each method: its docstring, and its options."""
-    return "\n\n".join(_entry(entry) for entry in _methods())
+    return "\n\n".join(_entry(entry) for entry in packaged("method"))
 
 
 def matrix() -> str:
@@ -78,7 +80,12 @@ def matrix() -> str:
 
 def tasks() -> str:
     """The same for each task."""
-    return "\n\n".join(_entry(entry) for entry in entries("task").values())
+    return "\n\n".join(_entry(entry) for entry in packaged("task"))
+
+
+def optimizers() -> str:
+    """The same for each optimizer."""
+    return "\n\n".join(_entry(entry) for entry in packaged("optimizer"))
 
 
 def keys() -> str:
@@ -103,6 +110,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "matrix": matrix,
     "tasks": tasks,
+    "optimizers": optimizers,
     "keys": keys,
 }
 
@@ -129,7 +137,7 @@ def run_matrix(names: list[str]) -> list[str]:
 
     stored = read_matrix() if names else {"pairs": {}}
     broken = []
-    known = [entry.name for entry in _methods()]
+    known = [entry.name for entry in packaged("method")]
     for name in names or known:
         outcomes = stored["pairs"][name] = {}
         for model in zoo.MODELS:
@@ -171,9 +179,9 @@ def papers(entry: Entry) -> str:
     return "; ".join(dict.fromkeys(re.findall(names, text)))
 
 
-def _methods() -> list[Entry]:
-    """The methods that come with graftkit, without those of the user's own folders."""
-    return [entry for entry in entries("method").values() if entry.module.startswith("graftkit.")]
+def packaged(family: str) -> list[Entry]:
+    """The entries that come with graftkit, without those of the user's own folders."""
+    return [entry for entry in entries(family).values() if entry.module.startswith("graftkit.")]
 
 
 def _entry(entry: Entry) -> str:

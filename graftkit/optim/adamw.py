@@ -17,7 +17,7 @@ from graftkit.recipe.catalogue import option
 class AdamW(Optimizer):
     """Adam with decoupled weight decay: W <- W (1 - lr decay) - lr m / (sqrt(v) + eps), with m and v corrected for their bias.
 
-    Loshchilov & Hutter 2019, 'Decoupled Weight Decay Regularization', algorithm 2; Kingma & Ba 2015, 'Adam: A Method
+    Loshchilov and Hutter 2019, 'Decoupled Weight Decay Regularization', algorithm 2; Kingma and Ba 2015, 'Adam: A Method
     for Stochastic Optimization'. It is `torch.optim.AdamW`, in its fused form where torch has one.
 
     When: nothing speaks for another optimizer.

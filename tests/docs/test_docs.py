@@ -113,10 +113,23 @@ def test_files_named_exist(path: Path) -> None:
 def test_a_method_says_when_it_is_used_and_what_it_costs(name: str) -> None:
     entry = entries("method")[name]
     notes = _generate().notes_of(entry)
-    assert all(notes.values()), f"{entry.path}: see docs/generate.py for the form of a docstring"
+    assert notes["When"] and notes["Parameters"], (
+        f"{entry.path}: see docs/generate.py for the form of a docstring"
+    )
     assert "\n" not in entry.docstring.split("\n\n")[0], "the first paragraph is one line"
     own = {"freeze", "full", "head", "unfreeze"}  # as old as the field
     assert name in own or _generate().papers(entry), "name the paper and its year"
+
+
+@pytest.mark.parametrize("name", entries("optimizer"))
+def test_an_optimizer_says_when_it_is_used_and_what_it_keeps(name: str) -> None:
+    entry = entries("optimizer")[name]
+    notes = _generate().notes_of(entry)
+    assert notes["When"] and notes["Memory"], (
+        f"{entry.path}: see docs/generate.py for the form of a docstring"
+    )
+    assert "\n" not in entry.docstring.split("\n\n")[0], "the first paragraph is one line"
+    assert _generate().papers(entry), "name the paper and its year"
 
 
 def test_make_targets_named_in_readme_exist() -> None:

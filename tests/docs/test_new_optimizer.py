@@ -38,7 +38,7 @@ def test_the_command_line_knows_it(folder, command):
     assert "lion(beta1=0.9, beta2=0.99)" in json.dumps(recipes.schema())
 
 
-def test_plan_run_and_resume(folder, tiny_bert, rows_folder, tmp_path, command):
+def test_plan_and_run(folder, tiny_bert, rows_folder, tmp_path, command):
     method = "full() + layerwise_lr() + head()"
     words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=3", "train.optimizer=lion()",
                        "--json", method=method)  # fmt: skip
