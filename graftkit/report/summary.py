@@ -136,11 +136,10 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
             *(("schedule", text) for text in _schedule(plan)),
             *(("warning", text) for text in plan["warnings"]),
             ("frozen", _frozen(plan["frozen_blocks"], plan["blocks"])),
-            *([("optimizer", plan["optimizer"])] if plan["steps"] else []),
             ("memory", f"weights {size(plan['weight_bytes'])}, gradients {size(plan['gradient_bytes'])}, "
                        f"optimizer {size(plan['optimizer_bytes'])}; activations come on top"),
-            ("steps", f"{count(plan['steps'])} of {plan['batch_size']} rows ({count(plan['steps_per_epoch'])} an epoch), "
-                      f"{plan['precision']}"),
+            ("steps", f"{count(plan['steps'])} of {plan['batch_size']} rows ({count(plan['steps_per_epoch'])} an epoch)"
+                      f"{' with ' + plan['optimizer'] if plan['steps'] else ''}, {plan['precision']}"),
         ]
     )  # fmt: skip
 
