@@ -17,6 +17,7 @@ from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors, write_json, write_tensors
 from graftkit.grafts.peft_folder import read_peft
 from graftkit.grafts.stored import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, Contents, Stored
+from graftkit.recipe.expressions import renewed
 
 FORMAT = 1
 
@@ -98,7 +99,7 @@ def read(folder: Path) -> Stored:
         )
     return Stored(
         folder,
-        description["method"],
+        renewed(description["method"], "method"),
         tensors,
         description["fingerprint"],
         description["backbone"],

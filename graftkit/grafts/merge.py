@@ -187,23 +187,23 @@ def _read(folder: Path) -> Member:
 def _factors(folder: Path, method: Any, addition: str, tensors: dict[str, Tensor]) -> Factors:
     A, B, b = (tensors.get(f"{addition}.{name}") for name in ("A", "B", "b"))
     site = _site(addition)
-    rank = int(_at(folder, method.ranks, site, method.rank))
-    alpha = _at(folder, method.alphas, site, method.alpha_at(rank))
+    rank = int(_at(folder, method.rank_pattern, site, method.rank))
+    alpha = _at(folder, method.alpha_pattern, site, method.alpha_at(rank))
     if A is None or B is None or len(A) % rank:
         raise UserError(
             f"{folder}: the update of {site!r} has not the rank {rank} that its description says."
         )
-    scale = alpha / math.sqrt(rank) if method.stabilised else alpha / rank
+    scale = alpha / math.sqrt(rank) if method.use_rslora else alpha / rank
     return Factors(A, B, scale, rank, b)
 
 
 def _at(folder: Path, values: dict[str, float] | None, site: str, default: float) -> float:
-    """What ranks or alphas say of a site; only names can be looked up where there is no model."""
+    """What rank_pattern or alpha_pattern say of a site; only names can be looked up where there is no model."""
     found = default
     for selection, value in (values or {}).items():
         if not selection.startswith("re:"):
             raise UserError(
-                f"{folder} has ranks or alphas for {selection!r}, which only its backbone tells the meaning of, and PEFT cannot "
+                f"{folder} has rank_pattern or alpha_pattern for {selection!r}, which only its backbone tells the meaning of, and PEFT cannot "
                 "express it; it cannot be merged."
             )
         if re.fullmatch(selection[3:], site):
@@ -238,9 +238,9 @@ def _refuse_strangers(members: list[Member]) -> None:
                     "shapes; only grafts of one backbone can be merged."
                 )
     convolutions = [m for m in members if any(u.A.dim() > 2 for u in m.factors.values())]
-    if len({member.method.plain_conv for member in convolutions}) > 1:
+    if len({member.method.peft_conv for member in convolutions}) > 1:
         raise UserError(
-            "some of the grafts pad convolutions with zeros (plain_conv) and some do not; merge them apart."
+            "some of the grafts pad convolutions with zeros (peft_conv) and some do not; merge them apart."
         )
 
 
@@ -313,10 +313,10 @@ def _write(
     arguments: dict[str, Any] = {"rank": rank, "alpha": float(rank), "sites": exactly(map(_site, updates))}
     if ranks:
         by_rank = {r: exactly(_site(name) for name in ranks if ranks[name] == r) for r in set(ranks.values())}
-        arguments["ranks"] = {selection: r for r, selection in by_rank.items()}
-        arguments["alphas"] = {selection: float(r) for r, selection in by_rank.items()}
-    arguments |= {"b_bias": True} if any(update.b is not None for update in updates.values()) else {}
-    arguments |= {"plain_conv": True} if any(member.method.plain_conv for member in members) else {}
+        arguments["rank_pattern"] = {selection: r for r, selection in by_rank.items()}
+        arguments["alpha_pattern"] = {selection: float(r) for r, selection in by_rank.items()}
+    arguments |= {"lora_bias": True} if any(update.b is not None for update in updates.values()) else {}
+    arguments |= {"peft_conv": True} if any(member.method.peft_conv for member in members) else {}
     if len({update.b is None for update in updates.values()}) > 1:
         for name, update in updates.items():
             tensors.setdefault(f"{name}.b", torch.zeros(len(update.B)))
@@ -374,7 +374,7 @@ def _peft_form(
         "inference_mode": True,
     }
     config |= {"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {}
-    config |= {"lora_bias": True} if arguments.get("b_bias") else {}
+    config |= {"lora_bias": True} if arguments.get("lora_bias") else {}
     kept = {keys[name]: tensor for name, tensor in tensors.items()}
     added = [f"{member.form.name}_{STORED_NAME}." for member in members if member.form is not None]
     inside = {

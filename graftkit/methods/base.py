@@ -21,10 +21,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.shared import sums
-from graftkit.methods.shared.additions import Addition as Addition  # methods take these from here
-from graftkit.methods.shared.additions import OutputHead as OutputHead
-from graftkit.methods.shared.additions import new_parameter as new_parameter
-from graftkit.methods.shared.additions import place as place
+from graftkit.methods.shared.additions import Addition, OutputHead, new_parameter, place  # noqa: F401  (these too)
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import check_values, entries, entry_name

@@ -48,7 +48,7 @@ class DoRA(LoraLikeMethod):
         return weight.kind in self.kinds and groups_of(weight) == 1 and not weight.is_quantized
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
-        return Direction(weight, rank, scale, self.dropout, plain_conv=self.plain_conv)
+        return Direction(weight, rank, scale, self.dropout, peft_conv=self.peft_conv)
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         return peft_lora.write(self, backbone, graft, with_magnitudes=True)

@@ -27,25 +27,27 @@ class LoHa(SizedMethod):
 
     Hyeon-Woo et al. 2022, 'FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning',
     proposition 1; for adaptation in LyCORIS, Yeh et al. 2024. w2_b is zero, so that training starts at the base model
-    exactly. A convolution is seen as the map (out, in / groups * kernel); with `effective_conv` each of its two
+    exactly. A convolution is seen as the map (out, in / groups * kernel); with `use_effective_conv2d` each of its two
     factors is a core (rank, rank, *kernel) between w_a and w_b, proposition 3.
 
     When: an update of higher rank than that of lora is wanted from few parameters. It costs the time of a lora of rank
     rank * rank, or at most that of forming dW in each pass.
-    Parameters: 2 * rank * (in + out) for each map; with `effective_conv`
+    Parameters: 2 * rank * (in + out) for each map; with `use_effective_conv2d`
     2 * rank * (in / groups + out + rank * kernel) for a convolution whose kernel is not 1.
     """
 
     peft_types = ("LOHA",)
 
     rank: int = option(8, "rank of each of the two factors", at_least=1)
-    effective_conv: bool = option(False, "cores in place of flattened kernels in convolutions")
+    use_effective_conv2d: bool = option(
+        False, "cores in place of flattened kernels in convolutions", formerly="effective_conv"
+    )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Hadamard:
-        return Hadamard(weight, rank, scale, self.effective_conv)
+        return Hadamard(weight, rank, scale, self.use_effective_conv2d)
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        more = {"use_effective_conv2d": True} if self.effective_conv else {}
+        more = {"use_effective_conv2d": True} if self.use_effective_conv2d else {}
         return lycoris.write(self, backbone, graft, "hada_", more)
 
     @classmethod
@@ -67,13 +69,13 @@ class Hadamard(Update):
     t1: Tensor
     t2: Tensor
 
-    def __init__(self, weight: Weight, rank: int, scale: float, effective_conv: bool) -> None:
+    def __init__(self, weight: Weight, rank: int, scale: float, use_effective_conv2d: bool) -> None:
         super().__init__(weight)
         self.scale = scale
         kernel = weight.shape[2:] if weight.kind == "conv" else ()
         left: tuple[int, ...]
         right: tuple[int, ...]
-        self.with_cores = effective_conv and math.prod(kernel) > 1
+        self.with_cores = use_effective_conv2d and math.prod(kernel) > 1
         if self.with_cores:
             shape = (rank, rank, *kernel, 1) if len(kernel) == 1 else (rank, rank, *kernel)
             left, right = (rank, weight.shape[0]), (rank, weight.shape[1])

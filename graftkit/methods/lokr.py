@@ -31,7 +31,7 @@ class LoKr(SizedMethod):
 
     When: updates have to be much smaller than those of lora, and as cheap to compute.
     Parameters: out1 * in1 for w1, or rank * (out1 + in1) for its halves; out2 * in2 * kernel for w2, or
-    rank * (out2 + in2 * kernel) for its halves, or with `effective_conv` rank * (out2 + in2 + rank * kernel).
+    rank * (out2 + in2 * kernel) for its halves, or with `use_effective_conv2d` rank * (out2 + in2 + rank * kernel).
     """
 
     peft_types = ("LOKR",)
@@ -41,10 +41,12 @@ class LoKr(SizedMethod):
         None, "size of w1 that is aimed at; null means as near to w2's as can be", at_least=1
     )
     decompose_both: bool = option(False, "also decompose w1 where it is large")
-    effective_conv: bool = option(False, "a core in place of the flattened kernel in convolutions")
+    use_effective_conv2d: bool = option(
+        False, "a core in place of the flattened kernel in convolutions", formerly="effective_conv"
+    )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Kronecker:
-        return Kronecker(weight, rank, scale, self.factor, self.decompose_both, self.effective_conv)
+        return Kronecker(weight, rank, scale, self.factor, self.decompose_both, self.use_effective_conv2d)
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
         """The adapter that computes what the graft does; None where PEFT has none.
@@ -53,7 +55,7 @@ class LoKr(SizedMethod):
         """
         more: dict[str, Any] = {} if self.factor is None else {"decompose_factor": self.factor}
         more |= {"decompose_both": True} if self.decompose_both else {}
-        more |= {"use_effective_conv2d": True} if self.effective_conv else {}
+        more |= {"use_effective_conv2d": True} if self.use_effective_conv2d else {}
         form = lycoris.write(self, backbone, graft, "lokr_", more)
         return None if form is None or any(is_torn(*item) for item in form.tensors.items()) else form
 

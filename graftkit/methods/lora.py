@@ -23,8 +23,8 @@ class LoRA(LoraLikeMethod):
 
     Hu et al. 2021, 'LoRA: Low-Rank Adaptation of Large Language Models', equation 3. A is drawn as `nn.Linear` draws
     its weight, B is zero, so that training starts at the base model exactly (at an embedding A is zero and B is
-    drawn). `stabilised`: s = alpha / sqrt(rank), Kalajdzievski 2023, 'A Rank Stabilization Scaling Factor',
-    theorem 3.2. `b_rate`: Hayou et al. 2024, 'LoRA+', section 4.
+    drawn). `use_rslora`: s = alpha / sqrt(rank), Kalajdzievski 2023, 'A Rank Stabilization Scaling Factor',
+    theorem 3.2. `loraplus_lr_ratio`: Hayou et al. 2024, 'LoRA+', section 4.
 
     Beside linear maps it updates convolutions, embeddings, the packed maps of `nn.MultiheadAttention` and experts that
     are kept as one parameter; of the latter two the sum W + s B A stands in for W during a call.
@@ -32,20 +32,22 @@ class LoRA(LoraLikeMethod):
     When: nothing speaks for another method: it comes near to full fine-tuning on most tasks, and folds.
     Parameters: rank * (in + out) for each map, as many times as there are experts; at an embedding in is the
     vocabulary; at a convolution rank * (in * kernel + out / groups), which `groups` has to divide the rank for. With
-    b_bias out more for each map; bias frees those of the model.
+    lora_bias out more for each map; bias frees those of the model.
     """
 
     peft_types = ("LORA",)
     is_product: ClassVar[bool] = True
     is_general: ClassVar[bool] = True
 
-    b_bias: bool = option(False, "a trained bias beside B, scaled as B is")
-    start: str = option("kaiming", "distribution that A is drawn from", choices=("kaiming", "gaussian"))
+    lora_bias: bool = option(False, "a trained bias beside B, scaled as B is", formerly="b_bias")
+    init: str = option(
+        "kaiming", "distribution that A is drawn from", choices=("kaiming", "gaussian"), formerly="start"
+    )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
         update = super().factors(weight, name, rank, scale)
-        if self.start != "kaiming":  # which it has been drawn from already
-            update.draw(self.start)
+        if self.init != "kaiming":  # which it has been drawn from already
+            update.draw(self.init)
         return update
 
     @classmethod

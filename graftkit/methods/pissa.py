@@ -65,7 +65,7 @@ class PiSSA(LowRankMethod):
         if rank > least:
             raise UserError(
                 f"{self.name}(): the rank at {name!r} is {rank}, but this {type(weight.module).__name__} has only "
-                f"{least} singular values. Take a lower one there with ranks, or lora()."
+                f"{least} singular values. Take a lower one there with rank_pattern, or lora()."
             )
         return Principal(weight, rank, scale, self.dropout, self.iterations)
 
@@ -74,7 +74,7 @@ class PiSSA(LowRankMethod):
 
     def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
         """A LoRA of twice the rank with the same scale."""
-        return 2 * rank, alpha * math.sqrt(2) if self.stabilised else 2 * alpha
+        return 2 * rank, alpha * math.sqrt(2) if self.use_rslora else 2 * alpha
 
 
 class Principal(LowRank):

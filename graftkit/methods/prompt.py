@@ -31,8 +31,8 @@ class Prompt(Method):
     on the first position of all where it takes the first, on the text's last token where it takes the last (PEFT on
     the last position, be it padding). PEFT itself cuts nothing off: hidden states of this graft in PEFT begin with those
     of the virtual tokens.
-    `start`: 'random' draws from a normal distribution as wide as the embedding table, 'vocabulary' takes random rows
-    of the table, 'text' the rows of the words of `text`, repeated or cut to `tokens`.
+    `init`: 'random' draws from a normal distribution as wide as the embedding table, 'vocabulary' takes random rows
+    of the table, 'text' the rows of the words of `init_text`, repeated or cut to `tokens`.
     When: the model is large and a graft has to be tiny; on small models it stays behind other methods.
     Parameters: tokens * width.
     """
@@ -41,17 +41,22 @@ class Prompt(Method):
     stage: ClassVar[int] = 4
 
     tokens: int = option(20, "number of virtual tokens", at_least=1)
-    start: str = option(
-        "random", "what the virtual tokens are at first", choices=("random", "vocabulary", "text")
+    init: str = option(
+        "random",
+        "what the virtual tokens are at first",
+        choices=("random", "vocabulary", "text"),
+        formerly="start",
     )
-    text: str | None = option(None, "the text to start from, with start='text'")
+    init_text: str | None = option(None, "the text to start from, with init='text'", formerly="text")
     lr: float | None = option(None, "learning rate; null means 0.03", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
-        if (self.start == "text") != (self.text is not None) or not (self.text is None or self.text.strip()):
+        if (self.init == "text") != (self.init_text is not None) or not (
+            self.init_text is None or self.init_text.strip()
+        ):
             raise UserError(
-                "prompt() starts from a text, which must not be empty, where both are given: prompt(start='text', "
-                "text='Classify the question')."
+                "prompt() starts from a text, which must not be empty, where both are given: prompt(init='text', "
+                "init_text='Classify the question')."
             )
         entrance = find_entrance(backbone, self.name)
         name = f"prompt_{graft}"
@@ -64,15 +69,15 @@ class Prompt(Method):
     def _first(self, backbone: Backbone, entrance: Entrance) -> Tensor:
         """The values to start from, (tokens, width), in fp32."""
         table = entrance.table
-        if self.start == "random":
+        if self.init == "random":
             known = table is not None and not table.weight.is_meta
             spread = float(table.weight.detach().float().std()) if table is not None and known else 0.02
             return new_parameter(self.tokens, entrance.width, std=spread).detach()
         if table is None:
             raise UserError(
-                f"prompt(start={self.start!r}) needs a vocabulary, and {backbone.source} reads none; use start='random'."
+                f"prompt(init={self.init!r}) needs a vocabulary, and {backbone.source} reads none; use init='random'."
             )
-        if self.start == "vocabulary":
+        if self.init == "vocabulary":
             rows = torch.randint(table.num_embeddings, (self.tokens,), device=table.weight.device)
         else:
             rows = torch.tensor(self._ids(backbone), device=table.weight.device)
@@ -82,16 +87,16 @@ class Prompt(Method):
         tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
         if not callable(tokenizer):
             raise UserError(
-                f"prompt(start='text') needs the tokenizer of {backbone.source}, which was given without one: pass "
-                "Backbone(model, tokenizer) instead of the model alone, or use start='vocabulary'."
+                f"prompt(init='text') needs the tokenizer of {backbone.source}, which was given without one: pass "
+                "Backbone(model, tokenizer) instead of the model alone, or use init='vocabulary'."
             )
-        ids = list(tokenizer(self.text, add_special_tokens=False)["input_ids"])
+        ids = list(tokenizer(self.init_text, add_special_tokens=False)["input_ids"])
         if not ids:
-            raise UserError(f"prompt(): the tokenizer finds no tokens in the text {self.text!r}.")
+            raise UserError(f"prompt(): the tokenizer finds no tokens in the text {self.init_text!r}.")
         return (ids * math.ceil(self.tokens / len(ids)))[: self.tokens]
 
     def stored(self) -> Prompt:
-        return dataclasses.replace(self, start="random", text=None) if self.start == "text" else self
+        return dataclasses.replace(self, init="random", init_text=None) if self.init == "text" else self
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(

@@ -238,5 +238,10 @@ def _option(item: ast.AnnAssign) -> Option:
             ) from None
     bounds = {key: values.get(key) for key in BOUNDS}
     return Option(
-        item.target.id, ast.unparse(item.annotation), values.get("default"), values.get("help", ""), bounds
+        item.target.id,
+        ast.unparse(item.annotation),
+        values.get("default"),
+        values.get("help", ""),
+        bounds,
+        values.get("formerly"),
     )

@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from graftkit.errors import UserError, listing, nearest
-from graftkit.recipe.catalogue import FAMILIES, elsewhere, entries, entry_name
+from graftkit.recipe.catalogue import FAMILIES, Entry, elsewhere, entries, entry_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Call:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
 
 
-def parse(expression: str, family: str) -> tuple[Call, ...]:
+def parse(expression: str, family: str, *, stored: bool = False) -> tuple[Call, ...]:
     """Read `lora(rank=8) + unfreeze('blocks[-2:]') + head()` into checked calls.
 
     Raises `UserError` for a syntax error, an unknown name or option (the nearest known one is named) and
-    for a value of the wrong type or out of bounds.
+    for a value of the wrong type or out of bounds. `stored`: it was saved, maybe when options had other names.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the backslash of a regular expression in a plain string
             tree = ast.parse(expression.strip(), mode="eval").body
-        return tuple(_call(node, family, expression) for node in _terms(tree, family, expression))
+        return tuple(_call(node, family, expression, stored) for node in _terms(tree, family, expression))
     except (RecursionError, MemoryError):
         raise UserError(
             f"{family} {expression[:60] + ' ...'!r} cannot be read: it is nested too deeply or has too many parts."
@@ -57,7 +57,7 @@ def _terms(node: ast.expr, family: str, expression: str) -> list[ast.expr]:
     return [node]
 
 
-def _call(node: ast.expr, family: str, expression: str) -> Call:
+def _call(node: ast.expr, family: str, expression: str, stored: bool) -> Call:
     name_node = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name_node, ast.Name):
         raise UserError(f"{family} {expression!r}: {ast.unparse(node)!r} is not {FAMILIES[family].a}'s name.")
@@ -74,17 +74,36 @@ def _call(node: ast.expr, family: str, expression: str) -> Call:
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise UserError(f"{name}(): '**' cannot be used here.")
-            if keyword.arg not in entry.options:
-                raise UserError(
-                    f"{name}() has no option {keyword.arg!r} (options: {listing(entry.options) or 'none'})."
-                    f"{nearest(keyword.arg, entry.options)}"
-                )
-            if keyword.arg in arguments:
-                raise UserError(f"{name}(): {keyword.arg} is given twice.")
-            arguments[keyword.arg] = _value(keyword.value, name)
+            key = _option_of(entry, keyword.arg, stored)
+            if key in arguments:
+                raise UserError(f"{name}(): {key} is given twice.")
+            arguments[key] = _value(keyword.value, name)
     for key, value in arguments.items():
         entry.options[key].check(value, f"{name}()")
     return Call(name, arguments)
+
+
+def _option_of(entry: Entry, written: str, stored: bool) -> str:
+    """The name of an option as it is today. Raises `UserError` for one that there is not, or no longer is."""
+    if written in entry.options:
+        return written
+    renamed = next((name for name, option in entry.options.items() if option.formerly == written), None)
+    if renamed is None:
+        raise UserError(
+            f"{entry.name}() has no option {written!r} (options: {listing(entry.options) or 'none'})."
+            f"{nearest(written, entry.options)}"
+        )
+    if not stored:
+        raise UserError(f"{entry.name}(): {written} is called {renamed} now.")
+    return renamed
+
+
+def renewed(expression: str, family: str) -> str:
+    """An expression that was saved, with options under the names that they have today."""
+    old = (option.formerly for entry in entries(family).values() for option in entry.options.values())
+    if not any(name is not None and f"{name}=" in expression for name in old):
+        return expression
+    return " + ".join(str(call) for call in parse(expression, family, stored=True))
 
 
 def _unknown(name: str, written: str, family: str) -> str:

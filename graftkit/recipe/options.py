@@ -20,21 +20,26 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
+    formerly: str | None = None,
 ) -> Any:
-    """A dataclass field with what the command line, the recipe and the documentation need to know of it."""
+    """A dataclass field with what the command line, the recipe and the documentation need to know of it.
+
+    `formerly`: a name that it once had. Who writes that is told the new one; what was saved with it is still read.
+    """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+    return dataclasses.field(default=default, metadata={"help": help, "formerly": formerly, **bounds})
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One hyperparameter: its type as written, default, help and bounds."""
+    """One hyperparameter: its type as written, default, help and bounds, and the name that it once had."""
 
     name: str
     type: str
     default: Any
     help: str
     bounds: dict[str, Any]
+    formerly: str | None = None
 
     def check(self, value: Any, owner: str) -> None:
         """Raise `UserError` unless `value` has the type and lies within the bounds."""

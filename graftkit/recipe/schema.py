@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from graftkit.errors import UserError, listing, nearest
 from graftkit.recipe import catalogue, expressions, selection, sums
@@ -156,14 +164,17 @@ class Recipe(Section):
 
     @field_validator("method")
     @classmethod
-    def _method(cls, value: str | None) -> str | None:
+    def _method(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
+        stored = bool(info.context)  # what a run was trained with stays readable
+        value = expressions.renewed(value, "method") if stored else value
         calls = expressions.parse(value, "method")
         for call in calls:
             if "sites" in call.arguments:
                 selection.parse(call.arguments["sites"])
-        sums.check(calls)
+        if not stored:
+            sums.check(calls)
         return value
 
     @field_validator("task", mode="before")
@@ -204,10 +215,13 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def make(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
-    """A recipe from nested values. Raises `UserError` for the first thing that is wrong, named with its key."""
+def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool = False) -> Recipe:
+    """A recipe from nested values. Raises `UserError` for the first thing that is wrong, named with its key.
+
+    `stored`: a run was started with it, maybe when options had other names.
+    """
     try:
-        return Recipe.model_validate(dict(values))
+        return Recipe.model_validate(dict(values), context={"stored": True} if stored else None)
     except ValidationError as error:
         raise UserError(_message(error, origin)) from None
 

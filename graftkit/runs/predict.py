@@ -59,7 +59,7 @@ def load_run(
         raise UserError(f"{str(folder)!r} is not a run folder (it has no recipe.yaml).")
     if not (folder / "result.json").is_file():
         raise UserError(f"the run in {folder} is not finished; go on with `graftkit tune --resume {folder}`.")
-    recipe = recipes.make(recipes.read(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
+    recipe = recipes.make(recipes.read(folder / "recipe.yaml"), str(folder / "recipe.yaml"), stored=True)
     about = graft_files.read(folder / "graft").about
     if not {"labels", "precision", "task", "columns", "max_length"} <= set(about):
         raise UserError(

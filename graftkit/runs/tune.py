@@ -148,7 +148,7 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / RECIPE).is_file():
         raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
-    recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE))
+    recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE), stored=True)
     if (folder / RESULT).is_file():
         console.line(
             f"{folder} is finished already; {RESULT} and README.md there have its figures. {go_on(folder)}"

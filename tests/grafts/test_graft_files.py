@@ -193,3 +193,17 @@ def test_no_adapter_is_written_where_it_would_be_a_part_only(text, tmp_path):
     assert not (tmp_path / "adapter_config.json").exists()
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert torch.equal(tiny.outputs(load(tiny.bare("bert"), tmp_path).model), tiny.outputs(graft.model))
+
+
+def test_a_graft_that_was_saved_when_options_had_other_names(tmp_path):
+    old = shaken(
+        tiny.bare("bert"), "lora(rank=2, use_rslora=True, rank_pattern={'q': 4}, init='gaussian') + ia3()"
+    )
+    old.save(tmp_path / "old")
+    told = json.loads((tmp_path / "old" / "graft.json").read_text())["method"]
+    was = told.replace("use_rslora", "stabilised").replace("rank_pattern", "ranks").replace("init=", "start=")
+    assert was.count("stabilised") == was.count("ranks") == was.count("start") == 1
+    describe(tmp_path / "old", method=was)
+    again = load(tiny.bare("bert"), tmp_path / "old")
+    assert again.method == old.method
+    assert torch.equal(tiny.outputs(again.model), tiny.outputs(old.model))

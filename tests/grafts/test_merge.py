@@ -20,7 +20,7 @@ WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.2}
 SIZES = (
     "lora(rank=2)",
     "lora(rank=3, alpha=5, sites='blocks[0]')",
-    "lora(rank=2, stabilised=True, ranks={'q': 4})",
+    "lora(rank=2, use_rslora=True, rank_pattern={'q': 4})",
 )
 
 
@@ -82,7 +82,11 @@ def test_weights_are_equal_unless_given(tmp_path):
 
 def test_biases_beside_b(tmp_path):
     model = tiny.bare("bert")
-    texts = ("lora(rank=2, b_bias=True)", "lora(rank=2, alpha=3)", "lora(rank=2, b_bias=True, sites='q')")
+    texts = (
+        "lora(rank=2, lora_bias=True)",
+        "lora(rank=2, alpha=3)",
+        "lora(rank=2, lora_bias=True, sites='q')",
+    )
     folders = saved(model, tmp_path, texts)
     with using(model, WEIGHTS):
         wanted = tiny.outputs(model)

@@ -18,10 +18,10 @@ from graftkit.methods.base import read
 ROWS = ["support-de", None, "sales", "support-fr", "support-de"]
 # three grafts each, of different sizes where the method has a size
 TRIPLES = {
-    "lora": ("lora(rank=2)", "lora(rank=3, stabilised=True)", "lora(rank=5, alpha=3)"),
-    "lora with biases": ("lora(rank=2, b_bias=True)", "lora(rank=3, b_bias=True, bias='lora_only')", "lora(rank=1)"),
+    "lora": ("lora(rank=2)", "lora(rank=3, use_rslora=True)", "lora(rank=5, alpha=3)"),
+    "lora with biases": ("lora(rank=2, lora_bias=True)", "lora(rank=3, lora_bias=True, bias='lora_only')", "lora(rank=1)"),
     "lora on embeddings": ("lora(rank=2, sites='embeddings')", "lora(rank=3, sites='embeddings')", "lora(rank=2)"),
-    "ranks": ("lora(rank=2, ranks={'q': 4})", "lora(rank=3, sites='q,v')", "lora(rank=2, sites='blocks[0]')"),
+    "ranks": ("lora(rank=2, rank_pattern={'q': 4})", "lora(rank=3, sites='q,v')", "lora(rank=2, sites='blocks[0]')"),
     "dora": ("dora(rank=2)", "dora(rank=3)", "dora(rank=4)"),
     "adalora": ("adalora(rank=3, target_rank=2)", "adalora(rank=2, target_rank=1)", "adalora(rank=4, target_rank=1)"),
     "pissa": ("pissa(rank=2)", "pissa(rank=3)", "pissa(rank=1)"),

@@ -114,7 +114,7 @@ def test_parameters():
 
 
 def test_lengths_are_not_decayed():
-    graft = attach(make("Conv2d"), "dora(rank=2, sites='conv2d, lin0', b_rate=4)")
+    graft = attach(make("Conv2d"), "dora(rank=2, sites='conv2d, lin0', loraplus_lr_ratio=4)")
     groups = {id(p): group for group in graft.param_groups() for p in group["params"]}
     for name, parameter in graft.parameters.items():
         group = groups[id(parameter)]

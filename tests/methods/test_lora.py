@@ -99,14 +99,16 @@ def test_scales():
 
     assert scales("lora(rank=5)") == {2.0}
     assert scales("lora(rank=5, alpha=3)") == {3 / 5}
-    assert scales("lora(rank=5, alpha=3, stabilised=True)") == {3 / math.sqrt(5)}
-    assert scales("lora(rank=4, stabilised=True)") == {16 / 2}
-    assert scales("lora(rank=4, alpha=3, ranks={'q': 2})") == {3 / 4, 3 / 2}
-    assert scales("lora(rank=4, alphas={'q': 3, 'blocks[0]': 5})") == {2.0, 3 / 4, 5 / 4}
+    assert scales("lora(rank=5, alpha=3, use_rslora=True)") == {3 / math.sqrt(5)}
+    assert scales("lora(rank=4, use_rslora=True)") == {16 / 2}
+    assert scales("lora(rank=4, alpha=3, rank_pattern={'q': 2})") == {3 / 4, 3 / 2}
+    assert scales("lora(rank=4, alpha_pattern={'q': 3, 'blocks[0]': 5})") == {2.0, 3 / 4, 5 / 4}
 
 
 def test_ranks_by_selection():
-    graft = attach(tiny.bare("llama"), "lora(rank=3, ranks={'blocks[-2:]': 5, 'q': 7, 'blocks[0].q': 2})")
+    graft = attach(
+        tiny.bare("llama"), "lora(rank=3, rank_pattern={'blocks[-2:]': 5, 'q': 7, 'blocks[0].q': 2})"
+    )
     for name, module in graft.additions():
         block = int(name.split(".")[1])
         wanted = (2 if block == 0 else 7) if "q_proj" in name else (3 if block == 0 else 5)
@@ -118,14 +120,17 @@ def test_ranks_by_selection():
 @pytest.mark.parametrize(
     "text,said",
     [
-        ("lora(ranks={'q': 0})", r"lora\(\): ranks has 'q': 0; write a selection and a positive"),
-        ("lora(ranks={'q': 2.5})", "ranks has 'q': 2.5"),
-        ("lora(ranks={'q': True})", "ranks has 'q': True"),
-        ("lora(ranks={3: 2})", "ranks has 3: 2"),
-        ("lora(alphas={'q': 0})", "alphas has 'q': 0"),
-        ("lora(alphas={'q': -1.0})", "alphas has 'q': -1.0"),
-        ("lora(ranks={'head': 2})", "matches nothing"),
-        ("lora(sites='q', ranks={'v': 2})", "ranks has 'v', which is none of sites='q'; widen"),
+        (
+            "lora(rank_pattern={'q': 0})",
+            r"lora\(\): rank_pattern has 'q': 0; write a selection and a positive",
+        ),
+        ("lora(rank_pattern={'q': 2.5})", "rank_pattern has 'q': 2.5"),
+        ("lora(rank_pattern={'q': True})", "rank_pattern has 'q': True"),
+        ("lora(rank_pattern={3: 2})", "rank_pattern has 3: 2"),
+        ("lora(alpha_pattern={'q': 0})", "alpha_pattern has 'q': 0"),
+        ("lora(alpha_pattern={'q': -1.0})", "alpha_pattern has 'q': -1.0"),
+        ("lora(rank_pattern={'head': 2})", "matches nothing"),
+        ("lora(sites='q', rank_pattern={'v': 2})", "rank_pattern has 'v', which is none of sites='q'; widen"),
         ("lora(bias='some')", "bias is 'some', but must be one of"),
     ],
 )
@@ -135,7 +140,7 @@ def test_ranks_that_cannot_be(text, said):
 
 
 def test_the_rate_of_b():
-    graft = attach(tiny.bare("bert"), "lora(rank=2, b_rate=8, lr=0.01)")
+    graft = attach(tiny.bare("bert"), "lora(rank=2, loraplus_lr_ratio=8, lr=0.01)")
     assert {group.lr_scale for name, group in graft.labels.items() if name.endswith(".A")} == {1.0}
     assert {group.lr_scale for name, group in graft.labels.items() if name.endswith(".B")} == {8.0}
     assert sorted({group["lr"] for group in graft.param_groups()}) == pytest.approx([0.01, 0.08])
@@ -145,7 +150,7 @@ def test_starts():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4000, 8), nn.Linear(8, 2))
     attach(model, "lora(rank=5, sites='re:0')", name="kaiming")
-    attach(model, "lora(rank=5, sites='re:0', start='gaussian')", name="gaussian")
+    attach(model, "lora(rank=5, sites='re:0', init='gaussian')", name="gaussian")
     uniform, normal = model[0].lora_kaiming.A.detach(), model[0].lora_gaussian.A.detach()
     assert uniform.abs().max() <= 1 / math.sqrt(4000) < 1.01 * uniform.abs().max()
     assert normal.std() == pytest.approx(1 / 5, rel=0.03)
@@ -185,7 +190,7 @@ def test_biases_are_given_back():
 
 
 def test_a_bias_beside_b(tmp_path):
-    graft = grafted("Conv2d", "lora(rank=2, sites='conv2d, lin0', b_bias=True, alpha=3)")
+    graft = grafted("Conv2d", "lora(rank=2, sites='conv2d, lin0', lora_bias=True, alpha=3)")
     assert count(graft) == 2 * (6 * 9 + 8) + 8 + 2 * (8 + 3) + 3
     x = given("Conv2d")
     wanted = graft.model(x)
@@ -198,10 +203,10 @@ def test_a_bias_beside_b(tmp_path):
     graft.unfold()
     graft.save(tmp_path)
     assert torch.equal(load(make("Conv2d"), tmp_path).model(x), wanted)
-    bare = grafted("Conv2d without bias", "lora(rank=2, sites='conv2d', b_bias=True)")
-    with pytest.raises(NotFoldable, match=r"lora\(b_bias=True\).*conv2d.weight.*no bias"):
+    bare = grafted("Conv2d without bias", "lora(rank=2, sites='conv2d', lora_bias=True)")
+    with pytest.raises(NotFoldable, match=r"lora\(lora_bias=True\).*conv2d.weight.*no bias"):
         bare.fold()
-    assert "b_bias" in message(make("EmbConv1D"), "lora(sites='emb', b_bias=True)")
+    assert "lora_bias" in message(make("EmbConv1D"), "lora(sites='emb', lora_bias=True)")
 
 
 # ---- convolutions
@@ -239,13 +244,13 @@ def test_convolutions(name):
 
 @pytest.mark.parametrize("name", ["Conv2d dilated", "Conv2d circular"])
 def test_plain_convolutions_are_as_pefts(name):
-    graft = grafted(name, "lora(rank=2, sites='conv2d', plain_conv=True)")
+    graft = grafted(name, "lora(rank=2, sites='conv2d', peft_conv=True)")
     site, plain = graft.model.conv2d, make(name).conv2d
     A, B = factors(graft)
     x = given(name)
     inner = F.conv2d(x, A, padding=site.padding)
     torch.testing.assert_close(site(x), plain(x) + 2 * F.conv2d(inner, B))
-    with pytest.raises(NotFoldable, match="plain_conv"):
+    with pytest.raises(NotFoldable, match="peft_conv"):
         graft.fold()
 
 
@@ -258,8 +263,10 @@ def test_groups_that_do_not_divide_the_rank():
     graft = attach(model, "lora(rank=4)")  # by a broad word: what it can, it updates
     assert {name.split(".")[0] for name in graft.labels} == {"0", "2"}
     detach(graft)
-    assert "multiple of the 8 groups of this Conv1d" in message(model, "lora(rank=4, ranks={'re:0': 8})")
-    assert len(attach(model, "lora(rank=4, ranks={'re:1': 8})").parameters) == 6
+    assert "multiple of the 8 groups of this Conv1d" in message(
+        model, "lora(rank=4, rank_pattern={'re:0': 8})"
+    )
+    assert len(attach(model, "lora(rank=4, rank_pattern={'re:1': 8})").parameters) == 6
 
 
 # ---- embeddings and heads

@@ -206,7 +206,7 @@ def test_experts(build, how):
 
 
 def test_one_weight_of_the_experts():
-    graft = attach(mixture(), "lora(rank=2, sites='down_proj, q', ranks={'down_proj': 3})")
+    graft = attach(mixture(), "lora(rank=2, sites='down_proj, q', rank_pattern={'down_proj': 3})")
     assert {name.split(".lora_")[1] for name in graft.labels} == {
         "down_proj_default.A", "down_proj_default.B", "default.A", "default.B",
     }  # fmt: skip

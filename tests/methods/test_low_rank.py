@@ -77,7 +77,7 @@ def test_numbers_of_parameters(name):
     assert parameters(f"loha(rank={rank})", model.fresh()) == sum(
         e * 2 * rank * (i * k + o) for e, o, i, k in weights
     )
-    assert parameters(f"loha(rank={rank}, effective_conv=True)", model.fresh()) == sum(
+    assert parameters(f"loha(rank={rank}, use_effective_conv2d=True)", model.fresh()) == sum(
         2 * rank * (i + o + rank * k) if k > 1 else e * 2 * rank * (i + o) for e, o, i, k in weights
     )
 
@@ -103,7 +103,7 @@ def lokr_count(
 )
 def test_numbers_of_parameters_of_lokr(name, rank, factor, both, cores):
     model = zoo.BY_NAME[name]
-    text = f"lokr(rank={rank}, factor={factor}, decompose_both={both}, effective_conv={cores})"
+    text = f"lokr(rank={rank}, factor={factor}, decompose_both={both}, use_effective_conv2d={cores})"
     wanted = sum(
         lokr_count(rank, factor, both, cores, sizes(weight)) for weight in all_weights(model.fresh())
     )
@@ -140,7 +140,7 @@ def test_loha_is_its_formula(name):
 
 
 def test_loha_with_cores_is_its_formula():
-    graft = shaken(Images(), "loha(rank=2, alpha=3, effective_conv=True)")
+    graft = shaken(Images(), "loha(rank=2, alpha=3, use_effective_conv2d=True)")
     for weight, update, delta in deltas(graft):
         if sizes(weight)[3] == 1:
             assert not hasattr(update, "t1")
@@ -182,7 +182,7 @@ def test_lokr_is_its_formula(name, text):
 
 
 def test_lokr_with_cores_is_its_formula():
-    graft = shaken(Images(), "lokr(rank=1, effective_conv=True)")
+    graft = shaken(Images(), "lokr(rank=1, use_effective_conv2d=True)")
     for weight, update, delta in deltas(graft):
         if hasattr(update, "t2"):
             second = torch.einsum("ijkl,ip,jr->prkl", update.t2, update.w2_a, update.w2_b)
@@ -214,7 +214,7 @@ def test_what_is_computed_is_what_is_folded(kind, text):
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 def test_ranks_and_alphas_by_site(method):
-    text = f"{method}(rank=1, ranks={{'blocks[-1:]': 2}}, alphas={{'q': 5}})"
+    text = f"{method}(rank=1, rank_pattern={{'blocks[-1:]': 2}}, alpha_pattern={{'q': 5}})"
     graft = shaken(tiny.bare("bert"), text)
     for name, module in graft.additions():
         rank = 2 if "layer.2" in name else 1
@@ -223,8 +223,8 @@ def test_ranks_and_alphas_by_site(method):
             assert module.w1_a.shape[1] == rank
         else:
             assert hasattr(module, "w2") == (rank >= max(module.sizes[1], module.sizes[3]) / 2)
-    assert "blocks[9]" in message(tiny.bare("bert"), f"{method}(ranks={{'blocks[9]': 2}})")
-    assert "positive" in message(tiny.bare("bert"), f"{method}(ranks={{'q': 0}})")
+    assert "blocks[9]" in message(tiny.bare("bert"), f"{method}(rank_pattern={{'blocks[9]': 2}})")
+    assert "positive" in message(tiny.bare("bert"), f"{method}(rank_pattern={{'q': 0}})")
 
 
 # ---- LoHa's product

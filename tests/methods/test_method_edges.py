@@ -80,7 +80,9 @@ def test_methods_larger_than_their_modules_are_told():
 # --- prompts
 
 
-@pytest.mark.parametrize("text", ["prompt(text='')", "prompt(text=' ')", "prompt(start='text', text='')"])
+@pytest.mark.parametrize(
+    "text", ["prompt(init_text='')", "prompt(init_text=' ')", "prompt(init='text', init_text='')"]
+)
 def test_an_empty_text_to_start_from(text):
     assert "must not be empty" in message(tiny.bare("bert"), text)
 

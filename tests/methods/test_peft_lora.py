@@ -141,10 +141,10 @@ FORMS = {
     "dora": ("dora(rank=3, alpha=5)", {"use_dora": True}),
     "biases": ("lora(rank=3, bias='all')", {"bias": "all"}),
     "some biases": ("lora(rank=3, bias='lora_only')", {"bias": "lora_only"}),
-    "bias of B": ("lora(rank=3, b_bias=True, alpha=5)", {"lora_bias": True}),
-    "patterns": ("lora(rank=3, ranks={'blocks[1]': 5, 'v': 2}, alphas={'blocks[0]': 7})",
+    "bias of B": ("lora(rank=3, lora_bias=True, alpha=5)", {"lora_bias": True}),
+    "patterns": ("lora(rank=3, rank_pattern={'blocks[1]': 5, 'v': 2}, alpha_pattern={'blocks[0]': 7})",
                  {"rank_pattern": {"1.*": 5}, "alpha_pattern": {"q_proj|query|c_attn": 7}}),
-    "stabilised": ("dora(rank=3, stabilised=True, ranks={'blocks[-1]': 4})", {"use_dora": True, "use_rslora": True}),
+    "use_rslora": ("dora(rank=3, use_rslora=True, rank_pattern={'blocks[-1]': 4})", {"use_dora": True, "use_rslora": True}),
 }  # fmt: skip
 
 
@@ -202,10 +202,10 @@ def test_embeddings_and_heads_of_language_models(kind, targets, dora, tmp_path):
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
-@pytest.mark.parametrize("stabilised", [False, True])
-def test_ways_to_start_that_change_the_base(start, stabilised, tmp_path):
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ways_to_start_that_change_the_base(start, use_rslora, tmp_path):
     """Refused as PEFT keeps them; read once it has made a plain LoRA of them."""
-    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["query", "value"], "use_rslora": stabilised}
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["query", "value"], "use_rslora": use_rslora}
     wrapped = peft.get_peft_model(
         tiny.bare("bert"), peft.LoraConfig(init_lora_weights=start, **settings)
     ).eval()
@@ -237,7 +237,7 @@ def test_ways_to_start_that_do_not_matter(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["pissa(rank=3)", "pissa(rank=3, alpha=5, stabilised=True, ranks={'blocks[0]': 2})"]
+    "text", ["pissa(rank=3)", "pissa(rank=3, alpha=5, use_rslora=True, rank_pattern={'blocks[0]': 2})"]
 )
 @ALL_KINDS
 def test_peft_reads_our_pissa_as_lora_of_twice_the_rank(kind, text, tmp_path):

@@ -179,7 +179,7 @@ def tokens() -> Tensor:
     "text",
     [
         "lora(rank=3, alpha=5, sites='experts')",
-        "lora(rank=3, sites='experts, q', ranks={'blocks[0].experts': 2, 'down_proj': 4}, stabilised=True)",
+        "lora(rank=3, sites='experts, q', rank_pattern={'blocks[0].experts': 2, 'down_proj': 4}, use_rslora=True)",
         "lora(rank=3, sites='down_proj', dropout=0.3)",
         "pissa(rank=3, sites='gate_up_proj, q')",
     ],
@@ -219,7 +219,7 @@ def test_names_that_end_alike(tmp_path):
         tiny.randomize(made, 3)
         return made
 
-    graft = shaken(model(), "lora(rank=2, sites='re:0|2', ranks={'re:2': 3})")
+    graft = shaken(model(), "lora(rank=2, sites='re:0|2', rank_pattern={'re:2': 3})")
     graft.save(tmp_path)
     wrapped = peft.PeftModel.from_pretrained(model(), str(tmp_path))
     x = torch.randn(4, 6)

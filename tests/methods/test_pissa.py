@@ -28,7 +28,7 @@ def updates(graft) -> list[tuple[str, Principal]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("more", ["", ", iterations=0, stabilised=True, alpha=3, dropout=0.3"])
+@pytest.mark.parametrize("more", ["", ", iterations=0, use_rslora=True, alpha=3, dropout=0.3"])
 def test_it_starts_as_the_base(name, more):
     graft = attach(make(name), f"pissa(rank=2, sites='{SITES.get(name, 'all-linear')}'{more})")
     assert same_as_base(name, graft)
@@ -113,7 +113,7 @@ def test_parameters_and_ranks():
     W, INNER, L = tiny.WIDTH, tiny.INNER, tiny.BLOCKS
     maps = [(W, W)] * 4 + [(W, INNER), (INNER, W)]
     assert count(attach(tiny.bare("bert"), "pissa(rank=5)")) == L * sum(5 * (i + o) for i, o in maps)
-    graft = attach(tiny.bare("bert"), "pissa(rank=5, ranks={'q': 2}, alphas={'q': 3})")
+    graft = attach(tiny.bare("bert"), "pissa(rank=5, rank_pattern={'q': 2}, alpha_pattern={'q': 3})")
     scales = {update.scale for name, update in updates(graft) if "query" in name}
     assert scales == {3 / 2}
     said = message(tiny.bare("bert"), f"pissa(rank={W + 1})")

@@ -54,7 +54,9 @@ def words_of(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]
 @pytest.mark.parametrize("tokens,ids", [(2, [5, 3]), (3, [5, 3, 4]), (7, [5, 3, 4, 5, 3, 4, 5])])
 def test_start_from_a_text(tokens, ids):
     model = tiny.bare("bert")
-    graft = attach(Backbone(model, words_of), f"prompt(tokens={tokens}, start='text', text='which was said')")
+    graft = attach(
+        Backbone(model, words_of), f"prompt(tokens={tokens}, init='text', init_text='which was said')"
+    )
     assert torch.equal(prompt_of(model), model.embeddings.word_embeddings.weight[ids])
     assert "which was said" in str(graft.method)
 
@@ -63,7 +65,7 @@ def test_start_from_a_text(tokens, ids):
 def test_start_from_the_vocabulary(kind):
     model = tiny.bare(kind).bfloat16()
     torch.manual_seed(1)
-    attach(model, "prompt(tokens=6, start='vocabulary')")
+    attach(model, "prompt(tokens=6, init='vocabulary')")
     rows = {tuple(row.tolist()) for row in model.get_input_embeddings().weight.float()}
     drawn = [tuple(row.tolist()) for row in prompt_of(model)]
     assert set(drawn) <= rows and len(set(drawn)) > 2
@@ -78,7 +80,7 @@ def test_random_start_is_as_wide_as_the_table():
 
 def test_a_stored_prompt_needs_no_tokenizer(tmp_path):
     graft = attach(
-        Backbone(tiny.bare("bert"), words_of), "prompt(tokens=3, start='text', text='a few words')"
+        Backbone(tiny.bare("bert"), words_of), "prompt(tokens=3, init='text', init_text='a few words')"
     )
     graft.save(tmp_path)
     again = load(tiny.bare("bert"), tmp_path)

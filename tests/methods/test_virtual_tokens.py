@@ -307,14 +307,14 @@ def test_a_text_that_is_too_long():
 
 def test_starts_that_cannot_be():
     bert = tiny.bare("bert")
-    assert "both are given" in message(bert, "prompt(start='text')")
-    assert "both are given" in message(bert, "prompt(start='text', text='  ')")
-    assert "both are given" in message(bert, "prompt(text='hello')")
-    assert "tokenizer" in message(bert, "prompt(start='text', text='hello')")
+    assert "both are given" in message(bert, "prompt(init='text')")
+    assert "both are given" in message(bert, "prompt(init='text', init_text='  ')")
+    assert "both are given" in message(bert, "prompt(init_text='hello')")
+    assert "tokenizer" in message(bert, "prompt(init='text', init_text='hello')")
     empty = Backbone(bert, lambda text, add_special_tokens: {"input_ids": []})
-    assert "no tokens" in message(empty, "prompt(start='text', text='?')")
-    for start in ("start='vocabulary'", "start='text', text='hello'"):
-        assert "start='random'" in message(zoo.BY_NAME["vit"].fresh(), f"prompt({start})")
+    assert "no tokens" in message(empty, "prompt(init='text', init_text='?')")
+    for start in ("init='vocabulary'", "init='text', init_text='hello'"):
+        assert "init='random'" in message(zoo.BY_NAME["vit"].fresh(), f"prompt({start})")
 
 
 def test_masks_and_caches_that_do_not_fit():

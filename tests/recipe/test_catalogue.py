@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import typing
@@ -12,7 +13,7 @@ import pytest
 from graftkit import LoRA, UserError
 from graftkit.methods.base import Chain, read
 from graftkit.recipe.catalogue import FAMILIES, entries, entry_name
-from graftkit.recipe.expressions import Call, as_expression, build, parse
+from graftkit.recipe.expressions import Call, as_expression, build, parse, renewed
 
 
 @pytest.mark.filterwarnings("error")
@@ -44,7 +45,7 @@ def test_options_are_those_of_the_dataclass(family):
             assert option.type == field.type and types[key], key
             wanted = None if field.default is dataclasses.MISSING else field.default
             assert option.default == wanted, f"{name}.{key}"
-            assert {"help": option.help, **option.bounds} == dict(field.metadata)
+            assert {"help": option.help, "formerly": option.formerly, **option.bounds} == dict(field.metadata)
             assert option.help
         assert entry.summary == made.__doc__.split("\n\n")[0].replace("\n", " ").strip()
         assert entry.module == made.__module__ and entry_name(entry.module) == name
@@ -233,3 +234,47 @@ def test_what_belongs_to_another_family_is_named(text, family, said):
     with pytest.raises(UserError) as caught:
         parse(text, family)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lora(b_rate=4.0)", "lora(loraplus_lr_ratio=4.0)"),
+        ("dora(stabilised=True)", "dora(use_rslora=True)"),
+        ("pissa(ranks={'q': 4}, alphas={'q': 8})", "pissa(rank_pattern={'q': 4}, alpha_pattern={'q': 8})"),
+        ("lora(b_bias=True, start='gaussian')", "lora(lora_bias=True, init='gaussian')"),
+        ("loha(effective_conv=True)", "loha(use_effective_conv2d=True)"),
+        ("lokr(effective_conv=True)", "lokr(use_effective_conv2d=True)"),
+        ("lora(plain_conv=True)", "lora(peft_conv=True)"),
+        ("prompt(start='text', text='a b')", "prompt(init='text', init_text='a b')"),
+    ],
+)
+def test_an_option_with_another_name_than_before(old, new):
+    """Who writes the old one is told the new one; what was saved with it is read as ever."""
+    was, now = (re.findall(r"(\w+)=", text) for text in (old, new))
+    with pytest.raises(UserError) as caught:
+        parse(old, "method")
+    assert f"{was[0]} is called {now[0]} now." in str(caught.value)
+    assert parse(old, "method", stored=True) == parse(new, "method")
+    assert renewed(f"{old} + head()", "method") == f"{new} + head()"
+    assert read(new)
+    with pytest.raises(UserError, match="twice"):
+        parse(f"{new[:-1]}, {old.partition('(')[2]}", "method", stored=True)
+
+
+def test_what_has_no_old_names_is_left_as_it_is():
+    for text in ("adapter( 3 ) + head", "lora(rank=", "prompt(init='text', init_text='start=3')"):
+        assert text.startswith("prompt") or renewed(text, "method") == text
+    assert (
+        parse(renewed("prompt(init='text', init_text='start=3')", "method"), "method")[0].arguments[
+            "init_text"
+        ]
+        == "start=3"
+    )
+
+
+def test_old_names_are_those_of_no_option():
+    for family in ("method", "task", "optimizer"):
+        for entry in entries(family).values():
+            old = [option.formerly for option in entry.options.values() if option.formerly]
+            assert len(set(old)) == len(old) and not set(old) & set(entry.options), entry.name

@@ -190,3 +190,14 @@ def test_the_schema_accepts_what_make_accepts_and_refuses_what_it_refuses(finish
     jsonschema.Draft202012Validator.check_schema(schema)
     for value, right in values:
         assert jsonschema.Draft202012Validator(schema).is_valid(value) is right
+
+
+def test_the_recipe_of_an_old_run_is_read():
+    """Under names that options had, and with sums that are refused today; a new one is not."""
+    for method, now in (
+        ("lora(b_rate=4.0) + head()", "lora(loraplus_lr_ratio=4.0) + head()"),
+        ("full() + lora() + head()",) * 2,
+    ):
+        with pytest.raises(UserError):
+            recipes.make({**MINIMAL, "method": method})
+        assert recipes.make({**MINIMAL, "method": method}, stored=True).method == now

@@ -39,22 +39,24 @@ class LowRankMethod(SizedMethod):
     """A method that places two factors, A and B, at each weight."""
 
     alpha: float | None = option(
-        None, "scale times rank; null means 2 * rank, a scale of 2, and 16 with stabilised", above=0
+        None, "scale times rank; null means 2 * rank, a scale of 2, and 16 with use_rslora", above=0
     )
     lr: float | None = option(None, "learning rate; null means 0.001", above=0)
     dropout: float = option(
         0.0, "dropout on the input of A; embeddings, packed attention and experts have none",
         at_least=0, below=1,
     )  # fmt: skip
-    stabilised: bool = option(False, "a scale of alpha / sqrt(rank), which suits large ranks")
+    use_rslora: bool = option(
+        False, "a scale of alpha / sqrt(rank), which suits large ranks", formerly="stabilised"
+    )
 
     default_lr = 1e-3
     default_scale = 2.0
     # options of some subclasses
-    b_rate = 1.0
-    b_bias = False
+    loraplus_lr_ratio = 1.0
+    lora_bias = False
     bias = "none"
-    plain_conv = False
+    peft_conv = False
     frees_base: ClassVar[dict[str, tuple]] = {"bias": ("all", "lora_only")}
 
     def __post_init__(self) -> None:
@@ -69,42 +71,42 @@ class LowRankMethod(SizedMethod):
         )
 
     def accepts(self, weight: Weight) -> bool:
-        ranks = (self.rank, *(self.ranks or {}).values())
+        ranks = (self.rank, *(self.rank_pattern or {}).values())
         return weight.kind in self.kinds and any(rank % groups_of(weight) == 0 for rank in ranks)
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
         """The update of the weight of that dotted name."""
-        return LowRank(weight, rank, scale, self.dropout, self.b_bias, self.plain_conv)
+        return LowRank(weight, rank, scale, self.dropout, self.lora_bias, self.peft_conv)
 
     def maker(self, backbone: Backbone) -> Callable[[Weight, str], Update]:
         sizes = self.sizes(backbone)
 
         def make(weight: Weight, name: str) -> Update:
             rank, alpha = sizes[name]
-            if self.b_bias and weight.kind not in ("linear", "transposed", "conv"):
+            if self.lora_bias and weight.kind not in ("linear", "transposed", "conv"):
                 raise UserError(
-                    f"{self.name}(b_bias=True) cannot update {name!r} ({type(weight.module).__name__}), whose output is "
-                    "not that of one map; leave b_bias out, or narrow sites."
+                    f"{self.name}(lora_bias=True) cannot update {name!r} ({type(weight.module).__name__}), whose output is "
+                    "not that of one map; leave lora_bias out, or narrow sites."
                 )
             if rank % groups_of(weight):
                 raise UserError(
                     f"{self.name}(): the rank at {name!r} is {rank}, but must be a multiple of the "
-                    f"{groups_of(weight)} groups of this {type(weight.module).__name__}. Give it one with ranks, "
+                    f"{groups_of(weight)} groups of this {type(weight.module).__name__}. Give it one with rank_pattern, "
                     "leave it out of sites, or use unfreeze() there."
                 )
-            scale = alpha / math.sqrt(rank) if self.stabilised else alpha / rank
+            scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
             return self.factors(weight, name, rank, scale)
 
         return make
 
     def alpha_at(self, rank: int) -> float:
-        return STABLE_ALPHA if self.stabilised and self.alpha is None else super().alpha_at(rank)
+        return STABLE_ALPHA if self.use_rslora and self.alpha is None else super().alpha_at(rank)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels = super().attach(backbone, graft)
         for name, group in labels.items():
             if name.endswith(".B"):
-                labels[name] = dataclasses.replace(group, lr_scale=self.b_rate)
+                labels[name] = dataclasses.replace(group, lr_scale=self.loraplus_lr_ratio)
         biases = dict.fromkeys(self.biases(backbone), dataclasses.replace(self.group(), role="base"))
         return labels | biases
 
@@ -125,17 +127,17 @@ class LowRankMethod(SizedMethod):
                     f"{self.name}() cannot be folded into {name!r}, a {kind} with groups: A sees all of its channels, "
                     "and a group of it does not. Keep the graft folder."
                 )
-            if self.plain_conv and has_geometry(weight):
+            if self.peft_conv and has_geometry(weight):
                 raise NotFoldable(
-                    f"{self.name}(plain_conv=True) cannot be folded into {name!r}, a {kind} with a dilation or "
+                    f"{self.name}(peft_conv=True) cannot be folded into {name!r}, a {kind} with a dilation or "
                     f"padding of its own ({self.name}() can). Keep the graft folder."
                 )
         values = super().fold(backbone, graft)
-        for name, (_, weight) in self.named(backbone).items() if self.b_bias else ():
+        for name, (_, weight) in self.named(backbone).items() if self.lora_bias else ():
             bias = getattr(weight.module, "bias", None)
             if bias is None:
                 raise NotFoldable(
-                    f"{self.name}(b_bias=True) cannot be folded into {name!r}, a {type(weight.module).__name__} that has "
+                    f"{self.name}(lora_bias=True) cannot be folded into {name!r}, a {type(weight.module).__name__} that has "
                     "no bias to take that of B. Keep the graft folder."
                 )
             update: Any = self.update_at(weight, graft)
@@ -153,20 +155,24 @@ class LowRankMethod(SizedMethod):
 class LoraLikeMethod(LowRankMethod):
     """A method whose two factors start from random values and zeros, as LoRA's do."""
 
-    b_rate: float = option(1.0, "factor on the learning rate of B (LoRA+ takes 2 to 16)", above=0)
+    loraplus_lr_ratio: float = option(
+        1.0, "factor on the learning rate of B (LoRA+ takes 2 to 16)", above=0, formerly="b_rate"
+    )
     bias: str = option(
         "none", "the model's own biases that are trained too", choices=("none", "all", "lora_only")
     )
-    plain_conv: bool = option(
-        False, "A pads with zeros and is not dilated, whatever the site does, as in PEFT"
+    peft_conv: bool = option(
+        False,
+        "A pads with zeros and is not dilated, whatever the site does, as in PEFT",
+        formerly="plain_conv",
     )
 
 
 class LowRank(Update):
-    """s B A with A (rank, in) and B (out, rank), both fp32, and with `b_bias` a bias b (out) beside B.
+    """s B A with A (rank, in) and B (out, rank), both fp32, and with `lora_bias` a bias b (out) beside B.
 
     At a convolution A is (rank, in, *kernel) and B (out, rank / groups, 1, ...), and A takes on the stride, padding and
-    dilation of the site (with `plain_conv` zeros for padding and no dilation); at n experts A is (n rank, in), one
+    dilation of the site (with `peft_conv` zeros for padding and no dilation); at n experts A is (n rank, in), one
     expert after the other, and B (out, rank n), the experts of each column side by side: PEFT's layouts.
     `dropout` acts on the input of A, where the map has an input of its own that is no list of ids.
     """
@@ -177,11 +183,11 @@ class LowRank(Update):
         rank: int,
         scale: float,
         dropout: float = 0.0,
-        b_bias: bool = False,
-        plain_conv: bool = False,
+        lora_bias: bool = False,
+        peft_conv: bool = False,
     ) -> None:
         super().__init__(weight)
-        self.rank, self.scale, self.plain_conv = rank, scale, plain_conv
+        self.rank, self.scale, self.peft_conv = rank, scale, peft_conv
         self.count = weight.shape[0] if weight.kind == "experts" else 1
         if weight.kind == "conv":
             module: Any = weight.module
@@ -192,7 +198,7 @@ class LowRank(Update):
             outputs, inputs = weight.shape[-2:]
             self.A = new_parameter(self.count * rank, inputs)
             self.B = new_parameter(outputs, rank * self.count)
-        self.b = new_parameter(outputs) if b_bias else None
+        self.b = new_parameter(outputs) if lora_bias else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.draw("kaiming")
 
@@ -240,7 +246,7 @@ class LowRank(Update):
 
     @property
     def alike(self) -> Any:
-        return self.plain_conv, self.b is None
+        return self.peft_conv, self.b is None
 
     @classmethod
     def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
@@ -262,7 +268,7 @@ class LowRank(Update):
             return look_up(site, x, A.T)
         if self.kind != "conv":
             return multiply(x, A)
-        if self.plain_conv:
+        if self.peft_conv:
             return correlate(x, A, site.stride, site.padding)
         return convolve(site, x, A, groups=1)
 

@@ -65,9 +65,9 @@ def read(reading: PeftReading, kind: type, pattern: str) -> tuple[dict[str, Any]
         "rank": rank,
         "sites": exactly(modules),
         "alpha": float(alpha),
-        "ranks": by_site(reading, "rank_pattern", keys),
-        "alphas": by_site(reading, "alpha_pattern", keys),
-        "effective_conv": reading.field("use_effective_conv2d", False, bool),
+        "rank_pattern": by_site(reading, "rank_pattern", keys),
+        "alpha_pattern": by_site(reading, "alpha_pattern", keys),
+        "use_effective_conv2d": reading.field("use_effective_conv2d", False, bool),
     }
     tensors = {
         f"{match[1]}.{entry_name(kind.__module__)}_default.{match[2]}": tensor

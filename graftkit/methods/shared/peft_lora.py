@@ -78,10 +78,10 @@ def write(
     }
     more = {
         "use_dora": with_magnitudes,
-        "use_rslora": method.stabilised,
+        "use_rslora": method.use_rslora,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "lora_bias": method.b_bias,
+        "lora_bias": method.lora_bias,
         "target_parameters": parameters,
     }
     return PeftForm(config | {key: value for key, value in more.items() if value}, tensors)
@@ -89,12 +89,12 @@ def write(
 
 def _is_expressible(method: LowRankMethod, named: dict[str, Weight]) -> bool:
     kinds = {weight.kind for weight in named.values()}
-    if "experts" in kinds and ("transposed" in kinds or method.b_bias):  # PEFT allows for one of them only
+    if "experts" in kinds and ("transposed" in kinds or method.lora_bias):  # PEFT allows for one of them only
         return False
     for name, weight in named.items():
         if name == weight.parameter:  # PEFT replaces modules, and the model itself has no place of its own
             return False
-        if has_geometry(weight) and not method.plain_conv:
+        if has_geometry(weight) and not method.peft_conv:
             return False
         if weight.kind == "packed" and weight.parameter != "in_proj_weight":  # see TWICE_UP_TO
             return False
@@ -142,12 +142,12 @@ def read(
         "alpha": float(alpha),
         "sites": exactly(site for sites in keys.values() for site in sites),
         "dropout": float(reading.field("lora_dropout", 0.0, (int, float))),
-        "stabilised": bool(reading.field("use_rslora", False)),
-        "ranks": by_site(reading, "rank_pattern", keys),
-        "alphas": by_site(reading, "alpha_pattern", keys),
+        "use_rslora": bool(reading.field("use_rslora", False)),
+        "rank_pattern": by_site(reading, "rank_pattern", keys),
+        "alpha_pattern": by_site(reading, "alpha_pattern", keys),
     }
     if any("_out_proj_default." in name for name in found) and _applies_twice(reading):
-        options["alphas"] = _doubled(options["alphas"] or {}, float(alpha), method, found)
+        options["alpha_pattern"] = _doubled(options["alpha_pattern"] or {}, float(alpha), method, found)
     if bias != "none":
         options["bias"] = bias
         found |= _biases(reading)
@@ -156,9 +156,9 @@ def read(
             raise reading.error(
                 "lora_bias together with use_dora is not read by graftkit; train without one."
             )
-        options["b_bias"] = True
+        options["lora_bias"] = True
     if any(name.endswith(".A") and tensor[:1, :1].numel() > 1 for name, tensor in found.items()):
-        options["plain_conv"] = True
+        options["peft_conv"] = True
     return {key: value for key, value in options.items() if value is not None and value is not False}, found
 
 

@@ -201,10 +201,14 @@ class SizedMethod(UpdateMethod):
     rank: int = option(8, "rank of the update", at_least=1)
     sites: str = option("all-linear", "maps that are adapted, as a selection")
     alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
-    ranks: dict | None = option(
-        None, "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts"
+    rank_pattern: dict | None = option(
+        None,
+        "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts",
+        formerly="ranks",
     )
-    alphas: dict | None = option(None, "other alphas for some of the sites, in the same way")
+    alpha_pattern: dict | None = option(
+        None, "other alphas for some of the sites, in the same way", formerly="alphas"
+    )
     lr: float | None = option(None, "learning rate; null means 0.01", above=0)
 
     default_lr = 1e-2
@@ -215,7 +219,7 @@ class SizedMethod(UpdateMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, kinds, least in (("ranks", int, 1), ("alphas", int | float, 0)):
+        for key, kinds, least in (("rank_pattern", int, 1), ("alpha_pattern", int | float, 0)):
             for selection, value in (getattr(self, key) or {}).items():
                 good = isinstance(value, kinds) and not isinstance(value, bool) and value >= least
                 if not isinstance(selection, str) or not good or not math.isfinite(value) or value == 0:
@@ -239,8 +243,8 @@ class SizedMethod(UpdateMethod):
 
     def sizes(self, backbone: Backbone) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each weight, by the name of its parameter."""
-        ranks = self._by_name(backbone, "ranks")
-        alphas = self._by_name(backbone, "alphas")
+        ranks = self._by_name(backbone, "rank_pattern")
+        alphas = self._by_name(backbone, "alpha_pattern")
         found = {}
         for name in self.named(backbone):
             rank = int(ranks.get(name, self.rank))
@@ -248,11 +252,11 @@ class SizedMethod(UpdateMethod):
         return found
 
     def alpha_at(self, rank: int) -> float:
-        """The alpha that goes with a rank where `alphas` says nothing."""
+        """The alpha that goes with a rank where `alpha_pattern` says nothing."""
         return self.default_scale * rank if self.alpha is None else self.alpha
 
     def _by_name(self, backbone: Backbone, key: str) -> dict[str, float]:
-        """`ranks` or `alphas` by the names of parameters; where two selections meet, the later one counts."""
+        """`rank_pattern` or `alpha_pattern` by the names of parameters; where two selections meet, the later one counts."""
         named = self.named(backbone)
         found: dict[str, float] = {}
         for selection, value in (getattr(self, key) or {}).items():
