@@ -1,4 +1,4 @@
-"""Devices and processes. The only file that imports accelerate."""
+"""Devices and processes. The only file that imports accelerate, beside tracking.py."""
 
 from __future__ import annotations
 

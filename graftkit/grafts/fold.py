@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from graftkit.errors import UserError
+from graftkit.errors import NotFoldable, UserError
 from graftkit.grafts.guards import refuse_entangled, refuse_shared
 from graftkit.grafts.register import folded_on
 
@@ -41,6 +41,21 @@ def fold(graft: Graft) -> None:
         parameters[name].data = value
     torch.clear_autocast_cache()
     graft.set_active(False, keep_head=True)
+
+
+def why_not(graft: Graft) -> str | None:
+    """Why the graft cannot be folded, as far as its places tell before anything is trained: where it changes one of
+    several modules that share a weight. None where nothing of the kind is in the way.
+    """
+    owners = {name.rpartition(".")[0] for name, module in graft.additions() if not module.survives_fold}
+    names = [name for name, _ in graft.model.named_parameters(remove_duplicate=False)]
+    try:
+        refuse_shared(
+            graft.model, graft.method, [name for name in names if name.rpartition(".")[0] in owners]
+        )
+    except NotFoldable as error:
+        return str(error)
+    return None
 
 
 def unfold(graft: Graft) -> None:

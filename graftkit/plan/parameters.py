@@ -10,6 +10,7 @@ import torch
 
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
+from graftkit.grafts.fold import why_not
 from graftkit.grafts.graft import Graft
 from graftkit.optim.base import Optimizer
 
@@ -20,7 +21,7 @@ class Plan:
 
     `schedule`: where a method frees parameters one after another, how many are trained from which step on (from 1);
     `never_trained_parameters` are those for which the run ends too early. `trained_parameters` counts these too.
-    `warnings` are of methods that add more than what they stand beside.
+    `warnings` are of methods that add more than what they stand beside, and of grafts that cannot be exported.
     """
 
     method: str
@@ -75,8 +76,14 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
         str(graft.method), str(optimizer), trained, total, weights, 4 * reached,
         _optimizer_bytes(graft, optimizer, phases), rows, batch_size,
         steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
-        schedule if len(schedule) > 1 or reached < trained else [], trained - reached, _oversized(graft),
+        schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
+        [*_oversized(graft), *_unexportable(graft)],
     )  # fmt: skip
+
+
+def _unexportable(graft: Graft) -> list[str]:
+    reason = why_not(graft)
+    return [] if reason is None else [f"this graft cannot be exported as a plain model: {reason}"]
 
 
 def _oversized(graft: Graft) -> list[str]:

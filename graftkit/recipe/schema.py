@@ -105,6 +105,10 @@ class TrainRecipe(Section):
         ge=1,
         description="steps between checkpoints; null: every two minutes and at each evaluation",
     )
+    trackers: list[str] = Field(
+        default_factory=list,
+        description="experiment trackers that are given every line of metrics.jsonl, such as [tensorboard] or [wandb]",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="type of the matrix products"
     )

@@ -19,7 +19,7 @@ from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.tasks.base import Dataset
 
-RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST = (
+RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -28,8 +28,9 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST = (
     "graft",
     "checkpoints",
     "worst.jsonl",
+    "trackers",
 )
-ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST)
+ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
 ROWS = "rows_sha256"  # in the plan: a digest of each part of the data
 

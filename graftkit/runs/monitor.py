@@ -19,6 +19,7 @@ from graftkit.engine.cached import make_forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes, wait
 from graftkit.engine.predict import predict
+from graftkit.engine.tracking import Trackers
 from graftkit.errors import UserError, first_line, listing
 from graftkit.files import append_lines, write_json, write_text
 from graftkit.report.card import model_card
@@ -54,6 +55,7 @@ class Watch:
         rows = prepared.rows
         self.choice = best_of(rows.task, rows.labels, prepared.recipe.train.best)
         self.problems: list[str] = []  # what failed without costing the run
+        self.trackers: Trackers | None = None
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
         self.forwards = {
@@ -95,10 +97,32 @@ class Watch:
                 f"note: the gradient of {len(step.zero)} parameters was zero in the whole first epoch: {listing(step.zero, 4)}"
             )
 
+    def track(self, console: Console) -> None:
+        """Start the trackers that the recipe names, in the first process alone."""
+        recipe = self.prepared.recipe
+        if self.main and recipe.train.trackers:
+            self.trackers = Trackers(
+                recipe.train.trackers,
+                self.folder,
+                recipe.model_dump(),
+                lambda text: self._tell_of(text, console),
+            )
+
+    def untrack(self) -> None:
+        """End the trackers: what is still in their memory is written."""
+        if self.trackers is not None:
+            self.trackers.finish()
+
+    def _tell_of(self, problem: str, console: Console) -> None:
+        self.problems.append(problem)
+        console.line(f"warning: {problem}")
+
     def flush(self) -> None:
         """Write the lines that wait. Raises `UserError` where that fails; they wait on then."""
         if self.main and self.pending:
             append_lines(self.folder / METRICS, map(json.dumps, self.pending))
+            if self.trackers is not None:
+                self.trackers.log(self.pending)
         self.pending = []
 
     def metrics(self, name: str) -> dict[str, Any]:
@@ -198,27 +222,7 @@ class Watch:
             with self._reporting("evaluating the test rows"):
                 found["test"] = self.metrics("test")
                 worst = self.worst
-        result = {
-            "run": str(folder),
-            "metrics": found.get("test") or found.get("eval") or {},
-            "evaluation": self.best,
-            "trained_parameters": prepared.plan.trained_parameters
-            - sum(prepared.graft.parameters[name].numel() for name in self.unused),
-            "unused_parameters": sorted(self.unused),
-            "zero_gradient_parameters": self.zero,
-            "never_trained_parameters": prepared.plan.never_trained_parameters,
-            "total_parameters": prepared.plan.total_parameters,
-            "seconds": round(seconds, 2),
-            "peak_memory_bytes": peak_memory(prepared.device),
-            "steps": self.loop.step,
-            "precision": prepared.precision,
-            "device": str(prepared.device),
-            "method": str(prepared.graft.method) or "none",
-            "optimizer": prepared.plan.optimizer,
-            "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
-            "rows_skipped": len(prepared.rows.skipped),
-            "problems": list(self.problems),
-        }
+        result = self._result(found, seconds)
         if self.main:
             for name, metrics in found.items():
                 self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
@@ -227,6 +231,7 @@ class Watch:
             for path in checkpoint.existing(folder / CHECKPOINTS):
                 path.unlink()
             self._describe(result, found, worst)
+            self.untrack()
         wait()  # for the folder to be whole
         with self._reporting("showing the result"):
             show_end(console, task.headline, result, found, worst)
@@ -238,6 +243,30 @@ class Watch:
                 with suppress(UserError):
                     write_json(folder / RESULT, result)
         return result
+
+    def _result(self, found: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """What result.json holds."""
+        return {
+            "run": str(self.folder),
+            "metrics": found.get("test") or found.get("eval") or {},
+            "evaluation": self.best,
+            "trained_parameters": self.prepared.plan.trained_parameters
+            - sum(self.prepared.graft.parameters[name].numel() for name in self.unused),
+            "unused_parameters": sorted(self.unused),
+            "zero_gradient_parameters": self.zero,
+            "never_trained_parameters": self.prepared.plan.never_trained_parameters,
+            "total_parameters": self.prepared.plan.total_parameters,
+            "seconds": round(seconds, 2),
+            "peak_memory_bytes": peak_memory(self.prepared.device),
+            "steps": self.loop.step,
+            "precision": self.prepared.precision,
+            "device": str(self.prepared.device),
+            "method": str(self.prepared.graft.method) or "none",
+            "optimizer": self.prepared.plan.optimizer,
+            "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
+            "rows_skipped": len(self.prepared.rows.skipped),
+            "problems": list(self.problems),
+        }
 
     def _describe(self, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]) -> None:
         """Write what is for people alone. The graft is saved already, and no failure here may cost the run."""

@@ -16,6 +16,7 @@ from graftkit.engine.cached import PhasedForward, make_forward
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import in_first, processes, sum_numbers
+from graftkit.engine.tracking import refuse_missing
 from graftkit.errors import Interrupted, UserError
 from graftkit.files import read_json, remove_leftovers, write_json, write_text
 from graftkit.plan.parameters import Plan
@@ -113,6 +114,7 @@ def run_recipe(
     if recipe.out is None and processes()[1] > 1:
         raise UserError("several processes need to know their run folder beforehand: name it with --out.")
     tables = tables or {}
+    refuse_missing(recipe.train.trackers)
     with ExitStack() as stack:
         claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
         folder = claimed or run_folder.named(str(recipe.out))
@@ -175,6 +177,7 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
 
 def plan(recipe: Recipe, console: Console) -> Plan:
     """What `tune` would print before its first step; no weights are read and nothing is trained."""
+    refuse_missing(recipe.train.trackers)
     rows = prepare_rows(recipe)
     prepared = prepare(recipe, rows, meta=True)
     datasets = {"train": prepared.train}
@@ -207,6 +210,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     watch = Watch(prepared, datasets, folder, loop, start)
     if resumed:
         watch.restore(console)
+    watch.track(console)
     console.heading("Training" if prepared.settings.steps else "Evaluation")
     console.start(prepared.settings.steps, loop.step)
     smooth = _Smooth()
@@ -234,6 +238,11 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                     break
         if not prepared.settings.steps and watch.best is None:
             watch.evaluate(0, console)
+    except BaseException:
+        with suppress(UserError):
+            watch.flush()
+        watch.untrack()
+        raise
     finally:
         console.stop()
         with suppress(
