@@ -20,6 +20,7 @@ from graftkit.backbone import quantized
 from graftkit.backbone.anatomy import is_map
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.memory import is_out_of_memory
+from graftkit.backbone.fit import refuse_tokens_without_rows
 from graftkit.backbone.own import call, load_weights
 from graftkit.backbone.parts import find_sites
 from graftkit.errors import UserError, first_line, listing, nearest
@@ -217,6 +218,8 @@ def load_backbone(
             raise
         raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
     model.eval()
+    if tokenizer is not None:
+        refuse_tokens_without_rows(model, tokenizer, source.name)
     length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None
     backbone = Backbone(model, processor, source.name, pooling_of(source.folder), length, missing=missing)
     if labels is not None and not meta:

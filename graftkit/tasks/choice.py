@@ -25,7 +25,7 @@ from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task, Term, c
 from graftkit.tasks.shared.labels import LABEL, is_missing
 from graftkit.tasks.shared.masked import masked_cross_entropy
 from graftkit.tasks.shared.metrics import log_softmax, mean_interval
-from graftkit.tasks.shared.texts import TextDataset, text_problem, tokenizer_of
+from graftkit.tasks.shared.texts import TextDataset, check_encoded, text_problem, tokenizer_of
 
 # columns that hold one choice each: choice0, choice_1, ending2, option a, A, ...
 NUMBERED = re.compile(r"(?:(choice|ending|option|answer|sol|opa?)[ _-]?)(\d+|[a-z])", re.IGNORECASE)
@@ -180,7 +180,9 @@ class Choice(Task):
             first = values["context"]
         texts = second if first is None else [first[row] for row in rows]
         pairs = None if first is None else second
-        return Choices(examples, encode_texts(tokenizer_of(backbone, self), texts, pairs, max_length), counts)
+        encoded = encode_texts(tokenizer_of(backbone, self), texts, pairs, max_length)
+        check_encoded(backbone, encoded, lambda i: examples.where(int(rows[i])))
+        return Choices(examples, encoded, counts)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Cross-entropy over the choices of each row."""

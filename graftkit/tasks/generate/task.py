@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import check_token_ids
 from graftkit.data.chat import Template, check_template, read_messages
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
@@ -231,6 +232,8 @@ class Generate(Task):
             rows, problems = causal_rows(
                 examples, tokenizer, template, max_length, self.loss == "all", writing is not None
             )
+        for ids in ([row.ids for row in rows], [row.prompt for row in rows]):
+            check_token_ids(backbone, ids, examples.where)
         kept, rows = good_rows(examples, rows, problems)
         rows, truncated = cut(rows, max_length, room, both)
         if both:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import misfit
 from graftkit.data.augment import Augmentation
 from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.images import SUFFIXES, Picture, load, look_at
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
-from graftkit.errors import UserError, listing
+from graftkit.errors import UserError, first_line, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Term, check_rows, one_term
 from graftkit.tasks.image_classify.inputs import (
@@ -113,6 +114,19 @@ class ImageDataset(Dataset):
                 f"{type(model).__name__} gives {shape}, where logits (images, classes) should come out."
             )
         return found
+
+    def refuse_misfit(self, backbone: Backbone) -> None:
+        """Raise `UserError` where the model cannot take an image as it is made, found by trying the first."""
+        values = self.pixels(load(self.pictures[:1], lambda image, place: image)[0])
+        model, name = backbone.model, self.argument
+        problem = misfit(model, lambda device: model(**{name: values[None].to(device)}))
+        if problem is not None:
+            shape = " x ".join(map(str, values.shape))
+            raise UserError(
+                f"{backbone.source} cannot take an image of {shape} (channels x height x width), as {self.pixels} makes "
+                f"it: {first_line(problem)} Sizes and channels of the model and of its image processor "
+                "(preprocessor_config.json, or the options of image_classify()) have to be the same."
+            )
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         targets = [] if self.examples.targets is None else [np.asarray(self.examples.targets)]
@@ -254,7 +268,9 @@ class ImageClassify(LabelTask):
         if isinstance(pixels, Transform):
             same_size(pixels, [(p.width, p.height) for p in pictures], [p.name for p in pictures])
         change = self.augmentation() if training else Augmentation()
-        return ImageDataset(examples, pixels, argument_of(backbone.model), change)
+        made = ImageDataset(examples, pixels, argument_of(backbone.model), change)
+        made.refuse_misfit(backbone)
+        return made
 
     def transform(self) -> Transform:
         """What is done to images for a module that brings no processor."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import check_token_ids, check_token_types
 from graftkit.data.encode import Encoded, encode_texts
 from graftkit.data.read import Table
 from graftkit.data.source import Pass
@@ -126,4 +127,11 @@ def encode(
     """Texts, or pairs of texts, as a model takes them."""
     values = examples.values
     encoded = encode_texts(tokenizer_of(backbone, task), values["text"], values.get("text_pair"), max_length)
+    check_encoded(backbone, encoded, examples.where)
     return TextDataset(examples, encoded, numbers)
+
+
+def check_encoded(backbone: Backbone, encoded: Encoded, where: Callable[[int], str]) -> None:
+    """Raise `UserError` for token ids or token types that the model has no embedding for."""
+    check_token_ids(backbone, encoded.features["input_ids"], where)
+    check_token_types(backbone, encoded.features.get("token_type_ids", ()))

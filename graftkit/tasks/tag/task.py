@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import check_token_ids
 from graftkit.data.columns import Column
 from graftkit.data.conll import SUFFIXES, conll_pieces, read_conll
 from graftkit.data.read import read_table
@@ -170,6 +171,7 @@ class Tag(Task):
         read = [text_of(value) for value in examples.values["tokens"]]
         texts, spans = [text for text, _ in read], [found for _, found in read]
         parts = split_all(tokenizer, texts, spans, max_length, backbone.source)
+        check_token_ids(backbone, (part.ids for part in parts), lambda i: examples.where(parts[i].example))
         return TagDataset(examples, texts, spans, parts, tokenizer.pad_token_id or 0)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
