@@ -71,7 +71,7 @@ def parsed(values: list, task: Classify, skip_bad: bool = False):
         (["a,b", "", "b", "c,a"], {}),
         (["a b", "", "b", "c  a"], {"separator": " "}),
         ([["a", "b"], [], ["b"], ("c", "a")], {}),
-        (['["a", "b"]', "[]", "['b']", "['c','a','a']"], {}),
+        (['["a", "b"]', "[]", "['b']", "['c','a']"], {}),
     ],
 )
 def test_sets_of_labels(values, options):

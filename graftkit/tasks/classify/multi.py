@@ -29,7 +29,7 @@ YES, NO = ("1", "true", "yes"), ("0", "false", "no")
 
 class ManyLabels(Form):
     """A set of labels, which may be empty: from a list, from a text in which a separator stands between labels, or from
-    several columns of 0 and 1. Each label has a loss of its own, binary cross-entropy, and a row's is their mean."""
+    several columns of 0 and 1, or one of vectors of 0 and 1. Each label has a loss of its own, binary cross-entropy, and a row's is their mean."""
 
     headline: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
     aliases: ClassVar[tuple[str, ...]] = (*SETS, *(name for name in LABEL if name not in SETS))
@@ -41,10 +41,11 @@ class ManyLabels(Form):
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         if self.indicators is not None:
-            self._refuse_absent(table)
+            self._refuse_absent(table, columns)
             return self.indicators
         column = columns["label"]
         sets = [self._parts(value) or [] for value in table.columns[column]]
+        _refuse_vectors(table, column, sets)
         names = sorted({name for row in sets for name in row}, key=natural)
         if not names:
             raise UserError(f"column {column!r} of {table.source} has no labels at all.")
@@ -67,6 +68,8 @@ class ManyLabels(Form):
         index = LabelIndex(labels)
 
         def problem(row: int) -> str | None:
+            if self.indicators is not None and self._are_vectors(table, columns):
+                return self._vector_problem(table, columns["label"], row)
             if self.indicators is not None:
                 cells = ((name, table.columns[name][row]) for name in self.indicators)
                 bad = next((cell for cell in cells if _flag(cell[1]) is None), None)
@@ -81,16 +84,27 @@ class ManyLabels(Form):
                 return (
                     f"{table.where(row)}: column {column!r} {what}; for no label write [] or an empty text."
                 )
+            twice = next((part for part in parts if parts.count(part) > 1), None)
+            if twice is not None:
+                return f"{table.where(row)}: column {column!r} names {twice!r} more than once, and a set holds a label once."
             found = (label_problem(part, index) for part in parts)
             first = next((text for text in found if text is not None), None)
             return None if first is None else f"{table.where(row)}: {first}"
 
         if self.indicators is not None:
-            self._refuse_absent(table)
+            self._refuse_absent(table, columns)
         return problem
 
     def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
         """(rows, labels) float32, 1 where a label holds."""
+        if self.indicators is not None and self._are_vectors(table, columns):
+            return np.array(
+                [
+                    [_flag(part) for part in self._parts(value) or ()]
+                    for value in table.columns[columns["label"]]
+                ],
+                np.float32,
+            )
         if self.indicators is not None:
             return np.array(
                 [[_flag(v) for v in table.columns[name]] for name in self.indicators], np.float32
@@ -115,7 +129,22 @@ class ManyLabels(Form):
             return None
         return [label_text(part) for part in value if not is_missing(part)]
 
-    def _refuse_absent(self, table: Table) -> None:
+    def _are_vectors(self, table: Table, columns: dict[str, str]) -> bool:
+        """Whether the indicators name the places of vectors in one column, as no column has such a name."""
+        return "label" in columns and not set(self.indicators or ()) & set(table.columns)
+
+    def _vector_problem(self, table: Table, column: str, row: int) -> str | None:
+        parts = self._parts(table.columns[column][row]) or []
+        if len(parts) == len(self.indicators or ()) and None not in map(_flag, parts):
+            return None
+        return (
+            f"{table.where(row)}: column {column!r} is {table.columns[column][row]!r}, where a list of "
+            f"{len(self.indicators or ())} values of 0 and 1 should be, one for each of the indicators."
+        )
+
+    def _refuse_absent(self, table: Table, columns: dict[str, str]) -> None:
+        if self._are_vectors(table, columns):
+            return
         for name in self.indicators or ():
             if name not in table.columns:
                 raise UserError(
@@ -209,6 +238,22 @@ class ManyLabels(Form):
             "kind": "multi", "problem_type": "multi_label_classification", "threshold": self.threshold,
             "how": f"the labels whose sigmoid is above {self.threshold}",
         }  # fmt: skip
+
+
+def _refuse_vectors(table: Table, column: str, sets: Sequence[Sequence[str]]) -> None:
+    """Raise `UserError` for a column of vectors of 0 and 1, which would be read as sets of the labels '0' and '1'."""
+    filled = [row for row in sets if row]
+    places = {len(row) for row in filled}
+    repeated = next((i for i, row in enumerate(sets) if len(set(row)) < len(row)), None)
+    if repeated is None or len(places) != 1 or any(_flag(label) is None for row in filled for label in row):
+        return
+    count = places.pop()
+    twice = next(label for label in sets[repeated] if sets[repeated].count(label) > 1)
+    raise UserError(
+        f"{table.where(repeated)}: column {column!r} holds the value {twice} more than once, and a set holds a label once. "
+        f"All lists are of {count} values of 0 and 1, so they are vectors: name the labels of their places, "
+        f"classify(kind='multi', indicators=[{', '.join([repr('...')] * min(count, 3))}{', ...' * (count > 3)}])."
+    )
 
 
 def of_sets(
