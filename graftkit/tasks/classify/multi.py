@@ -21,6 +21,7 @@ from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import Form
 from graftkit.tasks.shared.labels import LABEL, LabelIndex, is_missing, label_problem, label_text, natural
 from graftkit.tasks.shared.metrics import interval, resamples
+from graftkit.tasks.shared.weights import positive_weights
 
 SETS = ("labels", "tags", "categories", "classes", "topics", "genres", "emotions", "intents")
 SEPARATORS = r"[;|,]"
@@ -34,8 +35,12 @@ class ManyLabels(Form):
     headline: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
     aliases: ClassVar[tuple[str, ...]] = (*SETS, *(name for name in LABEL if name not in SETS))
 
-    def __init__(self, threshold: float, separator: str | None, indicators: Sequence[str] | None) -> None:
+    def __init__(
+        self, threshold: float, separator: str | None, indicators: Sequence[str] | None,
+        class_weights: str | dict | None = None,
+    ) -> None:  # fmt: skip
         self.threshold = threshold
+        self.class_weights = class_weights
         self.separator = SEPARATORS if separator is None else re.escape(separator)
         self.indicators = None if indicators is None else tuple(indicators)
 
@@ -172,14 +177,18 @@ class ManyLabels(Form):
         return sorted(kept), sorted(held)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """Binary cross-entropy of logits (rows, labels), the mean over labels; smoothing draws targets to 1/2."""
+        """Binary cross-entropy of logits (rows, labels), the mean over labels; smoothing draws targets to 1/2, and class
+        weights multiply the part of a label that holds."""
+        given = np.asarray(dataset.examples.targets)
+        weights = positive_weights(self.class_weights, given.sum(axis=0), len(given), labels)
 
         def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None
             wanted = batch.targets * (1 - label_smoothing) + label_smoothing / 2
             losses = torch.nn.functional.binary_cross_entropy_with_logits(
-                logits.float(), wanted, reduction="none"
-            ).mean(dim=1)
+                logits.float(), wanted, reduction="none",
+                pos_weight=None if weights is None else weights.to(logits.device, non_blocking=True),
+            ).mean(dim=1)  # fmt: skip
             right = (logits.detach().float().sigmoid() > self.threshold) == (batch.targets > 0)
             return Term(losses, right.all(dim=1))
 

@@ -21,9 +21,10 @@ from graftkit.tasks.classify.multi import ManyLabels
 from graftkit.tasks.classify.number import Number, units_of
 from graftkit.tasks.shared.labels import LABEL, label_text
 from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, encode, read_texts
+from graftkit.tasks.shared.weights import check_class_weights
 
 BELONGS = {  # options that one kind of answer has, and in which kinds
-    "class_weights": ("single", "ordinal"),
+    "class_weights": ("single", "multi", "ordinal"),
     "order": ("ordinal",),
     "threshold": ("multi",),
     "separator": ("multi",),
@@ -39,8 +40,8 @@ class Classify(TextTask):
 
     `kind='single'`: one of several labels, by cross-entropy. `kind='multi'`: a set of labels, which may be empty, by a
     binary cross-entropy for each label; the column holds lists, or texts with a separator, or `indicators` names columns
-    of 0 and 1, or the places in one column of such vectors. `kind='ordinal'`: labels with an order, by the chances to go on from each to the next (Shi, Cao and
-    Raschka 2021). `kind='regression'`: a number, by squared error in units of the training rows' deviation.
+    of 0 and 1, or the places in one column of such vectors. `kind='ordinal'`: labels with an order, by the chances to go
+    on from each to the next (Shi, Cao and Raschka 2021). `kind='regression'`: a number, by squared error in units of the training rows' deviation.
     """
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -50,8 +51,11 @@ class Classify(TextTask):
     )
 
     kind: str = option("single", "what an answer is", choices=("single", "multi", "ordinal", "regression"))
-    class_weights: str | None = option(
-        None, "'balanced' weighs each row by the rarity of its class", choices=("balanced",)
+    class_weights: str | dict | None = option(
+        None,
+        "'balanced' weighs each row by the rarity of its class; or a weight for each, {label: weight}; multi: where the "
+        "label holds",
+        choices=("balanced",),
     )
     order: tuple | None = option(None, "ordinal: the labels from lowest to highest; null: numbers")
     threshold: float | None = option(
@@ -91,7 +95,7 @@ class Classify(TextTask):
         """What is read, learned and measured for this kind of answer."""
         if self.kind == "multi":
             threshold = 0.5 if self.threshold is None else self.threshold
-            return ManyLabels(threshold, self.separator, self.indicators)
+            return ManyLabels(threshold, self.separator, self.indicators, self.class_weights)
         if self.kind == "regression":
             return Number(self.center, self.scale)
         return (
@@ -107,7 +111,9 @@ class Classify(TextTask):
         return {name: column for name, column in columns.items() if name != "label"}
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
-        return self.form.label_names(table, columns, skip_bad)
+        names = self.form.label_names(table, columns, skip_bad)
+        check_class_weights(self.class_weights, names, self.name)
+        return names
 
     def examples(
         self,

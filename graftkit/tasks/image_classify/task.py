@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +33,8 @@ from graftkit.tasks.image_classify.inputs import (
     processor_of,
     same_size,
 )
-from graftkit.tasks.shared.labels import LABEL, LabelTask, balanced
+from graftkit.tasks.shared.labels import LABEL, LabelTask
+from graftkit.tasks.shared.weights import check_class_weights, class_weights
 
 NOUN = "image"
 PATHS = ("img", "file", "path", "file_name", "filename", "filepath", "file_path", "image_path", "image_file")
@@ -184,9 +184,10 @@ class ImageClassify(LabelTask):
     magnitude: int = option(9, "strength of RandAugment", at_least=0, at_most=30)
     mixup: float = option(0.0, "alpha of mixup, for example 0.2; 0 for none", at_least=0)
     cutmix: float = option(0.0, "alpha of cutmix, for example 1.0; 0 for none", at_least=0)
-    class_weights: str | None = option(
-        None, "'balanced' weighs each row by the rarity of its class", choices=("balanced",)
-    )
+    class_weights: str | dict | None = option(
+        None, "'balanced' weighs each row by the rarity of its class; or a weight for each, {label: weight}",
+        choices=("balanced",),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -320,8 +321,13 @@ class ImageClassify(LabelTask):
 
         return one_term(of_batch)
 
-    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
-        return None if self.class_weights is None else balanced(counts, classes)
+    def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
+        names = super().label_names(table, columns, skip_bad)
+        check_class_weights(self.class_weights, names, self.name)
+        return names
+
+    def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
+        return class_weights(self.class_weights, counts, labels)
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"image": examples.values["image"][row].name}

@@ -79,8 +79,8 @@ class LabelTask(Task):
         """The label that is answered, (rows,), of log-probabilities (rows, classes)."""
         return chances.argmax(axis=1)
 
-    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
-        """Weight of each class in the loss, or None. `counts`: training rows of each."""
+    def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
+        """Weight of each class in the loss, or None. `counts`: training rows of each, (labels,)."""
         return None
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
@@ -98,7 +98,7 @@ class LabelTask(Task):
         """Cross-entropy of logits (rows, classes) and targets (rows,)."""
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
-        weights = self.class_weight(Counter(targets.tolist()), len(labels))
+        weights = self.class_weight(np.bincount(targets, minlength=len(labels)), labels)
 
         def of_targets(logits: Tensor, targets: Tensor) -> Term:
             losses = cross_entropy(logits, targets, label_smoothing, weights)
@@ -163,12 +163,6 @@ def cross_entropy(
         logits.float(), targets, reduction="none", label_smoothing=label_smoothing
     )
     return losses if weights is None else losses * weights.to(losses.device)[targets]
-
-
-def balanced(counts: Counter[int], classes: int) -> Tensor:
-    """Rows / (classes * rows of the class): mean 1 over the rows."""
-    rows = sum(counts.values())
-    return torch.tensor([rows / (len(counts) * counts.get(c, 1)) for c in range(classes)])
 
 
 def label_problem(value: Any, labels: LabelIndex, source: str = "the training data") -> str | None:
