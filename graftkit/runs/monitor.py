@@ -200,6 +200,7 @@ class Watch:
             "method": str(prepared.graft.method) or "none",
             "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
             "rows_skipped": len(prepared.rows.skipped),
+            "warnings": prepared.rows.warnings,
         }
         if self.main:
             rows = prepared.rows
