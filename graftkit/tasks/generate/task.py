@@ -35,6 +35,7 @@ from graftkit.tasks.generate.data import (
 from graftkit.tasks.generate.scores import LABEL, MEAN, OTHER
 from graftkit.tasks.generate.talks import hold_out_talks, read_talks
 from graftkit.tasks.generate.text import Writing, ends_of, room_for, write
+from graftkit.tasks.shared.items import check_kinds
 from graftkit.tasks.shared.labels import is_missing
 from graftkit.tasks.shared.texts import made_up_texts, text_problem, tokenizer_of
 
@@ -163,6 +164,7 @@ class Generate(Task):
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
         if not items:
             raise UserError("there is no prompt to answer; give one or more, or --data FILE.")
+        check_kinds(items, (str,))
         tools = {columns["tools"]: None} if "tools" in columns else {}
         if all(isinstance(item, list) for item in items) and "messages" in columns:
             return [{columns["messages"]: item, **tools} for item in items]

@@ -16,6 +16,7 @@ from graftkit.data.read import Table
 from graftkit.data.source import Pass
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Task, check_rows
+from graftkit.tasks.shared.items import check_kinds, check_texts
 from graftkit.tasks.shared.labels import is_missing
 
 TEXT = ("sentence", "content", "review", "question", "query", "utterance", "tweet", "comment", "document")
@@ -61,9 +62,16 @@ class TextTask(Task):
                     f"{'text is' if len(items) == 1 else 'texts are'} given), or --data FILE; in Python a list of pairs."
                 )
             items = [tuple(items)]
+        check_kinds(items, (str,))
         single = all(isinstance(text, str) for text in items)
-        if not single and not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
+        if not single and not all(isinstance(pair, tuple | list) for pair in items):
             return None
+        for number, pair in enumerate(items if not single else (), start=1):
+            if len(pair) != 2:
+                raise UserError(
+                    f"item {number} of {len(items)} has {len(pair)} text{'s' * (len(pair) != 1)}, but must be a pair."
+                )
+            check_texts(pair, f"pair {number} of {len(items)}", ("first text", "second text"))
         if not single and "text_pair" not in columns:
             raise UserError(
                 "this run was trained on single texts, but pairs are given; give a list of texts."
