@@ -31,7 +31,7 @@ def whole_loss(task: Any, logits: torch.Tensor, targets: np.ndarray, labels=LABE
     """The mean loss of all training rows."""
     dataset: Any = SimpleNamespace(examples=SimpleNamespace(targets=targets))
     batch: Any = SimpleNamespace(targets=torch.from_numpy(targets))
-    return task.criterion(dataset, labels, 0.0)(logits, batch).losses.mean()
+    return task.learner(dataset, labels, 0.0)(lambda _: logits, batch)["loss"].losses.mean()
 
 
 @pytest.mark.parametrize("kind", [Classify, ImageClassify, AudioClassify])
@@ -66,9 +66,8 @@ def test_steps_of_a_scale_are_weighted_by_their_label():
     logits, targets = torch.randn(40, 2), np.random.default_rng(0).integers(0, 3, 40)
     plain = Classify(kind="ordinal", order=LABELS)
     dataset: Any = SimpleNamespace(examples=SimpleNamespace(targets=targets))
-    losses = plain.criterion(dataset, LABELS, 0.0)(
-        logits, SimpleNamespace(targets=torch.from_numpy(targets))
-    ).losses
+    batch: Any = SimpleNamespace(targets=torch.from_numpy(targets))
+    losses = plain.learner(dataset, LABELS, 0.0)(lambda _: logits, batch)["loss"].losses
     weights = torch.tensor([5, 1, 0.5])[targets]
     got = whole_loss(Classify(kind="ordinal", order=LABELS, class_weights=GIVEN), logits, targets)
     assert torch.allclose(got, (losses * weights).sum() / weights.sum())
@@ -100,7 +99,7 @@ def test_tags_are_weighted_as_by_torch(tiny_bert, given, expected):
     torch.manual_seed(0)
     logits = torch.randn(*targets.shape, 5)
     batch: Any = SimpleNamespace(targets=targets)
-    losses = task.criterion(dataset, labels, 0.0)(logits, batch).losses
+    losses = task.learner(dataset, labels, 0.0)(lambda _: logits, batch)["loss"].losses
     wanted = torch.nn.CrossEntropyLoss(weight=torch.tensor(expected, dtype=torch.float32))(
         logits.transpose(1, 2), targets
     )
