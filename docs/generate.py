@@ -204,6 +204,7 @@ def _bounds(option: Option) -> str:
     kind = option.type.replace("None", "null").replace(" | ", " or ")
     if option.bounds["choices"]:
         kind = "one of " + ", ".join(f"`{choice}`" for choice in option.bounds["choices"])
+        kind += ", or dict" * ("dict" in option.type)
     return ", ".join([kind, *limits])
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from graftkit.backbone import quantized
 from graftkit.backbone.anatomy import is_map
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.fit import refuse_tokens_without_rows
 from graftkit.backbone.folder import (
     PREPROCESSOR_FILE,
     PROCESSOR_FILES,
@@ -222,24 +223,31 @@ def load_backbone(
             raise
         raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
     model.eval()
+    if tokenizer is not None:
+        refuse_tokens_without_rows(model, tokenizer, source.name)
     length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None
     backbone = Backbone(model, processor, source.name, pooling_of(source.folder), length, missing=missing)
     if labels is not None and not meta:
         _reorder_head(backbone, known, labels)
-    pools = native is not None and "SequenceClassification" in native
-    if pools and tokenizer is not None and tokenizer.pad_token_id is None and backbone.is_decoder:
+    if tokenizer is not None and native is not None and "SequenceClassification" in native:
+        _refuse_no_end(backbone, tokenizer, config)
+    _refuse_holes(backbone, complete)
+    return backbone
+
+
+def _refuse_no_end(backbone: Backbone, tokenizer: Any, config: Any) -> None:
+    """Raise `UserError` where the model's own head does not find the end of a row."""
+    if tokenizer.pad_token_id is None and backbone.is_decoder:
         raise UserError(
-            f"the tokenizer of {source.name!r} has no padding token and no end token, and the model's own head needs "
+            f"the tokenizer of {backbone.source!r} has no padding token and no end token, and the model's own head needs "
             "one to find the end of a row; use head(pooling='mean'), or 'last'."
         )
     end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
-    if pools and tokenizer is not None and isinstance(end, int) and end not in tokenizer("a")["input_ids"]:
+    if isinstance(end, int) and end not in tokenizer("a")["input_ids"]:
         raise UserError(
-            f"the tokenizer of {source.name!r} puts no end token behind a text, and the model's own head reads the state "
+            f"the tokenizer of {backbone.source!r} puts no end token behind a text, and the model's own head reads the state "
             "there; use head(pooling='mean'), or save the tokenizer with one."
         )
-    _refuse_holes(backbone, complete)
-    return backbone
 
 
 def _never_quantized(auto: Any, folder: Path, config: Any) -> tuple[str, ...]:

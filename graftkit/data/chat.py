@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from graftkit.data.messages import Message
 from graftkit.errors import UserError, first_line, listing, nearest
 
-ROLES = ("system", "user", "assistant", "tool")
 END = "<|im_end|>"  # of a turn in ChatML; the tokenizer's end token stands in where it has no such token
 TEMPLATES = {  # newlines within expressions: one behind a block would be dropped
     "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        "{% if tools %}{{ '<|im_start|>system\\n' }}{% if messages[0]['role'] == 'system' %}"
+        "{{ messages[0]['content'] + '\\n\\n' }}{% endif %}{{ '# Tools\\n\\n<tools>' }}{% for tool in tools %}"
+        "{{ '\\n' + (tool | tojson) }}{% endfor %}{{ '\\n</tools><|im_end|>\\n' }}{% endif %}"
+        "{% for message in messages %}{% if not (tools and loop.first and message['role'] == 'system') %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}"
+        "{% for call in message.get('tool_calls') or [] %}{% if message['content'] or not loop.first %}{{ '\\n' }}{% endif %}"
+        "{{ '<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "alpaca": (
         "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% elif messages[0].get('input') %}"
@@ -36,7 +42,8 @@ TEMPLATES = {  # newlines within expressions: one behind a block would be droppe
 }
 PROBE = "the-answer-of-the-probe"
 
-Message = dict[str, str]
+
+Tools = Sequence[Mapping[str, Any]] | None
 
 
 class TemplateFails(Exception):
@@ -50,48 +57,6 @@ def check_template(template: str | None, task: str) -> None:
             f"{task}(): template {template!r} is neither a name ({listing(TEMPLATES)}) nor a Jinja template."
             f"{nearest(template, TEMPLATES)}"
         )
-
-
-def read_messages(value: Any) -> list[Message] | str:
-    """The messages of one row, or what is wrong with them. A JSON text is read as what it says."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return "is a text, not a list of messages [{role: user, content: ...}, ...]"
-    if value is None or (isinstance(value, list | tuple | np.ndarray) and not len(value)):
-        return "is empty"
-    if not isinstance(value, list | tuple | np.ndarray):
-        return f"is a {type(value).__name__}, not a list of messages [{{role: user, content: ...}}, ...]"
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            return f"has no role and content in message {number}"
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            return f"has the unknown role {role!r} in message {number} (roles: {listing(ROLES)}){nearest(str(role), ROLES)}"
-        if not isinstance(content, str) or (not content.strip() and role != "system"):
-            what = "is empty" if content is None or isinstance(content, str) else "is no text"
-            return f"has a message {number} of {role!r} whose content {what}"
-        messages.append({str(key): item for key, item in message.items() if item is not None})
-    return _order_problem([message["role"] for message in messages]) or messages
-
-
-def _order_problem(roles: Sequence[str]) -> str | None:
-    """What is wrong with the order: an optional system message, then user and assistant by turns."""
-    for number, role in enumerate(roles, start=1):
-        before = roles[number - 2] if number > 1 else None
-        if role == "system" and number > 1:
-            return f"has a system message as number {number}; there can be one, in front"
-        wanted = {None: ("system", "user"), "system": ("user",), "user": ("assistant",),
-                  "assistant": ("user", "tool"), "tool": ("assistant", "tool")}[before]  # fmt: skip
-        if role not in wanted:
-            where = "comes first" if before is None else f"follows one of {before!r}"
-            return (
-                f"has roles that do not alternate: message {number} of {role!r} {where}, where one of "
-                f"{listing(wanted)} should be"
-            )
-    return None
 
 
 @dataclass(frozen=True)
@@ -129,49 +94,103 @@ class Template:
         self.text = text
         self.source = source
 
-    def write(self, messages: Sequence[Message], prompt: bool) -> str:
-        """The conversation as text; `prompt`: up to where the assistant's answer begins. Raises `TemplateFails`."""
+    def write(self, messages: Sequence[Message], prompt: bool, tools: Tools = None) -> str:
+        """The conversation as text; `prompt`: up to where the assistant's answer begins. Raises `TemplateFails`.
+
+        A call of a tool without a text has the content None, or an empty text for templates that cannot do with None.
+        """
+        try:
+            return self._written(messages, prompt, tools)
+        except TemplateFails:
+            if all(message["content"] is not None for message in messages):
+                raise
+        return self._written([{**m, "content": m["content"] or ""} for m in messages], prompt, tools)
+
+    def _written(self, messages: Sequence[Message], prompt: bool, tools: Tools) -> str:
+        more = {} if tools is None else {"tools": list(tools)}
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.text, tokenize=False, add_generation_prompt=prompt
+                list(messages), chat_template=self.text, tokenize=False, add_generation_prompt=prompt, **more
             )
         except Exception as error:  # Jinja's own, or whatever the code within a template runs into
-            whose = self.name if self.name == "the recipe's own" else f"{self.name}, of {self.source}"
             reason = first_line(error).rstrip(".")
             if type(error).__name__ == "TemplateSyntaxError":  # for any row
-                raise UserError(f"the chat template ({whose}) is not valid Jinja: {reason}.") from None
-            raise TemplateFails(f"the chat template ({whose}) fails: {reason}") from None
+                raise UserError(f"the chat template ({self.whose}) is not valid Jinja: {reason}.") from None
+            raise TemplateFails(f"the chat template ({self.whose}) fails: {reason}") from None
 
-    def mark(self, messages: Sequence[Message], everything: bool) -> Marked:
-        """A conversation with its assistant's turns, ends included, to be learned.
+    @property
+    def whose(self) -> str:
+        return self.name if self.name == "the recipe's own" else f"{self.name}, of {self.source}"
+
+    def mark(
+        self, messages: Sequence[Message], everything: bool, tools: Tools = None, last: bool = False
+    ) -> Marked:
+        """A conversation with its assistant's turns, ends included, to be learned; `last`: with the last one alone.
 
         Where each begins and ends is found by writing the conversation up to there: no template tells it.
         """
-        whole = self.write(messages, False)
+        messages = [self._without_end(message) for message in messages]
+        whole = self.write(messages, False, tools)
+        if tools is not None and whole == self.write(messages, False):
+            raise TemplateFails(
+                f"the chat template ({self.whose}) does not write the tools of the row; name one that does, such as "
+                "generate(template='chatml'), or leave the column out with data.columns={messages: ...}"
+            )
         spans, close = [], False
         for place, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or (last and place < len(messages) - 1):
                 continue
-            before, asked = self.write(messages[:place], False), self.write(messages[:place], True)
-            after = whole if place == len(messages) - 1 else self.write(messages[: place + 1], False)
-            start = _common(asked, after)
-            if not whole.startswith(after) or start < _common(before, after) or start < len(before.rstrip()):
-                raise TemplateFails(
-                    f"the chat template ({self.name}, of {self.source}) writes the turns before message {place + 1} "
-                    "otherwise once later ones are there, so that what is learned cannot be told apart; give each "
-                    "answer as a row of its own, or another template"
-                )
+            start, after = self._turn(messages, place, whole, tools)
             end = max(start, len(after.rstrip()))
-            close = after[start:end].endswith(message["content"].strip())  # nothing ends the turn
+            close = self._is_open(message, after[start:end])  # nothing ends the turn
             if close and place < len(messages) - 1:
                 end = len(after)  # but white space
             spans.append((start, end))
         text = whole[: spans[-1][1]] if close else whole
         return Marked(text, ((0, len(text)),) if everything else tuple(spans), self.special, close)
 
-    def prompt(self, messages: Sequence[Message]) -> Marked:
+    def _turn(self, messages: Sequence[Message], place: int, whole: str, tools: Tools) -> tuple[int, str]:
+        """Where the assistant's turn at a place begins, and the conversation up to its end."""
+        before, asked = (self.write(messages[:place], prompt, tools) for prompt in (False, True))
+        after = whole if place == len(messages) - 1 else self.write(messages[: place + 1], False, tools)
+        start = _common(asked, after)
+        if not whole.startswith(after) or start < _common(before, after) or start < len(before.rstrip()):
+            raise TemplateFails(
+                f"the chat template ({self.whose}) writes the turns before message {place + 1} otherwise once later ones "
+                "are there, so that what is learned cannot be told apart; let each answer be a row of its own with "
+                "generate(turns='each'), or name another template"
+            )
+        for call in messages[place].get("tool_calls", ()):
+            if call["function"]["name"] not in after[start:]:
+                raise TemplateFails(
+                    f"the chat template ({self.whose}) does not write the call of {call['function']['name']!r} in message "
+                    f"{place + 1}; name one that writes tool_calls, such as generate(template='chatml')"
+                )
+        return start, after
+
+    def _is_open(self, message: Message, written: str) -> bool:
+        """Whether the template ends a turn with nothing."""
+        if message.get("tool_calls"):
+            return not self.end()
+        return written.endswith(message["content"].strip())
+
+    def _without_end(self, message: Message) -> Message:
+        """An answer without the end that the template, or the tokenizer, puts behind it: it would be there twice."""
+        content, shorter = message["content"], message["content"]
+        if message["role"] != "assistant" or content is None:
+            return message
+        while end := next((end for end in self.ends if shorter.rstrip().endswith(end)), None):
+            shorter = shorter.rstrip().removesuffix(end)
+        return message if shorter == content or not shorter.strip() else {**message, "content": shorter}
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """What ends an answer: what the template writes behind one, and the tokenizer's end token."""
+        return tuple(filter(None, dict.fromkeys([self.end(), self.tokenizer.eos_token])))
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> Marked:
         """A conversation up to where the assistant's answer begins."""
-        text = self.write(messages, True)
+        text = self.write(messages, True, tools)
         return Marked(f"{text}a", ((len(text), len(text) + 1),), self.special, open=True)
 
     def end(self) -> str:
@@ -197,8 +216,8 @@ def _common(left: str, right: str) -> int:
 def tokens_of(tokenizer: Any, texts: Sequence[Marked]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, learned) of each text, (tokens,) int32 and bool. A token is learned if any of its characters is.
 
-    Of what the tokenizer puts around a text only the front stays: the end token is `close`'s to set. The first token
-    is never learned, since nothing stands before it.
+    Of what the tokenizer puts around a text only the front stays, once: a text may begin with it already. The end token is
+    `close`'s to set. The first token is never learned, since nothing stands before it.
     """
     found: list[tuple[np.ndarray, np.ndarray]] = []
     if not texts:
@@ -215,7 +234,8 @@ def tokens_of(tokenizer: Any, texts: Sequence[Marked]) -> list[tuple[np.ndarray,
         size = len(ids)
         while size and added[size - 1]:
             size -= 1
-        ids, offsets = ids[:size], offsets[:size]
+        begin = _doubled(ids[:size], added[:size], tokenizer.bos_token_id)
+        ids, offsets, size = ids[begin:size], offsets[begin:size], size - begin
         learned = np.zeros(size, dtype=bool)
         for start, end in text.learned:
             learned |= (offsets[:, 1] > start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
@@ -228,3 +248,13 @@ def tokens_of(tokenizer: Any, texts: Sequence[Marked]) -> list[tuple[np.ndarray,
         learned[:1] = False
         found.append((ids, learned))
     return found
+
+
+def _doubled(ids: np.ndarray, added: np.ndarray, begin: int | None) -> int:
+    """How many tokens in front are there a second time: what the tokenizer added, or the begin token."""
+    front, dropped = int(np.argmin([*added, False])), 0
+    if front and np.array_equal(ids[:front], ids[front : 2 * front]):
+        dropped = front
+    while begin is not None and len(ids) > dropped + 1 and ids[dropped] == ids[dropped + 1] == begin:
+        dropped += 1
+    return dropped

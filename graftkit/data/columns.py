@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing, nearest
+
+SENTENCE = 5  # words of a column's name from which on it can be a text
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,37 @@ def _find(
         candidates = _candidates(table, column, found, wanted)
         if len(candidates) != 1:
             raise UserError(_not_found(table, column, candidates, remedy(found, wanted)))
+        _refuse_row_as_header(table, candidates[0])
         found[column.name] = candidates[0]
     return {column.name: found[column.name] for column in wanted if column.name in found}
+
+
+def _refuse_row_as_header(table: Table, name: str) -> None:
+    """Raise `UserError` where the name of a column that was found by type looks like one of its values.
+
+    Then the file has no header, and its first row was taken for one.
+    """
+    values = [str(value).strip() for value in table.columns[name] if value is not None]
+    same = sum(value == name.strip() for value in values)
+    if same:
+        seen = f"{name!r} is also the value of {same:,} of its rows"
+    elif _is_whole(name) or _is_decimal(name):
+        seen = f"{name!r} is a number"
+    elif len(name.split()) >= SENTENCE and sum(len(value.split()) > 2 for value in values) * 2 > len(values):
+        seen = f"{name!r} reads like one of its texts"
+    else:
+        return
+    raise UserError(
+        f"{table.source} seems to have no header: its columns are {listing(map(repr, table.columns))}, and {seen}. Write a "
+        "first line with names, such as text,label. If these are the names, give them: data.columns={text: ..., label: ...}"
+    )
+
+
+def _is_decimal(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
 
 
 def _check_named(table: Table, wanted: Sequence[Column], named: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftkit.data.doubled import Around
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -42,8 +44,10 @@ class Encoded:
 def encode_texts(
     tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
 ) -> Encoded:
-    """Tokenize texts, or pairs of texts, with the model's special tokens; longer ones are truncated and counted."""
-    given = (list(texts),) if pairs is None else (list(texts), list(pairs))
+    """Tokenize texts, or pairs of texts, with the model's special tokens, which a text may hold already at its ends; longer
+    ones are truncated and counted."""
+    around = Around.of(tokenizer)
+    given = tuple([around.taken_off(text) for text in part] for part in (texts, pairs) if part is not None)
     encoding = tokenizer(
         *given, truncation=True, max_length=max_length, return_attention_mask=True, verbose=False
     )

@@ -33,6 +33,7 @@ def show_found(console: Console, found: Found) -> None:
     if found.labels:
         text = f"{len(found.labels)}: {', '.join(found.labels[:4])}{' ...' if len(found.labels) > 4 else ''}"
         lines.append(("labels", text + _spread(train.get("labels"), train.get("counted", "training rows"))))
+    lines += [("warning", text) for text in found.warnings]
     if found.skipped:
         lines.append(("left out", f"{len(found.skipped)} bad rows, the first: {found.skipped[0]}"))
     lines.append(("sizes", _sizes(found.sizes)))

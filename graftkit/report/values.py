@@ -30,8 +30,8 @@ class Found:
     """What a run found before its first step.
 
     `width`: of the states, where the model tells it. `sites`: how many of each role. `rows`: of each part of the data.
-    `skipped`: a message for each bad row that was left out. `statistics`: of the training rows, as the task gives them.
-    `chosen_by`: how many evaluation rows choose the best weights; None where nothing is chosen.
+    `skipped`: a message for each bad row that was left out. `warnings`: what does not stop a run. `statistics`: of the
+    training rows, as the task gives them. `chosen_by`: how many evaluation rows choose the best weights; None where nothing is chosen.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Found:
     columns: Mapping[str, str]
     labels: tuple[str, ...]
     skipped: tuple[str, ...]
+    warnings: tuple[str, ...]
     sizes: Sizes
     statistics: Mapping[str, Any]
     chosen_by: int | None

@@ -21,6 +21,7 @@ from graftkit.recipe.schema import Recipe
 from graftkit.report.values import Check, Finding
 from graftkit.runs.prepare import Rows, make_task, prepare, reading_of
 from graftkit.tasks.base import Examples
+from graftkit.tasks.shared.alike import alike
 
 ORDER = ("train", "eval", "test", "recipe")
 NO_MODEL = "none"  # stands in a recipe that names no model
@@ -219,6 +220,8 @@ class _Checker:
 
     def _classes(self) -> None:
         examples, labels = self.examples.get("train"), self.labels
+        for warning in alike(labels):
+            self._warn("train", warning)
         if examples is None or not labels or not _are_labels(examples.targets):
             return
         counts = Counter({label: 0 for label in labels})

@@ -266,6 +266,7 @@ class Watch:
             "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
             "rows_skipped": len(self.prepared.rows.skipped),
             "problems": list(self.problems),
+            "warnings": self.prepared.rows.warnings,
         }
 
     def _describe(self, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, writing
 from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of
 from graftkit.tasks.base import Dataset, Examples, Task
+from graftkit.tasks.shared.items import check_items
 
 BATCH = 64
 WORST_ROWS = 20
@@ -215,6 +216,8 @@ class Answers:
         self.folder, self.rows, self.show = folder, rows, show
         self.loaded = load_run(Path(folder), options=options, model=model)
         task = self.loaded.task
+        if isinstance(given, list):
+            check_items(given, task.modality)
         items = task.given(given, self.loaded.columns) if isinstance(given, list) else None
         self.numbered = items is None
         self.given = given if items is None else items

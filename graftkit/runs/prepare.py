@@ -34,6 +34,7 @@ from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.best import best_of
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
+from graftkit.tasks.shared.alike import alike
 
 # what torch says of a shape that no memory could hold
 TOO_LARGE = re.compile(r"size calculation overflowed|Overflow when unpacking|without overflow")
@@ -55,6 +56,11 @@ class Rows:
         """A message for each bad row that was left out, in all files."""
         parts = [part.skipped for part in (self.train, self.eval, self.test) if part is not None]
         return tuple(dict.fromkeys(message for part in parts for message in part))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not stop a run, but should be known."""
+        return alike(self.labels)
 
 
 @dataclass(frozen=True)

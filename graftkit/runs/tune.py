@@ -280,6 +280,7 @@ def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]
     return {
         **prepared.plan.as_dict(),
         "statistics": statistics(prepared, datasets),
+        "warnings": prepared.rows.warnings,
         run_folder.ROWS: run_folder.digests(datasets, prepared.rows.labels),
     }
 

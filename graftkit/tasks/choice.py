@@ -22,10 +22,11 @@ from graftkit.data.split import hold_out
 from graftkit.data.stream import stream_table
 from graftkit.errors import UserError, listing
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task, Term, check_rows, one_term
+from graftkit.tasks.shared.items import check_texts
 from graftkit.tasks.shared.labels import LABEL, is_missing
 from graftkit.tasks.shared.masked import masked_cross_entropy
 from graftkit.tasks.shared.metrics import log_softmax, mean_interval
-from graftkit.tasks.shared.texts import TextDataset, text_problem, tokenizer_of
+from graftkit.tasks.shared.texts import TextDataset, check_encoded, text_problem, tokenizer_of
 
 # columns that hold one choice each: choice0, choice_1, ending2, option a, A, ...
 NUMBERED = re.compile(r"(?:(choice|ending|option|answer|sol|opa?)[ _-]?)(\d+|[a-z])", re.IGNORECASE)
@@ -154,6 +155,14 @@ class Choice(Task):
             raise UserError(
                 "there is nothing to choose from; give QUESTION CHOICE CHOICE ..., or --data FILE."
             )
+        for number, item in enumerate(items, start=1):
+            if isinstance(item, tuple | list):
+                where = f"item {number} of {len(items)}"
+                choices = item[-1] if asks and len(item) == 2 else item
+                if asks and (len(item) != 2 or not isinstance(choices, tuple | list)):
+                    raise UserError(f"{where} must be a {asks[0]} and a list of choices.")
+                check_texts(item[: len(asks)], where, asks)
+                check_texts(choices, where, [f"choice {place}" for place, _ in enumerate(choices, start=1)])
         if asks and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
             return [{columns[asks[0]]: text, columns["choices"]: choices} for text, choices in items]
         if not asks and all(isinstance(item, tuple | list) for item in items):
@@ -181,7 +190,9 @@ class Choice(Task):
             first = values["context"]
         texts = second if first is None else [first[row] for row in rows]
         pairs = None if first is None else second
-        return Choices(examples, encode_texts(tokenizer_of(backbone, self), texts, pairs, max_length), counts)
+        encoded = encode_texts(tokenizer_of(backbone, self), texts, pairs, max_length)
+        check_encoded(backbone, encoded, lambda i: examples.where(int(rows[i])))
+        return Choices(examples, encoded, counts)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Cross-entropy over the choices of each row."""

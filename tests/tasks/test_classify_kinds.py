@@ -71,7 +71,7 @@ def parsed(values: list, task: Classify, skip_bad: bool = False):
         (["a,b", "", "b", "c,a"], {}),
         (["a b", "", "b", "c  a"], {"separator": " "}),
         ([["a", "b"], [], ["b"], ("c", "a")], {}),
-        (['["a", "b"]', "[]", "['b']", "['c','a','a']"], {}),
+        (['["a", "b"]', "[]", "['b']", "['c','a']"], {}),
     ],
 )
 def test_sets_of_labels(values, options):
@@ -180,8 +180,8 @@ def test_labels_with_an_order():
     [
         ({"threshold": 0.3}, "threshold is for kind='multi', but kind is 'single'"),
         (
-            {"kind": "multi", "class_weights": "balanced"},
-            "class_weights is for kind='single' or kind='ordinal'",
+            {"kind": "regression", "class_weights": "balanced"},
+            "class_weights is for kind='single' or kind='multi' or kind='ordinal'",
         ),
         ({"kind": "regression", "order": ["a", "b"]}, "order is for kind='ordinal'"),
         ({"kind": "ordinal", "order": ["a"]}, "order has 1 name; at least two"),

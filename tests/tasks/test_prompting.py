@@ -209,6 +209,8 @@ def test_tokens_are_those_of_the_whole_text(backbones, monkeypatch, kind, templa
     )
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="N")
     monkeypatch.setattr(backbones["causal"], "processor", whole)
+    table = torch.nn.Embedding(len(whole), 1)  # only asked for its rows
+    monkeypatch.setattr(backbones["causal"].model, "get_input_embeddings", lambda: table)
     words = {"fruit": "grapes", "tool": "hammer drill"}
     task, examples = resolved(make_rows(6, 3), template=template, words=words)
     dataset = task.dataset(examples, backbones["causal"], 64)

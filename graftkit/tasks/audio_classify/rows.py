@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.memory import is_out_of_memory
+from graftkit.backbone.fit import misfit
 from graftkit.data.sounds import Sound
 from graftkit.data.source import Pass
 from graftkit.errors import UserError, first_line, listing
@@ -155,11 +155,8 @@ class SoundDataset(Dataset):
     def refuse_misfits(self, backbone: Backbone) -> None:
         """Raise `UserError` where the model cannot take the sounds, or names those that are too short for it.
 
-        Found by trying: the shortest, and where that fails the longest, and those between by halving. A model without
-        numbers, for the plan, is not tried.
+        Found by trying: the shortest, and where that fails the longest, and those between by halving.
         """
-        if next(backbone.model.parameters()).is_meta:
-            return
         order = np.argsort(self.lengths, kind="stable")
         if self._misfit(backbone, order[0]) is None:
             return
@@ -183,26 +180,9 @@ class SoundDataset(Dataset):
             f"{listing((self.where(int(row)) for row in order[:high]), 10)}. Leave them out, or join them to longer ones."
         )
 
-    @torch.no_grad()
     def _misfit(self, backbone: Backbone, row: Any) -> Exception | None:
         """What goes wrong with this row alone, if anything does."""
         if self.lengths[row] < self.front.shortest:
             return ValueError("shorter than one window")
         model: nn.Module = backbone.model
-        modes = [(module, module.training) for module in model.modules()]
-        some = next(model.parameters())
-        half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-        state = torch.get_rng_state()
-        try:
-            model.eval()
-            with torch.autocast(some.device.type, torch.bfloat16, enabled=half):
-                self.call(model, self.batch(np.array([row]), some.device))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if is_out_of_memory(error):
-                raise
-            return error
-        finally:
-            torch.set_rng_state(state)
-            for module, training in modes:
-                module.training = training
-        return None
+        return misfit(model, lambda device: self.call(model, self.batch(np.array([row]), device)))

@@ -34,11 +34,11 @@ from graftkit.tasks.shared.labels import (
     LABEL,
     LabelIndex,
     LabelTask,
-    balanced,
     is_missing,
     label_problem,
     label_text,
 )
+from graftkit.tasks.shared.weights import check_class_weights, class_weights
 
 AUDIO = ("file", "path", "sound", "wav", "file_name", "filename", "recording", "clip", "speech")
 CHANNELS = {1: "mono", 2: "stereo"}
@@ -57,9 +57,10 @@ class AudioClassify(LabelTask):
     )
     cut: str = option("start", "which piece of a longer sound is taken", choices=("start", "middle"))
     silence: bool = option(False, "take silent sounds too, where silence is a class of its own")
-    class_weights: str | None = option(
-        None, "'balanced' weighs each row by the rarity of its class", choices=("balanced",)
-    )
+    class_weights: str | dict | None = option(
+        None, "'balanced' weighs each row by the rarity of its class; or a weight for each, {label: weight}",
+        choices=("balanced",),
+    )  # fmt: skip
     spec_augment: bool = option(
         False,
         "stripes of time and frequency masked in training; wav2vec2 and its kin do it as their config says",
@@ -250,8 +251,13 @@ class AudioClassify(LabelTask):
                 "that, or leave spec_augment out."
             )
 
-    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
-        return None if self.class_weights is None else balanced(counts, classes)
+    def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
+        names = super().label_names(table, columns, skip_bad)
+        check_class_weights(self.class_weights, names, self.name)
+        return names
+
+    def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
+        return class_weights(self.class_weights, counts, labels)
 
     def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
         """With seconds, sampling rates and channels as they were handed over, and how many sounds are clipped."""

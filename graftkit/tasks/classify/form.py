@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,8 +13,9 @@ from graftkit.data.read import Table
 from graftkit.data.source import Batch
 from graftkit.errors import UserError, listing
 from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
-from graftkit.tasks.shared.labels import LABEL, LabelTask, balanced, cross_entropy, is_missing, label_text
+from graftkit.tasks.shared.labels import LABEL, LabelTask, cross_entropy, is_missing, label_text
 from graftkit.tasks.shared.metrics import interval, resamples
+from graftkit.tasks.shared.weights import class_weights
 
 SCALE = (
     "score",
@@ -47,11 +47,11 @@ class Form(Task):
 class OneLabel(LabelTask, Form):
     """One of several labels."""
 
-    def __init__(self, class_weights: str | None = None) -> None:
+    def __init__(self, class_weights: str | dict | None = None) -> None:
         self.class_weights = class_weights
 
-    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
-        return None if self.class_weights is None else balanced(counts, classes)
+    def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
+        return class_weights(self.class_weights, counts, labels)
 
     def plain(self, labels: Sequence[str]) -> dict[str, Any]:
         return {"kind": "single", "problem_type": "single_label_classification"}
@@ -73,7 +73,7 @@ class Ordinal(OneLabel):
     directions: ClassVar[Mapping[str, str | None]] = {"mean_absolute_error": "min", "loss": "min"}
     aliases: ClassVar[tuple[str, ...]] = (*LABEL, *SCALE)
 
-    def __init__(self, order: Sequence[str] | None, class_weights: str | None = None) -> None:
+    def __init__(self, order: Sequence[str] | None, class_weights: str | dict | None = None) -> None:
         super().__init__(class_weights)
         self.order = None if order is None else tuple(label_text(label) for label in order)
         if order is not None:
@@ -102,7 +102,7 @@ class Ordinal(OneLabel):
         """-log P(y) of logits (rows, classes - 1)."""
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
-        weights = self.class_weight(Counter(targets.tolist()), len(labels))
+        weights = self.class_weight(np.bincount(targets, minlength=len(labels)), labels)
 
         def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None

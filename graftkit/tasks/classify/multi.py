@@ -21,6 +21,7 @@ from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import Form
 from graftkit.tasks.shared.labels import LABEL, LabelIndex, is_missing, label_problem, label_text, natural
 from graftkit.tasks.shared.metrics import interval, resamples
+from graftkit.tasks.shared.weights import positive_weights
 
 SETS = ("labels", "tags", "categories", "classes", "topics", "genres", "emotions", "intents")
 SEPARATORS = r"[;|,]"
@@ -29,7 +30,7 @@ YES, NO = ("1", "true", "yes"), ("0", "false", "no")
 
 class ManyLabels(Form):
     """A set of labels, which may be empty: from a list, from a text in which a separator stands between labels, or from
-    several columns of 0 and 1. Each label has a loss of its own, binary cross-entropy, and a row's is their mean."""
+    several columns of 0 and 1, or one of vectors of 0 and 1. Each label has a loss of its own, binary cross-entropy, and a row's is their mean."""
 
     headline: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
     directions: ClassVar[Mapping[str, str | None]] = {
@@ -39,17 +40,22 @@ class ManyLabels(Form):
     }
     aliases: ClassVar[tuple[str, ...]] = (*SETS, *(name for name in LABEL if name not in SETS))
 
-    def __init__(self, threshold: float, separator: str | None, indicators: Sequence[str] | None) -> None:
+    def __init__(
+        self, threshold: float, separator: str | None, indicators: Sequence[str] | None,
+        class_weights: str | dict | None = None,
+    ) -> None:  # fmt: skip
         self.threshold = threshold
+        self.class_weights = class_weights
         self.separator = SEPARATORS if separator is None else re.escape(separator)
         self.indicators = None if indicators is None else tuple(indicators)
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         if self.indicators is not None:
-            self._refuse_absent(table)
+            self._refuse_absent(table, columns)
             return self.indicators
         column = columns["label"]
         sets = [self._parts(value) or [] for value in table.columns[column]]
+        _refuse_vectors(table, column, sets)
         names = sorted({name for row in sets for name in row}, key=natural)
         if not names:
             raise UserError(f"column {column!r} of {table.source} has no labels at all.")
@@ -72,6 +78,8 @@ class ManyLabels(Form):
         index = LabelIndex(labels)
 
         def problem(row: int) -> str | None:
+            if self.indicators is not None and self._are_vectors(table, columns):
+                return self._vector_problem(table, columns["label"], row)
             if self.indicators is not None:
                 cells = ((name, table.columns[name][row]) for name in self.indicators)
                 bad = next((cell for cell in cells if _flag(cell[1]) is None), None)
@@ -86,16 +94,27 @@ class ManyLabels(Form):
                 return (
                     f"{table.where(row)}: column {column!r} {what}; for no label write [] or an empty text."
                 )
+            twice = next((part for part in parts if parts.count(part) > 1), None)
+            if twice is not None:
+                return f"{table.where(row)}: column {column!r} names {twice!r} more than once, and a set holds a label once."
             found = (label_problem(part, index) for part in parts)
             first = next((text for text in found if text is not None), None)
             return None if first is None else f"{table.where(row)}: {first}"
 
         if self.indicators is not None:
-            self._refuse_absent(table)
+            self._refuse_absent(table, columns)
         return problem
 
     def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
         """(rows, labels) float32, 1 where a label holds."""
+        if self.indicators is not None and self._are_vectors(table, columns):
+            return np.array(
+                [
+                    [_flag(part) for part in self._parts(value) or ()]
+                    for value in table.columns[columns["label"]]
+                ],
+                np.float32,
+            )
         if self.indicators is not None:
             return np.array(
                 [[_flag(v) for v in table.columns[name]] for name in self.indicators], np.float32
@@ -120,7 +139,22 @@ class ManyLabels(Form):
             return None
         return [label_text(part) for part in value if not is_missing(part)]
 
-    def _refuse_absent(self, table: Table) -> None:
+    def _are_vectors(self, table: Table, columns: dict[str, str]) -> bool:
+        """Whether the indicators name the places of vectors in one column, as no column has such a name."""
+        return "label" in columns and not set(self.indicators or ()) & set(table.columns)
+
+    def _vector_problem(self, table: Table, column: str, row: int) -> str | None:
+        parts = self._parts(table.columns[column][row]) or []
+        if len(parts) == len(self.indicators or ()) and None not in map(_flag, parts):
+            return None
+        return (
+            f"{table.where(row)}: column {column!r} is {table.columns[column][row]!r}, where a list of "
+            f"{len(self.indicators or ())} values of 0 and 1 should be, one for each of the indicators."
+        )
+
+    def _refuse_absent(self, table: Table, columns: dict[str, str]) -> None:
+        if self._are_vectors(table, columns):
+            return
         for name in self.indicators or ():
             if name not in table.columns:
                 raise UserError(
@@ -148,14 +182,18 @@ class ManyLabels(Form):
         return sorted(kept), sorted(held)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """Binary cross-entropy of logits (rows, labels), the mean over labels; smoothing draws targets to 1/2."""
+        """Binary cross-entropy of logits (rows, labels), the mean over labels; smoothing draws targets to 1/2, and class
+        weights multiply the part of a label that holds."""
+        given = np.asarray(dataset.examples.targets)
+        weights = positive_weights(self.class_weights, given.sum(axis=0), len(given), labels)
 
         def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None
             wanted = batch.targets * (1 - label_smoothing) + label_smoothing / 2
             losses = torch.nn.functional.binary_cross_entropy_with_logits(
-                logits.float(), wanted, reduction="none"
-            ).mean(dim=1)
+                logits.float(), wanted, reduction="none",
+                pos_weight=None if weights is None else weights.to(logits.device, non_blocking=True),
+            ).mean(dim=1)  # fmt: skip
             right = (logits.detach().float().sigmoid() > self.threshold) == (batch.targets > 0)
             return Term(losses, right.all(dim=1))
 
@@ -214,6 +252,22 @@ class ManyLabels(Form):
             "kind": "multi", "problem_type": "multi_label_classification", "threshold": self.threshold,
             "how": f"the labels whose sigmoid is above {self.threshold}",
         }  # fmt: skip
+
+
+def _refuse_vectors(table: Table, column: str, sets: Sequence[Sequence[str]]) -> None:
+    """Raise `UserError` for a column of vectors of 0 and 1, which would be read as sets of the labels '0' and '1'."""
+    filled = [row for row in sets if row]
+    places = {len(row) for row in filled}
+    repeated = next((i for i, row in enumerate(sets) if len(set(row)) < len(row)), None)
+    if repeated is None or len(places) != 1 or any(_flag(label) is None for row in filled for label in row):
+        return
+    count = places.pop()
+    twice = next(label for label in sets[repeated] if sets[repeated].count(label) > 1)
+    raise UserError(
+        f"{table.where(repeated)}: column {column!r} holds the value {twice} more than once, and a set holds a label once. "
+        f"All lists are of {count} values of 0 and 1, so they are vectors: name the labels of their places, "
+        f"classify(kind='multi', indicators=[{', '.join([repr('...')] * min(count, 3))}{', ...' * (count > 3)}])."
+    )
 
 
 def of_sets(

@@ -3,7 +3,7 @@ scale, or a number."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,9 +21,10 @@ from graftkit.tasks.classify.multi import ManyLabels
 from graftkit.tasks.classify.number import Number, units_of
 from graftkit.tasks.shared.labels import LABEL, label_text
 from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, encode, read_texts
+from graftkit.tasks.shared.weights import check_class_weights
 
 BELONGS = {  # options that one kind of answer has, and in which kinds
-    "class_weights": ("single", "ordinal"),
+    "class_weights": ("single", "multi", "ordinal"),
     "order": ("ordinal",),
     "threshold": ("multi",),
     "separator": ("multi",),
@@ -39,8 +40,8 @@ class Classify(TextTask):
 
     `kind='single'`: one of several labels, by cross-entropy. `kind='multi'`: a set of labels, which may be empty, by a
     binary cross-entropy for each label; the column holds lists, or texts with a separator, or `indicators` names columns
-    of 0 and 1. `kind='ordinal'`: labels with an order, by the chances to go on from each to the next (Shi, Cao and
-    Raschka 2021). `kind='regression'`: a number, by squared error in units of the training rows' deviation.
+    of 0 and 1, or the places in one column of such vectors. `kind='ordinal'`: labels with an order, by the chances to go
+    on from each to the next (Shi, Cao and Raschka 2021). `kind='regression'`: a number, by squared error in units of the training rows' deviation.
     """
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -50,15 +51,21 @@ class Classify(TextTask):
     )
 
     kind: str = option("single", "what an answer is", choices=("single", "multi", "ordinal", "regression"))
-    class_weights: str | None = option(
-        None, "'balanced' weighs each row by the rarity of its class", choices=("balanced",)
+    class_weights: str | dict | None = option(
+        None,
+        "'balanced' weighs each row by the rarity of its class; or a weight for each, {label: weight}; multi: where the "
+        "label holds",
+        choices=("balanced",),
     )
     order: tuple | None = option(None, "ordinal: the labels from lowest to highest; null: numbers")
     threshold: float | None = option(
         None, "multi: a label holds above this probability; null means 0.5", above=0, below=1
     )
     separator: str | None = option(None, "multi: what stands between labels in a text; null: any of ; | ,")
-    indicators: tuple | None = option(None, "multi: columns of 0 and 1, one for each label, instead of one")
+    indicators: tuple | None = option(
+        None,
+        "multi: columns of 0 and 1, one for each label; or names of the places in one column of such vectors",
+    )
     center: float | None = option(None, "regression: what is 0 to the model; null: the training rows' mean")
     scale: float | None = option(
         None, "regression: what is 1 to the model; null: the training rows' deviation", above=0
@@ -82,16 +89,14 @@ class Classify(TextTask):
 
     def _columns(self) -> tuple[Column, ...]:
         texts = tuple(column for column in type(self).columns if column.kind == "text")
-        if self.indicators is not None:
-            return texts
-        return (*texts, Column("label", self.form.aliases, "label"))
+        return (*texts, Column("label", self.form.aliases, "label", required=self.indicators is None))
 
     @cached_property
     def form(self) -> Form:
         """What is read, learned and measured for this kind of answer."""
         if self.kind == "multi":
             threshold = 0.5 if self.threshold is None else self.threshold
-            return ManyLabels(threshold, self.separator, self.indicators)
+            return ManyLabels(threshold, self.separator, self.indicators, self.class_weights)
         if self.kind == "regression":
             return Number(self.center, self.scale)
         return (
@@ -100,8 +105,16 @@ class Classify(TextTask):
             else OneLabel(self.class_weights)
         )
 
+    def used(self, columns: dict[str, str], named: Mapping[str, str], table: Table) -> dict[str, str]:
+        """Without the column of labels where each label has a column of its own."""
+        if self.indicators is None or not set(self.indicators) & set(table.columns):
+            return columns
+        return {name: column for name, column in columns.items() if name != "label"}
+
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
-        return self.form.label_names(table, columns, skip_bad)
+        names = self.form.label_names(table, columns, skip_bad)
+        check_class_weights(self.class_weights, names, self.name)
+        return names
 
     def examples(
         self,

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.data.chat import Marked, Message, Template, TemplateFails, tokens_of
+from graftkit.data.chat import Marked, Template, TemplateFails, Tools, tokens_of
+from graftkit.data.doubled import Around
+from graftkit.data.messages import Message
 from graftkit.data.packing import leaks, pack, positions
 from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError
@@ -28,10 +30,11 @@ SHOWN = 2000  # characters of a row that is shown, at most
 class Dialogues(Examples):
     """Rows of conversations; `skip_bad`: those that turn out to have nothing to learn are left out.
 
-    `targets`: the text of each answer, the last one of a conversation.
+    `targets`: the text of each answer, the last one of a conversation. `last`: only that one is learned.
     """
 
     skip_bad: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,8 +191,13 @@ def conversation(examples: Examples, row: int) -> list[Message] | str:
         else [asking(values["prompt"], values.get("input", ""))]
     )
     if examples.targets is not None:
-        messages.append({"role": "assistant", "content": examples.targets[row]})
+        messages.append(values.get("completion") or {"role": "assistant", "content": examples.targets[row]})
     return messages
+
+
+def tools_of(examples: Examples, row: int) -> Tools:
+    """The tools that the assistant may call in a row of messages."""
+    return examples.values["tools"][row] if "tools" in examples.values else None
 
 
 def asking(prompt: str, more: str) -> Message:
@@ -202,13 +210,11 @@ def causal_rows(
     examples: Dialogues, tokenizer: Any, template: Template, max_length: int, everything: bool, prompts: bool
 ) -> tuple[list[Written], list[str | None]]:
     """Each row in tokens, and what is wrong with it. `prompts`: also what an answer follows, without the answer."""
-    marked, problems = _each(
-        examples, lambda talk: _mark(talk, template, everything, examples.targets is not None)
-    )
+    marked, problems = _each(examples, lambda talk, tools: _mark(examples, talk, tools, template, everything))
     tokens = iter(tokens_of(tokenizer, [text for text in marked if text is not None]))
     asked = None
     if prompts and examples.targets is not None and "text" not in examples.values:
-        opened, _ = _each(examples, lambda talk: template.prompt(talk[:-1]))  # type: ignore[arg-type]
+        opened, _ = _each(examples, lambda talk, tools: template.prompt(talk[:-1], tools))  # type: ignore[arg-type]
         asked = iter(tokens_of(tokenizer, [text for text in opened if text is not None]))
     rows = []
     for place, text in enumerate(marked):
@@ -224,12 +230,15 @@ def causal_rows(
     return rows, problems
 
 
-def _mark(talk: list[Message] | str, template: Template, everything: bool, answered: bool) -> Marked:
+def _mark(
+    examples: Dialogues, talk: list[Message] | str, tools: Tools, template: Template, everything: bool
+) -> Marked:
+    answered = examples.targets is not None
     if isinstance(talk, str):
         return Marked(talk, ((0, len(talk)),), True, answered)
     if answered:
-        return template.mark(talk, everything)
-    return template.prompt(talk)
+        return template.mark(talk, everything, tools, examples.last)
+    return template.prompt(talk, tools)
 
 
 def prompted_rows(
@@ -238,18 +247,21 @@ def prompted_rows(
     """The same for an encoder and a decoder: the prompt is read by the one, the answer written by the other."""
     answered = examples.targets is not None
 
-    def asked(talk: list[Message] | str) -> str:
+    def asked(talk: list[Message] | str, tools: Tools) -> str:
         assert not isinstance(talk, str)
         before = talk[:-1] if answered else talk
-        return template.write(before, True) if template.given else before[0]["content"]
+        return template.write(before, True, tools) if template.given else before[0]["content"]
 
     texts, problems = _each(examples, asked)
-    rows, end = [], tokenizer.eos_token_id
+    rows, end, around = [], tokenizer.eos_token_id, Around.of(tokenizer)
     for place, text in enumerate(texts):
-        prompt = np.array(tokenizer(text or "")["input_ids"], dtype=np.int32)
+        prompt = np.array(tokenizer(around.taken_off(text or ""))["input_ids"], dtype=np.int32)
         ids, words = [end if end is not None else 0], 1
         if answered:
-            found = tokenizer(text_target=examples.targets[place], return_special_tokens_mask=True)  # type: ignore[index]
+            found = tokenizer(
+                text_target=around.taken_off(examples.targets[place] if examples.targets is not None else ""),
+                return_special_tokens_mask=True,
+            )  # type: ignore[index]
             ids, words = found["input_ids"], len(found["input_ids"]) - sum(found["special_tokens_mask"])
             ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
         rows.append(Written(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool), prompt))
@@ -270,15 +282,13 @@ def no_label(learned: np.ndarray, max_length: int) -> str | None:
     return "it has no token to learn: its completion is empty, or nothing stands before it"
 
 
-def _each(
-    examples: Examples, make: Callable[[list[Message] | str], Any]
-) -> tuple[list[Any], list[str | None]]:
+def _each(examples: Examples, make: Callable[[Any, Tools], Any]) -> tuple[list[Any], list[str | None]]:
     """What is made of each conversation, and where its template failed, why."""
     made: list[Any] = []
     problems: list[str | None] = []
     for row in range(len(examples)):
         try:
-            made.append(make(conversation(examples, row)))
+            made.append(make(conversation(examples, row), tools_of(examples, row)))
             problems.append(None)
         except TemplateFails as error:
             made.append(None)

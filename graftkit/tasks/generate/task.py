@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
-from graftkit.data.chat import Template, check_template, read_messages
+from graftkit.backbone.fit import check_token_ids
+from graftkit.data.chat import Template, check_template
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.data.source import Batch
@@ -32,7 +33,9 @@ from graftkit.tasks.generate.data import (
     start_of,
 )
 from graftkit.tasks.generate.scores import LABEL, MEAN, OTHER
+from graftkit.tasks.generate.talks import hold_out_talks, read_talks
 from graftkit.tasks.generate.text import Writing, ends_of, room_for, write
+from graftkit.tasks.shared.items import check_kinds
 from graftkit.tasks.shared.labels import is_missing
 from graftkit.tasks.shared.texts import made_up_texts, text_problem, tokenizer_of
 
@@ -63,6 +66,7 @@ class Generate(Task):
         Column("input", ("context",), "input", required=False),
         Column("completion", COMPLETION, "completion", required=False),
         Column("messages", MESSAGES, "messages", required=False),
+        Column("tools", ("functions",), "messages", required=False),
         Column("text", ("content",), "text", required=False),
     )
     labelled: ClassVar[tuple[str, ...]] = ("completion",)
@@ -81,6 +85,11 @@ class Generate(Task):
     )
     loss: str = option(
         "completion", "what is learned: answers alone, or all tokens", choices=("completion", "all")
+    )
+    turns: str = option(
+        "all",
+        "of messages with several answers: 'all' in one row, or 'each' in a row of its own that ends there",
+        choices=("all", "each"),
     )
     packing: bool = option(False, "several rows in one of data.max_length tokens, without seeing each other")
     exact_match: bool = option(False, "write answers in each evaluation and compare them, which takes long")
@@ -102,10 +111,10 @@ class Generate(Task):
         found = dict(columns)
         if "prompt" not in found and "completion" in found and "input" in found:
             found["prompt"] = found.pop("input")
-        formats = [("prompt", "input", "completion"), ("messages",), ("text",)]
+        formats = [("prompt", "input", "completion"), ("messages", "tools"), ("text",)]
         formats.sort(key=lambda names: not set(names) & set(named))
         for names in formats:
-            if all(name in found for name in names if name != "input"):
+            if all(name in found for name in names if name not in ("input", "tools")):
                 return {name: found[name] for name in names if name in found}
         raise UserError(
             f"{table.source} has columns {', '.join(map(repr, table.columns))}, but {self.name}() needs {FORMATS}. Name "
@@ -120,17 +129,10 @@ class Generate(Task):
         skip_bad: bool,
         targets: bool = True,
     ) -> Examples:
-        read: dict[int, Any] = {}
+        if "messages" in columns:
+            return read_talks(table, columns, skip_bad, targets, each=targets and self.turns == "each")
 
         def problem(row: int) -> str | None:
-            if "messages" in columns:
-                found = read_messages(table.columns[columns["messages"]][row])
-                if isinstance(found, list) and targets and found[-1]["role"] != "assistant":
-                    found = f"ends with a message of {found[-1]['role']!r}, not of the assistant: there is no answer to learn"
-                if isinstance(found, str):
-                    return f"{table.where(row)}: column {columns['messages']!r} {found}."
-                read[table.numbers[row]] = found
-                return None
             for name in ("prompt", "text", "completion"):
                 if name in columns and (targets or name != "completion"):
                     said = text_problem(table, columns[name], row)
@@ -145,35 +147,35 @@ class Generate(Task):
             return None
 
         kept, skipped = check_rows(table, problem, skip_bad)
-        if "messages" in columns:
-            talks = [read[number] for number in kept.numbers]
-            ended = [talk[-1]["role"] == "assistant" for talk in talks]
-            answers = [talk[-1]["content"] if end else "" for talk, end in zip(talks, ended)]
-            values = {"messages": [talk[:-1] if end else talk for talk, end in zip(talks, ended)]}
-        else:
-            values = {
-                name: ["" if is_missing(value) else str(value) for value in kept.columns[columns[name]]]
-                for name in ("prompt", "input", "text") if name in columns
-            }  # fmt: skip
-            answers = (
-                [str(value) for value in kept.columns[columns["completion"]]]
-                if "completion" in columns and targets
-                else (values.get("text", []))
-            )
+        values: dict[str, list[Any]] = {
+            name: ["" if is_missing(value) else str(value) for value in kept.columns[columns[name]]]
+            for name in ("prompt", "input", "text") if name in columns
+        }  # fmt: skip
+        answers = (
+            [str(value) for value in kept.columns[columns["completion"]]]
+            if "completion" in columns and targets
+            else (values.get("text", []))
+        )
         return Dialogues(kept, values, answers if targets else None, skipped, skip_bad)
+
+    def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Rows of one conversation stay together."""
+        return hold_out_talks(examples, share, seed)
 
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
         if not items:
             raise UserError("there is no prompt to answer; give one or more, or --data FILE.")
+        check_kinds(items, (str,))
+        tools = {columns["tools"]: None} if "tools" in columns else {}
         if all(isinstance(item, list) for item in items) and "messages" in columns:
-            return [{columns["messages"]: item} for item in items]
+            return [{columns["messages"]: item, **tools} for item in items]
         if not all(isinstance(item, str) for item in items):
             return None
         for number, item in enumerate(items, start=1):
             if not item.strip():
                 raise UserError(f"prompt {number} of {len(items)} is empty; there is nothing to answer.")
         if "messages" in columns:
-            return [{columns["messages"]: [{"role": "user", "content": item}]} for item in items]
+            return [{columns["messages"]: [{"role": "user", "content": item}], **tools} for item in items]
         more = {columns["input"]: ""} if "input" in columns else {}
         return [{columns["prompt" if "prompt" in columns else "text"]: item, **more} for item in items]
 
@@ -232,6 +234,8 @@ class Generate(Task):
             rows, problems = causal_rows(
                 examples, tokenizer, template, max_length, self.loss == "all", writing is not None
             )
+        for ids in ([row.ids for row in rows], [row.prompt for row in rows]):
+            check_token_ids(backbone, ids, examples.where)
         kept, rows = good_rows(examples, rows, problems)
         rows, truncated = cut(rows, max_length, room, both)
         if both:

@@ -102,6 +102,12 @@ class Processor:
         self.processor = processor
         self.source = source
         self.resample = int(getattr(processor, "resample", None) or 2)
+        mean = getattr(processor, "image_mean", None)
+        if isinstance(mean, list | tuple) and len(mean) != 3:
+            raise UserError(
+                f"the image processor of {source} is for images of {len(mean)} channel{'s' * (len(mean) != 1)} (image_mean "
+                "in preprocessor_config.json), but images are read as RGB; use a model of three channels."
+            )
         from PIL import Image
 
         self.given = tuple(self(Image.new("RGB", (64, 64))).shape[1:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import misfit
 from graftkit.data.augment import Augmentation
 from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.images import SUFFIXES, Picture, load, look_at
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
-from graftkit.errors import UserError, listing
+from graftkit.errors import UserError, first_line, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Term, check_rows, one_term
 from graftkit.tasks.image_classify.inputs import (
@@ -33,7 +33,8 @@ from graftkit.tasks.image_classify.inputs import (
     processor_of,
     same_size,
 )
-from graftkit.tasks.shared.labels import LABEL, LabelTask, balanced
+from graftkit.tasks.shared.labels import LABEL, LabelTask
+from graftkit.tasks.shared.weights import check_class_weights, class_weights
 
 NOUN = "image"
 PATHS = ("img", "file", "path", "file_name", "filename", "filepath", "file_path", "image_path", "image_file")
@@ -114,6 +115,19 @@ class ImageDataset(Dataset):
             )
         return found
 
+    def refuse_misfit(self, backbone: Backbone) -> None:
+        """Raise `UserError` where the model cannot take an image as it is made, found by trying the first."""
+        values = self.pixels(load(self.pictures[:1], lambda image, place: image)[0])
+        model, name = backbone.model, self.argument
+        problem = misfit(model, lambda device: model(**{name: values[None].to(device)}))
+        if problem is not None:
+            shape = " x ".join(map(str, values.shape))
+            raise UserError(
+                f"{backbone.source} cannot take an image of {shape} (channels x height x width), as {self.pixels} makes "
+                f"it: {first_line(problem)} Sizes and channels of the model and of its image processor "
+                "(preprocessor_config.json, or the options of image_classify()) have to be the same."
+            )
+
     def digested(self) -> Sequence[bytes | np.ndarray]:
         targets = [] if self.examples.targets is None else [np.asarray(self.examples.targets)]
         return [*targets, *(picture.digest for picture in self.pictures)]
@@ -170,9 +184,10 @@ class ImageClassify(LabelTask):
     magnitude: int = option(9, "strength of RandAugment", at_least=0, at_most=30)
     mixup: float = option(0.0, "alpha of mixup, for example 0.2; 0 for none", at_least=0)
     cutmix: float = option(0.0, "alpha of cutmix, for example 1.0; 0 for none", at_least=0)
-    class_weights: str | None = option(
-        None, "'balanced' weighs each row by the rarity of its class", choices=("balanced",)
-    )
+    class_weights: str | dict | None = option(
+        None, "'balanced' weighs each row by the rarity of its class; or a weight for each, {label: weight}",
+        choices=("balanced",),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,7 +269,9 @@ class ImageClassify(LabelTask):
         if isinstance(pixels, Transform):
             same_size(pixels, [(p.width, p.height) for p in pictures], [p.name for p in pictures])
         change = self.augmentation() if training else Augmentation()
-        return ImageDataset(examples, pixels, argument_of(backbone.model), change)
+        made = ImageDataset(examples, pixels, argument_of(backbone.model), change)
+        made.refuse_misfit(backbone)
+        return made
 
     def transform(self) -> Transform:
         """What is done to images for a module that brings no processor."""
@@ -304,8 +321,13 @@ class ImageClassify(LabelTask):
 
         return one_term(of_batch)
 
-    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
-        return None if self.class_weights is None else balanced(counts, classes)
+    def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
+        names = super().label_names(table, columns, skip_bad)
+        check_class_weights(self.class_weights, names, self.name)
+        return names
+
+    def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
+        return class_weights(self.class_weights, counts, labels)
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"image": examples.values["image"][row].name}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import check_token_ids
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
@@ -161,7 +162,11 @@ class Prompting(TextTask, LabelTask):
             self.form, self.words, self.shown, self.separator, self.score, backbone, self, max_length,
             tuple(examples.values),
         )  # fmt: skip
-        return Prompts(examples, asking.prompts(examples), asking, self.calibrate)
+        prompts = asking.prompts(examples)
+        for form in asking.lengths:
+            check_token_ids(backbone, (prompt.ids[form] for prompt in prompts), examples.where)
+        check_token_ids(backbone, asking.words, lambda i: f"words: the one of {list(self.words or ())[i]!r}")
+        return Prompts(examples, prompts, asking, self.calibrate)
 
     def rendered(self, dataset: Dataset) -> str:
         assert isinstance(dataset, Prompts)

@@ -28,6 +28,10 @@ class LabelTask(Task):
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         values = [value for value in table.columns[columns["label"]] if not is_missing(value)]
+        if skip_bad:
+            values = [value for value in values if not is_several(value)]
+        else:
+            _refuse_several(table, columns["label"])
         names = sorted({label_text(value) for value in values}, key=natural)
         if not names:
             raise UserError(f"column {columns['label']!r} of {table.source} has no labels at all.")
@@ -53,6 +57,8 @@ class LabelTask(Task):
             value = table.columns[column][row]
             if is_missing(value):
                 return f"{table.where(row)}: column {column!r} is empty."
+            if is_several(value):
+                return _several(table, column, row)
             found = label_problem(value, index, self.source_of_labels)
             return None if found is None else f"{table.where(row)}: {found}"
 
@@ -73,8 +79,8 @@ class LabelTask(Task):
         """The label that is answered, (rows,), of log-probabilities (rows, classes)."""
         return chances.argmax(axis=1)
 
-    def class_weight(self, counts: Counter[int], classes: int) -> Tensor | None:
-        """Weight of each class in the loss, or None. `counts`: training rows of each."""
+    def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
+        """Weight of each class in the loss, or None. `counts`: training rows of each, (labels,)."""
         return None
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
@@ -92,7 +98,7 @@ class LabelTask(Task):
         """Cross-entropy of logits (rows, classes) and targets (rows,)."""
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
-        weights = self.class_weight(Counter(targets.tolist()), len(labels))
+        weights = self.class_weight(np.bincount(targets, minlength=len(labels)), labels)
 
         def of_targets(logits: Tensor, targets: Tensor) -> Term:
             losses = cross_entropy(logits, targets, label_smoothing, weights)
@@ -159,12 +165,6 @@ def cross_entropy(
     return losses if weights is None else losses * weights.to(losses.device)[targets]
 
 
-def balanced(counts: Counter[int], classes: int) -> Tensor:
-    """Rows / (classes * rows of the class): mean 1 over the rows."""
-    rows = sum(counts.values())
-    return torch.tensor([rows / (len(counts) * counts.get(c, 1)) for c in range(classes)])
-
-
 def label_problem(value: Any, labels: LabelIndex, source: str = "the training data") -> str | None:
     """What is wrong with a label: it is none of those that `source` has."""
     if labels.find(label_text(value)) is not None:
@@ -173,6 +173,26 @@ def label_problem(value: Any, labels: LabelIndex, source: str = "the training da
         f"label {label_text(value)!r} is not among the {len(labels.labels)} labels of {source} "
         f"({listing(labels.labels, 8)}).{nearest(label_text(value), labels.labels)}"
     )
+
+
+def is_several(value: Any) -> bool:
+    """Whether a cell holds a list, a vector or a mapping, so that it is no label."""
+    return isinstance(value, list | tuple | set | dict) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _several(table: Table, column: str, row: int) -> str:
+    value = table.columns[column][row]
+    kind = "mapping" if isinstance(value, dict) else "list"
+    return (
+        f"{table.where(row)}: column {column!r} is a {kind} ({repr(value)[:60]}), where one label "
+        "should be; sets of labels and vectors of 0 and 1 are for classify(kind='multi')."
+    )
+
+
+def _refuse_several(table: Table, column: str) -> None:
+    row = next((row for row, value in enumerate(table.columns[column]) if is_several(value)), None)
+    if row is not None:
+        raise UserError(_several(table, column, row))
 
 
 def is_missing(value: Any) -> bool:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import check_token_ids, check_token_types
 from graftkit.data.encode import Encoded, encode_texts
 from graftkit.data.read import Table
 from graftkit.data.source import Pass
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Task, check_rows
+from graftkit.tasks.shared.items import check_kinds, check_texts
 from graftkit.tasks.shared.labels import is_missing
 
 TEXT = ("sentence", "content", "review", "question", "query", "utterance", "tweet", "comment", "document")
@@ -60,9 +62,16 @@ class TextTask(Task):
                     f"{'text is' if len(items) == 1 else 'texts are'} given), or --data FILE; in Python a list of pairs."
                 )
             items = [tuple(items)]
+        check_kinds(items, (str,))
         single = all(isinstance(text, str) for text in items)
-        if not single and not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
+        if not single and not all(isinstance(pair, tuple | list) for pair in items):
             return None
+        for number, pair in enumerate(items if not single else (), start=1):
+            if len(pair) != 2:
+                raise UserError(
+                    f"item {number} of {len(items)} has {len(pair)} text{'s' * (len(pair) != 1)}, but must be a pair."
+                )
+            check_texts(pair, f"pair {number} of {len(items)}", ("first text", "second text"))
         if not single and "text_pair" not in columns:
             raise UserError(
                 "this run was trained on single texts, but pairs are given; give a list of texts."
@@ -126,4 +135,11 @@ def encode(
     """Texts, or pairs of texts, as a model takes them."""
     values = examples.values
     encoded = encode_texts(tokenizer_of(backbone, task), values["text"], values.get("text_pair"), max_length)
+    check_encoded(backbone, encoded, examples.where)
     return TextDataset(examples, encoded, numbers)
+
+
+def check_encoded(backbone: Backbone, encoded: Encoded, where: Callable[[int], str]) -> None:
+    """Raise `UserError` for token ids or token types that the model has no embedding for."""
+    check_token_ids(backbone, encoded.features["input_ids"], where)
+    check_token_types(backbone, encoded.features.get("token_type_ids", ()))

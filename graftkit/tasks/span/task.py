@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import check_token_ids, check_token_types
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.data.source import Batch
@@ -180,6 +181,11 @@ class Span(Task):
         # models that pad on the left have the text first, unless they read from left to right only
         question_first = tokenizer.padding_side == "right" or backbone.is_decoder
         windows = cut_windows(tokenizer, examples, max_length, self.doc_stride, question_first)
+        features = [window.features for window in windows]
+        check_token_ids(
+            backbone, (row["input_ids"] for row in features), lambda i: examples.where(windows[i].question)
+        )
+        check_token_types(backbone, (row["token_type_ids"] for row in features if "token_type_ids" in row))
         data = Windows(examples, windows, tokenizer.pad_token_id or 0)
         if training and not data.units.any():
             raise UserError(

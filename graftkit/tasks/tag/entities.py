@@ -84,6 +84,17 @@ def types_of(labels: Sequence[str]) -> tuple[str, ...]:
     return types if names_of(types) == tuple(labels) else ()
 
 
+def by_tag(weights: Any, labels: Sequence[str]) -> Any:
+    """Weights by tag of weights by type or tag: that of a type is for its B- and I-, that of a tag goes before it."""
+    if not isinstance(weights, dict):
+        return weights
+    types = types_of(labels)
+    found = {
+        join(prefix, kind): weights[kind] for kind in types if kind and kind in weights for prefix in "BI"
+    }
+    return found | {tag: weight for tag, weight in weights.items() if tag not in types or not tag}
+
+
 def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
     """The scheme in which sentences are tagged, for people: 'BIO', 'IOB1', 'BIOES', 'BILOU' or 'BMES'."""
     tags = {tag for sentence in sentences for tag in sentence}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftkit.errors import listing, nearest
+from graftkit.tasks.shared.items import is_nothing
 from graftkit.tasks.shared.labels import LabelIndex, label_text
 from graftkit.tasks.tag.entities import are_of_entities, bio, chunks, parse_tag, types_of
 from graftkit.tasks.tag.words import text_of
@@ -74,7 +75,12 @@ def _read_value(value: Any) -> str | list[str]:
     if not value:
         raise Unfit("the list of tokens is empty")
     for place, token in enumerate(value, start=1):
-        if not isinstance(token, str | int | float) or isinstance(token, bool) or token == "":
+        if (
+            is_nothing(token)
+            or not isinstance(token, str | int | float)
+            or isinstance(token, bool)
+            or token == ""
+        ):
             raise Unfit(f"token {place} of {len(value)} is {token!r}, and no text")
     return [str(token) for token in value]
 

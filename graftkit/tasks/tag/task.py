@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.fit import check_token_ids
 from graftkit.data.columns import Column
 from graftkit.data.conll import SUFFIXES, conll_pieces, read_conll
 from graftkit.data.read import read_table
@@ -24,8 +25,10 @@ from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, Term, check_rows, one_term
 from graftkit.tasks.shared.labels import LabelIndex
 from graftkit.tasks.shared.texts import made_up_texts, tokenizer_of
+from graftkit.tasks.shared.weights import check_class_weights, class_weights
 from graftkit.tasks.tag.entities import (
     accuracy_of,
+    by_tag,
     chunks,
     entity_scores,
     names_of,
@@ -71,6 +74,12 @@ class Tag(Task):
 
     token_column: int = option(1, "of a CoNLL file: the column of the token, from 1; negative from the end")
     tag_column: int = option(-1, "of a CoNLL file: the column of the tag")
+    class_weights: str | dict | None = option(
+        None,
+        "'balanced' weighs each word by the rarity of its tag; or a weight for each, {tag: weight}, or {type: weight} of "
+        "entities",
+        choices=("balanced",),
+    )
 
     def read(self, source: Any, reading: Reading, name: str) -> Table:
         if _is_conll(source):
@@ -118,6 +127,7 @@ class Tag(Task):
                 )
         else:
             names = names_of(types) if types else ()
+        check_class_weights(by_tag(self.class_weights, names), names, self.name)
         if len(names) < 2:
             only = f"the one tag {names[0]!r}" if names else "no entity at all"
             raise UserError(f"{table.source} has {only}, so there is nothing to tell apart.")
@@ -170,10 +180,15 @@ class Tag(Task):
         read = [text_of(value) for value in examples.values["tokens"]]
         texts, spans = [text for text, _ in read], [found for _, found in read]
         parts = split_all(tokenizer, texts, spans, max_length, backbone.source)
+        check_token_ids(backbone, (part.ids for part in parts), lambda i: examples.where(parts[i].example))
         return TagDataset(examples, texts, spans, parts, tokenizer.pad_token_id or 0)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Cross-entropy of logits (rows, length, labels) at the first token of each word."""
+        assert isinstance(dataset, TagDataset) and dataset.labels is not None
+        placed = np.concatenate(dataset.labels)
+        counts = np.bincount(placed[placed != IGNORED], minlength=len(labels))
+        weights = class_weights(by_tag(self.class_weights, labels), counts, labels)
 
         def scores(logits: Tensor, batch: Batch) -> Term:
             targets = batch.targets
@@ -182,6 +197,8 @@ class Tag(Task):
                 logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none",
                 label_smoothing=label_smoothing,
             )  # fmt: skip
+            if weights is not None:
+                losses = losses * weights.to(losses.device, non_blocking=True)[targets.clamp(min=0)]
             return Term(losses.sum(dim=1), (logits.detach().argmax(-1) == targets).sum(dim=1))
 
         return one_term(scores)

@@ -1,0 +1,63 @@
+"""The items of a list that a person hands to `predict`: each error names the item by its position."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graftkit.errors import UserError
+
+NOUNS = {"image": "image", "audio": "sound"}  # by modality; else a text
+
+
+def check_items(items: Sequence[Any], modality: str) -> None:
+    """Raise `UserError` for a missing or a numeric item, and where rows (mappings) stand beside anything else."""
+    noun = NOUNS.get(modality, "text")
+    for number, item in enumerate(items, start=1):
+        refuse_no_text(item, f"item {number} of {len(items)}", noun)
+    check_kinds(items, (Mapping,))
+
+
+def check_kinds(items: Sequence[Any], kinds: tuple[type, ...]) -> None:
+    """Raise `UserError` for the first item that is of one of these kinds where the first of all is not, or the other way
+    round."""
+    odd = next(
+        (i for i, item in enumerate(items) if isinstance(item, kinds) != isinstance(items[0], kinds)), None
+    )
+    if odd is not None:
+        raise UserError(
+            f"item {odd + 1} of {len(items)} is a {type(items[odd]).__name__}, but the first is a "
+            f"{type(items[0]).__name__}; give items of one kind."
+        )
+
+
+def check_texts(texts: Sequence[Any], where: str, names: Sequence[str] | None = None) -> None:
+    """Raise `UserError` for a text within an item that is missing, a number or empty. `names`: what to call each."""
+    for place, text in enumerate(texts):
+        name = names[place] if names is not None else f"text {place + 1}"
+        refuse_no_text(text, f"the {name} of {where}", "text")
+        if not isinstance(text, str):
+            raise UserError(f"the {name} of {where} is a {type(text).__name__}, and no text.")
+        if not text.strip():
+            raise UserError(f"the {name} of {where} is empty.")
+
+
+def refuse_no_text(item: Any, where: str, noun: str) -> None:
+    """Raise `UserError` for a value that is missing, or a number."""
+    if is_nothing(item):
+        raise UserError(f"{where} is missing ({item}); leave it out, or give {_article(noun)} {noun}.")
+    if isinstance(item, numbers.Number):
+        hint = f"; a number is written as a text: {str(item)!r}" if noun == "text" else ""
+        raise UserError(f"{where} is the number {item}, and no {noun}{hint}.")
+
+
+def is_nothing(item: Any) -> bool:
+    """Whether a value is None, NaN, or what pandas has for a missing one."""
+    if item is None or type(item).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(item, numbers.Number) and item != item
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
