@@ -184,10 +184,8 @@ OTHER_MEANINGS = {
     ("", "head"): "a role of sites and of labels, and a word of selections",
     ("", "norms"): "a word of selections",
     ("data", "tag"): "a column of a table",
-    ("tasks", "tag"): "a key of a row",
     ("tasks", "prompt"): "a column of a table",
-    ("report", "prompt"): "a column of a table",
-    ("report", "choice"): "a column of a table",
+    ("libraries.py", "peft"): "a library",
     ("methods/shared/peft_lora.py", "pissa"): "a value of PEFT's init_lora_weights",
 }  # fmt: skip
 FAMILY_FOLDERS = {"method": "methods", "task": "tasks", "optimizer": "optim"}

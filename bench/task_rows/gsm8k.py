@@ -115,7 +115,8 @@ def loaded(model: Path, graft: Path | None, test: Path, expression: str, count: 
     import torch
 
     import graftkit
-    from graftkit.backbone.load import auto_class, find_source, load_backbone
+    from graftkit.backbone.load import load_backbone
+    from graftkit.backbone.source import auto_class, find_source
     from graftkit.data.columns import find_columns
     from graftkit.data.read import read_table
     from graftkit.engine.forward import Forward

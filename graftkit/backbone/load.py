@@ -1,4 +1,4 @@
-"""From what a recipe names (folder, hub id, `package.module:function`) to a `Backbone`.
+"""Load a model and its processor into a `Backbone`.
 
 Weights are safetensors only, no remote code runs, and nothing is fetched unless a hub id is named.
 """
@@ -6,9 +6,7 @@ Weights are safetensors only, no remote code runs, and nothing is fetched unless
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,143 +20,12 @@ from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.fit import refuse_tokens_without_rows
 from graftkit.backbone.folder import (
     PREPROCESSOR_FILE,
-    PROCESSOR_FILES,
-    processor_kind,
-    refuse_faults,
-    refuse_lost_parts,
 )
 from graftkit.backbone.memory import is_out_of_memory
-from graftkit.backbone.own import call, load_weights
+from graftkit.backbone.own import load_weights
 from graftkit.backbone.parts import find_sites
-from graftkit.errors import UserError, first_line, listing, nearest
-from graftkit.files import fault
-
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from, checked before any weight is read.
-
-    `folder`: in transformers format; or `made`: what a function of the user's made, with the file of its weights.
-    `quantize`: how its frozen maps are to be stored, 'nf4' or 'int8'; None for as they are.
-    """
-
-    name: str
-    folder: Path | None = None
-    made: Backbone | None = None
-    weights: Path | None = None
-    quantize: str | None = None
-
-    @property
-    def location(self) -> str:
-        return str(self.folder) if self.folder is not None else self.name
-
-
-def find_source(name: str, weights: str | None = None, quantize: str | None = None) -> Source:
-    """Find the model that a recipe names. Raises `UserError` where it cannot be had, and says why.
-
-    `weights`: a safetensors file for the module that `package.module:function` makes.
-    """
-    if ":" in name and not Path(name).exists():
-        made = call(name)
-        if isinstance(made, Backbone):
-            if quantize is not None:
-                raise UserError(
-                    f"quantize={quantize!r} is for models of transformers, and {name!r} makes a module of its own."
-                )
-            return Source(name, made=made, weights=None if weights is None else Path(weights).expanduser())
-        source = _folder(name, made)
-    else:
-        source = _named(name)
-    if weights is not None:
-        raise UserError(
-            f"weights {weights!r} go with a module that package.module:function makes, but model {name!r} is a folder "
-            "with weights of its own; leave weights out."
-        )
-    return replace(source, quantize=quantize)
-
-
-def _named(name: str) -> Source:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _folder(name, path)
-    if path.is_file():
-        raise UserError(f"model {name!r} is a file; name the folder that holds config.json and the weights.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"model folder {name!r} does not exist.{nearest(path.name, siblings)}")
-    return _hub(name)
-
-
-def _folder(name: str, folder: Path) -> Source:
-    if not (folder / "config.json").is_file():
-        hint = ""
-        if (folder / "recipe.yaml").is_file():
-            hint = " This is a run of graftkit: use `graftkit predict` or `graftkit evaluate` with it."
-        elif (folder / "adapter_config.json").is_file():
-            hint = " This is an adapter, not a model: name the model that it was trained on."
-        raise UserError(f"model folder {name!r} has no config.json, so it is not a transformers model.{hint}")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        wrong = fault(folder / "config.json")
-        raise UserError(
-            f"{folder / 'config.json'} is not valid JSON: {f'it {wrong}' if wrong else error}."
-        ) from None
-    if not any(folder.glob("*.safetensors")):
-        pickles = [pickle for pickle in PICKLES if (folder / pickle).exists()]
-        if pickles:
-            raise UserError(
-                f"model folder {name!r} has its weights as a pickle ({pickles[0]}), which can run any code when "
-                "it is opened, so graftkit does not open it. Convert it once where you trust it: "
-                "AutoModel.from_pretrained(folder).save_pretrained(folder) writes model.safetensors."
-            )
-        raise UserError(f"model folder {name!r} has no weights (*.safetensors).")
-    weights = sorted(path.name for path in folder.glob("*.safetensors"))
-    refuse_faults(folder, [*weights, *(file for file in PROCESSOR_FILES if (folder / file).exists())])
-    refuse_lost_parts(folder, weights)
-    if not any((folder / file).exists() for file in PROCESSOR_FILES):
-        what, kind = processor_kind(folder)
-        raise UserError(
-            f"model folder {name!r} has no {what}. Save the model's own there: "
-            f"{kind}.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
-        )
-    return Source(name, folder=folder)
-
-
-def _hub(name: str) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return _folder(name, Path(snapshot_download(name, allow_patterns=patterns)))
-    except RepositoryNotFoundError:
-        raise UserError(f"model {name!r} is neither a folder here nor a public model of the hub.") from None
-    except UserError:
-        raise
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
-        raise UserError(
-            f"model {name!r} is not a folder here and not in the local cache, and {why}. "
-            "Name a local model folder, or download the model while online."
-        ) from None
-
-
-def pooling_of(folder: Path | None) -> str | None:
-    """What a sentence-transformers folder says about pooling: 'mean', 'cls', 'last', or None."""
-    path = folder / "1_Pooling" / "config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    names = {
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_lasttoken": "last",
-    }
-    return next((mode for key, mode in names.items() if config.get(key)), None)
+from graftkit.backbone.source import Source, pooling_of
+from graftkit.errors import UserError, first_line, listing
 
 
 def load_backbone(
@@ -181,19 +48,8 @@ def load_backbone(
             load_weights(source.made.model, source.weights, source.name, meta=meta)
         source.made.model.eval()
         return source.made
-    import transformers
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     assert source.folder is not None
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False
-        )
-        processor = _processor(source.folder)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise UserError(f"model {source.name!r} cannot be read: {first_line(error)}") from None
+    config, processor = _described(source)
     known = [name for _, name in sorted(config.id2label.items())] if labels is not None else []
     if labels is not None:
         config.num_labels = len(labels)
@@ -202,26 +58,7 @@ def load_backbone(
     tokenizer = processor if hasattr(processor, "pad_token_id") else None
     if tokenizer is not None:
         _agree_on_padding(tokenizer, config)
-    auto = getattr(transformers, native or "AutoModel")
-    more: dict[str, Any] = {}
-    try:
-        if source.quantize is not None:
-            kept = _never_quantized(auto, source.folder, config)
-            more = quantized.loading(source.quantize, source.name, kept)
-        if meta:
-            with torch.device("meta"):
-                model = auto.from_config(config)
-            missing = _missing(model, source.folder)
-            if source.quantize is not None:
-                quantized.with_shapes(model, source.quantize, kept)
-        else:
-            model, missing = _read_model(auto, source.folder, config, seed, labels is not None, more)
-    except UserError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
+    model, missing = _built(source, native or "AutoModel", config, labels is not None, meta, seed)
     model.eval()
     if tokenizer is not None:
         refuse_tokens_without_rows(model, tokenizer, source.name)
@@ -233,6 +70,51 @@ def load_backbone(
         _refuse_no_end(backbone, tokenizer, config)
     _refuse_holes(backbone, complete)
     return backbone
+
+
+def _described(source: Source) -> tuple[Any, Any]:
+    """The configuration and the processor in the folder of a model."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    assert source.folder is not None
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+        return config, _processor(source.folder)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise UserError(f"model {source.name!r} cannot be read: {first_line(error)}") from None
+
+
+def _built(
+    source: Source, kind: str, config: Any, new_head: bool, meta: bool, seed: int
+) -> tuple[Any, tuple[str, ...]]:
+    """The model of an auto class, and the names of the parameters that its folder does not hold."""
+    import transformers
+
+    assert source.folder is not None
+    auto, more = getattr(transformers, kind), {}
+    try:
+        if source.quantize is not None:
+            kept = _never_quantized(auto, source.folder, config)
+            more = quantized.loading(source.quantize, source.name, kept)
+        if not meta:
+            return _read_model(auto, source.folder, config, seed, new_head, more)
+        with torch.device("meta"):
+            model = auto.from_config(config)
+        missing = _missing(model, source.folder)
+        if source.quantize is not None:
+            quantized.with_shapes(model, source.quantize, kept)
+        return model, missing
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
 
 
 def _refuse_no_end(backbone: Backbone, tokenizer: Any, config: Any) -> None:
@@ -349,41 +231,6 @@ def _refuse_holes(backbone: Backbone, complete: bool) -> None:
             f"the weights of {backbone.source!r} lack {len(holes)} parameters of its architecture, or have them in another shape "
             f"({listing(holes, 4)}); the file is incomplete or belongs to another config.json."
         )
-
-
-CLASSES = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
-AUTO_CLASSES = {
-    "SEQUENCE_CLASSIFICATION": "AutoModelForSequenceClassification",
-    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
-    "AUDIO_CLASSIFICATION": "AutoModelForAudioClassification",
-    "TOKEN_CLASSIFICATION": "AutoModelForTokenClassification",
-    "QUESTION_ANSWERING": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_TO_SEQ_CAUSAL_LM": "AutoModelForSeq2SeqLM",
-    "MASKED_LM": "AutoModelForMaskedLM",
-}
-
-
-def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
-    """The auto class of transformers that builds this architecture with a head of one of these families, if it has one."""
-    if source.folder is None:
-        return None
-    from transformers.models.auto import modeling_auto
-
-    kind = _config(source.folder).get("model_type")
-    for family in families:
-        if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
-            return AUTO_CLASSES[family]
-    return None
-
-
-def has_two_towers(source: Source) -> bool:
-    """Whether the bare architecture reads images and texts together, as CLIP and SigLIP do."""
-    return source.folder is not None and {"text_config", "vision_config"} <= _config(source.folder).keys()
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def positions_of(model: nn.Module) -> int | None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graftkit.backbone.load import find_source
+from graftkit.backbone.source import find_source
 from graftkit.data.columns import find_again
 from graftkit.errors import UserError, listing
 from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, logits

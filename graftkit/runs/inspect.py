@@ -8,7 +8,7 @@ from typing import Any
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_map
 from graftkit.backbone.backbone import widths
-from graftkit.backbone.load import CLASSES
+from graftkit.backbone.source import CLASSES
 from graftkit.errors import UserError
 from graftkit.methods.base import read
 from graftkit.recipe import selection

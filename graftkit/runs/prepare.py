@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.load import auto_class, find_source, has_two_towers, load_backbone, pooling_of
+from graftkit.backbone.load import load_backbone
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.quantized import move
+from graftkit.backbone.source import auto_class, find_source, has_two_towers, pooling_of
 from graftkit.data.columns import find_again, find_columns
 from graftkit.data.order import steps_per_epoch
 from graftkit.data.read import Table

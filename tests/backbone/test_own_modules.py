@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import graftkit
 from graftkit import Backbone, UserError, attach
-from graftkit.backbone.load import find_source, load_backbone
+from graftkit.backbone.load import load_backbone
+from graftkit.backbone.source import find_source
 
 ROOT = Path(__file__).parents[2]
 MODELS = {"squeezenet": "squeezenet1_0.safetensors", "resnet20": "resnet20_cifar10.safetensors"}

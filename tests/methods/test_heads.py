@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import graftkit
 from graftkit import Backbone, attach, load
-from graftkit.backbone.load import find_source, load_backbone
+from graftkit.backbone.load import load_backbone
+from graftkit.backbone.source import find_source
 
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 

@@ -270,9 +270,20 @@ def test_weights_of_another_shape(refused, tiny_bert, tmp_path):
 
 
 def test_a_model_without_tokenizer_from_a_function(refused, tmp_path, monkeypatch):
-    written(tmp_path / "made_model.py", "import torch\ndef make():\n    return torch.nn.Linear(3, 3)\n")
+    written(
+        tmp_path / "made_model.py",
+        "import torch\ndef make():\n    return torch.nn.Sequential(*map(torch.nn.Linear, (3, 3), (3, 3)))\n",
+    )
     monkeypatch.syspath_prepend(tmp_path)
     refused("no tokenizer", model="made_model:make", method="full() + head(pooling='own')")
+
+
+def test_a_model_that_is_a_single_layer_has_no_head_to_replace(refused, tmp_path, monkeypatch):
+    written(tmp_path / "lone_model.py", "import torch\ndef make():\n    return torch.nn.Linear(3, 3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(
+        "a single Linear, which cannot be replaced", model="lone_model:make", method="head(pooling='own')"
+    )
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,8 @@ def test_a_plan_allocates_nothing(command, tiny_bert, rows_folder, tmp_path):
 def test_padding_is_that_of_the_config(tiny_gpt2, tmp_path):
     import shutil
 
-    from graftkit.backbone.load import find_source, load_backbone
+    from graftkit.backbone.load import load_backbone
+    from graftkit.backbone.source import find_source
 
     folder, native = shutil.copytree(tiny_gpt2, tmp_path / "gpt2"), "AutoModelForSequenceClassification"
     config = json.loads((folder / "config.json").read_text())

@@ -10,7 +10,8 @@ from audio_models import MAKERS, RATE, Bands, Masked, tone, wav2vec2
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.load import find_source, load_backbone
+from graftkit.backbone.load import load_backbone
+from graftkit.backbone.source import find_source
 from graftkit.data.read import read_table
 from graftkit.data.source import Pass
 from graftkit.errors import UserError

@@ -13,7 +13,8 @@ from conftest import ANIMAL, FILLER, FRUIT, TOOL, equal_bits, graft_tensors, wri
 from transformers import BertForMultipleChoice
 
 import graftkit
-from graftkit.backbone.load import find_source, load_backbone
+from graftkit.backbone.load import load_backbone
+from graftkit.backbone.source import find_source
 from graftkit.errors import Interrupted, UserError
 from graftkit.tasks.base import Reading
 from graftkit.tasks.choice import Choice, find_label, read_choices

@@ -11,7 +11,8 @@ from conftest import graft_tensors
 from language_models import folder, rows
 
 import graftkit
-from graftkit.backbone.load import auto_class, find_source, load_backbone
+from graftkit.backbone.load import load_backbone
+from graftkit.backbone.source import auto_class, find_source
 from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 

@@ -11,7 +11,8 @@ import torch
 from conftest import WORDS, make_rows, write_csv
 
 import graftkit
-from graftkit.backbone.load import auto_class, find_source, load_backbone
+from graftkit.backbone.load import load_backbone
+from graftkit.backbone.source import auto_class, find_source
 from graftkit.data.read import read_table
 from graftkit.errors import UserError
 from graftkit.recipe import schema as recipes

@@ -11,7 +11,8 @@ import pytest
 import torch
 from squad_rows import articles, find_best_thresh, official_1, official_2, write_squad
 
-from graftkit.backbone.load import find_source, load_backbone
+from graftkit.backbone.load import load_backbone
+from graftkit.backbone.source import find_source
 from graftkit.data.squad import locate, squad_table
 from graftkit.errors import UserError
 from graftkit.tasks.base import Reading

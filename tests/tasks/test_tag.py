@@ -9,7 +9,8 @@ import pytest
 import torch
 from conlleval import conlleval
 
-from graftkit.backbone.load import find_source, load_backbone
+from graftkit.backbone.load import load_backbone
+from graftkit.backbone.source import find_source
 from graftkit.data.columns import find_again, find_columns
 from graftkit.errors import UserError
 from graftkit.tasks.base import Batch, Reading

@@ -1,0 +1,183 @@
+"""Which model a recipe means: a folder, a hub id or `package.module:function`, and the classes that can build it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.folder import (
+    PROCESSOR_FILES,
+    processor_kind,
+    refuse_faults,
+    refuse_lost_parts,
+)
+from graftkit.backbone.own import call
+from graftkit.errors import UserError, nearest
+from graftkit.files import fault
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, checked before any weight is read.
+
+    `folder`: in transformers format; or `made`: what a function of the user's made, with the file of its weights.
+    `quantize`: how its frozen maps are to be stored, 'nf4' or 'int8'; None for as they are.
+    """
+
+    name: str
+    folder: Path | None = None
+    made: Backbone | None = None
+    weights: Path | None = None
+    quantize: str | None = None
+
+    @property
+    def location(self) -> str:
+        return str(self.folder) if self.folder is not None else self.name
+
+
+def find_source(name: str, weights: str | None = None, quantize: str | None = None) -> Source:
+    """Find the model that a recipe names. Raises `UserError` where it cannot be had, and says why.
+
+    `weights`: a safetensors file for the module that `package.module:function` makes.
+    """
+    if ":" in name and not Path(name).exists():
+        made = call(name)
+        if isinstance(made, Backbone):
+            if quantize is not None:
+                raise UserError(
+                    f"quantize={quantize!r} is for models of transformers, and {name!r} makes a module of its own."
+                )
+            return Source(name, made=made, weights=None if weights is None else Path(weights).expanduser())
+        source = _folder(name, made)
+    else:
+        source = _named(name)
+    if weights is not None:
+        raise UserError(
+            f"weights {weights!r} go with a module that package.module:function makes, but model {name!r} is a folder "
+            "with weights of its own; leave weights out."
+        )
+    return replace(source, quantize=quantize)
+
+
+def _named(name: str) -> Source:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(name, path)
+    if path.is_file():
+        raise UserError(f"model {name!r} is a file; name the folder that holds config.json and the weights.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"model folder {name!r} does not exist.{nearest(path.name, siblings)}")
+    return _hub(name)
+
+
+def _folder(name: str, folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        hint = ""
+        if (folder / "recipe.yaml").is_file():
+            hint = " This is a run of graftkit: use `graftkit predict` or `graftkit evaluate` with it."
+        elif (folder / "adapter_config.json").is_file():
+            hint = " This is an adapter, not a model: name the model that it was trained on."
+        raise UserError(f"model folder {name!r} has no config.json, so it is not a transformers model.{hint}")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        wrong = fault(folder / "config.json")
+        raise UserError(
+            f"{folder / 'config.json'} is not valid JSON: {f'it {wrong}' if wrong else error}."
+        ) from None
+    if not any(folder.glob("*.safetensors")):
+        pickles = [pickle for pickle in PICKLES if (folder / pickle).exists()]
+        if pickles:
+            raise UserError(
+                f"model folder {name!r} has its weights as a pickle ({pickles[0]}), which can run any code when "
+                "it is opened, so graftkit does not open it. Convert it once where you trust it: "
+                "AutoModel.from_pretrained(folder).save_pretrained(folder) writes model.safetensors."
+            )
+        raise UserError(f"model folder {name!r} has no weights (*.safetensors).")
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    refuse_faults(folder, [*weights, *(file for file in PROCESSOR_FILES if (folder / file).exists())])
+    refuse_lost_parts(folder, weights)
+    if not any((folder / file).exists() for file in PROCESSOR_FILES):
+        what, kind = processor_kind(folder)
+        raise UserError(
+            f"model folder {name!r} has no {what}. Save the model's own there: "
+            f"{kind}.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
+        )
+    return Source(name, folder=folder)
+
+
+def _hub(name: str) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return _folder(name, Path(snapshot_download(name, allow_patterns=patterns)))
+    except RepositoryNotFoundError:
+        raise UserError(f"model {name!r} is neither a folder here nor a public model of the hub.") from None
+    except UserError:
+        raise
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
+        raise UserError(
+            f"model {name!r} is not a folder here and not in the local cache, and {why}. "
+            "Name a local model folder, or download the model while online."
+        ) from None
+
+
+def pooling_of(folder: Path | None) -> str | None:
+    """What a sentence-transformers folder says about pooling: 'mean', 'cls', 'last', or None."""
+    path = folder / "1_Pooling" / "config.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    names = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_lasttoken": "last",
+    }
+    return next((mode for key, mode in names.items() if config.get(key)), None)
+
+
+CLASSES = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+AUTO_CLASSES = {
+    "SEQUENCE_CLASSIFICATION": "AutoModelForSequenceClassification",
+    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
+    "AUDIO_CLASSIFICATION": "AutoModelForAudioClassification",
+    "TOKEN_CLASSIFICATION": "AutoModelForTokenClassification",
+    "QUESTION_ANSWERING": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_TO_SEQ_CAUSAL_LM": "AutoModelForSeq2SeqLM",
+    "MASKED_LM": "AutoModelForMaskedLM",
+}
+
+
+def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
+    """The auto class of transformers that builds this architecture with a head of one of these families, if it has one."""
+    if source.folder is None:
+        return None
+    from transformers.models.auto import modeling_auto
+
+    kind = _config(source.folder).get("model_type")
+    for family in families:
+        if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
+            return AUTO_CLASSES[family]
+    return None
+
+
+def has_two_towers(source: Source) -> bool:
+    """Whether the bare architecture reads images and texts together, as CLIP and SigLIP do."""
+    return source.folder is not None and {"text_config", "vision_config"} <= _config(source.folder).keys()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
