@@ -185,6 +185,7 @@ OTHER_MEANINGS = {
     ("tasks", "prompt"): "a column of a table",
     ("report", "prompt"): "a column of a table",
     ("report", "choice"): "a column of a table",
+    ("libraries.py", "peft"): "the name of a package",
     ("methods/shared/peft_lora.py", "pissa"): "a value of PEFT's init_lora_weights",
 }  # fmt: skip
 FAMILY_FOLDERS = {"method": "methods", "task": "tasks", "optimizer": "optim"}
