@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from graftkit import attach, load
 from graftkit.grafts.folder import read
 from graftkit.grafts.graft import Graft
+from graftkit.grafts.load import tensors_for
 
 
 class MLP(nn.Module):
