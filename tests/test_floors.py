@@ -185,7 +185,7 @@ OTHER_MEANINGS = {
     ("", "norms"): "a word of selections",
     ("data", "tag"): "a column of a table",
     ("tasks", "prompt"): "a column of a table",
-    ("libraries.py", "peft"): "a library",
+    ("libraries.py", "peft"): "the name of a package",
     ("methods/shared/peft_lora.py", "pissa"): "a value of PEFT's init_lora_weights",
 }  # fmt: skip
 FAMILY_FOLDERS = {"method": "methods", "task": "tasks", "optimizer": "optim"}

@@ -130,7 +130,7 @@ class Audit:
         if problems:
             raise UserError(
                 f"the gradient audit failed after {self.steps} steps: {'; '.join(problems)}. Take what has no part in "
-                "the output out of training (freeze(...), or a narrower selection of sites), and see that learning "
+                "the output out of training (by a narrower selection of sites), and see that learning "
                 "rates are not too small."
             )
 

@@ -12,6 +12,7 @@ from graftkit.backbone.anatomy import Added
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.grafts.register import MIXED, grafts_of
 from graftkit.methods.base import Addition, Method
+from graftkit.methods.shared.advice import general
 from graftkit.optim.labels import Labels
 
 if TYPE_CHECKING:
@@ -120,15 +121,15 @@ def refuse_shared(model: nn.Module, method: Method, changed: Collection[str]) ->
 
 def refuse_untrainable(backbone: Backbone, method: Method, labels: Labels, replaced: Collection[str]) -> None:
     if not labels and str(method):
-        raise UserError(f"{method} trains nothing; add a method such as lora() or head().")
+        raise UserError(f"{method} trains nothing; add a method such as {general()}.")
     new = tuple(f"{name}." for name in replaced)
     random = [
         n for n, _ in backbone.model.named_parameters() if new and n.startswith(new) and n not in labels
     ]
     if random:
-        raise UserError(f"{listing(random)} are new and would stay random; leave them out of freeze().")
+        raise UserError(f"{listing(random)} are new and would stay random; do not freeze them.")
     for name, parameter in backbone.model.named_parameters():
         if name in labels and not parameter.dtype.is_floating_point:
             raise UserError(
-                f"{labels[name].method}(): {name!r} is stored as {parameter.dtype} and cannot be trained; use lora()."
+                f"{labels[name].method}(): {name!r} is stored as {parameter.dtype} and cannot be trained; use {general()}."
             )

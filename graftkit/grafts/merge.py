@@ -25,8 +25,9 @@ from graftkit.grafts.stored import (
     STORED_NAME,
     Contents,
 )
-from graftkit.methods.base import Method, PeftForm, exactly, recommended
+from graftkit.methods.base import Method, PeftForm, exactly
 from graftkit.methods.base import read as read_method
+from graftkit.methods.shared.advice import recommended
 from graftkit.recipe.expressions import Call
 
 HEADS = ("mean", "first", "none")

@@ -10,6 +10,7 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.errors import NotFoldable
 from graftkit.methods.base import Method, labels_of
+from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.bottlenecks import Place, bottleneck_at, find_places
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
@@ -83,5 +84,5 @@ class Adapter(Method):
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(
             "adapter() cannot be folded: a bottleneck with a nonlinearity has no equal in the plain architecture. "
-            "Keep the graft folder and load it with graftkit.load, or use lora() where folding matters."
+            f"Keep the graft folder and load it with graftkit.load, or use {general()} where folding matters."
         )

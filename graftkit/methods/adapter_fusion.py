@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.files import read_json, read_tensors
-from graftkit.methods.base import Method, multiply, new_parameter, recommended
+from graftkit.methods.base import Method, multiply, new_parameter
+from graftkit.methods.shared.advice import general, recommended
 from graftkit.methods.shared.bottlenecks import Bottleneck, Insertion, Place, bottleneck_at, find_places
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
@@ -93,7 +94,7 @@ class AdapterFusion(Method):
     def fold(self, backbone: Backbone, graft: str) -> Tensors:
         raise NotFoldable(
             "adapter_fusion() cannot be folded: bottlenecks with a nonlinearity have no equal in the plain "
-            "architecture. Keep the graft folder and load it with graftkit.load, or use lora() where folding matters."
+            f"architecture. Keep the graft folder and load it with graftkit.load, or use {general()} where folding matters."
         )
 
 

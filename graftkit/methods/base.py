@@ -24,7 +24,7 @@ from graftkit.methods.shared import sums
 from graftkit.methods.shared.additions import Addition, OutputHead, new_parameter, place  # noqa: F401  (these too)
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
-from graftkit.recipe.catalogue import check_values, entries, entry_name
+from graftkit.recipe.catalogue import check_values, entry_name
 from graftkit.recipe.expressions import as_expression, build, parse
 
 
@@ -314,13 +314,6 @@ def as_chain(method: Method | str) -> Chain:
     if isinstance(method, str):
         return read(method)
     return method if isinstance(method, Chain) else Chain((method,))
-
-
-def recommended(*properties: str) -> str:
-    """`lora() or unfreeze()`: the methods that say one of these of themselves, as messages recommend them."""
-    known = entries("method").values()
-    names = [entry.name for word in properties for entry in known if entry.constants.get(word) is True]
-    return " or ".join(f"{name}()" for name in dict.fromkeys(names))
 
 
 def exactly(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graftkit.backbone import Backbone, select_parameters
 from graftkit.methods.base import Method, refuse_unless
+from graftkit.methods.shared.advice import general, selecting
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
@@ -37,7 +38,7 @@ class BitFit(Method):
         refuse_unless(
             labels,
             f"bitfit() trains biases, but {self.sites!r} of {backbone.source} have none. "
-            "Use lora() or unfreeze('norms') instead.",
+            f"Use {general()} or {selecting('norms')} instead.",
         )
         return labels
 

@@ -14,6 +14,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.weights import Weight, apply, groups_of, input_of, scale_product, without_autocast
 from graftkit.methods.base import Addition, PeftForm
 from graftkit.methods.shared import peft_lora
+from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.low_rank import LoraLikeMethod, LowRank
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Labels
@@ -41,7 +42,7 @@ class DoRA(LoraLikeMethod):
     def wanted(self) -> str:
         return (
             f"weights that {self.name}() can update, which are no integers and of no grouped convolution; "
-            "use lora() there"
+            f"use {general()} there"
         )
 
     def accepts(self, weight: Weight) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.errors import UserError
 from graftkit.methods.base import Method
+from graftkit.methods.shared.advice import covering, selecting
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
@@ -46,14 +47,14 @@ class GradualUnfreeze(Method):
         super().__post_init__()
         if self.unit == "steps" and self.every != int(self.every):
             raise UserError(
-                f"gradual_unfreeze(): every is {self.every}, but steps are whole; use unit='epochs' for parts of an epoch."
+                f"gradual_{selecting()}: every is {self.every}, but steps are whole; use unit='epochs' for parts of an epoch."
             )
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         if not backbone.blocks:
             raise UserError(
-                f"gradual_unfreeze() frees one block after another, but {backbone.source} has none; use full(), or "
-                "unfreeze() with a selection."
+                f"gradual_{selecting()} frees one block after another, but {backbone.source} has none; use {covering()}, or "
+                f"{selecting()} with a selection."
             )
         group = Group("base", self.lr or 1e-4, self.name, self.lr is not None, statistics=True)
         top = len(backbone.blocks) - 1

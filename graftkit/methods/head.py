@@ -190,6 +190,11 @@ class Head(Method):
         last = self._own_map(backbone)
         if widths(last.module)[1] == self.classes:
             return
+        if not last.name:
+            raise UserError(
+                f"head(pooling='own'): {backbone.source} is a single {type(last.module).__name__}, which cannot be replaced in "
+                f"itself by one with {self.classes} outputs. Put it into a module, such as torch.nn.Sequential."
+            )
         new = new_map(last, self.classes)
         parent, _, leaf = last.name.rpartition(".")
         setattr(backbone.module(parent), leaf, new)

@@ -15,6 +15,7 @@ from graftkit.backbone.anatomy import features, is_conv, is_linear, is_transpose
 from graftkit.backbone.weights import scale_columns
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Method, PeftForm, exactly, labels_of, place
+from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.mixtures import Mixture
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
@@ -59,12 +60,15 @@ class IA3(Method):
             feedforward = "down"
         inner = _chosen(backbone, feedforward, _has_input, "maps with one input")
         outer = _chosen(
-            backbone, sites, _has_output, "linear maps or convolutions that are called; use lora() there"
+            backbone,
+            sites,
+            _has_output,
+            f"linear maps or convolutions that are called; use {general()} there",
         )
         if not inner and not outer:
             raise UserError(
                 f"ia3() found no keys, values, feed-forward part or convolution in the blocks of {backbone.source}; name "
-                "the maps to scale with sites=..., for example ia3(sites='all-linear'), or use lora()."
+                f"the maps to scale with sites=..., for example ia3(sites='all-linear'), or use {general()}."
             )
         at_input = {site.name for site in inner}
         chosen = at_input | {site.name for site in outer}

@@ -11,6 +11,7 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_norm
 from graftkit.errors import UserError
 from graftkit.methods.base import Method, PeftForm, exactly, refuse_unless
+from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
@@ -38,7 +39,7 @@ class Norms(Method):
     def targets(self, backbone: Backbone) -> list[Site]:
         if not any(is_norm(site.module) for site in backbone.sites):
             raise UserError(
-                f"norms() trains the gains of norms, but {backbone.source} has none. Use lora() or bitfit() instead."
+                f"norms() trains the gains of norms, but {backbone.source} has none. Use {general()} instead."
             )
         return select(backbone, self.sites, lambda site: is_norm(site.module), "norms")
 
@@ -52,7 +53,7 @@ class Norms(Method):
             labels |= {
                 f"{site.name}.{name}": group for name, _ in site.module.named_parameters(recurse=False)
             }
-        refuse_unless(labels, f"norms() found no gains in {backbone.source}; use lora() instead.")
+        refuse_unless(labels, f"norms() found no gains in {backbone.source}; use {general()} instead.")
         if self.statistics and not moving:
             raise UserError(
                 f"norms(statistics=True): none of the norms of {backbone.source} keeps running statistics, as BatchNorm "

@@ -16,6 +16,7 @@ from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
 from graftkit.methods.base import Method, PeftForm, exactly, place
+from graftkit.methods.shared.advice import general, selecting
 from graftkit.methods.shared.peft_bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.peft_tuners import (
@@ -94,14 +95,14 @@ class Peft(Method):
                 return self.kind != "OFT"
             return is_linear(module) or is_norm(module) or isinstance(module, nn.Embedding)
 
-        wanted = f"modules that PEFT has layers of {self.tuner!r} for; use lora() there"
+        wanted = f"modules that PEFT has layers of {self.tuner!r} for; use {general()} there"
         sites = select(backbone, self._selection(backbone), usable, wanted)
         for site in sites:
             for parameter in site.module.parameters(recurse=False):
                 if not parameter.dtype.is_floating_point:
                     raise UserError(
                         f"peft({self.tuner!r}) cannot adapt {site.name!r} ({type(site.module).__name__}), which is "
-                        f"stored as {parameter.dtype}; use lora() there."
+                        f"stored as {parameter.dtype}; use {general()} there."
                     )
         return sites
 
@@ -136,10 +137,10 @@ class Peft(Method):
         labels = {name: group for name, p in backbone.model.named_parameters() if id(p) in trained}
         parameters = [backbone.model.get_parameter(name) for name in labels]
         if not any(parameter.numel() for parameter in parameters):
-            instead = "use lora()"
+            instead = f"use {general()}"
             if self.kind == "TRAINABLE_TOKENS":
-                instead = (
-                    "name tokens by their ids, {'token_indices': [7, 11]}, or use unfreeze('embeddings')"
+                instead = "name tokens by their ids, {'token_indices': [7, 11]}, or use " + selecting(
+                    "embeddings"
                 )
             raise UserError(
                 f"peft({self.tuner!r}) with these options trains nothing in {sites[0].name!r}; {instead}."
@@ -151,12 +152,12 @@ class Peft(Method):
     def _refuse_misfits(self, backbone: Backbone, sites: list[Site]) -> None:
         if any(not site.name for site in sites):
             raise UserError(
-                f"peft({self.tuner!r}) cannot adapt {backbone.source}, which is a single module; use lora()."
+                f"peft({self.tuner!r}) cannot adapt {backbone.source}, which is a single module; use {general()}."
             )
         if self.kind == "ADAMSS" and any(p.is_meta for site in sites for p in site.module.parameters()):
             raise UserError(
                 f"peft({self.tuner!r}) makes parameters whose shapes follow from the values in {sites[0].name!r}, and so "
-                f"needs the weights of {backbone.source} already for the plan; use lora() to plan without them."
+                f"needs the weights of {backbone.source} already for the plan; use {general()} to plan without them."
             )
         owners = [
             (id(p), n.rpartition(".")[0]) for n, p in backbone.model.named_parameters(remove_duplicate=False)
@@ -167,7 +168,7 @@ class Peft(Method):
             if tied:
                 raise UserError(
                     f"peft({self.tuner!r}) would in PEFT change {tied[0]!r} too, which shares its weight with "
-                    f"{site.name!r}; use unfreeze('embeddings')."
+                    f"{site.name!r}; use {selecting('embeddings')}."
                 )
 
     def _build(self, backbone: Backbone, sites: list[Site]) -> Any:
@@ -201,7 +202,7 @@ class Peft(Method):
                 what = f"{type(error).__name__} {what}"
             raise UserError(
                 f"peft({self.tuner!r}) does not fit {backbone.source}: {what}. Give it other options or sites, or use "
-                "lora()."
+                f"{general()}."
             ) from None
         return tuner
 
@@ -213,7 +214,7 @@ class Peft(Method):
         made = tuner.model.get_submodule(site.name)
         if not isinstance(made, BaseTunerLayer):
             raise UserError(
-                f"peft({self.tuner!r}) has no layer for {site.name!r} ({type(site.module).__name__}); use lora() there."
+                f"peft({self.tuner!r}) has no layer for {site.name!r} ({type(site.module).__name__}); use {general()} there."
             )
         layer: Any = made
         base: Any = layer._modules.pop("base_layer")
@@ -221,7 +222,7 @@ class Peft(Method):
             if not parameter.is_meta and base._parameters[name].data_ptr() != parameter.data_ptr():
                 raise UserError(
                     f"peft({self.tuner!r}) with these options writes another {name} into {site.name!r} "
-                    f"({type(site.module).__name__}) before training; leave out the option that says so, or use pissa()."
+                    f"({type(site.module).__name__}) before training; leave out the option that says so."
                 )
         if "shira_indices" in vars(layer):  # drawn at random and not a buffer, so nothing would keep them
             layer.shira_indices = BufferDict(vars(layer).pop("shira_indices"), persistent=True)

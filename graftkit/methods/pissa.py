@@ -14,6 +14,7 @@ from graftkit.backbone.weights import Weight, groups_of
 from graftkit.errors import UserError
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import peft_lora
+from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.low_rank import LowRank, LowRankMethod
 from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
@@ -50,7 +51,7 @@ class PiSSA(LowRankMethod):
     def wanted(self) -> str:
         return (
             f"weights that {self.name}() can update, which are no integers and of no grouped convolution; "
-            "use lora() there"
+            f"use {general()} there"
         )
 
     def accepts(self, weight: Weight) -> bool:
@@ -65,7 +66,7 @@ class PiSSA(LowRankMethod):
         if rank > least:
             raise UserError(
                 f"{self.name}(): the rank at {name!r} is {rank}, but this {type(weight.module).__name__} has only "
-                f"{least} singular values. Take a lower one there with rank_pattern, or lora()."
+                f"{least} singular values. Take a lower one there with rank_pattern, or {general()}."
             )
         return Principal(weight, rank, scale, self.dropout, self.iterations)
 

@@ -14,6 +14,7 @@ from graftkit.backbone.prompts import find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
 from graftkit.errors import NotFoldable
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
+from graftkit.methods.shared.advice import general
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
@@ -58,7 +59,7 @@ class PTuning(Method):
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(
             "ptuning() cannot be folded: virtual tokens make the input longer, which no weight of the plain architecture "
-            "does. Keep the graft folder and load it with graftkit.load, or use lora() where folding matters."
+            f"does. Keep the graft folder and load it with graftkit.load, or use {general()} where folding matters."
         )
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:

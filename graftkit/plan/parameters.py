@@ -12,6 +12,7 @@ from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
 from graftkit.grafts.fold import why_not
 from graftkit.grafts.graft import Graft
+from graftkit.methods.shared.advice import covering, selecting
 from graftkit.optim.base import Optimizer
 
 
@@ -107,7 +108,7 @@ def _oversized(graft: Graft) -> list[str]:
         if total > base:
             found.append(
                 f"{method}() adds {total:,} parameters, more than the {base:,} of the whole backbone; lower its size, or "
-                "use full(), which trains fewer"
+                f"use {covering()}, which trains fewer"
             )
             continue
         large = {site: count for site, count in at.items() if 0 < own.get(site, 0) < count}
@@ -115,7 +116,7 @@ def _oversized(graft: Graft) -> list[str]:
             site = next(iter(large))
             found.append(
                 f"{method}() adds more parameters than the module itself has at {len(large):,} of {len(at):,} modules, "
-                f"such as {large[site]:,} beside the {own[site]:,} of {site!r}; lower its size, or use unfreeze() there, "
+                f"such as {large[site]:,} beside the {own[site]:,} of {site!r}; lower its size, or use {selecting()} there, "
                 "which trains fewer"
             )
     return found

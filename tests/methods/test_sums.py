@@ -21,7 +21,6 @@ BERT = zoo.BY_NAME["bert"]  # of two blocks
 EXAMPLES = {
     "adapter_fusion": "adapter_fusion(adapters=['adapter(2)', 'adapter(3)'])",
     "freeze": "freeze('norms')",
-    "galore": "galore(rank=4)",
     "gradual_unfreeze": "gradual_unfreeze(decay=0.5)",
     "head": "head(classes=2, pooling='mean')",
     "unfreeze": "unfreeze('blocks[0]')",

@@ -14,6 +14,7 @@ from graftkit.backbone.anatomy import features, is_conv, is_linear, is_map
 from graftkit.backbone.weights import add_product, input_of
 from graftkit.errors import UserError
 from graftkit.methods.base import Addition, multiply, new_parameter, place
+from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.mixtures import Mixture
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -70,7 +71,7 @@ def find_places(backbone: Backbone, placement: str, sites: str, method: str) -> 
     if not any(parts.values()):
         raise UserError(
             f"{method}() stands behind the attention and the feed-forward part of each block, but {backbone.source} has "
-            "no such blocks. Use lora() instead."
+            f"no such blocks. Use {general()} instead."
         )
     maps = {part.map.name for inside in parts.values() for part in inside}
     chosen = {
@@ -87,7 +88,7 @@ def find_places(backbone: Backbone, placement: str, sites: str, method: str) -> 
     if not found:
         raise UserError(
             f"{method}(placement={placement!r}) stands at the feed-forward part, of which {sites!r} holds none in "
-            f"{backbone.source}. Widen the selection, or use placement='houlsby' or lora()."
+            f"{backbone.source}. Widen the selection, or use placement='houlsby' or {general()}."
         )
     return found
 
@@ -187,7 +188,7 @@ def _place(backbone: Backbone, placement: str, index: int, part: Part, method: s
     if part.kind != "ffn" or not first:
         raise UserError(
             f"{method}(placement='parallel') stands beside a feed-forward part, which {block_name!r} "
-            f"({type(block).__name__}) of {backbone.source} lacks. Use placement='houlsby', or lora()."
+            f"({type(block).__name__}) of {backbone.source} lacks. Use placement='houlsby', or {general()}."
         )
     return Place(part.name, part.module, part.width, index, device, inputs=first[-1].module)
 

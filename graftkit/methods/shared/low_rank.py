@@ -26,6 +26,7 @@ from graftkit.backbone.weights import (
 )
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import new_parameter
+from graftkit.methods.shared.advice import selecting
 from graftkit.methods.shared.mixtures import FactorMixture
 from graftkit.methods.shared.updates import SizedMethod, Update
 from graftkit.optim.labels import Labels
@@ -66,7 +67,7 @@ class LowRankMethod(SizedMethod):
     @property
     def wanted(self) -> str:
         return (
-            f"weights that {self.name}(rank={self.rank}) can update; use unfreeze() there, or for a grouped "
+            f"weights that {self.name}(rank={self.rank}) can update; use {selecting()} there, or for a grouped "
             "convolution a rank that its groups divide"
         )
 
@@ -92,7 +93,7 @@ class LowRankMethod(SizedMethod):
                 raise UserError(
                     f"{self.name}(): the rank at {name!r} is {rank}, but must be a multiple of the "
                     f"{groups_of(weight)} groups of this {type(weight.module).__name__}. Give it one with rank_pattern, "
-                    "leave it out of sites, or use unfreeze() there."
+                    f"leave it out of sites, or use {selecting()} there."
                 )
             scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
             return self.factors(weight, name, rank, scale)

@@ -7,20 +7,21 @@ import re
 from typing import Any
 
 from graftkit.errors import UserError, listing, nearest
+from graftkit.methods.shared.advice import general, reading
 
-# tuners that are no methods here, and what to use instead
+# tuners that are no methods here, and why
 REFUSED = {
-    "ADALORA": "moves its ranks by calls and a loss of PEFT's own model; use adalora()",
-    "ADAPTION_PROMPT": "puts an attention of its own in the place of Llama's; use prefix()",
-    "CARTRIDGE": "holds keys and values for a cache; use prefix()",
-    "CPT": "adds virtual tokens with a loss of their own; use prompt()",
-    "MULTITASK_PROMPT_TUNING": "adds virtual tokens for several tasks; use prompt()",
-    "POLY": "wants the number of a task with each row; use lora()",
-    "PREFIX_TUNING": "does not sit on modules; use prefix()",
-    "PROMPT_TUNING": "does not sit on modules; use prompt()",
-    "P_TUNING": "does not sit on modules; use ptuning()",
-    "SHADOW": "runs a second, smaller model beside the backbone; use adapter()",
-    "XLORA": "mixes adapters that were trained before; use lora()",
+    "ADALORA": "moves its ranks by calls and a loss of PEFT's own model",
+    "ADAPTION_PROMPT": "puts an attention of its own in the place of Llama's",
+    "CARTRIDGE": "holds keys and values for a cache",
+    "CPT": "adds virtual tokens with a loss of their own",
+    "MULTITASK_PROMPT_TUNING": "adds virtual tokens for several tasks",
+    "POLY": "wants the number of a task with each row",
+    "PREFIX_TUNING": "does not sit on modules",
+    "PROMPT_TUNING": "does not sit on modules",
+    "P_TUNING": "does not sit on modules",
+    "SHADOW": "runs a second, smaller model beside the backbone",
+    "XLORA": "mixes adapters that were trained before",
 }
 # fields of PEFT's configurations that are said in another way here
 OURS = {
@@ -28,11 +29,11 @@ OURS = {
         ("exclude_modules", "layers_pattern", "layers_to_transform", "target_parameters"),
         "say which modules with sites=...",
     ),
-    "bias": "use bitfit() beside it",
+    "bias": "write the method that trains biases beside it",
     "layer_replication": "build the backbone with these layers",
-    "modules_to_save": "use head() or unfreeze() beside it",
-    "ensure_weight_tying": "use unfreeze('embeddings') beside it",
-    "trainable_token_indices": "use unfreeze('embeddings') beside it",
+    "modules_to_save": "write the methods that train these modules beside it",
+    "ensure_weight_tying": "write the method that unfreezes the embeddings beside it",
+    "trainable_token_indices": "write the method that unfreezes the embeddings beside it",
     "use_asa": "it needs a call after each step",
 }
 IDLE = {  # fields that change nothing
@@ -82,6 +83,7 @@ def kind_of(tuner: str) -> str:
         )
     if kind in REFUSED or kind in prompts:
         raise UserError(
-            f"peft({tuner!r}) is no method here: {kind} {REFUSED.get(kind, 'does not sit on modules; use prefix()')}."
+            f"peft({tuner!r}) is no method here: {kind} {REFUSED.get(kind, 'does not sit on modules')}; "
+            f"use {reading(kind) or general()}."
         )
     return kind
