@@ -19,7 +19,7 @@ from torch import nn
 from graftkit.backbone import quantized
 from graftkit.backbone.anatomy import is_map
 from graftkit.backbone.backbone import Backbone
-from graftkit.backbone.fit import refuse_tokens_without_rows
+from graftkit.backbone.fit import refuse_misfit_tokenizer
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.own import call, load_weights
 from graftkit.backbone.parts import find_sites
@@ -177,18 +177,9 @@ def load_backbone(
         source.made.model.eval()
         return source.made
     import transformers
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     assert source.folder is not None
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False
-        )
-        processor = _processor(source.folder)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise UserError(f"model {source.name!r} cannot be read: {first_line(error)}") from None
+    config, processor = _described(source.folder, source.name)
     known = [name for _, name in sorted(config.id2label.items())] if labels is not None else []
     if labels is not None:
         config.num_labels = len(labels)
@@ -211,38 +202,35 @@ def load_backbone(
                 quantized.with_shapes(model, source.quantize, kept)
         else:
             model, missing = _read_model(auto, source.folder, config, seed, labels is not None, more)
-    except UserError:
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
     model.eval()
-    if tokenizer is not None:
-        refuse_tokens_without_rows(model, tokenizer, source.name)
     length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None
     backbone = Backbone(model, processor, source.name, pooling_of(source.folder), length, missing=missing)
     if labels is not None and not meta:
         _reorder_head(backbone, known, labels)
-    if tokenizer is not None and native is not None and "SequenceClassification" in native:
-        _refuse_no_end(backbone, tokenizer, config)
+    if tokenizer is not None:
+        refuse_misfit_tokenizer(backbone, tokenizer, config, pools="SequenceClassification" in (native or ""))
     _refuse_holes(backbone, complete)
     return backbone
 
 
-def _refuse_no_end(backbone: Backbone, tokenizer: Any, config: Any) -> None:
-    """Raise `UserError` where the model's own head does not find the end of a row."""
-    if tokenizer.pad_token_id is None and backbone.is_decoder:
-        raise UserError(
-            f"the tokenizer of {backbone.source!r} has no padding token and no end token, and the model's own head needs "
-            "one to find the end of a row; use head(pooling='mean'), or 'last'."
+def _described(folder: Path, name: str) -> tuple[Any, Any]:
+    """The config and the processor in a folder."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
         )
-    end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
-    if isinstance(end, int) and end not in tokenizer("a")["input_ids"]:
-        raise UserError(
-            f"the tokenizer of {backbone.source!r} puts no end token behind a text, and the model's own head reads the state "
-            "there; use head(pooling='mean'), or save the tokenizer with one."
-        )
+        return config, _processor(folder)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise UserError(f"model {name!r} cannot be read: {first_line(error)}") from None
 
 
 def _never_quantized(auto: Any, folder: Path, config: Any) -> tuple[str, ...]:
