@@ -47,6 +47,24 @@ def refuse_tokens_without_rows(model: nn.Module, tokenizer: Any, source: str) ->
         raise UserError(_without_row(beyond, len(tokenizer), rows, source))
 
 
+def refuse_misfit_tokenizer(backbone: Backbone, tokenizer: Any, config: Any, pools: bool) -> None:
+    """Raise `UserError` for tokens without a row, or where a head that pools does not find the end of a row."""
+    refuse_tokens_without_rows(backbone.model, tokenizer, backbone.source)
+    if not pools:
+        return
+    if tokenizer.pad_token_id is None and backbone.is_decoder:
+        raise UserError(
+            f"the tokenizer of {backbone.source!r} has no padding token and no end token, and the model's own head needs "
+            "one to find the end of a row; use head(pooling='mean'), or 'last'."
+        )
+    end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+    if isinstance(end, int) and end not in tokenizer("a")["input_ids"]:
+        raise UserError(
+            f"the tokenizer of {backbone.source!r} puts no end token behind a text, and the model's own head reads the state "
+            "there; use head(pooling='mean'), or save the tokenizer with one."
+        )
+
+
 def _without_row(tokens: Sequence[str], size: int, rows: int, source: str) -> str:
     count = "1 token has" if len(tokens) == 1 else f"{len(tokens):,} tokens have"
     return (

@@ -17,7 +17,7 @@ from torch import nn
 from graftkit.backbone import quantized
 from graftkit.backbone.anatomy import is_map
 from graftkit.backbone.backbone import Backbone
-from graftkit.backbone.fit import refuse_tokens_without_rows
+from graftkit.backbone.fit import refuse_misfit_tokenizer
 from graftkit.backbone.folder import (
     PREPROCESSOR_FILE,
 )
@@ -60,14 +60,12 @@ def load_backbone(
         _agree_on_padding(tokenizer, config)
     model, missing = _built(source, native or "AutoModel", config, labels is not None, meta, seed)
     model.eval()
-    if tokenizer is not None:
-        refuse_tokens_without_rows(model, tokenizer, source.name)
     length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None
     backbone = Backbone(model, processor, source.name, pooling_of(source.folder), length, missing=missing)
     if labels is not None and not meta:
         _reorder_head(backbone, known, labels)
-    if tokenizer is not None and native is not None and "SequenceClassification" in native:
-        _refuse_no_end(backbone, tokenizer, config)
+    if tokenizer is not None:
+        refuse_misfit_tokenizer(backbone, tokenizer, config, pools="SequenceClassification" in (native or ""))
     _refuse_holes(backbone, complete)
     return backbone
 
@@ -115,21 +113,6 @@ def _built(
         if is_out_of_memory(error):
             raise
         raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
-
-
-def _refuse_no_end(backbone: Backbone, tokenizer: Any, config: Any) -> None:
-    """Raise `UserError` where the model's own head does not find the end of a row."""
-    if tokenizer.pad_token_id is None and backbone.is_decoder:
-        raise UserError(
-            f"the tokenizer of {backbone.source!r} has no padding token and no end token, and the model's own head needs "
-            "one to find the end of a row; use head(pooling='mean'), or 'last'."
-        )
-    end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
-    if isinstance(end, int) and end not in tokenizer("a")["input_ids"]:
-        raise UserError(
-            f"the tokenizer of {backbone.source!r} puts no end token behind a text, and the model's own head reads the state "
-            "there; use head(pooling='mean'), or save the tokenizer with one."
-        )
 
 
 def _never_quantized(auto: Any, folder: Path, config: Any) -> tuple[str, ...]:
