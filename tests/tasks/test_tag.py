@@ -245,10 +245,10 @@ class Says:
         self.table = table
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        width = int(batch.dataset.lengths[batch.rows].max())
+        width = int(batch.source.lengths[batch.rows].max())
         logits = torch.zeros(len(batch.rows), width, 5)
         for i, row in enumerate(batch.rows):
-            part = batch.dataset.parts[row]
+            part = batch.source.parts[row]
             for word, place in zip(part.words, part.places):
                 logits[i, place] = torch.from_numpy(self.table[part.example][word])
         return logits
