@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from graftkit.backbone.calls import parameters_of
 
 Move = Callable[[Tensor], Tensor]
 
@@ -88,7 +89,7 @@ def _logs(model: nn.Module, inputs: dict[str, Tensor], at: np.ndarray) -> Tensor
     A model that can leaves out all other places, whose logits are most of the memory where a vocabulary is large.
     """
     places, more = torch.from_numpy(at).to(inputs["input_ids"].device), {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in parameters_of(model):
         kept, places = places.unique(return_inverse=True)
         more["logits_to_keep"] = kept
     output: Any = model(**inputs, **more)
