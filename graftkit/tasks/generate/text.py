@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graftkit.backbone.load import positions_of
 from graftkit.backbone.prompts import positions_taken
+from graftkit.data.ragged import Ragged, mask
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,10 @@ def write(
 
     both = bool(model.config.is_encoder_decoder)
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        at = slice(0, len(prompt)) if both else slice(width - len(prompt), width)
-        ids[row, at], mask[row, at] = torch.from_numpy(prompt.astype(np.int64)), 1
+    given = Ragged(prompts)
+    ids = torch.from_numpy(given.padded(np.arange(len(prompts)), padding, left=not both))
+    known = torch.from_numpy(mask(given.lengths, left=not both))
+    width = ids.shape[1]
     sampled = how.temperature > 0
     more = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if sampled else {}
     settings = GenerationConfig(
@@ -89,7 +88,7 @@ def write(
         ):
             torch.manual_seed(how.seed)
             written = model.generate(
-                ids.to(device), attention_mask=mask.to(device), stopping_criteria=stops, streamer=streamer
+                ids.to(device), attention_mask=known.to(device), stopping_criteria=stops, streamer=streamer
             )
     finally:
         model.generation_config = kept

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone.calls import parameters_of
+from graftkit.data.ragged import Ragged, mask
 
 Move = Callable[[Tensor], Tensor]
 
@@ -76,11 +77,9 @@ def _moved(inputs: dict[str, Tensor], move: Move) -> dict[str, Tensor]:
 
 def padded(rows: Sequence[np.ndarray], pad: int) -> dict[str, Tensor]:
     """Rows padded on the right, and their mask."""
-    ids = np.full((len(rows), max(map(len, rows))), pad, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    given = Ragged(rows)
+    ids = given.padded(np.arange(len(rows)), pad)
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask(given.lengths))}
 
 
 def _logs(model: nn.Module, inputs: dict[str, Tensor], at: np.ndarray) -> Tensor:
