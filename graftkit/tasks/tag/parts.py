@@ -96,8 +96,10 @@ def rejoined(outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -
 
 def _fill(numbers: np.ndarray, entities: bool) -> None:
     """Labels for words without a token: I where an entity is on both sides, else O or the first label."""
+    known = np.flatnonzero(numbers >= 0)
     for i in np.flatnonzero(numbers < 0):
-        behind = next((number for number in numbers[i:] if number >= 0), 0)
+        place = int(np.searchsorted(known, i))
+        behind = numbers[known[place]] if place < len(known) else 0
         before = numbers[i - 1] if i else 0
         goes_on = entities and behind > 0 and behind % 2 == 0 and before in (behind, behind - 1)
         numbers[i] = behind if goes_on else 0
