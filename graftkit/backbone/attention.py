@@ -7,7 +7,6 @@ handing prefixes in as a cache: it works for encoders, grouped-query heads, rota
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.calls import parameters_of
 from graftkit.backbone.tokens import by_name, position_tables
 from graftkit.errors import UserError
 from graftkit.libraries import attention_of, lacking
@@ -78,13 +78,12 @@ class ShiftedPositions(Added):
 def shift_positions(backbone: Backbone, tokens: int, name: str) -> None:
     """Add `ShiftedPositions` to a model. Raises `UserError` where its positions are not numbers."""
     model = backbone.model
-    reads_text = "input_ids" in inspect.signature(model.base_model.forward).parameters  # type: ignore[union-attr]
+    reads_text = "input_ids" in parameters_of(model.base_model)  # type: ignore[arg-type]
     places: list[nn.Module] = [table for table in position_tables(model) if type(table) is nn.Embedding]
     places += [
         module
         for _, module in base_modules(model)
-        if "Rotary" in type(module).__name__
-        and "position_ids" in inspect.signature(module.forward).parameters
+        if "Rotary" in type(module).__name__ and "position_ids" in parameters_of(module)
     ]
     if not places or not reads_text:
         raise UserError(

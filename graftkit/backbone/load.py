@@ -134,6 +134,7 @@ def _read_model(
             ignore_mismatched_sizes=ignore_sizes, output_loading_info=True, **more,
         )  # fmt: skip
     quantized.keep_gradients(model)
+    quantized.keep_biases(model)
     misshapen = {entry[0] for entry in info["mismatched_keys"]}
     return model, tuple(sorted({*info["missing_keys"], *misshapen}))
 

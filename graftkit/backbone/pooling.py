@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.calls import parameters_of, signature_of
 from graftkit.errors import UserError
 from graftkit.libraries import method_of
 
@@ -41,7 +41,7 @@ def is_convolutional(backbone: Backbone) -> bool:
 
 def takes_decoder_inputs(model: nn.Module) -> bool:
     """Whether a model is an encoder with a decoder."""
-    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return "decoder_input_ids" in parameters_of(model)
 
 
 def pool(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
@@ -107,7 +107,7 @@ def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     """The arguments of a call by the names that `forward` gives them."""
     if not args:
         return kwargs
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    bound = signature_of(module).bind_partial(*args, **kwargs).arguments
     return {**bound, **bound.get("kwargs", {})}
 
 

@@ -6,7 +6,6 @@ the model's input longer, and its output as long as before, so that heads, losse
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.blocks import find_blocks
+from graftkit.backbone.calls import parameters_of
 from graftkit.backbone.load import positions_of
 from graftkit.backbone.tokens import (
     BehindPatches,
@@ -69,7 +69,7 @@ def find_entrance(backbone: Backbone, method: str) -> Entrance:
         reader = encoder if encoder is not None else _reader(backbone)
         if encoder is None and isinstance(decoder, PreTrainedModel):  # OPT's head calls this one itself
             reader = decoder
-        if {"input_ids", "inputs_embeds"} <= set(inspect.signature(reader.forward).parameters):
+        if {"input_ids", "inputs_embeds"} <= set(parameters_of(reader)):
             table = reader.get_input_embeddings()  # type: ignore[operator]
             if isinstance(table, nn.Embedding):
                 return Entrance(reader, bare, table.embedding_dim, table, cut=encoder is None)

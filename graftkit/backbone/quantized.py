@@ -58,6 +58,28 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def keep_biases(model: nn.Module) -> None:
+    """Keep bitsandbytes from casting biases in place in its forward pass, be they trained or frozen.
+
+    It does so where a bias has another type than the input (int8), or than the layer computes in (NF4). Instead the
+    layer computes in the type that its bias is held in, as autocast has an `nn.Linear` compute in one type.
+    """
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Linear)
+            and module.bias is not None
+            and not module.weight.is_floating_point()
+        ):
+            module.register_forward_pre_hook(_in_type_of_bias)
+
+
+def _in_type_of_bias(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    dtype = module.bias.dtype
+    if hasattr(module, "compute_dtype"):
+        module.compute_dtype, module.compute_type_is_set = dtype, True
+    return args[0].to(dtype), *args[1:]
+
+
 def with_shapes(model: nn.Module, kind: str, kept: Sequence[str] = ()) -> None:
     """Give the maps of a model without values the shapes and types that they have once they are quantized."""
     output = getattr(model, "get_output_embeddings", lambda: None)()

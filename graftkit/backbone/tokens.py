@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graftkit.backbone.anatomy import Added, base_modules
+from graftkit.backbone.calls import parameters_of
 from graftkit.libraries import cache_names
 
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
@@ -122,7 +122,7 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     """All arguments of a call by the names of `forward`."""
     if not args:
         return dict(kwargs)
-    return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    return dict(zip(parameters_of(module), args)) | kwargs
 
 
 def shorten(output: Any, kept: slice, length: int, start: str = "") -> Any:

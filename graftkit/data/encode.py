@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from graftkit.data.doubled import Around
+from graftkit.data.ragged import Ragged
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Token ids and what goes with them, row by row, not padded yet.
 
-    `features`: name -> one integer array for each row. `lengths`: tokens in each row. `truncated`: how many
+    `features`: name -> the integers of each row. `lengths`: tokens in each row. `truncated`: how many
     rows were cut because they are longer than the model takes.
     """
 
-    features: dict[str, list[np.ndarray]]
+    features: Mapping[str, Ragged]
     lengths: np.ndarray
     truncated: int
     padding: dict[str, int]
@@ -29,16 +30,13 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
+    def pad(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         """The chosen rows as tensors (rows, longest of them), padded on the right."""
-        width = int(self.lengths[list(rows)].max())
-        batch = {}
-        for name, arrays in self.features.items():
-            padded = np.full((len(rows), width), self.padding.get(name, 0), dtype=np.int64)
-            for i, row in enumerate(rows):
-                padded[i, : len(arrays[row])] = arrays[row]
-            batch[name] = torch.from_numpy(padded)
-        return batch
+        chosen = np.asarray(rows)
+        return {
+            name: torch.from_numpy(feature.padded(chosen, self.padding.get(name, 0)))
+            for name, feature in self.features.items()
+        }
 
 
 def encode_texts(
@@ -54,8 +52,8 @@ def encode_texts(
     names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoding]
     if pairs is None and "token_type_ids" in names:
         names.remove("token_type_ids")  # all zeros, which models take as given
-    features = {name: [np.asarray(row, dtype=np.int32) for row in encoding[name]] for name in names}
-    lengths = np.array([len(row) for row in features["input_ids"]])
+    features = {name: Ragged([np.asarray(row, dtype=np.int32) for row in encoding[name]]) for name in names}
+    lengths = features["input_ids"].lengths
     full = np.flatnonzero(lengths >= max_length)
     truncated = 0
     if len(full):

@@ -11,6 +11,7 @@ import torch
 
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.prompts import positions_taken
+from graftkit.data.ragged import places
 from graftkit.errors import first_line
 
 # largest difference of a logit between packed and separate rows, as a share of the largest logit
@@ -35,9 +36,10 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     return packed
 
 
-def positions(lengths: Sequence[int]) -> np.ndarray:
+def positions(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Positions within each of several rows that stand behind one another: 0, 1, 2, 0, 1, ..."""
-    return np.concatenate([np.arange(length) for length in lengths])
+    sizes = np.asarray(lengths, dtype=np.int64)
+    return places(np.zeros_like(sizes), sizes)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftkit.data.ragged import places
 from graftkit.engine.parallel import add_up, gather
 
 
@@ -38,17 +39,22 @@ class Kept:
         if not self.ragged:
             self.values[torch.from_numpy(rows)] = values.cpu()
             return
-        for i, row in enumerate(rows):
-            start, end = self.offsets[row], self.offsets[row + 1]
-            self.values[start:end] = values[i, : end - start].cpu()
+        of_batch, of_all = self._indices(rows, values.shape[1])
+        self.values[of_all] = values.flatten(0, 1)[of_batch.to(values.device)].cpu()
 
     def get(self, rows: np.ndarray) -> Tensor:
         """What was kept of these rows, zero where there is padding."""
         assert self.values is not None
         if not self.ragged:
             return self.values[torch.from_numpy(rows)]
-        states = self.values.new_zeros(len(rows), int(self.lengths[rows].max()), self.values.shape[1])
-        for i, row in enumerate(rows):
-            part = self.values[self.offsets[row] : self.offsets[row + 1]]
-            states[i, : len(part)] = part
-        return states
+        longest = int(self.lengths[rows].max())
+        states = self.values.new_zeros(len(rows) * longest, *self.values.shape[1:])
+        of_batch, of_all = self._indices(rows, longest)
+        states[of_batch] = self.values[of_all]
+        return states.unflatten(0, (len(rows), longest))
+
+    def _indices(self, rows: np.ndarray, longest: int) -> tuple[Tensor, Tensor]:
+        """Where the tokens of these rows stand in a batch of (rows * longest) tokens, and where in all values."""
+        lengths = self.lengths[rows]
+        of_batch = places(np.arange(len(rows)) * longest, lengths)
+        return torch.from_numpy(of_batch), torch.from_numpy(places(self.offsets[rows], lengths))

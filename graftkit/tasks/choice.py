@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.encode import Encoded, encode_texts
+from graftkit.data.ragged import places
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
 from graftkit.data.split import hold_out
@@ -46,7 +47,7 @@ class Choices(TextDataset):
         self.units = np.ones(len(counts))
 
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
-        return self.encoded.pad([i for row in rows for i in range(self.begins[row], self.begins[row + 1])])
+        return self.encoded.pad(places(self.begins[rows], self.begins[rows + 1] - self.begins[rows]))
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, most choices of a row): the score of each choice, -inf where a row has fewer."""

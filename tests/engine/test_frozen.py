@@ -11,6 +11,7 @@ from torch import nn
 
 from graftkit import attach
 from graftkit.data.encode import Encoded
+from graftkit.data.ragged import Ragged
 from graftkit.data.read import Table
 from graftkit.engine.cached import CachedForward, make_forward
 from graftkit.engine.forward import Forward
@@ -28,7 +29,10 @@ def dataset(lengths: tuple[int, ...] = (7, 3, 5, 6, 2, 7)) -> Dataset:
     """Rows of random tokens of these lengths."""
     random = np.random.default_rng(0)
     ids = [random.integers(3, zoo.VOCABULARY, n).astype(np.int32) for n in lengths]
-    features = {"input_ids": ids, "attention_mask": [np.ones(n, dtype=np.int32) for n in lengths]}
+    features = {
+        "input_ids": Ragged(ids),
+        "attention_mask": Ragged([np.ones(n, dtype=np.int32) for n in lengths]),
+    }
     rows = list(range(len(lengths)))
     table = Table({"text": ["a"] * len(lengths)}, "rows", rows, "row")
     targets = np.array([row % 2 for row in rows])

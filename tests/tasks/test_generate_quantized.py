@@ -91,6 +91,57 @@ def test_runs(llama, tmp_path, quantize, command):
     assert planned["weight_bytes"] == plan["weight_bytes"]
 
 
+@pytest.fixture
+def norms_in_fp32(monkeypatch):
+    """LayerNorm gives fp32 within autocast, as on CUDA: what follows reads another type than its bias is held in."""
+    plain = torch.nn.LayerNorm.forward
+    monkeypatch.setattr(
+        torch.nn.LayerNorm, "forward", lambda norm, x: plain(norm, x.to(norm.weight.dtype)).float()
+    )
+
+
+@needed
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["lora() + head()", "bitfit() + head()"])
+def test_biases_of_quantized_layers_train_or_stay(
+    tiny_sentence_bert, rows_folder, tmp_path, command, norms_in_fp32, quantize, method
+):
+    """BERT's linear layers have biases, which bitsandbytes would cast in place: the audit would stop the run."""
+    done = command(
+        "tune", "--model", tiny_sentence_bert, "--task", "classify", "--train", rows_folder / "train.csv", "--method", method,
+        "--out", tmp_path / "run", f"quantize={quantize}", "train.precision=bf16", "train.steps=3",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert command("predict", tmp_path / "run", "the old plum").status == 0
+
+
+@needed
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_no_forward_pass_changes_a_tensor(tiny_bert, norms_in_fp32, quantize, held):
+    source = find_source(str(tiny_bert), None, quantize)
+    base = load_backbone(source, None)
+    for name, parameter in base.model.named_parameters():
+        if parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.to(held)
+            if name.endswith("bias"):  # values that a rounding would change
+                parameter.data = parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    site = base.module("encoder.layer.0.attention.self.query")
+
+    def call(half: bool) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            base.model(input_ids=torch.arange(6, 12)[None])
+            return site(torch.ones(1, 3, 32, dtype=torch.bfloat16 if half else torch.float32))
+
+    before = {name: tensor.clone() for name, tensor in base.model.named_parameters()}
+    first = call(False)
+    for half in (True, False):
+        call(half)
+    assert torch.equal(call(False), first)  # whatever types came before
+    for name, tensor in base.model.named_parameters():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+
 @needed
 @pytest.mark.parametrize("method", ["dora()", "pissa()", "full()"])
 def test_methods_that_need_the_weight_are_refused_by_name(llama, method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -342,3 +343,50 @@ def test_logits_are_computed_for_labels_alone_and_in_parts():
     where, places = data.places(batch.rows)
     token_scores(base.model, batch.inputs, where, places, batch.targets, 3000)
     assert max(sizes[1:]) <= 3000
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "t5", "bart"])
+def test_how_logits_are_computed_is_found_out_once(kind, monkeypatch):
+    """From the second batch on there is one pass, and nothing waits for a number of the device."""
+    base = backbone(kind)
+    data = dataset(Generate(), base, rows(6))
+    batch = data.batch(np.arange(6))
+    where, places = data.places(batch.rows)
+    passes, waits = [], []
+    base.model.register_forward_pre_hook(lambda model, args: passes.append(model))
+
+    def score():
+        return token_scores(base.model, batch.inputs, where, places, batch.targets, 700)
+
+    first = score()
+    passes.clear()
+    for name in ("__bool__", "item", "tolist", "__float__"):
+        plain = getattr(torch.Tensor, name)
+
+        def counted(tensor, name=name, plain=plain):
+            if "graftkit" in sys._getframe(1).f_code.co_filename:  # and not transformers
+                waits.append(name)
+            return plain(tensor)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    plain_equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: waits.append("equal") or plain_equal(*pair))
+    assert plain_equal(score(), first)
+    assert len(passes) == 1 and not waits
+
+
+@pytest.mark.parametrize("small", [1e-3, 0.0])
+def test_capped_logits_are_told_though_they_are_small_at_first(small):
+    """A cap does nothing to small logits; what is found out in the first batch holds for later ones."""
+    base = backbone("gemma2")
+    head = base.model.get_output_embeddings()
+    whole = head.weight.detach().clone()
+    data = dataset(Generate(), base, rows(6))
+    batch = data.batch(np.arange(6))
+    where, places = data.places(batch.rows)
+    head.weight.data = whole * small
+    token_scores(base.model, batch.inputs, where, places, batch.targets, 700)
+    head.weight.data = whole * 20
+    found = token_scores(base.model, batch.inputs, where, places, batch.targets, 700)
+    logs = base.model(**batch.inputs).logits[where, places].log_softmax(-1)
+    assert torch.allclose(found[:, 0], logs[torch.arange(len(places)), batch.targets], atol=1e-5)

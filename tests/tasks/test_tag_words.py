@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from graftkit.errors import UserError
-from graftkit.tasks.tag.words import align, special_tokens, split_all, split_words, text_of
+from graftkit.tasks.tag.words import _ends, align, special_tokens, split_all, split_words, text_of
 
 TEXTS = [
     "Empire State Building = ESB.",
@@ -231,3 +231,26 @@ def test_a_text_that_vanishes_is_still_a_row():
     assert len(parts) == 1 and len(parts[0].words) == 0 and len(parts[0].ids) == 2
     parts, _, _ = parts_of(byte_level(False, False), [""], 20)
     assert len(parts[0].ids) == 1
+
+
+class Counted(str):
+    """A text that counts how many of its characters are looked at."""
+
+    looked = 0
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        Counted.looked += len(found)
+        return found
+
+
+def test_ends_of_sentences_are_found_in_linear_time():
+    text = Counted("Ada lives. In London! Does she? " * 200)
+    spans = split_words(str(text))
+    Counted.looked = 0
+    found = _ends(text, spans, np.arange(len(spans)))
+    assert Counted.looked <= 2 * len(spans)
+    assert found.tolist() == [
+        word > 0 and str(text)[spans[word - 1][0]] in ".!?" for word in range(len(spans))
+    ]
+    assert _ends("", [(0, 0)], np.array([0])).tolist() == [False]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.calls import parameters_of
 from graftkit.errors import UserError
 
 MEL_FLOOR = 1e-10  # power below which the logarithm is not taken
@@ -78,7 +78,7 @@ class Waveform(Front):
 
     def __init__(self, model: nn.Module, rate: int, mean: float, deviation: float) -> None:
         names = parameters_of(model)
-        self.name, self.mask, self.rate = names[0], "attention_mask" in names, rate
+        self.name, self.mask, self.rate = next(iter(names)), "attention_mask" in names, rate
         self.mean, self.deviation = mean, deviation
 
     def row(self, wave: np.ndarray) -> np.ndarray:
@@ -130,11 +130,6 @@ def log_mel(wave: np.ndarray, filters: np.ndarray, window: int, hop: int, size: 
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
     power = np.abs(np.fft.rfft(frames * hann, size)) ** 2
     return np.log(np.maximum(power @ filters, MEL_FLOOR)).astype(np.float32)
-
-
-def parameters_of(model: nn.Module) -> list[str]:
-    """Names of the arguments that a model's `forward` takes."""
-    return list(inspect.signature(model.forward).parameters)
 
 
 def extractor_beside(backbone: Backbone) -> Any:

@@ -16,6 +16,7 @@ from graftkit.data.chat import Marked, Template, TemplateFails, Tools, tokens_of
 from graftkit.data.doubled import Around
 from graftkit.data.messages import Message
 from graftkit.data.packing import leaks, pack, positions
+from graftkit.data.ragged import Ragged, mask
 from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples
@@ -58,20 +59,21 @@ class GenerateDataset(Dataset):
     ) -> None:  # fmt: skip
         self.packed = groups is not None
         groups = [[i] for i in range(len(rows))] if groups is None else groups
-        self.ids = [np.concatenate([rows[i].ids for i in group]) for group in groups]
-        self.learned = [np.concatenate([rows[i].learned for i in group]) for group in groups]
-        self.parts = [[len(rows[i].ids) for i in group] for group in groups]
+        self.ids = Ragged([np.concatenate([rows[i].ids for i in group]) for group in groups])
+        self.learned = Ragged([np.concatenate([rows[i].learned for i in group]) for group in groups])
+        self.parts = Ragged([np.array([len(rows[i].ids) for i in group]) for group in groups])
+        self.positions = self.ids.like(positions(self.parts.values).astype(np.int32))
         self.groups = groups
         units = np.array([float(learned.sum()) for learned in self.learned])
         super().__init__(examples, self._lengths(rows), units)
-        self.prompts = [row.prompt for row in rows]
+        self.prompts = Ragged([row.prompt for row in rows])
         self.tokenizer = tokenizer
         self.padding = tokenizer.pad_token_id or 0
         self.truncated = truncated
         self.writing = writing
 
     def _lengths(self, rows: Sequence[Written]) -> np.ndarray:
-        return np.array([len(ids) for ids in self.ids])
+        return self.ids.lengths
 
     @property
     def answered(self) -> bool:
@@ -79,29 +81,30 @@ class GenerateDataset(Dataset):
 
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         """Ids, padded on the right, and a mask; for packed rows positions that begin anew, which say the same."""
-        ids = self._padded([self.ids[row] for row in rows], self.padding)
+        ids, lengths = self.ids.padded(rows, self.padding), self.ids.lengths[rows]
         if not self.packed:
-            return {
-                "input_ids": ids,
-                "attention_mask": self._padded([np.ones(len(self.ids[row])) for row in rows], 0),
-            }
-        width = ids.shape[1]
-        numbers = [positions([*self.parts[row], width - len(self.ids[row])]) for row in rows]
-        return {"input_ids": ids, "position_ids": self._padded(numbers, 0)}
+            return _tensors(input_ids=ids, attention_mask=mask(lengths))
+        behind = np.arange(ids.shape[1]) - lengths[:, None]  # the padding is one more part
+        numbers = np.where(behind < 0, self.positions.padded(rows, 0), behind)
+        return _tensors(input_ids=ids, position_ids=numbers)
 
     def targets(self, rows: np.ndarray) -> Tensor | None:
         return self.labels(rows) if self.answered else None
 
     def labels(self, rows: np.ndarray) -> Tensor:
         """The ids of all learned tokens of these rows, one row after another."""
-        return torch.from_numpy(
-            np.concatenate([self.ids[row][self.learned[row]] for row in rows]).astype(np.int64)
-        )
+        return torch.from_numpy(self.ids.joined(rows)[self.learned.joined(rows)].astype(np.int64))
 
     def places(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Row in the batch and position of the logits that tell each learned token: those of the token before."""
-        found = [np.flatnonzero(self.learned[row]) - 1 for row in rows]
-        return _counted(found), torch.from_numpy(np.concatenate(found))
+        numbers, at = self._learned(rows)
+        return torch.from_numpy(numbers), torch.from_numpy(at - 1)
+
+    def _learned(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row in the batch and position in it of each learned token."""
+        lengths, learned = self.learned.lengths[rows], self.learned.joined(rows)
+        numbers = np.repeat(np.arange(len(rows)), lengths)[learned]
+        return numbers, positions(lengths)[learned]
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scores of the learned tokens, (labels, 3), as `token_scores` has them."""
@@ -114,22 +117,15 @@ class GenerateDataset(Dataset):
     def digested(self) -> Sequence[bytes | np.ndarray]:
         return [
             np.asarray(self.lengths, dtype=np.int64),
-            *self.ids,
-            *self.learned,
-            *map(np.array, self.parts),
+            self.ids.values,
+            self.learned.values,
+            self.parts.values,
         ]
 
     def shown(self, row: int) -> list[tuple[str, bool]]:
         """The text of a row, of a packed one its first part, in stretches, each with whether it is learned."""
         part = slice(self.parts[row][0])
         return stretches(self.tokenizer, self.ids[row][part], self.learned[row][part])
-
-    @staticmethod
-    def _padded(arrays: Sequence[np.ndarray], padding: int) -> Tensor:
-        result = np.full((len(arrays), max(map(len, arrays))), padding, dtype=np.int64)
-        for row, values in enumerate(arrays):
-            result[row, : len(values)] = values
-        return torch.from_numpy(result)
 
 
 class PromptedDataset(GenerateDataset):
@@ -139,34 +135,37 @@ class PromptedDataset(GenerateDataset):
 
     def __init__(self, *given: Any, start: int, **more: Any) -> None:
         super().__init__(*given, **more)
-        self.start = start
+        before = np.empty_like(
+            self.ids.values
+        )  # each token that the decoder reads before it writes the one in `ids`
+        before[1:] = self.ids.values[:-1]
+        before[self.ids.offsets[:-1]] = start
+        self.before = self.ids.like(before)
 
     def _lengths(self, rows: Sequence[Written]) -> np.ndarray:
-        return np.array([len(row.ids) + len(row.prompt) for row in rows])
+        return self.ids.lengths + np.array([len(row.prompt) for row in rows])
 
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
-        prompts = [self.prompts[row] for row in rows]
-        before = [np.concatenate([[self.start], self.ids[row][:-1]]) for row in rows]
-        return {
-            "input_ids": self._padded(prompts, self.padding),
-            "attention_mask": self._padded([np.ones(len(prompt)) for prompt in prompts], 0),
-            "decoder_input_ids": self._padded(before, self.padding),
-        }
+        return _tensors(
+            input_ids=self.prompts.padded(rows, self.padding),
+            attention_mask=mask(self.prompts.lengths[rows]),
+            decoder_input_ids=self.before.padded(rows, self.padding),
+        )
 
     def places(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        found = [np.flatnonzero(self.learned[row]) for row in rows]
-        return _counted(found), torch.from_numpy(np.concatenate(found))
+        numbers, at = self._learned(rows)
+        return torch.from_numpy(numbers), torch.from_numpy(at)
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
-        return [*super().digested(), *self.prompts]
+        return [*super().digested(), self.prompts.values]
 
     def shown(self, row: int) -> list[tuple[str, bool]]:
         nothing = np.zeros(len(self.prompts[row]), dtype=bool)
         return [*stretches(self.tokenizer, self.prompts[row], nothing), *super().shown(row)]
 
 
-def _counted(found: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.repeat(np.arange(len(found)), [len(part) for part in found]))
+def _tensors(**arrays: np.ndarray) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def stretches(tokenizer: Any, ids: np.ndarray, learned: np.ndarray) -> list[tuple[str, bool]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graftkit.backbone.anatomy import Added
@@ -25,39 +29,77 @@ def token_scores(
     for the gradient, once more, so that memory is bounded whatever the vocabulary is.
     """
     head = model.get_output_embeddings()
-    seen: list[Tensor] = []
-    large = False
-
-    def gather(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        states: Tensor = args[0] if args else next(iter(kwargs.values()))
-        chosen = states[rows, places]
-        seen.append(chosen)
-        shown = (chosen[:1] if large else chosen)[None]
-        return ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): shown})
-
-    def run() -> Tensor:
-        seen.clear()
-        handle = (
-            None if head is None else head.register_forward_pre_hook(gather, with_kwargs=True, prepend=True)
-        )
-        try:
-            logits: Tensor = model(**inputs, use_cache=False).logits
-        finally:
-            if handle is not None:
-                handle.remove()
-        return logits[0] if seen else logits[rows, places]
-
     vocabulary = int(getattr(head, "out_features", 0))
+    size = max(1, chunk // vocabulary) if vocabulary else len(targets)
     alone = head is not None and not any(isinstance(module, Added) for module in head.modules())
-    large = alone and len(targets) > 1 and len(targets) * vocabulary > chunk
-    logits = run()
-    if large and seen:
-        states = seen[0]
-        if _same(head(states[:1]), logits):
-            return _in_parts(head, states, targets, max(1, chunk // vocabulary))
-        large = False  # the model does more with the output map's logits than the map: scales, caps or shifts them
-        logits = run()
-    return scores_of(logits, targets)
+    if alone and size < len(targets) and _gives_logits(model, head) is not False:
+        states = _states(model, head, inputs, rows, places)
+        if states is not None:
+            return _in_parts(head, states, targets, size)
+    seen: list[Tensor] = []
+    with _choosing(head, rows, places, seen):
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return scores_of(logits[0] if seen else logits[rows, places], targets)
+
+
+def _states(
+    model: Any, head: nn.Module, inputs: dict[str, Tensor], rows: Tensor, places: Tensor
+) -> Tensor | None:
+    """What the output layer is given at these places, (labels, width), in a pass that computes few logits.
+
+    None where its logits are not those of the model. That is a matter of the model's code, so the first pass finds it
+    out for all others: there the output layer gives made-up logits, which the model hands on as they are or does not.
+    """
+    seen: list[Tensor] = []
+    made: list[Tensor] = []
+    known = _gives_logits(model, head)
+
+    def make(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        steps = torch.arange(output.shape[-1], device=output.device) % 7 - 3
+        made.append(torch.stack([0 * steps, 256 * steps]).to(output.dtype)[None])  # whole numbers in any type
+        return made[0]
+
+    with ExitStack() as stack:
+        stack.enter_context(_choosing(head, rows, places, seen, 1 if known else 2))
+        if known is None:
+            stack.callback(head.register_forward_hook(make).remove)
+        logits = model(**inputs, use_cache=False).logits
+    if known is None:
+        known = bool(made) and torch.equal(logits.float(), made[0].float())
+        _known[model] = weakref.ref(head), known
+    return seen[0] if known else None
+
+
+# by model: its output layer, and whether the logits that this one gives are those of the model, not scaled or capped
+_known: WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], bool]] = WeakKeyDictionary()
+
+
+def _gives_logits(model: nn.Module, head: nn.Module) -> bool | None:
+    """Whether the model's logits are those of its output layer; None as long as nobody knows."""
+    found = _known.get(model)
+    return found[1] if found is not None and found[0]() is head else None
+
+
+@contextmanager
+def _choosing(
+    head: nn.Module | None, rows: Tensor, places: Tensor, seen: list[Tensor], shown: int | None = None
+) -> Iterator[None]:
+    """Let the output layer see the states at these places alone, and of them the first `shown`; `seen` gets all."""
+
+    def choose(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        states: Tensor = args[0] if args else next(iter(kwargs.values()))
+        seen.append(states[rows, places])
+        chosen = seen[-1][:shown][None]
+        return ((chosen, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): chosen})
+
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(choose, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def scores_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -78,9 +120,3 @@ def _in_parts(head: Any, states: Tensor, targets: Tensor, size: int) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.cat([part(*pair) for pair in pairs])
     return torch.cat([checkpoint(part, *pair, use_reentrant=False) for pair in pairs])
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    limit = 2e-2 if left.dtype == torch.bfloat16 else 1e-4
-    left, right = left.detach().float(), right.detach().float()
-    return bool((left - right).abs().max() <= limit * left.abs().max())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graftkit.backbone.load import positions_of
 from graftkit.backbone.prompts import positions_taken
+from graftkit.data.ragged import Ragged, mask
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,10 @@ def write(
 
     both = bool(model.config.is_encoder_decoder)
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        at = slice(0, len(prompt)) if both else slice(width - len(prompt), width)
-        ids[row, at], mask[row, at] = torch.from_numpy(prompt.astype(np.int64)), 1
+    given = Ragged(prompts)
+    ids = torch.from_numpy(given.padded(np.arange(len(prompts)), padding, left=not both))
+    known = torch.from_numpy(mask(given.lengths, left=not both))
+    width = ids.shape[1]
     sampled = how.temperature > 0
     more = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if sampled else {}
     settings = GenerationConfig(
@@ -89,7 +88,7 @@ def write(
         ):
             torch.manual_seed(how.seed)
             written = model.generate(
-                ids.to(device), attention_mask=mask.to(device), stopping_criteria=stops, streamer=streamer
+                ids.to(device), attention_mask=known.to(device), stopping_criteria=stops, streamer=streamer
             )
     finally:
         model.generation_config = kept
@@ -129,15 +128,51 @@ def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+class _Window:
+    """The end of a text that is written token by token, decoded from the last tokens alone.
+
+    It is long enough that a stop text at its end is whole in it: a token that is not special has one byte at least.
+    What the first tokens of a window give can be wrong, as where they begin within a character, so some are to spare.
+    """
+
+    SPARE = 8
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.special = frozenset(tokenizer.all_special_ids)
+        self.size = max((len(text.encode()) for text in stop), default=0) + self.SPARE
+        self.tokens: list[int] = []
+        self.text = ""
+        self.before = 0  # characters of the whole text in front of `text`
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Return the end of the text with these tokens, which come next."""
+        self.tokens += [token for token in tokens if token not in self.special]
+        self.text = self._decoded()
+        text = self.text
+        if len(self.tokens) > 2 * self.size:
+            del self.tokens[: -self.size]
+            self.text = self._decoded()
+            self.before += len(text) - len(self.text)
+        return self.text
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+
+
 class _Stops:
     """Ends the rows in which one of the texts has been written."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], skip: int) -> None:
-        self.tokenizer, self.stop, self.skip = tokenizer, stop, skip
+        self.tokenizer, self.stop, self.read = tokenizer, stop, skip
+        self.windows: list[_Window] = []
 
     def __call__(self, ids: Tensor, scores: Any, **more: Any) -> Tensor:
-        texts = (self.tokenizer.decode(row[self.skip :], skip_special_tokens=True) for row in ids)
-        return torch.tensor([_cut(text, self.stop)[1] for text in texts], device=ids.device)
+        self.windows = self.windows or [_Window(self.tokenizer, self.stop) for _ in ids]
+        new = ids[:, self.read :].tolist()
+        self.read = ids.shape[1]
+        ended = [_cut(window.add(tokens), self.stop)[1] for window, tokens in zip(self.windows, new)]
+        return torch.tensor(ended, device=ids.device)
 
 
 class _Streamer:
@@ -146,6 +181,7 @@ class _Streamer:
     def __init__(self, tokenizer: Any, skip: int, stop: Sequence[str], show: Callable[[str], None]) -> None:
         self.tokenizer, self.skip, self.stop, self.show = tokenizer, skip, stop, show
         self.tokens: list[int] = []
+        self.window = _Window(tokenizer, stop)
         self.shown = 0
         self.hold = max(map(len, stop), default=1) - 1
 
@@ -154,14 +190,16 @@ class _Streamer:
         if self.skip:  # the prompt comes first
             tokens, self.skip = tokens[self.skip :], max(0, self.skip - len(tokens))
         self.tokens += tokens
-        text, ended = _cut(self.tokenizer.decode(self.tokens, skip_special_tokens=True), self.stop)
-        self._show(text, len(text) if ended else len(text) - self.hold - text.endswith("\ufffd"))
+        text, ended = _cut(self.window.add(tokens), self.stop)
+        until = len(text) if ended else len(text) - self.hold - text.endswith("\ufffd")
+        self._show(text, self.window.before, until)
 
     def end(self) -> None:
         text = _cut(self.tokenizer.decode(self.tokens, skip_special_tokens=True), self.stop)[0]
-        self._show(text, len(text))
+        self._show(text, 0, len(text))
 
-    def _show(self, text: str, until: int) -> None:
-        if until > self.shown:
-            self.show(text[self.shown : until])
-            self.shown = until
+    def _show(self, text: str, before: int, until: int) -> None:
+        """Show what is new in `text`, which begins behind `before` characters of the whole, up to `until`."""
+        if before + until > self.shown:
+            self.show(text[self.shown - before : until])
+            self.shown = before + until

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.calls import parameters_of
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import UserError, first_line
 
@@ -146,7 +146,7 @@ def argument_of(model: nn.Module) -> str:
     """The name under which a model takes images."""
     if hasattr(model, "config"):
         return getattr(model, "main_input_name", "pixel_values")
-    return next(iter(inspect.signature(model.forward).parameters))
+    return next(iter(parameters_of(model)))
 
 
 def processor_of(backbone: Backbone) -> Processor | None:

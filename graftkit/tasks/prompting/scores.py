@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from graftkit.backbone.calls import parameters_of
+from graftkit.data.ragged import Ragged, mask
 
 Move = Callable[[Tensor], Tensor]
 
@@ -75,11 +77,9 @@ def _moved(inputs: dict[str, Tensor], move: Move) -> dict[str, Tensor]:
 
 def padded(rows: Sequence[np.ndarray], pad: int) -> dict[str, Tensor]:
     """Rows padded on the right, and their mask."""
-    ids = np.full((len(rows), max(map(len, rows))), pad, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    given = Ragged(rows)
+    ids = given.padded(np.arange(len(rows)), pad)
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask(given.lengths))}
 
 
 def _logs(model: nn.Module, inputs: dict[str, Tensor], at: np.ndarray) -> Tensor:
@@ -88,7 +88,7 @@ def _logs(model: nn.Module, inputs: dict[str, Tensor], at: np.ndarray) -> Tensor
     A model that can leaves out all other places, whose logits are most of the memory where a vocabulary is large.
     """
     places, more = torch.from_numpy(at).to(inputs["input_ids"].device), {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in parameters_of(model):
         kept, places = places.unique(return_inverse=True)
         more["logits_to_keep"] = kept
     output: Any = model(**inputs, **more)

@@ -36,16 +36,16 @@ class TextDataset(Dataset):
         self.truncated = encoded.truncated
 
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
-        return self.encoded.pad(rows.tolist())
+        return self.encoded.pad(rows)
 
     def targets(self, rows: np.ndarray) -> Tensor | None:
         return None if self.numbers is None else torch.from_numpy(self.numbers[rows])
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         numbers = [] if self.numbers is None else [self.numbers]
-        rows = (row for name in sorted(self.encoded.features) for row in self.encoded.features[name])
+        features = (self.encoded.features[name].values for name in sorted(self.encoded.features))
         lengths = np.asarray(self.lengths, dtype=np.int64)
-        return [*numbers, lengths, *(np.asarray(row, dtype=np.int32) for row in rows)]
+        return [*numbers, lengths, *(values.astype(np.int32) for values in features)]
 
 
 class TextTask(Task):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.data.encode import Encoded
+from graftkit.data.ragged import Ragged
 from graftkit.data.source import Batch
 from graftkit.errors import UserError
 from graftkit.tasks.base import Examples, Term
@@ -62,8 +63,10 @@ class Windows(TextDataset):
         if golds is not None:
             numbers, cut = _targets(windows, list(golds), self.question_of)
             units = (numbers[:, 0] >= 0).astype(float)
-        features = {name: [window.features[name] for window in windows] for name in windows[0].features}
-        lengths = np.array([len(row) for row in features["input_ids"]])
+        features = {
+            name: Ragged([window.features[name] for window in windows]) for name in windows[0].features
+        }
+        lengths = features["input_ids"].lengths
         super().__init__(examples, Encoded(features, lengths, cut, {"input_ids": padding}), numbers, units)
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:

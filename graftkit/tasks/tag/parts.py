@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graftkit.data.encode import Encoded
+from graftkit.data.ragged import Ragged
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.shared.texts import TextDataset
 from graftkit.tasks.tag.entities import bio, chunks, types_of
@@ -28,34 +29,28 @@ class TagDataset(TextDataset):
     def __init__(
         self, examples: Examples, texts: list[str], spans: list[Spans], parts: list[Part], padding: int
     ) -> None:
-        features = {
-            "input_ids": [part.ids for part in parts],
-            "attention_mask": [np.ones(len(part.ids), dtype=np.int32) for part in parts],
-        }
-        lengths = np.array([len(part.ids) for part in parts])
+        ids = Ragged([part.ids for part in parts])
+        features = {"input_ids": ids, "attention_mask": ids.like(np.ones_like(ids.values))}
         cut = len({part.example for part in parts if part.cut})
-        self.labels: list[np.ndarray] | None = None
+        self.labels: Ragged | None = None
         units = None
         if examples.targets is not None:
-            self.labels = [_labelled(part, examples.targets[part.example]) for part in parts]
+            self.labels = Ragged([_labelled(part, examples.targets[part.example]) for part in parts])
             units = np.array([float((labels != IGNORED).sum()) for labels in self.labels])
-        super().__init__(examples, Encoded(features, lengths, cut, {"input_ids": padding}), units=units)
+        super().__init__(examples, Encoded(features, ids.lengths, cut, {"input_ids": padding}), units=units)
         self.texts, self.spans, self.parts = texts, spans, parts
 
     def targets(self, rows: np.ndarray) -> Tensor | None:
         """Label numbers (rows, length)."""
         if self.labels is None:
             return None
-        padded = np.full((len(rows), int(self.lengths[rows].max())), IGNORED, dtype=np.int64)
-        for i, row in enumerate(rows):
-            padded[i, : len(self.labels[row])] = self.labels[row]
-        return torch.from_numpy(padded)
+        return torch.from_numpy(self.labels.padded(rows, IGNORED))
 
     def where(self, row: int) -> str:
         return self.examples.where(self.parts[row].example)
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
-        return [*super().digested(), *(self.labels or ())]
+        return [*super().digested(), *([] if self.labels is None else [self.labels.values])]
 
 
 def _labelled(part: Part, labels: np.ndarray) -> np.ndarray:
@@ -101,8 +96,10 @@ def rejoined(outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -
 
 def _fill(numbers: np.ndarray, entities: bool) -> None:
     """Labels for words without a token: I where an entity is on both sides, else O or the first label."""
+    known = np.flatnonzero(numbers >= 0)
     for i in np.flatnonzero(numbers < 0):
-        behind = next((number for number in numbers[i:] if number >= 0), 0)
+        place = int(np.searchsorted(known, i))
+        behind = numbers[known[place]] if place < len(known) else 0
         before = numbers[i - 1] if i else 0
         goes_on = entities and behind > 0 and behind % 2 == 0 and before in (behind, behind - 1)
         numbers[i] = behind if goes_on else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,7 @@ def _from_json(text: str) -> list[Any] | None:
 def _words_of_spans(text: str, entities: Sequence[Any]) -> tuple[tuple[str, ...], int]:
     """BIO tags of the words that spans of characters touch."""
     words = text_of(text)[1]
+    begins, ends = [begin for begin, _ in words], [end for _, end in words]
     spans = sorted(
         (_span(text, entity, n) for n, entity in enumerate(entities, start=1)), key=lambda s: s[:2]
     )
@@ -116,7 +118,7 @@ def _words_of_spans(text: str, entities: Sequence[Any]) -> tuple[tuple[str, ...]
     for n, (start, end, kind) in enumerate(spans):
         if n and spans[n - 1][1] > start:
             raise Unfit(f"{_shown(text, spans[n - 1])} and {_shown(text, spans[n])} overlap")
-        touched = [i for i, (a, b) in enumerate(words) if a < end and b > start]
+        touched = range(bisect_right(ends, start), bisect_left(begins, end))
         if not touched:
             raise Unfit(f"{_shown(text, spans[n])} has no word in it")
         if touched[0] <= taken:

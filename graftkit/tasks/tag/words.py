@@ -119,10 +119,9 @@ def split_all(
         ids, offsets = encoding["input_ids"][example], encoding["offset_mapping"][example]
         places, own = align(text, spans, offsets)
         kept = np.flatnonzero(places >= 0)
-        for start, end, stop, cut in _portions(
-            places[kept], own[kept], _ends(text, spans, kept), len(ids), room
-        ):
-            inside = kept[(places[kept] >= start) & (places[kept] < stop)]
+        at = places[kept]
+        for start, end, stop, cut in _portions(at, own[kept], _ends(text, spans, kept), len(ids), room):
+            inside = kept[_between(at, start, stop)]
             chosen = [*before, *ids[start:end], *behind] or [filler]
             parts.append(Part(
                 example, np.array(chosen, dtype=np.int32), inside, places[inside] - start + len(before), own[inside], cut
@@ -164,7 +163,14 @@ def align(text: str, spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[
 
 def _ends(text: str, spans: Spans, kept: np.ndarray) -> np.ndarray:
     """Whether a sentence may end before each of the words `kept`."""
-    return np.array([word > 0 and text[: spans[word - 1][1]].endswith(STOPS) for word in kept], dtype=bool)
+    before = (spans[word - 1][1] if word else 0 for word in kept)  # behind the word before
+    return np.array([end > 0 and text[end - 1] in STOPS for end in before], dtype=bool)
+
+
+def _between(numbers: np.ndarray, low: int, high: int) -> slice:
+    """Which of the sorted `numbers` are at least `low` and below `high`."""
+    first, last = np.searchsorted(numbers, [low, high])
+    return slice(int(first), int(last))
 
 
 def _portions(
@@ -181,14 +187,14 @@ def _portions(
     stops = set(places[own & ends].tolist())
     found, start = [], 0
     while tokens - start > room:
-        fitting = bounds[(bounds > start) & (bounds <= start + room)]
+        fitting = bounds[_between(bounds, start + 1, start + room + 1)]
         good = [int(b) for b in fitting if int(b) in stops and b >= start + 0.75 * room]
         if len(fitting):
             stop = good[-1] if good else int(fitting[-1])
             found.append((start, stop, stop, False))
         else:  # one word alone is longer
-            later = bounds[bounds > start]
-            stop = int(later[0]) if len(later) else tokens
+            later = int(np.searchsorted(bounds, start, side="right"))
+            stop = int(bounds[later]) if later < len(bounds) else tokens
             found.append((start, start + room, stop, True))
         start = stop
     if start < tokens:
