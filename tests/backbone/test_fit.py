@@ -112,7 +112,7 @@ def test_token_types_that_the_model_has_not(tiny_bert, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "channels", "told"), [
-    (48, 3, "3 x 48 x 48"), (32, 1, "3 x 32 x 32"),
+    (48, 3, "3 x 48 x 48"), (32, 4, "3 x 32 x 32"),
 ])  # fmt: skip
 def test_images_that_the_model_does_not_take(tmp_path, size, channels, told):
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor

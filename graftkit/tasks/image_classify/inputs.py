@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,7 +78,8 @@ class Transform:
             if self.crop is not None:
                 top, left = round((height - self.crop[0]) / 2), round((width - self.crop[1]) / 2)
                 image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        values = np.asarray(image, dtype=np.float32)
+        values = np.asarray(image.convert("L") if self.channels == "L" else image, dtype=np.float32)
+        values = values.reshape(*values.shape[:2], -1)
         if self.channels == "BGR":
             values = values[..., ::-1]
         values = values * np.float32(self.scale) - np.array(self.mean, dtype=np.float32)
@@ -98,12 +100,18 @@ def _sides(resize: int | tuple[int, int]) -> str:
 class Processor:
     """The image processor that a model of transformers came with."""
 
-    def __init__(self, processor: Any, source: str) -> None:
+    def __init__(self, processor: Any, source: str, grey: bool = False) -> None:
         self.processor = processor
         self.source = source
+        self.grey = grey  # the model takes one channel
+        self.more = {
+            name: [float(np.mean(value))] * 3
+            for name in ("image_mean", "image_std")
+            if grey and (value := getattr(processor, name, None)) is not None
+        }
         self.resample = int(getattr(processor, "resample", None) or 2)
         mean = getattr(processor, "image_mean", None)
-        if isinstance(mean, list | tuple) and len(mean) != 3:
+        if isinstance(mean, list | tuple) and len(mean) != 3 and not (grey and len(mean) == 1):
             raise UserError(
                 f"the image processor of {source} is for images of {len(mean)} channel{'s' * (len(mean) != 1)} (image_mean "
                 "in preprocessor_config.json), but images are read as RGB; use a model of three channels."
@@ -121,8 +129,10 @@ class Processor:
         return self.given  # type: ignore[return-value]
 
     def __call__(self, image: Image, whole: bool = True) -> Tensor:
+        if self.grey:  # most processors know three channels only, so they are given three that are the same
+            image = image.convert("L").convert("RGB")
         try:
-            made = self.processor(image, return_tensors="pt", **({} if whole else self.as_it_is))
+            made = self.processor(image, return_tensors="pt", **self.more, **({} if whole else self.as_it_is))
         except Exception as error:  # a processor's own arithmetic
             if is_out_of_memory(error):
                 raise
@@ -136,7 +146,7 @@ class Processor:
                 f"the image processor of {self.source} gives {', '.join(made)} and no pixel_values of one image each, so it "
                 "is not for classification."
             )
-        return values[0].float()
+        return values[0, :1].float() if self.grey else values[0].float()
 
     def __str__(self) -> str:
         return f"{self.given[0]} x {self.given[1]} by {type(self.processor).__name__}"
@@ -149,6 +159,16 @@ def argument_of(model: nn.Module) -> str:
     return next(iter(parameters_of(model)))
 
 
+def takes_grey(model: nn.Module) -> bool:
+    """Whether a model takes images of one channel: its config says so, or its first convolution."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    if isinstance(getattr(config, "num_channels", None), int):
+        return config.num_channels == 1
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return first is not None and first.in_channels == 1
+
+
 def processor_of(backbone: Backbone) -> Processor | None:
     """The image processor of a model, if it came with one. Raises `UserError` for a model that takes no images."""
     if backbone.processor is None and not hasattr(backbone.model, "config"):
@@ -156,7 +176,7 @@ def processor_of(backbone: Backbone) -> Processor | None:
     from transformers.image_processing_utils import BaseImageProcessor
 
     if isinstance(backbone.processor, BaseImageProcessor):
-        return Processor(backbone.processor, backbone.source)
+        return Processor(backbone.processor, backbone.source, takes_grey(backbone.model))
     raise UserError(f"{backbone.source} has no image processor, so it takes no images.")
 
 
@@ -171,3 +191,28 @@ def same_size(transform: Transform, sizes: Sequence[tuple[int, int]], names: Seq
                 f"{found[1]} (height x width). Give the task a size that the model takes, for example "
                 "image_classify(resize=256, crop=224)."
             )
+
+
+def sides_of(value: Any, name: str) -> tuple[int, int] | None:
+    """(height, width) of an option that is one side of a square, or both."""
+    if value is None:
+        return None
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(
+            f"image_classify(): {name} is {value!r}, but must be a number of pixels, or [height, width]."
+        )
+    return sides
+
+
+def each_channel(value: Any, name: str, count: int) -> tuple[float, ...] | None:
+    """One number for each of `count` channels, of an option that is one for all, or so many."""
+    if value is None:
+        return None
+    values = (value,) * count if isinstance(value, (int, float)) else tuple(value)
+    if len(values) != count or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        channels = "the one channel" if count == 1 else f"each of {count} channels"
+        raise UserError(
+            f"image_classify(): {name} is {value!r}, but must be one number, or one for {channels}."
+        )
+    return tuple(map(float, values))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,11 @@ from graftkit.tasks.image_classify.inputs import (
     Pixels,
     Transform,
     argument_of,
+    each_channel,
     processor_of,
     same_size,
+    sides_of,
+    takes_grey,
 )
 from graftkit.tasks.shared.labels import LABEL, LabelTask
 from graftkit.tasks.shared.weights import check_class_weights, class_weights
@@ -155,7 +157,9 @@ class ImageClassify(LabelTask):
         None, "side of the square cut from the middle, or [height, width]", at_least=1
     )
     channels: str | None = option(
-        None, "order of the colours; null means RGB", choices=("RGB", "BGR", "rgb", "bgr")
+        None,
+        "order of the colours, or L for shades of grey; null means RGB, and L where the model takes one channel",
+        choices=("RGB", "BGR", "L", "rgb", "bgr", "l"),
     )
     scale: float | None = option(None, "pixels of 0 to 255 times this; null means 1/255", above=0)
     mean: float | tuple | None = option(
@@ -191,14 +195,20 @@ class ImageClassify(LabelTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        resize, crop = _sides(self.resize, "resize"), _sides(self.crop, "crop")
+        resize, crop = sides_of(self.resize, "resize"), sides_of(self.crop, "crop")
         if resize is not None and crop is not None and (resize[0] < crop[0] or resize[1] < crop[1]):
             raise UserError(
                 f"image_classify(): crop is {self.crop!r}, which is more than resize={self.resize!r} leaves."
             )
-        _triple(self.mean, "mean")
-        if min(_triple(self.deviation, "deviation") or (1,)) <= 0:
+        each_channel(self.mean, "mean", self._count(self.mean))
+        if min(each_channel(self.deviation, "deviation", self._count(self.deviation)) or (1,)) <= 0:
             raise UserError(f"image_classify(): deviation is {self.deviation!r}, but must be above 0.")
+
+    def _count(self, value: Any) -> int:
+        """How many channels there are; where only the model tells, as many as an option has numbers, 1 or 3."""
+        if self.channels is not None:
+            return 1 if self.channels.upper() == "L" else 3
+        return 1 if isinstance(value, (list, tuple)) and len(value) == 1 else 3
 
     def read(self, source: Any, reading: Reading, name: str) -> Table:
         return read_files(
@@ -265,7 +275,7 @@ class ImageClassify(LabelTask):
                 f"{backbone.source} comes with its own image processor ({processor}); leave {listing(told)} out of "
                 "image_classify()."
             )
-        pixels: Pixels = processor or self.transform()
+        pixels: Pixels = processor or self.transform(takes_grey(backbone.model))
         if isinstance(pixels, Transform):
             same_size(pixels, [(p.width, p.height) for p in pictures], [p.name for p in pictures])
         change = self.augmentation() if training else Augmentation()
@@ -273,28 +283,33 @@ class ImageClassify(LabelTask):
         made.refuse_misfit(backbone)
         return made
 
-    def transform(self) -> Transform:
-        """What is done to images for a module that brings no processor."""
+    def transform(self, grey: bool = False) -> Transform:
+        """What is done to images for a module that brings no processor. `grey`: it takes one channel."""
         from PIL.Image import Resampling
 
         resize = (
             self.resize
             if self.resize is None or isinstance(self.resize, int)
-            else _sides(self.resize, "resize")
+            else sides_of(self.resize, "resize")
         )
-        channels = (self.channels or "RGB").upper()
+        channels = (self.channels or ("L" if grey else "RGB")).upper()
+        count = 1 if channels == "L" else 3
         order = slice(None, None, -1) if channels == "BGR" else slice(None)
         scale = 1 / 255 if self.scale is None else self.scale
-        mean, deviation = _triple(self.mean, "mean"), _triple(self.deviation, "deviation")
+        mean, deviation = (
+            each_channel(self.mean, "mean", count),
+            each_channel(self.deviation, "deviation", count),
+        )
+        of_mean, of_deviation = IMAGENET_MEAN[order], IMAGENET_DEVIATION[order]
+        if count == 1:
+            of_mean, of_deviation = (sum(of_mean) / 3,), (sum(of_deviation) / 3,)
         if deviation is None:
             known = self.mean is None
-            deviation = (
-                tuple(v * 255 * scale for v in IMAGENET_DEVIATION[order]) if known else (1.0, 1.0, 1.0)
-            )
+            deviation = tuple(v * 255 * scale for v in of_deviation) if known else (1.0,) * count
         if mean is None:
-            mean = tuple(v * 255 * scale for v in IMAGENET_MEAN[order])
+            mean = tuple(v * 255 * scale for v in of_mean)
         resample = Resampling[(self.interpolation or "bilinear").upper()]
-        return Transform(resize, _sides(self.crop, "crop"), channels, scale, mean, deviation, int(resample))
+        return Transform(resize, sides_of(self.crop, "crop"), channels, scale, mean, deviation, int(resample))
 
     def augmentation(self) -> Augmentation:
         """What is done to training images."""
@@ -373,27 +388,3 @@ def _name(table: Table, column: str, row: int) -> str:
         if isinstance(value, (str, os.PathLike)) and value
         else f"{NOUN} {table.numbers[row]}"
     )
-
-
-def _sides(value: Any, name: str) -> tuple[int, int] | None:
-    """(height, width) of an option that is one side of a square, or both."""
-    if value is None:
-        return None
-    sides = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(
-            f"image_classify(): {name} is {value!r}, but must be a number of pixels, or [height, width]."
-        )
-    return sides
-
-
-def _triple(value: Any, name: str) -> tuple[float, ...] | None:
-    """One number for each of three channels, of an option that is one for all, or three."""
-    if value is None:
-        return None
-    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
-    if len(values) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-        raise UserError(
-            f"image_classify(): {name} is {value!r}, but must be one number, or one for each of 3 channels."
-        )
-    return tuple(map(float, values))
