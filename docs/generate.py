@@ -64,7 +64,7 @@ def learning_rate(entry: Entry) -> str:
 
 def methods() -> str:
     """A section for each method: its docstring, and its options."""
-    return "\n\n".join(_entry(entry) for entry in packaged("method"))
+    return "\n\n".join(_entry(entry, 3) for entry in _methods())
 
 
 def matrix() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import os
 import pty
 import re
@@ -70,7 +71,7 @@ def drawn(printed: str) -> str:
 
 
 def draw(printed: str) -> None:
-    console = Console(record=True, width=WIDTH, force_terminal=True, file=open(os.devnull, "w"))
+    console = Console(record=True, width=WIDTH, force_terminal=True, file=io.StringIO())
     console.print(Text.assemble(("$ ", "bold green"), (COMMAND, "bold")))
     for line in ("", *drawn(printed).split("\n"), ""):
         console.print(Text.from_ansi(line), soft_wrap=False, overflow="fold")

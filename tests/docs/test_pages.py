@@ -72,7 +72,7 @@ def run_page(path: Path) -> dict[str, Any]:
 
 
 def run_line(words: list[str]) -> None:
-    """Run one line of shell: `graftkit` and `python FILE` in this process; others have to say why they are not run."""
+    """Run one line of shell: `graftkit` and `python FILE` in this process; of `make`, the target has to exist."""
     if not words:
         return
     if words[0] == "graftkit":
@@ -86,7 +86,9 @@ def run_line(words: list[str]) -> None:
             runpy.run_path(words[1], run_name="__main__")
         finally:
             sys.argv = before
-    elif words[0] != "make":
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), words
+    else:
         pytest.fail(f"{words[0]!r} is not run by this test; write <!-- not run: REASON --> above the block")
 
 
