@@ -1,5 +1,5 @@
-# The commands that people type. Everything is installed into .venv; outside of this folder only caches are written.
-# `make PYTHON=/path/to/python3.12 demo` chooses the Python, `make VENV=folder demo` the environment.
+# The commands that people type. Everything is installed into .venv; only caches are written outside this folder.
+# `make PYTHON=/path/to/python3.12 demo` selects the Python, `make VENV=folder demo` the environment.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/graftkit demo --overwrite
 
-# Two workers of one thread each: the tests use tiny models, which more threads do not make quicker.
+# Two workers of one thread each: the tests use tiny models, which do not gain from more threads.
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -93,7 +93,8 @@ def main() -> None:
     )
     parser.add_argument("--keep", type=Path, metavar="FILE", help="store the transcript")
     arguments = parser.parse_args()
-    printed = arguments.stored.read_text(encoding="utf-8") if arguments.stored else transcript()
+    # as bytes: the carriage returns that redraw a line have to stay
+    printed = arguments.stored.read_bytes().decode() if arguments.stored else transcript()
     if arguments.keep:
         arguments.keep.write_text(printed, encoding="utf-8", newline="")
     draw(printed)

@@ -44,12 +44,16 @@ def _commands(path: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def _generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _generate() -> ModuleType:
+    return _script("generate")
 
 
 def test_generated_pages_are_up_to_date() -> None:
@@ -189,3 +193,11 @@ def test_the_site_builds() -> None:
         assert "Fine-tune" in built  # from a docstring
         home = Path(folder, "index.html").read_text(encoding="utf-8")
         assert "fonts.googleapis" not in home and "cdn" not in home  # readable offline
+
+
+def test_the_picture_shows_the_last_state_of_a_line_that_is_redrawn() -> None:
+    printed = "Training\r\n\x1b[?25lstep 1\r\x1b[2Kstep 2\r\x1b[2Kdone\r\n\x1b[?25h\r\nResult\r\n"
+    assert _script("picture").drawn(printed) == "Training\ndone\n\nResult"
+    svg = (ROOT / "docs" / "images" / "run.svg").read_text(encoding="utf-8")
+    assert svg.count("rows/s") == 1 and "https://cdnjs" not in svg
+    assert all(word in svg for word in ("Found", "Plan", "Result"))
