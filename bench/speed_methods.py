@@ -34,20 +34,21 @@ MODELS = ("BERT-base", "Llama, 150 M")
 ROWS, LENGTH, VOCABULARY, LAYERS = 8, 128, 30000, 12
 TITLE = "## Forward and backward of a method\n"
 SECTION = """
-What `python bench/speed_methods.py` printed: one batch of 8 rows of 128 tokens through BERT-base and through a Llama
-geometry of 150 M parameters (width 768, 12 blocks, 48,000 tokens), random weights, fp32, no dropout. Both sides hold
-the same adapter and the same frozen weights in memory, and give the same loss; they take turns step by step. The seconds
-are medians, and "as fast" is the median of the ratios of neighbouring steps; differences of one percent are noise. Memory
-is what the peak of a step lies above the resident model. PEFT has no bottleneck
-adapters: ours stand beside modules that wrap the same places.
+Output of `python bench/speed_methods.py`: one batch of 8 rows of 128 tokens through BERT-base and through a Llama
+architecture of 150 M parameters (width 768, 12 blocks, vocabulary of 48,000), random weights, fp32, no dropout. Both sides
+hold the same adapter and the same frozen weights in memory and compute the same loss; they alternate step by step. Seconds
+are medians, and "as fast" is the median ratio of neighbouring steps; differences of one percent are noise. Memory is the
+peak of a step above the resident model. PEFT has no bottleneck adapters: ours are compared with modules that wrap the same
+layers.
 
 {table}
 
-Where `lora` gains: its last product is added to the output of the map in one call, and where rank < 16 the gradients of
-its narrow factors come from products with these on the left, which take CPUs a third to a half of the time. `dora` gains
-most: PEFT forms W + s B A and its norm in each pass; ours has the norm from ||W||^2 + 2 s <W A', B> + s^2 <B A A', B> by
-rows, passes twice over the output of the frozen map, keeps nothing of that size but this output, and takes the gradient
-of the magnitude from that of B. `ia3` and the adapter cost next to nothing beside the frozen maps, on either side.
+`lora` gains because its last product is added to the output of the linear layer in one call, and for rank < 16 the
+gradients of its narrow factors are computed with these on the left, which takes a CPU a third to a half of the time. `dora`
+gains most: PEFT computes W + s B A and its norm in each pass; ours computes the norm by rows from
+||W||^2 + 2 s <W A', B> + s^2 <B A A', B>, passes twice over the output of the frozen layer, stores nothing else of that size,
+and derives the gradient of the magnitude from that of B. `ia3` and the adapter cost next to nothing compared with the frozen
+layers, on either side.
 """
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 

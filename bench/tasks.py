@@ -109,15 +109,15 @@ def write() -> None:
         "",
         "## Every task",
         "",
-        "What `python bench/tasks.py run` gave. Where settings were chosen with an eye on test figures, the data set's file in "
-        "`bench/task_rows/` says so. Sets that are not here yet, and rows with fewer than three seeds, are not measured to the end.",
+        "Output of `python bench/tasks.py run`. If settings were chosen with test figures in view, the data set's file in "
+        "`bench/task_rows/` says so. Missing data sets, and rows with fewer than three seeds, have not been measured completely.",
         "",
     ]
     for name, module in sets().items():
         runs = [run for run in kept if run["set"] == name]
         if not runs:
             continue
-        parts += [f"### {module.TITLE}", "", f"Backbone: {module.BACKBONE}. To be reached: {module.BAR}.", ""]
+        parts += [f"### {module.TITLE}", "", f"Backbone: {module.BACKBONE}. Target: {module.BAR}.", ""]
         parts += [f"| row | method | {module.METRIC}, mean | lowest to highest | trained parameters |"]
         parts += ["| --- | --- | --- | --- | --- |"]
         for row in dict.fromkeys(run["row"] for run in runs):

@@ -1,19 +1,20 @@
-"""Writes the generated parts of the documentation: `python docs/generate.py`, or `make docs`.
+"""Write the generated parts of the documentation: `python docs/generate.py`, or `make docs`.
 
-What stands between `<!-- NAME -->` and `<!-- /NAME -->` in a page comes from the code: methods, tasks and optimizers from the
-catalogue, the keys of a recipe from its schema. tests/docs/test_docs.py fails where a committed page is not up to date.
+The text between `<!-- NAME -->` and `<!-- /NAME -->` in a page comes from the code: methods, tasks and optimizers from
+the catalogue, recipe keys from the schema, commands from the command line. tests/docs/test_docs.py fails if a committed page is out of
+date.
 
-The docstring of a method is its entry in docs/methods.md. Its first paragraph says what the method does. Behind it stand
-the paper ('Hu et al. 2021, ...') and two sentences that begin a line with a word of their own and go on to the next
-such word, or to the end of the paragraph; what a formula needs to be said beforehand can stand between word and colon:
+The docstring of a method is its entry in docs/methods.md. The first paragraph says what the method does. The rest names
+the paper ('Hu et al. 2021, ...') and has two notes, each starting a line with a keyword and running to the next keyword
+or the end of the paragraph. Symbols of a formula can be defined between keyword and colon:
 
-    When: what it is good for, beside the other methods.
+    When: what it is good for, compared with the other methods.
     Parameters, L the number of layers: how many it trains, as a formula.
 
-An optimizer has `Memory` in the place of `Parameters`: how much it keeps for what is trained.
+An optimizer has `Memory` instead of `Parameters`: how much it keeps for each trained parameter.
 
-The matrix of methods and models is in docs/matrix.json. `python docs/generate.py --matrix` makes it by running
-tests/support/contract.py on each pair; with names behind it (`--matrix lora dora`), on the pairs of these methods alone.
+The matrix of methods and models is stored in docs/matrix.json. `python docs/generate.py --matrix` creates it by running
+tests/support/contract.py on each pair; with names (`--matrix lora dora`), only on the pairs of these methods.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,40 @@ from graftkit.recipe import schema as recipe
 from graftkit.recipe.catalogue import Entry, Option, entries
 
 FOLDER = Path(__file__).parent
-PAGES = ("methods.md", "recipe.md")
+PAGES = ("methods.md", "reference/recipe.md", "reference/cli.md")
 MATRIX = FOLDER / "matrix.json"
 NOTES = ("When", "Parameters", "Memory")
 
 
 def overview() -> str:
     """A row for each method."""
-    rows = ["| method | what it does | when | parameters | paper |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| method | what it does | when | parameters | default learning rate | paper |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for entry in packaged("method"):
         notes = notes_of(entry)
         name = f"[`{entry.name}`](#{entry.name})"
-        rows.append(_row(name, entry.summary, notes["When"], notes["Parameters"], papers(entry) or "—"))
+        cells = (
+            entry.summary,
+            notes["When"],
+            notes["Parameters"],
+            learning_rate(entry),
+            papers(entry) or "—",
+        )
+        rows.append(_row(name, *cells))
     return "\n".join(rows)
+
+
+def learning_rate(entry: Entry) -> str:
+    """The default learning rate of a method, which the help of its option `lr` names; a dash if it has none."""
+    found = re.search(r"null means ([\d.]+)", entry.options["lr"].help) if "lr" in entry.options else None
+    return found[1] if found else "—"
 
 
 def methods() -> str:
     """A section for each method: its docstring, and its options."""
-    return "\n\n".join(_entry(entry) for entry in packaged("method"))
+    return "\n\n".join(_entry(entry, 3) for entry in packaged("method"))
 
 
 def matrix() -> str:
@@ -80,12 +97,12 @@ def matrix() -> str:
 
 def tasks() -> str:
     """The same for each task."""
-    return "\n\n".join(_entry(entry) for entry in packaged("task"))
+    return "\n\n".join(_entry(entry, 3) for entry in packaged("task"))
 
 
 def optimizers() -> str:
     """The same for each optimizer."""
-    return "\n\n".join(_entry(entry) for entry in packaged("optimizer"))
+    return "\n\n".join(_entry(entry, 3) for entry in packaged("optimizer"))
 
 
 def keys() -> str:
@@ -105,6 +122,51 @@ def keys() -> str:
     return "\n".join(rows)
 
 
+def commands() -> str:
+    """A section for each command: its help, how it is called, its options."""
+    from typer.main import get_command
+
+    from graftkit.cli.main import app
+
+    return "\n\n".join(_command(words, command) for words, command in _walk(("graftkit",), get_command(app)))
+
+
+def _walk(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, found in command.commands.items():
+        if hasattr(found, "commands"):
+            yield from _walk((*words, name), found)
+        else:
+            yield (*words, name), found
+
+
+def _command(words: tuple[str, ...], command: Any) -> str:
+    said = inspect.cleandoc(command.help or "").replace("\b\n", "")
+    positional = [p for p in command.params if p.param_type_name == "argument"]
+    called = " ".join([*words, *(_metavar(p) for p in positional), "[options]"])
+    lines = [
+        f"## {' '.join(words[1:])}",
+        "",
+        said,
+        "",
+        "```",
+        called,
+        "```",
+        "",
+        "| | meaning |",
+        "| --- | --- |",
+    ]
+    lines += [_row(f"`{_metavar(p)}`", p.help or "") for p in positional]
+    for option in (p for p in command.params if p.param_type_name == "option"):
+        flag = "" if option.is_flag else f" {_metavar(option)}"
+        names = " / ".join([*option.opts, *option.secondary_opts])
+        lines.append(_row(f"`{names}{flag}`", option.help or ""))
+    return "\n".join(lines)
+
+
+def _metavar(parameter: Any) -> str:
+    return parameter.metavar or parameter.name.upper()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "overview": overview,
     "methods": methods,
@@ -112,11 +174,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "tasks": tasks,
     "optimizers": optimizers,
     "keys": keys,
+    "commands": commands,
 }
 
 
 def page(text: str) -> str:
-    """A page with its generated parts written anew."""
+    """Return a page with its generated parts replaced by current ones."""
     for name, part in PARTS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, part=part: f"{found[1]}{part()}\n{found[2]}", text)  # type: ignore[misc]
@@ -124,13 +187,13 @@ def page(text: str) -> str:
 
 
 def read_matrix() -> dict[str, Any]:
-    """The stored matrix; its methods in order of their names, its models in that of the zoo."""
+    """Read the stored matrix, with methods sorted by name and models in the order of the zoo."""
     stored = json.loads(MATRIX.read_text(encoding="utf-8"))
     return {**stored, "pairs": dict(sorted(stored["pairs"].items()))}
 
 
 def run_matrix(names: list[str]) -> list[str]:
-    """Run the pairs of the methods named, of all where none is, and store the outcomes; returns what broke."""
+    """Run the pairs of the given methods, or of all, and store the outcomes. Return the promises that were broken."""
     tests = FOLDER.parent / "tests"
     sys.path[:0] = [str(tests / "methods"), str(tests / "support"), str(tests)]
     from test_matrix import contract, expression, outcome, zoo
@@ -157,7 +220,7 @@ def run_matrix(names: list[str]) -> list[str]:
 
 
 def notes_of(entry: Entry) -> dict[str, str]:
-    """What the docstring says behind each of the words of `NOTES`; empty where it says nothing."""
+    """Return the notes of a method's docstring by keyword; an empty string for a missing one."""
     found = {
         note[1]: " ".join(f"{note[2] + ': ' if note[2] else ''}{note[3]}".split())
         for note in _NOTE.finditer(_docstring(entry))
@@ -172,7 +235,7 @@ _NOTE = re.compile(
 
 
 def papers(entry: Entry) -> str:
-    """The papers that a docstring names, as authors and year."""
+    """Return the papers cited in a docstring, as authors and year."""
     name = r"(?:Ben |Van |De )?[A-Z][\w-]+"
     names = rf"(?:{name}, )*{name}(?: et al\.| and {name})? (?:19|20)\d\d"
     text = " ".join(_docstring(entry).split())
@@ -180,14 +243,14 @@ def papers(entry: Entry) -> str:
 
 
 def packaged(family: str) -> list[Entry]:
-    """The entries that come with graftkit, without those of the user's own folders."""
+    """Return the entries that come with graftkit, without those in folders of the user."""
     return [entry for entry in entries(family).values() if entry.module.startswith("graftkit.")]
 
 
-def _entry(entry: Entry) -> str:
+def _entry(entry: Entry, level: int = 2) -> str:
     text = _NOTE.sub("", _docstring(entry)).rstrip()
     notes = [f"- {word}: {said}" for word, said in notes_of(entry).items() if said]
-    lines = [f"## {entry.name}", "", text, *([""] if notes else []), *notes]
+    lines = [f"{'#' * level} {entry.name}", "", text, *([""] if notes else []), *notes]
     if entry.options:
         lines += ["", "| option | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [_row(f"`{o.name}`", _bounds(o), f"`{o.default!r}`", o.help) for o in entry.options.values()]
@@ -229,14 +292,14 @@ def _row(*cells: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the generated parts of the documentation.")
+    parser = argparse.ArgumentParser(description="Write the generated parts of the documentation.")
     parser.add_argument(
         "--matrix", nargs="*", metavar="METHOD", help="run the pairs of these methods, or of all"
     )
     names = parser.parse_args().matrix
     broken = run_matrix(names) if names is not None else []
     if broken:
-        sys.exit("\n".join(["promises that are broken:", *broken]))
+        sys.exit("\n".join(["broken promises:", *broken]))
     for name in PAGES:
         path = FOLDER / name
         path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what was handed over. The command line prints its message alone and exits with 1."""
+    """A mistake in the input. The command line prints only its message and exits with 1."""
 
 
 class NoGoodRows(UserError):
@@ -19,7 +19,7 @@ class NoGoodRows(UserError):
 
 
 class NotFoldable(UserError):
-    """A graft has no equal inside the plain architecture; the message gives the reason."""
+    """A graft has no equivalent in the plain architecture; the message gives the reason."""
 
 
 class Interrupted(Exception):

@@ -13,8 +13,8 @@ BACKBONE = (
 METRIC = "perplexity"
 SHOWN = ("perplexity_start", "mask_right", "packing_difference")
 BAR = (
-    "the loss falls (`perplexity_start` is that of the random model, on the test rows as well), what is learned is the "
-    "answer (`mask_right` 1), packed rows give the losses of separate ones (`packing_difference`, of the largest loss)"
+    "the loss falls (`perplexity_start` is that of the random model, also on the test rows), the target tokens are the "
+    "answer (`mask_right` 1), packed rows have the losses of separate ones (`packing_difference`, relative to the largest loss)"
 )
 ROWS = ("full", "full packed")
 TRAIN_ROWS, TEST_ROWS = 1500, 300  # the first of each file

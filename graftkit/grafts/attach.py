@@ -22,9 +22,8 @@ def attach(
     """Add a method's parameters to a model, in place, and freeze everything else.
 
     `method`: for example `LoRA(rank=8) + Head(classes=3)`, or the same as a string. `keep_base`: keep a copy
-    of the base parameters that the method trains, which `disable` needs. The order in which a sum is written has no
-    part in what it does. Raises `UserError` where the method
-    does not fit the model; the model is then as it was.
+    of the base parameters that the method trains, which `disable` needs. The order in which a sum is written does not
+    matter. Raises `UserError` if the method does not fit the model, and then leaves the model unchanged.
     """
     return attach_chain(model, as_chain(method).arranged(), name, keep_base=keep_base)
 
@@ -78,7 +77,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def detach(graft: Graft) -> nn.Module:
-    """Remove what the graft added and give the base its own values back; returns the plain model."""
+    """Remove a graft from its model and restore the base's own values. Return the plain model."""
     refuse_mixed(graft.model)
     graft.disable()
     graft.snapshot.remove(graft)

@@ -37,10 +37,10 @@ class PutAway:
 
 
 class Graft:
-    """The trained parameters on one backbone, with what is needed to save, fold, silence or remove them.
+    """The trained parameters on one backbone, with methods to save, fold, disable or remove them.
 
-    `labels`: parameter name -> `Group` for each parameter that is trained. `model`: the backbone's model,
-    changed in place: called as before, it now computes with the graft.
+    `labels`: parameter name -> `Group` for each trained parameter. `model`: the backbone's model, changed in place. It
+    is called as before and computes with the graft.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Graft:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that a graft folder and a checkpoint hold, by name.
+        """The tensors of a graft folder, by name.
 
-        The trained parameters; the running statistics that move with them; what its additions keep beside, as frozen
-        parameters or persistent buffers.
+        The trained parameters, the running statistics that move with them, and frozen parameters and persistent buffers
+        of the additions.
         """
         tensors: dict[str, Tensor] = dict(self.parameters)
         buffers = dict(self.model.named_buffers())
@@ -89,7 +89,7 @@ class Graft:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """`tensors`, and what its additions keep for training alone: all that a checkpoint holds, by name."""
+        """`tensors`, and the buffers that additions need only for training: the tensors of a checkpoint, by name."""
         buffers = [
             (f"{prefix}.{name}", buffer)
             for prefix, module in self.additions()
@@ -98,16 +98,16 @@ class Graft:
         return self.tensors | dict(buffers)
 
     def additions(self) -> Iterator[tuple[str, Added]]:
-        """(name, module) of each module that this graft added."""
+        """Yield (name, module) for each module that this graft added."""
         for name, module in self.model.named_modules():
             if isinstance(module, Added) and module.graft == self.name:
                 yield name, module
 
     def param_groups(self, lr: float | None = None, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-        """Return groups for a torch optimizer, one for each combination of rate and decay.
+        """Return parameter groups for a torch optimizer, one for each combination of learning rate and weight decay.
 
-        `lr` replaces the rate of every method whose options do not name one. Norms and biases (one
-        dimension) are not decayed. Groups say whether their parameters are `hidden`: weights of the backbone's own
+        `lr` replaces the learning rate of every method whose options do not name one. Norms and biases (one
+        dimension) are not decayed. A group says whether its parameters are `hidden`: weights of the backbone's own
         linear layers, without embeddings and head.
         """
         hidden = hidden_matrices(self.backbone)
@@ -126,27 +126,27 @@ class Graft:
         return chosen.make(groups)
 
     def labels_at(self, step: int, epoch: float) -> Labels:
-        """The labels of what is trained in a step (from 0) of an epoch (step / steps an epoch): all, for most methods.
+        """Return the labels trained in a step (from 0) of an epoch (step / steps per epoch): all, for most methods.
 
-        In a loop of your own all of them are trained from the first step on, unless only what is named here requires a
-        gradient.
+        Your own loop trains all of them from the first step on, unless you set `requires_grad` for these alone.
         """
         return self.method.labels_at(self.backbone, self.labels, step, epoch)
 
     def extra_loss(self) -> Tensor | None:
-        """What the method adds to the task's loss in each step, a scalar; None for most methods."""
+        """Return the scalar that the method adds to the loss in each step; None for most methods."""
         return self.method.extra_loss(self.backbone, self.name)
 
     def after_step(self, step: int, steps: int) -> None:
-        """To be called after each optimizer step in a loop of your own, before gradients are set to zero.
+        """Update methods with a schedule of their own, such as adalora. Call it after each optimizer step of your own
+        loop, before gradients are set to zero.
 
-        `step` counts from 1 to `steps`, the length of the whole training. Methods that follow a schedule of their
-        own, such as adalora, move on here; without the call they stay as they began.
+        `step` counts from 1 to `steps`, the length of the whole training. Without the call, such methods stay as they
+        began.
         """
         self.method.after_step(self.backbone, self.name, step, steps)
 
     def requires_grad_(self, requires_grad: bool = True) -> Graft:
-        """Let this graft be trained, and no other on its model; False freezes it. Returns the graft."""
+        """Train this graft and no other on its model; False freezes it. Return the graft."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(requires_grad and name in self.labels)
         if requires_grad:
@@ -156,7 +156,7 @@ class Graft:
         return self
 
     def disable(self) -> None:
-        """Make the model compute what the base computed, until `enable`. Trained values are kept."""
+        """Make the model compute what the base computes, until `enable`. Trained values are kept."""
         if not self.active:
             return
         with unfolded(self.model, but=self) if self.plain is not None else nullcontext():
@@ -164,7 +164,7 @@ class Graft:
             self.set_active(False)
 
     def enable(self) -> None:
-        """Undo `disable`. Raises `UserError` beside an active graft that trains the same part of the base."""
+        """Undo `disable`. Raises `UserError` if another active graft trains the same part of the base."""
         if self.active:
             return
         refuse_mixed(self.model)
@@ -174,7 +174,7 @@ class Graft:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """`with graft.disabled(): ...` computes with the base."""
+        """Compute with the base inside a `with` block."""
         self.disable()
         try:
             yield
@@ -182,9 +182,9 @@ class Graft:
             self.enable()
 
     def fold(self) -> nn.Module:
-        """Melt the graft into the plain weights and return the model. `unfold` restores the base bit for bit.
+        """Merge the graft into the plain weights and return the model. `unfold` restores the base bit for bit.
 
-        A head stays on top. Raises `NotFoldable`, before anything is changed, where a method cannot be folded.
+        A head stays on top. Raises `NotFoldable`, before anything is changed, if a method cannot be folded.
         """
         if self.plain is not None:
             return self.model
@@ -193,14 +193,14 @@ class Graft:
         return self.model
 
     def unfold(self) -> None:
-        """Undo `fold`; what was folded later stays folded. Raises `NotFoldable`, with nothing changed, where it cannot."""
+        """Undo `fold`; grafts folded later stay folded. Raises `NotFoldable` if that is impossible, and changes nothing."""
         if self.plain is None:
             return
         unfold(self)
 
     @property
     def changes(self) -> set[str]:
-        """Names of the base's own tensors and modules that the graft puts its own in place of."""
+        """Names of the base's tensors and modules that the graft replaces with its own."""
         return (
             own_trained(self.backbone, self.labels, self.replaced)
             | set(self.replaced)
@@ -210,12 +210,12 @@ class Graft:
 
     @property
     def put_away(self) -> PutAway:
-        """What a disabled graft would put in place of the base's own."""
+        """What a disabled graft would replace in the base."""
         assert not self.active
         return PutAway(dict(self.originals or {}), dict(self.replaced), dict(self.settings))
 
     def save(self, path: str | Path, **about: Any) -> Path:
-        """Write the graft folder: a PEFT adapter where PEFT can express it. See `graftkit.grafts.folder`."""
+        """Write the graft folder: a PEFT adapter if PEFT can express it. See `graftkit.grafts.folder`."""
         was_active = self.active
         self.enable()
         try:
@@ -226,7 +226,7 @@ class Graft:
                 self.disable()
 
     def set_active(self, active: bool, keep_head: bool = False) -> None:
-        """Let the additions act, or silence them; `keep_head`: but for a head, and the graft counts as it was."""
+        """Turn the additions on or off; with `keep_head`, all but a head, without changing `active`."""
         for _, module in self.additions():
             if not (keep_head and module.survives_fold):
                 module.active = active

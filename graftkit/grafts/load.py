@@ -25,7 +25,8 @@ from graftkit.recipe.catalogue import entries
 def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default") -> Graft:
     """Attach the graft in folder `path` (written by `Graft.save` or by PEFT) to its backbone.
 
-    Raises `UserError` for another backbone, for missing, unexpected or misshapen tensors.
+    Raises `UserError` if the graft belongs to another backbone, or if tensors are missing, unexpected or of the wrong
+    shape.
     """
     stored = read(Path(path))
     backbone = model if isinstance(model, Backbone) else Backbone(model)

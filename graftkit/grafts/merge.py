@@ -67,14 +67,14 @@ def merge(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write one LoRA graft that stands for several, and return its folder. No backbone is loaded.
+    """Merge several LoRA grafts into one and return its folder. No backbone is loaded.
 
-    `grafts`: folders written by `Graft.save`, of runs, or by PEFT, all LoRA. `weights`: one for each, of any sign; all
-    1 / number if left out. `how`: 'cat' (the weighted sum itself; ranks add up), 'svd' (the nearest to it of `rank`, by
-    default the largest rank), 'linear', 'ties', 'dare-linear', 'dare-ties', 'magnitude' on the factors, or with '-svd' on
-    their products; see `graftkit.grafts.merge_rules`. `density`: share that ties, dare and magnitude keep. `seed`: of dare.
-    `heads`: 'mean' by weight, of heads for the same classes; 'first', that of the first graft with one; or 'none'.
-    Raises `UserError` for grafts that do not go together; nothing is written then.
+    `grafts`: folders written by `Graft.save`, of runs, or by PEFT, all LoRA. `weights`: one for each, of any sign; by
+    default 1 / number. `how`: 'cat' (the weighted sum itself; ranks add up), 'svd' (its best approximation of rank
+    `rank`, by default the largest rank), 'linear', 'ties', 'dare-linear', 'dare-ties', 'magnitude' on the factors, or
+    with '-svd' on their products; see `graftkit.grafts.merge_rules`. `density`: share of entries that ties, dare and
+    magnitude keep. `seed`: of dare. `heads`: 'mean', weighted, for heads with the same classes; 'first', that of the
+    first graft with one; or 'none'. Raises `UserError` if the grafts do not fit together, and then writes nothing.
     """
     combination = Combination(how, density, rank, sign, seed)
     if heads not in HEADS:

@@ -36,17 +36,19 @@ def using(
     *,
     rows: Sequence[str | None] | None = None,
 ) -> Iterator[nn.Module]:
-    """Inside the `with` block the model computes with these of its grafts and no others; behind it, as before.
+    """Compute with the given grafts of a model and no others inside a `with` block.
 
-    `which`: the name of a graft or several names; with [] the model computes what the base does. A mapping of names to
-    weights is a weighted sum: the effect of each addition counts by its weight, a trained parameter of the base is
-    base + sum of weight * (trained - base), and heads are averaged, their weights divided by the sum of these.
-    `rows`: a name, or None for the base, for each row of a batch. Each row comes out as it does alone, to rounding;
-    all are computed at once. In generation too, where beams count as rows.
+    On exit, the previous state is restored.
 
-    Weights and rows are for outputs in eval mode, and nothing is attached, folded or saved meanwhile. Raises
-    `UserError` for an unknown name, for grafts that cannot be computed together, in the model's call for a batch with
-    another number of rows.
+    `which`: the name of a graft, or several names; [] computes with the base alone. A mapping of names to weights is a
+    weighted sum: the effect of each addition is scaled by its weight, a base parameter that grafts train is
+    base + sum of weight * (trained - base), and heads are averaged, with weights divided by their sum.
+    `rows`: a name, or None for the base, for each row of a batch. Each row gets the same output as on its own, to
+    rounding; all are computed at once. This includes generation, where beams count as rows.
+
+    Weights and rows work in eval mode only, and nothing can be attached, folded or saved inside the block. Raises
+    `UserError` for an unknown name, for grafts that cannot be computed together, and, when the model is called, for a
+    batch with a different number of rows.
     """
     root = model.model if isinstance(model, Backbone) else model
     if (which is None) == (rows is None):

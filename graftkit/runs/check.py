@@ -38,9 +38,9 @@ def check(
     test: Any = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Check:
-    """All problems of the data that `tune` would be given, the Python face of `graftkit data check`.
+    """Report every problem in the data of a recipe: `graftkit data check` in Python.
 
-    The arguments are those of `tune`; a model need not be named. Raises `UserError` for a recipe that is wrong itself.
+    The arguments are those of `tune`; `model` is optional. Raises `UserError` if the recipe itself is wrong.
     """
     given = {"train": train, "eval": eval, "test": test}
     values, tables = recipes.gather(recipe, given, {"model": model, "task": task}, settings)

@@ -34,21 +34,24 @@ from graftkit.tasks.base import Dataset
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and what came out."""
+    """A finished run.
+
+    `path` is its folder and `result` the content of its `result.json`.
+    """
 
     path: Path
     result: dict[str, Any]
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Of the test rows where there are any, else of the evaluation rows."""
+        """The metrics on the test rows if there are any, otherwise on the evaluation rows."""
         return self.result["metrics"]
 
     def predict(
         self, texts: Any, options: Mapping[str, Any] | None = None, *, out: str | Path | None = None,
         overwrite: bool = False,
     ) -> Any:  # fmt: skip
-        """Answers to texts, a file or a table; with `out` they are written there as they come, and counts come back."""
+        """Predict for texts, a file or a table. With `out`, write the answers to that file and return counts."""
         from graftkit.runs.predict import predict as run_predict
         from graftkit.runs.predict import predict_into
 
@@ -57,17 +60,19 @@ class Run:
         return run_predict(self.path, texts, options)
 
     def predict_rows(self, data: Any, options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """The answers one by one, while a file of any size is read."""
+        """Yield the answers one by one while reading a file of any size."""
         from graftkit.runs.predict import stream
 
         return iter(stream(self.path, data, options))
 
     def evaluate(self, data: Any, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the metrics on labelled rows."""
         from graftkit.runs.predict import evaluate as run_evaluate
 
         return run_evaluate(self.path, data, options)["metrics"]
 
     def export(self, to: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+        """Write the run as a plain model into the folder `to`, compared with the run on real rows."""
         from graftkit.runs.export import export as run_export
 
         return run_export(self.path, Path(to), overwrite=overwrite)
@@ -88,13 +93,13 @@ def tune(
     overwrite: bool = False,
     quiet: bool = True,
 ) -> Run:
-    """Fine-tune and return the run: the Python face of `graftkit tune`.
+    """Fine-tune a model and return the run: `graftkit tune` in Python.
 
-    `recipe` is a recipe, nested values or a YAML file; the other arguments are put over it. `weights` is a safetensors
-    file for a `model` that is `package.module:function`. `train`, `eval`
-    and `test` may be paths, or tables in memory (list of dicts, dict of lists, `datasets.Dataset`, data frame);
-    `eval=None` trains on all rows; left out, the recipe says, and by default a tenth is held out. `settings` holds
-    dotted keys such as `{"train.epochs": 3}`. Raises `UserError` for a mistake in any of them.
+    `recipe` is a recipe, nested values or a YAML file; the other arguments override it. `weights` is a safetensors
+    file for a `model` of the form `package.module:function`. `train`, `eval` and `test` may be paths, or tables in
+    memory (list of dicts, dict of lists, `datasets.Dataset`, data frame). With `eval=None`, all rows are trained on;
+    if it is omitted, the recipe decides, and by default a tenth is held out. `settings` holds dotted keys such as
+    `{"train.epochs": 3}`. Raises `UserError` for a mistake in any of them.
     """
     given = {"train": train, "eval": eval, "test": test}
     named = {"model": model, "weights": weights, "task": task, "method": method, "out": out}
@@ -133,9 +138,10 @@ def run_recipe(
 def resume(
     folder: str | Path, *, train: Any = None, eval: Any = None, test: Any = None, quiet: bool = True
 ) -> Run:
-    """Go on with an unfinished run to the same end as if it had never stopped: `graftkit tune --resume`.
+    """Resume an unfinished run: `graftkit tune --resume` in Python.
 
-    `train`, `eval` and `test` are the rows that the run had in memory, handed over once more.
+    The result is the same as if the run had never stopped. If its rows were in memory, pass them again as `train`,
+    `eval` and `test`.
     """
     given = {"train": train, "eval": eval, "test": test}
     tables = {name: table for name, table in given.items() if table is not None}
@@ -143,7 +149,7 @@ def resume(
 
 
 def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None) -> Run:
-    """Go on with an unfinished run. Raises `UserError` where its rows are not those that it began with."""
+    """Resume an unfinished run. Raises `UserError` if its rows are not those that it began with."""
     console.quiet_unless(processes()[0] == 0)
     folder = folder.expanduser().absolute()
     if not folder.is_dir():

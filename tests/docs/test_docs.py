@@ -1,4 +1,4 @@
-"""What the documentation says exists: commands, options, keys, files, methods and their learning rates."""
+"""The documentation names things that exist: commands, options, keys, files, names in Python."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import ast
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -19,8 +22,12 @@ from graftkit.recipe import schema as recipe
 from graftkit.recipe.catalogue import entries
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def _id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def _blocks(path: Path, language: str) -> list[str]:
@@ -37,19 +44,23 @@ def _commands(path: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def _generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+def _generate() -> ModuleType:
+    return _script("generate")
+
+
 def test_generated_pages_are_up_to_date() -> None:
     generate = _generate()
     for name in generate.PAGES:
         text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-        assert generate.page(text) == text, f"docs/{name} is old; write it anew with `make docs`"
+        assert generate.page(text) == text, f"docs/{name} is out of date; regenerate it with `make docs`"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -60,13 +71,13 @@ def test_examples_are_valid_recipes(path: Path) -> None:
             assert (ROOT / data).is_file()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=_id)
 def test_yaml_blocks_are_valid_recipes(path: Path) -> None:
     for block in _blocks(path, "yaml"):
         recipe.make(yaml.load(block, recipe._Loader), path.name)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=_id)
 def test_commands_options_and_settings_exist(path: Path) -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     for _, *words in _commands(path):
@@ -83,13 +94,15 @@ def test_commands_options_and_settings_exist(path: Path) -> None:
                 assert word.partition("=")[0] in set(recipe.keys()), f"{path.name}: {word}"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=_id)
 def test_settings_in_text_are_keys_of_a_recipe(path: Path) -> None:
-    named = re.findall(r"`((?:data|train)\.[a-z_]+)[`=:]", path.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`((?:data|train)\.(?!csv|jsonl?\b|parquet)[a-z_]+)[`=:]", path.read_text(encoding="utf-8")
+    )
     assert set(named) <= set(recipe.keys())
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=_id)
 def test_python_blocks_use_names_that_exist(path: Path) -> None:
     for block in _blocks(path, "python"):
         for node in ast.walk(ast.parse(block)):
@@ -99,10 +112,11 @@ def test_python_blocks_use_names_that_exist(path: Path) -> None:
                 assert node.attr in dir(graftkit)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=_id)
 def test_files_named_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
     named = re.findall(r"`((?:graftkit|tests|docs|bench|examples)/[\w./-]*)`", text)
     named = [name for name in named if "NAME" not in name]
@@ -138,15 +152,52 @@ def test_make_targets_named_in_readme_exist() -> None:
         assert set(re.findall(r"\bmake (\w+)`", path.read_text(encoding="utf-8"))) <= targets
 
 
-def test_readme_lists_every_method_with_its_learning_rate() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.partition("## Methods\n")[2].partition("\n## ")[0]
-    rows = {
-        cells[1].strip().strip("`"): cells[-2].strip()
-        for cells in (line.split("|") for line in table.splitlines() if line.startswith("| `"))
-    }
-    assert set(rows) == set(entries("method"))
+def test_the_overview_has_the_default_learning_rates() -> None:
+    generate = _generate()
+    rates = {name: generate.learning_rate(entry) for name, entry in entries("method").items()}
+    assert rates["head"] == "0.005" and rates["freeze"] == "—"
     for name, entry in entries("method").items():
-        help = entry.options["lr"].help if "lr" in entry.options else ""
-        default = re.search(r"null means ([\d.]+)", help)
-        assert rows[name] == (default[1] if default else ""), f"the default learning rate of {name}"
+        assert (rates[name] != "—") == ("lr" in entry.options), (
+            f"{name}: name the default in the help of `lr`"
+        )
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_the_readme_links_each_figure_to_its_page() -> None:
+    """Accuracies in the README are rows of docs/results.md; the speed-ups stand in docs/speed.md."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `.+` \| ([\d.]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert len(rows) > 3
+    for accuracy, parameters in rows:
+        assert re.search(rf"\| {accuracy} \|.*\| {parameters} \|", results), (accuracy, parameters)
+    speed = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    named = re.findall(r"(\d\.\d+) times", text)
+    assert named and all(re.search(rf"\| {re.escape(number)}\d* x \|", speed) for number in named)
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert re.search(r"\[(\d+ of \d+ pairs)\]", text)[1] in methods  # type: ignore[index]
+
+
+def test_the_site_builds() -> None:
+    """Strictly: no page is left out of the navigation, and no link leads nowhere."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", folder]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        built = Path(folder, "reference", "python.html").read_text(encoding="utf-8")
+        assert "Fine-tune" in built  # from a docstring
+        home = Path(folder, "index.html").read_text(encoding="utf-8")
+        assert "fonts.googleapis" not in home and "cdn" not in home  # readable offline
+
+
+def test_the_picture_shows_the_last_state_of_a_line_that_is_redrawn() -> None:
+    printed = "Training\r\n\x1b[?25lstep 1\r\x1b[2Kstep 2\r\x1b[2Kdone\r\n\x1b[?25h\r\nResult\r\n"
+    assert _script("picture").drawn(printed) == "Training\ndone\n\nResult"
+    svg = (ROOT / "docs" / "images" / "run.svg").read_text(encoding="utf-8")
+    assert svg.count("rows/s") == 1 and "https://cdnjs" not in svg
+    assert all(word in svg for word in ("Found", "Plan", "Result"))

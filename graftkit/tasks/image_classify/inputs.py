@@ -162,9 +162,9 @@ def argument_of(model: nn.Module) -> str:
 def takes_grey(model: nn.Module) -> bool:
     """Whether a model takes images of one channel: its config says so, or its first convolution."""
     config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    if isinstance(getattr(config, "num_channels", None), int):
-        return config.num_channels == 1
+    channels = getattr(getattr(config, "vision_config", config), "num_channels", None)
+    if isinstance(channels, int):
+        return channels == 1
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return first is not None and first.in_channels == 1
 
