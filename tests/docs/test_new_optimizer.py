@@ -70,7 +70,7 @@ def test_steps_are_those_of_the_paper(folder):
 def test_it_passes_the_contract_suite(folder):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "lion"]
     done = subprocess.run(
-        [*command, "tests/optim/test_contract.py"], capture_output=True, text=True, cwd=ROOT
+        [*command, "tests/optim/test_optimizer_contract.py"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "." * 5 in done.stdout, done.stdout[-500:]

@@ -93,7 +93,8 @@ def test_reports_are_made_of_plain_values():
 SUBJECT = Subject(
     model="folder/model", model_class="SomeModel", plain=True, exports=True, task="watch()", task_name="watch",
     method="lora()", headline=("accuracy",), predict="--data FILE", data="films.csv", rows=12, skipped=1,
-    columns={"film": "clip"}, labels=("a|b", "c"), batch_size=4, seed=3,
+    columns={"film": "clip"}, labels=("a|b", "c"), batch_size=4, optimizer="adamw()",
+    seed=3,
 )  # fmt: skip
 RESULT = {
     "run": "runs/x", "metrics": {}, "trained_parameters": 10, "total_parameters": 1000, "steps": 3, "precision": "fp32",
@@ -106,6 +107,7 @@ def test_a_card_of_any_subject():
     assert "graftkit predict runs/x --data FILE\n" in card and "film in column `clip`" in card
     assert "12 training rows of `films.csv`" in card and "1 bad rows were left out" in card
     assert "labels (2): a\\|b, c" in card and "SomeModel.from_pretrained('folder/model')" in card
+    assert "3 steps of 4 rows with adamw(), fp32" in card
     assert "graftkit export runs/x" in card and "no rows to evaluate" in card
     own = replace(SUBJECT, model="package.module:make", plain=False, exports=False, method="", labels=())
     card = model_card(own, RESULT, {}, [], {})
