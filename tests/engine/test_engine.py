@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from device import DEVICE
 
 from graftkit.data.order import epoch_batches, ordered_batches, padding_share, steps_per_epoch
 from graftkit.data.source import Pass
@@ -104,7 +105,7 @@ def test_accumulation_equals_one_big_batch(ready):
 def test_the_gradient_is_that_of_the_mean_loss(ready):
     run = ready("full() + head(dropout=0)", label_smoothing=0.1)
     run.graft.model.eval()
-    batch = run.dataset.batch(np.arange(16))
+    batch = run.dataset.batch(np.arange(16), device=DEVICE)
     loss, _ = step_of(run.loop, [np.arange(16)])
     ours = gradients(run)
     run.graft.model.zero_grad()
@@ -126,7 +127,7 @@ def test_memory_that_runs_out_halves_the_parts_and_changes_nothing_else(ready):
             raise torch.OutOfMemoryError("no room")
         return plain(batch)
 
-    forward.device, forward.reads_inputs = CPU, True
+    forward.device, forward.reads_inputs = DEVICE, True
     small.loop.forward = forward
     losses = [step_of(run.loop, [np.arange(16)])[0] for run in (whole, small)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and small.loop.split == 4
@@ -136,7 +137,7 @@ def test_memory_that_runs_out_halves_the_parts_and_changes_nothing_else(ready):
         "Never",
         (),
         {
-            "device": CPU,
+            "device": DEVICE,
             "reads_inputs": True,
             "__call__": lambda self, batch: forward(SimpleNamespace(rows=range(9))),
         },
@@ -173,7 +174,7 @@ def step_of(loop, batches):
 def test_kept_outputs_give_the_same_logits_and_gradients(ready, request, model, method, depth):
     run = ready(method, model=request.getfixturevalue(model))
     assert run.prepared.depth == depth
-    kept = make_forward(run.graft, CPU, "fp32", depth, run.dataset, passes=5)
+    kept = make_forward(run.graft, DEVICE, "fp32", depth, run.dataset, passes=5)
     assert isinstance(kept, CachedForward) == (depth > 0)
     set_training(run.graft, depth)
     for module in run.graft.model.modules():  # compare without randomness, in the modes of training
@@ -185,7 +186,7 @@ def test_kept_outputs_give_the_same_logits_and_gradients(ready, request, model, 
         if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
             module.attention_dropout = 0.0
     for rows in epoch_batches(run.dataset.encoded.lengths, 16, 0, 0)[:3]:
-        batch = run.dataset.batch(rows)
+        batch = run.dataset.batch(rows, DEVICE)
         found = []
         for forward in (run.forward, kept):
             run.graft.model.zero_grad()
@@ -201,7 +202,7 @@ def test_kept_outputs_give_the_same_logits_and_gradients(ready, request, model, 
 def test_a_norm_behind_the_blocks_is_trained_although_all_blocks_are_frozen(ready, tiny_gpt2):
     run = ready("unfreeze('re:ln_f', lr=0.01) + head(pooling='mean')", model=tiny_gpt2)
     assert run.prepared.depth == 3
-    run.loop.forward = make_forward(run.graft, CPU, "fp32", 3, run.dataset, passes=3)
+    run.loop.forward = make_forward(run.graft, DEVICE, "fp32", 3, run.dataset, passes=3)
     assert isinstance(run.loop.forward, CachedForward)
     assert len(list(run.loop)) == 6  # the audit is content
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from device import DEVICE
 from shaken import shaken
 from torch import nn
 
@@ -21,7 +22,6 @@ from graftkit.grafts.graft import Graft
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.shared.texts import TextDataset
 
-CPU = torch.device("cpu")
 TEXT = ["bert", "roberta", "modernbert", "gpt2", "llama", "qwen3", "glm", "mixtral", "deberta_v2", "t5"]
 
 
@@ -42,10 +42,10 @@ def dataset(lengths: tuple[int, ...] = (7, 3, 5, 6, 2, 7)) -> Dataset:
 
 def agree(graft: Graft, kept: Forward, data: Dataset) -> None:
     """Logits and gradients of kept outputs are those of the whole model, in batches of other rows than they were made."""
-    plain = Forward(graft, CPU, "fp32")
+    plain = Forward(graft, DEVICE, "fp32")
     graft.model.eval()
     for rows in ([0, 1], [4], [5, 3, 2]):
-        batch = data.batch(np.array(rows))
+        batch = data.batch(np.array(rows), DEVICE)
         results = []
         for forward in (plain, kept):
             graft.model.zero_grad()
@@ -65,7 +65,7 @@ def test_what_is_kept_gives_the_same_on_every_text_model(name, method):
     data, depth = dataset(), frozen_depth(graft)
     head_alone = "unfreeze" not in method
     assert depth == len(graft.backbone.blocks) - (not head_alone)
-    kept = make_forward(graft, CPU, "fp32", depth, data, passes=3)
+    kept = make_forward(graft, DEVICE, "fp32", depth, data, passes=3)
     # blocks of DeBERTa give more than their states; the decoder of T5 looks at all of the encoder
     assert isinstance(kept, CachedForward) == (head_alone or name not in ("deberta_v2", "t5"))
     agree(graft, kept, data)
@@ -75,7 +75,7 @@ def test_within_the_encoder_of_a_pair_blocks_may_be_passed_by():
     """The chain breaks between encoder and decoder: nothing that is kept may skip over it."""
     graft = shaken(zoo.BY_NAME["t5"].fresh(), "unfreeze('blocks[1]') + head(classes=2, pooling='mean')")
     assert frozen_depth(graft) == 1
-    agree(graft, make_forward(graft, CPU, "fp32", 1, dataset(), passes=3), dataset())
+    agree(graft, make_forward(graft, DEVICE, "fp32", 1, dataset(), passes=3), dataset())
 
 
 class Chain(nn.Module):
@@ -117,7 +117,7 @@ def test_only_a_chain_of_blocks_is_passed_by(kind, depth):
     try:
         graft = shaken(Chain(kind), f"unfreeze('blocks[{depth}:]{part}') + head(classes=2, pooling='mean')")
         assert frozen_depth(graft) == depth
-        kept = make_forward(graft, CPU, "fp32", depth, dataset(), passes=3)
+        kept = make_forward(graft, DEVICE, "fp32", depth, dataset(), passes=3)
         chain = {"plain": True, "between": depth < 2, "repeated": depth < 1, "skip": False, "late": False}[
             kind
         ]
@@ -176,7 +176,7 @@ def test_the_model_s_own_head_alone_begins_at_what_is_kept(name, width):
     """No block is computed again, and no dropout of the head itself is lost."""
     graft = shaken(zoo.BY_NAME[name].fresh(), "head(classes=2, pooling='own')")
     data = Drawn(zoo.BY_NAME[name].batch)
-    kept = make_forward(graft, CPU, "fp32", frozen_depth(graft), data, passes=3)
+    kept = make_forward(graft, DEVICE, "fp32", frozen_depth(graft), data, passes=3)
     assert isinstance(kept.start, AtOwnHead) and (width is None or kept.kept.values[0].numel() == width)
     agree(graft, kept, data)
     drops = [m for m in kept.start.module.modules() if isinstance(m, nn.Dropout)]
@@ -194,7 +194,7 @@ def test_other_heads_of_models_begin_at_a_block(name):
         if isinstance(module, nn.Dropout):
             module.p = 0.1
     data = dataset() if name != "wav2vec2" else Drawn(model.batch)
-    kept = make_forward(graft, CPU, "fp32", frozen_depth(graft), data, passes=3)
+    kept = make_forward(graft, DEVICE, "fp32", frozen_depth(graft), data, passes=3)
     assert not isinstance(getattr(kept, "start", None), AtOwnHead)
     agree(graft, kept, data)
 
@@ -227,7 +227,7 @@ def test_what_changes_before_the_own_head_is_not_kept(kind):
     data = Drawn(lambda seed: {"x": torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))})
     before = {name: value.clone() for name, value in graft.model.state_dict().items()}
     state = torch.get_rng_state()
-    kept = make_forward(graft, CPU, "fp32", frozen_depth(graft), data, passes=3)
+    kept = make_forward(graft, DEVICE, "fp32", frozen_depth(graft), data, passes=3)
     assert isinstance(getattr(kept, "start", None), AtOwnHead) == (kind in ("plain", "norm")), kind
     agree(graft, kept, data)
     assert torch.equal(state, torch.get_rng_state())

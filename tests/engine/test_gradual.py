@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import equal_bits, forked, graft_tensors, tune_words
+from device import DEVICE
 from safetensors.torch import load_file
 
 from graftkit import UserError, attach
@@ -158,7 +159,7 @@ def test_the_steps_are_those_of_a_plain_loop(ready):
     for each in (run, kept, plain):
         each.graft.model.config.attention_probs_dropout_prob = 0.0
     list(run.loop)
-    kept.loop.forward = PhasedForward(kept.graft, torch.device("cpu"), "fp32", kept.dataset, per_epoch=1)
+    kept.loop.forward = PhasedForward(kept.graft, DEVICE, "fp32", kept.dataset, per_epoch=1)
     list(kept.loop)
     labels = plain.graft.labels
     optimizer = torch.optim.AdamW(plain.graft.param_groups(weight_decay=0.1))
@@ -166,7 +167,7 @@ def test_the_steps_are_those_of_a_plain_loop(ready):
         today = plain.graft.labels_at(step, 0.0)
         for name, parameter in plain.graft.parameters.items():
             parameter.requires_grad_(name in today)
-        batch = plain.dataset.batch(np.concatenate(plain.loop.batches(step)))
+        batch = plain.dataset.batch(np.concatenate(plain.loop.batches(step)), DEVICE)
         torch.nn.functional.cross_entropy(plain.forward(batch), batch.targets).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -183,7 +184,7 @@ def test_what_is_kept_is_the_prefix_of_today(ready, monkeypatch):
     from graftkit.engine import cached as forward
 
     run = ready(f"gradual_unfreeze(every=2) + {HEAD}", steps=EPOCH * 10)
-    run.loop.forward = PhasedForward(run.graft, torch.device("cpu"), "fp32", run.dataset, EPOCH)
+    run.loop.forward = PhasedForward(run.graft, DEVICE, "fp32", run.dataset, EPOCH)
     seen, plain = [], forward.make_forward
 
     def noted(*given):
@@ -201,7 +202,7 @@ def test_what_is_kept_is_the_prefix_of_today(ready, monkeypatch):
 
 def test_one_pass_over_the_rows_is_not_kept(ready):
     run = ready(f"gradual_unfreeze() + {HEAD}", steps=EPOCH * 5)
-    forward = run.loop.forward = PhasedForward(run.graft, torch.device("cpu"), "fp32", run.dataset, EPOCH)
+    forward = run.loop.forward = PhasedForward(run.graft, DEVICE, "fp32", run.dataset, EPOCH)
     for _ in run.loop:
         assert type(forward.inner) is Forward
 

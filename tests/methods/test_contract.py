@@ -31,6 +31,7 @@ NATIVE = [
     "full() + head(classes=3)",
 ]
 
+QUICK = {(KINDS[0], texts[0]) for texts in EXPRESSIONS.values()}  # what `make check` tries of each method
 CASES = [(kind, text) for name in sorted(EXPRESSIONS) for text in EXPRESSIONS[name] for kind in KINDS]
 CASES += [(kind, text) for text in NATIVE for kind in WITH_HEAD]
 
@@ -42,7 +43,11 @@ def test_every_method_has_an_example() -> None:
         assert all(name in {m.name for m in read(text).methods} for text in texts)
 
 
-@pytest.mark.parametrize("kind,text", CASES, ids=lambda value: value)
+@pytest.mark.parametrize(
+    "kind,text",
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+    ids=lambda value: value,
+)
 def test_every_promise_is_kept(kind: str, text: str, tmp_path: Path) -> None:
     outcome = contract.check(zoo.BY_NAME[kind], text, tmp_path, starts_as_base(text))
     assert (outcome != contract.PASSES) == ((kind, text) in REFUSED), outcome

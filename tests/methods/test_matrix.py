@@ -15,6 +15,7 @@ from graftkit.recipe.catalogue import entries
 
 STORED = Path(__file__).parents[2] / "docs" / "matrix.json"
 METHODS = list(entries("method"))
+REPRESENTATIVE = "lora"  # the one method that `make check` tries on every model
 OWN = {name for name, entry in entries("method").items() if not entry.module.startswith("graftkit.")}
 
 
@@ -34,7 +35,10 @@ def stored() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", zoo.MODELS, ids=lambda model: model.name)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=() if name == REPRESENTATIVE else pytest.mark.slow) for name in METHODS],
+)
 def test_pair(method: str, model: zoo.Model, stored, tmp_path: Path) -> None:
     got = outcome(method, model, tmp_path)
     if method not in OWN:

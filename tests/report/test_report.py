@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+from graftkit import report
+from graftkit.report.card import model_card
 from graftkit.report.summary import mistake, statistics_lines
+from graftkit.report.values import Subject
+from graftkit.tasks.base import Task
 
 
 def test_mistakes_in_words():
@@ -68,3 +76,43 @@ def test_few_rows_that_choose_the_weights_are_told(tiny_bert, rows_folder, comma
     ):
         done = command(*words, *more)
         assert done.status == 0 and ("rows are few to choose the best weights by" in done.out) == told, more
+
+
+def test_reports_are_made_of_plain_values():
+    """They import the errors and the files below them, and no live object of a run, not even for type checkers."""
+    folder = Path(report.__path__[0])
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("graftkit"):
+                assert str(node.module).startswith(
+                    ("graftkit.report", "graftkit.errors", "graftkit.files")
+                ), path
+            assert not (isinstance(node, ast.Name) and node.id == "TYPE_CHECKING"), path
+
+
+SUBJECT = Subject(
+    model="folder/model", model_class="SomeModel", plain=True, exports=True, task="watch()", task_name="watch",
+    method="lora()", headline=("accuracy",), predict="--data FILE", data="films.csv", rows=12, skipped=1,
+    columns={"film": "clip"}, labels=("a|b", "c"), batch_size=4, seed=3,
+)  # fmt: skip
+RESULT = {
+    "run": "runs/x", "metrics": {}, "trained_parameters": 10, "total_parameters": 1000, "steps": 3, "precision": "fp32",
+    "seconds": 2.0, "peak_memory_bytes": 5, "device": "cpu", "unused_parameters": [], "zero_gradient_parameters": [],
+}  # fmt: skip
+
+
+def test_a_card_of_any_subject():
+    card = model_card(SUBJECT, RESULT, {}, [], {})
+    assert "graftkit predict runs/x --data FILE\n" in card and "film in column `clip`" in card
+    assert "12 training rows of `films.csv`" in card and "1 bad rows were left out" in card
+    assert "labels (2): a\\|b, c" in card and "SomeModel.from_pretrained('folder/model')" in card
+    assert "graftkit export runs/x" in card and "no rows to evaluate" in card
+    own = replace(SUBJECT, model="package.module:make", plain=False, exports=False, method="", labels=())
+    card = model_card(own, RESULT, {}, [], {})
+    assert "from package.module import make" in card and "model = make().model" in card
+    assert "graftkit export" not in card and "with the model as it is" in card and "- task: watch" in card
+
+
+def test_a_task_that_says_nothing_of_its_input_is_answered_from_files():
+    assert Task().predict_arguments({"film": "clip"}) == "--data FILE"
+    assert Task().made_up({"film": "clip"}, ("a", "b")) is None

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("PIL")
 import torch
 from conftest import equal_bits, forked, graft_tensors
+from device import DEVICE
 from image_models import ROOT, convnext, dataset_of, fill, picture, tune
 from PIL import Image
 
@@ -166,7 +167,7 @@ def test_augmentation_keeps_nothing_and_says_so(tiny_vit, colours):
     from graftkit.engine.cached import CachedForward, make_forward
 
     dataset, prepared = dataset_of(tiny_vit, colours / "train", "image_classify(flip=0.5)")
-    forward = make_forward(prepared.graft, torch.device("cpu"), "fp32", prepared.depth, dataset, 5)
+    forward = make_forward(prepared.graft, DEVICE, "fp32", prepared.depth, dataset, 5)
     assert not isinstance(forward, CachedForward) and not dataset.keeps
     notes = dataset_notes = prepared.rows.task.statistics(dataset, prepared.rows.labels)["notes"]
     assert "no output is kept" in notes[-1], dataset_notes

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from device import DEVICE
 from torch import Tensor, nn
 
 from graftkit import AdamW, NotFoldable, UserError, attach, detach, load
@@ -80,7 +81,7 @@ def shake(graft: Graft, seed: int = 5) -> Graft:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in trained(graft).items():
-            change = torch.randn(tensor.shape, generator=generator) * 0.05
+            change = (torch.randn(tensor.shape, generator=generator) * 0.05).to(tensor.device)
             tensor.add_(change.abs() if name.endswith("running_var") else change)
     return graft
 
@@ -321,7 +322,7 @@ def trains_on_a_half_precision_base(pair: Pair) -> None:
         n for n, p in graft.parameters.items() if graft.labels[n].role == "added" and p.dtype != torch.float32
     ]
     assert not wrong, f"not in fp32: {wrong}"
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         pair.results(graft.model).float().square().mean().backward()
     for name, parameter in graft.parameters.items():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from device import DEVICE
 from torch import Tensor, nn
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,14 +35,15 @@ class Model:
 
     def fresh(self, seed: int = 0) -> nn.Module:
         """A copy in eval mode; the same values for the same seed."""
-        return copy.deepcopy(_template(self, seed))
+        return copy.deepcopy(_template(self, seed)).to(DEVICE)
 
     def shapes(self) -> nn.Module:
         """The model on the `meta` device, built there."""
         return copy.deepcopy(_shapes(self))
 
     def batch(self, seed: int = 1) -> Batch:
-        return self.inputs(torch.Generator().manual_seed(seed))
+        given = self.inputs(torch.Generator().manual_seed(seed))
+        return {name: tensor.to(DEVICE) for name, tensor in given.items()}
 
 
 @functools.cache
