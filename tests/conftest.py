@@ -92,9 +92,7 @@ def _make_bert(folder: Path) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--device", default="cpu", help="where models of the tests compute: cpu, cuda, or second"
-    )
+    parser.addoption("--device", default="cpu", help="where models of the tests compute: cpu or cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -122,17 +120,6 @@ def device():
     from device import DEVICE
 
     return DEVICE
-
-
-@pytest.fixture(autouse=True)
-def runs_on_the_second_device(request, monkeypatch):
-    """With --device second: runs too, which accelerate would place elsewhere."""
-    if request.config.getoption("--device") == "second":
-        from device import DEVICE
-
-        from graftkit.engine import parallel
-
-        monkeypatch.setattr(parallel, "device", lambda: DEVICE)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import contract
+import device
 import pytest
 import torch
 import zoo
@@ -21,6 +22,7 @@ import graftkit
 from graftkit import NotFoldable
 from graftkit.engine import parallel
 
+pytestmark = pytest.mark.skipif(device.DEVICE.type != "cpu", reason="there is another device already")
 BERT = zoo.BY_NAME["bert"]
 
 

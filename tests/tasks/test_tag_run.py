@@ -17,7 +17,7 @@ from conlleval import conlleval
 import graftkit
 from graftkit.data.conll import read_conll
 from graftkit.errors import UserError
-from graftkit.export.transformers import export
+from graftkit.runs.export import export
 from graftkit.runs.predict import evaluate, predict
 
 FAST = {"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.01}
