@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graftkit.backbone import values
 from graftkit.backbone.anatomy import base_modules
 from graftkit.grafts.stored import STORED_NAME, Contents
 from graftkit.methods.base import PeftForm
@@ -25,6 +26,7 @@ def contents_of(graft: Graft, about: dict[str, Any]) -> Contents:
         "fingerprint": graft.backbone.fingerprint,
         "missing": list(graft.backbone.missing),
         "trained_parameters": sum(p.numel() for p in graft.parameters.values()),
+        values.KEY: values.sampled(graft.backbone, graft.labels),
         **about,
     }
     tensors = {stored_name(graft, name): tensor for name, tensor in graft.tensors.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.backbone import Backbone
+from graftkit.backbone import Backbone, values
 from graftkit.errors import UserError, listing
 from graftkit.grafts.attach import attach_chain, detach
 from graftkit.grafts.contents import stored_name
 from graftkit.grafts.folder import read
 from graftkit.grafts.graft import Graft
+from graftkit.grafts.register import grafts_of
 from graftkit.grafts.stored import Stored
 from graftkit.methods.base import Chain
 from graftkit.methods.base import read as read_method
@@ -45,6 +47,11 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
         if isinstance(error, UserError) and str(path) not in str(error):
             raise UserError(f"the graft in {path} does not fit {backbone.source}: {error}") from None
         raise
+    trained = {label for other in grafts_of(backbone.model).values() for label in other.labels}
+    names = values.changed(backbone, stored.about.get(values.KEY), trained)
+    if names:
+        told = values.told(backbone.source, f"the graft in {path}", names)
+        warnings.warn_explicit(told, values.OtherWeights, "graftkit", 1, module="graftkit.grafts.load")
     with torch.no_grad():
         for tensor_name, tensor in wanted.items():
             tensor.copy_(tensors[tensor_name])

@@ -8,11 +8,12 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from graftkit import files
+from graftkit.backbone import Backbone, values
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
 from graftkit.recipe import schema as recipes
@@ -169,6 +170,12 @@ def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[st
         name: hashlib.sha256(f"{names}\n{dataset.digest()}".encode()).hexdigest()
         for name, dataset in datasets.items()
     }
+
+
+def changed_weights(folder: Path, backbone: Backbone, trained: Collection[str]) -> list[str]:
+    """The frozen parameters whose values are not those that the run began with."""
+    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
+    return values.changed(backbone, plan.get(values.KEY), trained)
 
 
 def refuse_other_rows(folder: Path, recipe: Recipe, found: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from graftkit.backbone import values
 from graftkit.engine.cached import PhasedForward, make_forward
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
@@ -175,6 +176,9 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         prepared, datasets = _encode(prepared)
         planned = _planned(prepared, datasets)
         run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
+        names = run_folder.changed_weights(folder, prepared.backbone, prepared.graft.labels)
+        if names:
+            console.line(f"warning: {values.told(prepared.backbone.source, f'the run in {folder}', names)}")
         if processes()[0] == 0:
             remove_leftovers(folder)
             write_json(folder / PLAN, planned)  # it may have been killed before
@@ -286,7 +290,8 @@ def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]
     return {
         **prepared.plan.as_dict(),
         "statistics": statistics(prepared, datasets),
-        "warnings": prepared.rows.warnings,
+        "warnings": [*prepared.plan.warnings, *prepared.rows.warnings],
+        values.KEY: values.sampled(prepared.backbone, prepared.graft.labels),
         run_folder.ROWS: run_folder.digests(datasets, prepared.rows.labels),
     }
 
