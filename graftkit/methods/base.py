@@ -63,9 +63,9 @@ class Method:
     is_product: ClassVar[bool] = False  # an update s B A of its A and B at each weight, and nothing else
     is_general: ClassVar[bool] = False  # what messages recommend where a method does not fit a module
     selects: ClassVar[bool] = False  # trains any parts of the backbone that `sites` names
-    composes: ClassVar[bool] = (
-        False  # bottlenecks (methods/shared/bottlenecks.py), of which several can be composed
-    )
+    trains_biases: ClassVar[bool] = False  # of the backbone, and nothing else
+    starts_from_values: ClassVar[bool] = False  # its update begins as a part of the weight itself
+    composes: ClassVar[bool] = False  # it places bottlenecks, of which several can be composed
     repeats: ClassVar[bool] = False  # may be written more than once in a sum
     # where several methods claim a parameter, that which yields least has it; alike, they are refused
     # 0: what is named; 1: what comes along, such as the biases beside an update; 2: the whole backbone

@@ -26,6 +26,7 @@ class BitFit(Method):
     """
 
     frees_base: ClassVar[bool] = True
+    trains_biases: ClassVar[bool] = True
 
     sites: str = option("blocks", "sites whose biases are trained, as a selection")
     lr: float | None = option(None, "learning rate; null means 0.002", above=0)

@@ -11,7 +11,7 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_norm
 from graftkit.errors import UserError
 from graftkit.methods.base import Method, PeftForm, exactly, refuse_unless
-from graftkit.methods.shared.advice import general
+from graftkit.methods.shared.advice import general, recommended
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
@@ -39,7 +39,7 @@ class Norms(Method):
     def targets(self, backbone: Backbone) -> list[Site]:
         if not any(is_norm(site.module) for site in backbone.sites):
             raise UserError(
-                f"norms() trains the gains of norms, but {backbone.source} has none. Use {general()} instead."
+                f"norms() trains the gains of norms, but {backbone.source} has none. Use {recommended('is_general', 'trains_biases')} instead."
             )
         return select(backbone, self.sites, lambda site: is_norm(site.module), "norms")
 

@@ -16,7 +16,7 @@ from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
 from graftkit.methods.base import Method, PeftForm, exactly, place
-from graftkit.methods.shared.advice import general, selecting
+from graftkit.methods.shared.advice import general, recommended, selecting
 from graftkit.methods.shared.peft_bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.methods.shared.peft_tuners import (
@@ -26,6 +26,7 @@ from graftkit.methods.shared.peft_tuners import (
     RATE,
     RATES,
     defaults_of,
+    instead_of,
     kind_of,
     mappings,
 )
@@ -77,7 +78,7 @@ class Peft(Method):
                     f"{nearest(str(name), fields)}"
                 )
             if name in OURS and value != defaults[name]:
-                raise UserError(f"peft({self.tuner!r}) does not take {name}={value!r}; {OURS[name]}.")
+                raise UserError(f"peft({self.tuner!r}) does not take {name}={value!r}; {instead_of(name)}.")
 
     @property
     def kind(self) -> str:
@@ -222,7 +223,8 @@ class Peft(Method):
             if not parameter.is_meta and base._parameters[name].data_ptr() != parameter.data_ptr():
                 raise UserError(
                     f"peft({self.tuner!r}) with these options writes another {name} into {site.name!r} "
-                    f"({type(site.module).__name__}) before training; leave out the option that says so."
+                    f"({type(site.module).__name__}) before training; leave out the option that says so, or "
+                    f"use {recommended('starts_from_values')}."
                 )
         if "shira_indices" in vars(layer):  # drawn at random and not a buffer, so nothing would keep them
             layer.shira_indices = BufferDict(vars(layer).pop("shira_indices"), persistent=True)

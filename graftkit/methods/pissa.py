@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class PiSSA(LowRankMethod):
     When: lora is slow to begin learning, and a decomposition of each weight beforehand is no hindrance.
     Parameters: those of lora(); as many again are kept frozen.
     """
+
+    starts_from_values: ClassVar[bool] = True
 
     rank: int = option(8, "number of singular triplets", at_least=1)
     alpha: float | None = option(None, "scale times rank; null means the rank, a scale of 1", above=0)

@@ -16,7 +16,7 @@ from graftkit.backbone.prompts import refuse_crowd
 from graftkit.errors import NotFoldable, UserError
 from graftkit.libraries import rotary_of, takes_cache
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
-from graftkit.methods.shared.advice import general
+from graftkit.methods.shared.advice import general, recommended
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
@@ -49,7 +49,9 @@ class Prefix(Method):
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         modules = attention_modules(backbone)
         if not modules:
-            raise UserError(f"prefix() found no attention in {backbone.source}; use {general()} instead.")
+            raise UserError(
+                f"prefix() found no attention in {backbone.source}; use {recommended('is_general', 'composes')} instead."
+            )
         adopt(backbone)
         group = Group("added", self.lr or 1e-2, self.name, self.lr is not None)
         name = f"prefix_{graft}"
@@ -175,8 +177,8 @@ def kv_shape(backbone: Backbone, module: nn.Module) -> tuple[int, int]:
     heads = known("num_attention_heads", "n_heads")
     if heads is None:
         raise UserError(
-            f"prefix() does not find the number of heads of {type(module).__name__} in {backbone.source}; use {general()} "
-            "instead."
+            f"prefix() does not find the number of heads of {type(module).__name__} in {backbone.source}; use "
+            f"{recommended('is_general', 'composes')} instead."
         )
     size = known("head_dim", "attention_head_size", "key_value_proj_dim") or backbone.hidden_size // heads
     return known("num_key_value_heads") or heads, size

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from graftkit.errors import UserError, listing, nearest
-from graftkit.methods.shared.advice import general, reading
+from graftkit.methods.shared.advice import general, reading, recommended, selecting
 
 # tuners that are no methods here, and why
 REFUSED = {
@@ -23,17 +23,17 @@ REFUSED = {
     "SHADOW": "runs a second, smaller model beside the backbone",
     "XLORA": "mixes adapters that were trained before",
 }
-# fields of PEFT's configurations that are said in another way here
+# fields of PEFT's configurations that are said in another way here: see `instead_of`
 OURS = {
     **dict.fromkeys(
         ("exclude_modules", "layers_pattern", "layers_to_transform", "target_parameters"),
         "say which modules with sites=...",
     ),
-    "bias": "write the method that trains biases beside it",
+    "bias": "use {biases} beside it",
     "layer_replication": "build the backbone with these layers",
-    "modules_to_save": "write the methods that train these modules beside it",
-    "ensure_weight_tying": "write the method that unfreezes the embeddings beside it",
-    "trainable_token_indices": "write the method that unfreezes the embeddings beside it",
+    "modules_to_save": "use {modules} beside it",
+    "ensure_weight_tying": "use {embeddings} beside it",
+    "trainable_token_indices": "use {embeddings} beside it",
     "use_asa": "it needs a call after each step",
 }
 IDLE = {  # fields that change nothing
@@ -45,6 +45,15 @@ GROUPED = {"LILY"}  # shares matrices among the modules that one entry of target
 RATE = 1e-3
 COEFFICIENTS = "C3A FOURIERFT FROD IA3 PVERA RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT"
 RATES = {"HIRA": 3e-3} | dict.fromkeys(COEFFICIENTS.split(), 1e-2)
+
+
+def instead_of(field: str) -> str:
+    """How that is said here which a field of PEFT's configurations says."""
+    return OURS[field].format(
+        biases=recommended("trains_biases"),
+        modules=recommended("gives_outputs", "selects"),
+        embeddings=selecting("embeddings"),
+    )
 
 
 def mappings() -> tuple[dict[str, Any], dict[str, Any]]:
