@@ -2,6 +2,9 @@
 # `make PYTHON=/path/to/python3.12 demo` selects the Python, `make VENV=folder demo` the environment.
 
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# The torch that `make lock` writes down: the everyday one, which is not always the newest that is tested.
+TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
@@ -11,12 +14,15 @@ PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
 endif
 
-.PHONY: help demo check test bench docs clean
+.PHONY: help demo check test suite test-oldest test-newest lock bench docs clean
 
 help:
 	@echo 'make demo    fine-tune the packaged model on 77 intents of bank customers (the first time: install it)'
 	@echo 'make check   ruff, mypy and the quick tests, in a minute and a half'
 	@echo 'make test    ruff, mypy and pytest'
+	@echo 'make test-oldest, make test-newest'
+	@echo '             pytest with the oldest and the newest libraries that are supported, in environments of their own'
+	@echo 'make lock    write constraints.txt anew: the versions that make demo and make test install'
 	@echo 'make bench   list the scripts that measure; make bench SCRIPT=name runs one'
 	@echo 'make docs    regenerate the reference tables in docs/ and build the site into site/'
 	@echo 'make clean   remove the environment and the caches; runs stay'
@@ -29,6 +35,9 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(MAKE) --no-print-directory suite
+
+suite: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 check: $(VENV)/.dev
@@ -36,6 +45,24 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+
+# Both ends of the ranges in pyproject.toml. Torch comes from pip's index there, on Linux with CUDA: some GB.
+test-oldest test-newest: test-%: build/%.txt
+	@$(MAKE) --no-print-directory suite VENV=.venv-$* CONSTRAINTS=$<
+
+build/oldest.txt build/newest.txt: build/%.txt: pyproject.toml .ci/versions.py
+	@mkdir -p build
+	@$(PYTHON) .ci/versions.py $* > $@
+
+# In an environment made for it, so that nothing of an older one is kept.
+lock:
+	@rm -rf build/lock
+	@mkdir -p build
+	@echo 'torch==$(TORCH)' > build/torch.txt
+	@$(MAKE) --no-print-directory build/lock/.bench VENV=build/lock CONSTRAINTS=build/torch.txt EXTRAS=dev,bench,tested
+	build/lock/bin/python -m pip freeze --exclude-editable > build/frozen.txt
+	@$(PYTHON) .ci/versions.py lock < build/frozen.txt > constraints.txt
+	@rm -rf build/lock
 
 ifdef SCRIPT
 bench: $(VENV)/.bench
@@ -54,10 +81,10 @@ docs: $(VENV)/.dev
 	@echo 'Open site/index.html in a browser.'
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Stamps: each step is done once, and again when pyproject.toml has changed.
+# Stamps: each step is done once, and again when pyproject.toml or the constraints have changed.
 
 $(VENV)/.created:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -70,23 +97,23 @@ $(VENV)/.created:
 	@touch $@
 
 # Torch comes first, alone: where pip is set up with a CPU build of it, that one is taken (2.13.0+cpu is newer than
-# 2.13.0 to pip), and the rest of the installation then leaves it alone. The bound stands in pyproject.toml only.
-$(VENV)/.torch: $(VENV)/.created pyproject.toml
+# 2.13.0 to pip, and `==2.13.0` takes both), and the rest of the installation then leaves it alone.
+$(VENV)/.torch: $(VENV)/.created pyproject.toml $(CONSTRAINTS)
 	@echo 'Installing torch; the first time this can take some minutes.'
-	@$(PIP) install --quiet "$$($(BIN)/python -c "import tomllib; print(next(d for d in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if d.startswith('torch')))")"
+	@$(PIP) install --quiet -c $(CONSTRAINTS) "$$($(BIN)/python -c "import tomllib; print(next(d for d in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if d.startswith('torch')))")"
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo: $(VENV)/.torch
 	@echo 'Installing GraftKit and what it needs.'
-	$(PIP) install --quiet --editable '.[demo]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch
 	@echo 'Installing GraftKit, what it needs, and the tools of its tests.'
-	$(PIP) install --quiet --editable '.[dev]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+$(VENV)/.bench: $(VENV)/.torch
 	@echo 'Installing GraftKit and what the measurements need.'
-	$(PIP) install --quiet --editable '.[bench]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) --editable '.[$(or $(EXTRAS),bench)]'
 	@touch $@ $(VENV)/.demo

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import warnings
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graftkit.errors import UserError
+from graftkit.errors import UserError, first_line
 
 WATCHED = ("torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -225,3 +226,53 @@ def attention_of(model: Any) -> str:
             "transformers", f"does not say in {type(model.config).__name__} which attention is used"
         )
     return name
+
+
+# ---- PEFT: what is no part of its documented interface
+
+# Where these stand in PEFT 0.18 to 0.21. Which tuners there are differs: peft_tuners.py asks the mappings for those of the
+# installed version. Of tuners that are written about here, these came later than 0.18:
+TUNERS_SINCE = {"HIRA": "0.20"}
+PEFT_PARTS = {
+    "configurations": ("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING"),
+    "tuners": ("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING"),
+    "prefixes of keys": ("peft.mapping", "PEFT_TYPE_TO_PREFIX_MAPPING"),
+    "layer": ("peft.tuners.tuners_utils", "BaseTunerLayer"),
+    "buffers": ("peft.tuners._buffer_dict", "BufferDict"),
+}
+
+
+def peft_part(what: str) -> Any:
+    """One of `PEFT_PARTS`. Raises `UserError` where PEFT is not installed, and where it has no such part."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("peft() needs PEFT, which is not installed: pip install peft")
+    module, name = PEFT_PARTS[what]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (
+        ImportError,
+        AttributeError,
+    ) as error:  # also where PEFT cannot be imported beside this transformers
+        raise lacking("peft", f"has no {module}.{name} ({first_line(error)})") from error
+
+
+def cast_adapter(tuner: Any, adapter: str) -> None:
+    """Make an adapter's new parameters fp32, as PEFT does by default (0.18 to 0.21)."""
+    cast = getattr(tuner, "_cast_adapter_dtype", None)
+    if cast is None:
+        raise lacking("peft", f"has no _cast_adapter_dtype in {type(tuner).__name__}")
+    cast(adapter)
+
+
+# ---- bitsandbytes
+
+
+def leave_unpacked(module: Any) -> None:
+    """Tell a map of four bits not to pack its weight for products of bf16 on a CPU (bitsandbytes 0.49 and 0.50)."""
+    if all(kind.__name__ != "Linear4bit" for kind in type(module).__mro__):
+        return
+    if not hasattr(
+        module, "support_avx512bf16_for_cpu"
+    ):  # without it, gradients would be lost after an evaluation
+        raise lacking("bitsandbytes", "has no Linear4bit.support_avx512bf16_for_cpu")
+    module.support_avx512bf16_for_cpu = False

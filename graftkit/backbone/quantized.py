@@ -13,6 +13,7 @@ from torch import nn
 
 from graftkit.backbone.anatomy import is_linear
 from graftkit.errors import UserError
+from graftkit.libraries import leave_unpacked
 
 LIBRARY = "bitsandbytes"
 
@@ -49,13 +50,12 @@ def loading(kind: str, name: str, kept: Sequence[str] = ()) -> dict[str, Any]:
 def keep_gradients(model: nn.Module) -> None:
     """Let maps of NF4 be computed on CPUs in the one way that has gradients.
 
-    Where the CPU multiplies bf16, bitsandbytes 0.50 packs a weight anew when it is first used in eval mode, for products
+    Where the CPU multiplies bf16, bitsandbytes packs a weight anew when it is first used in eval mode, for products
     without gradients, and leaves it so: after an evaluation nothing before that map would be trained.
     """
     module: Any
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        leave_unpacked(module)
 
 
 def keep_biases(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
+from graftkit.libraries import cast_adapter, peft_part
 from graftkit.methods.base import Method, PeftForm, exactly, place
 from graftkit.methods.shared.advice import general, recommended, selecting
 from graftkit.methods.shared.peft_bridge import INSIDE, Bridge, Shared, Whole, hang, stand_in, written
@@ -194,7 +195,6 @@ class Peft(Method):
             with warnings.catch_warnings():  # of a CUDA extension, which PEFT goes without
                 warnings.filterwarnings("ignore", module=r"peft\.tuners\.boft")
                 tuner = tuners[self.kind](holder, {INSIDE: configs[self.kind](**options)}, INSIDE)
-            tuner._cast_adapter_dtype(INSIDE)
         except Exception as error:  # PEFT checks little: what wrong options run into can be anything
             if is_out_of_memory(error):
                 raise
@@ -205,15 +205,13 @@ class Peft(Method):
                 f"peft({self.tuner!r}) does not fit {backbone.source}: {what}. Give it other options or sites, or use "
                 f"{general()}."
             ) from None
+        cast_adapter(tuner, INSIDE)
         return tuner
 
     def _layer(self, tuner: Any, site: Site) -> Any:
         """PEFT's layer of one site, without its `base_layer`."""
-        from peft.tuners._buffer_dict import BufferDict
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         made = tuner.model.get_submodule(site.name)
-        if not isinstance(made, BaseTunerLayer):
+        if not isinstance(made, peft_part("layer")):
             raise UserError(
                 f"peft({self.tuner!r}) has no layer for {site.name!r} ({type(site.module).__name__}); use {general()} there."
             )
@@ -227,7 +225,7 @@ class Peft(Method):
                     f"use {recommended('starts_from_values')}."
                 )
         if "shira_indices" in vars(layer):  # drawn at random and not a buffer, so nothing would keep them
-            layer.shira_indices = BufferDict(vars(layer).pop("shira_indices"), persistent=True)
+            layer.shira_indices = peft_part("buffers")(vars(layer).pop("shira_indices"), persistent=True)
         return layer
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
@@ -273,13 +271,11 @@ class Peft(Method):
             kind = kind_of(reading.kind)
         except UserError as error:
             raise reading.error(f"peft_type is {reading.kind!r}: {error}") from None
-        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
         defaults = defaults_of(kind)
         targets = reading.field("target_modules")
         options = {n: v for n, v in reading.rest().items() if n not in defaults or v != defaults[n]}
         options = {n: v for n, v in options.items() if n not in IDLE}
-        types = {key.value: prefix for key, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
+        types = {key.value: prefix for key, prefix in peft_part("prefixes of keys").items()}
         start = re.escape(types[kind].removesuffix("lambda_"))
         taken = reading.take(rf"(?:(.+?)\.)?_?{start}.*")
         modules = list(dict.fromkeys(match[1] for match in taken if match[1]))

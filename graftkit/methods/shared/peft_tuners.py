@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from graftkit.errors import UserError, listing, nearest
+from graftkit.libraries import TUNERS_SINCE, installed, peft_part
 from graftkit.methods.shared.advice import general, reading, recommended, selecting
 
 # tuners that are no methods here, and why
@@ -58,13 +59,10 @@ def instead_of(field: str) -> str:
 
 def mappings() -> tuple[dict[str, Any], dict[str, Any]]:
     """PEFT's configurations and models by the type of adapter."""
-    try:
-        from peft import mapping
-    except ImportError:
-        raise UserError("peft() needs PEFT, which is not installed: pip install peft") from None
-    configs = {kind.value: config for kind, config in mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    tuners = {kind.value: tuner for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()}
-    return configs, tuners
+    configs, tuners = peft_part("configurations"), peft_part("tuners")
+    return {kind.value: config for kind, config in configs.items()}, {
+        kind.value: t for kind, t in tuners.items()
+    }
 
 
 def defaults_of(kind: str) -> dict[str, Any]:
@@ -87,8 +85,10 @@ def kind_of(tuner: str) -> str:
     prompts = {kind for kind, config in known.items() if issubclass(config, PromptLearningConfig)}
     if kind is None:
         names = sorted(name.lower() for name in set(known) - set(REFUSED) - prompts)
+        since = f" It came with PEFT {TUNERS_SINCE[plain]}." if plain in TUNERS_SINCE else ""
         raise UserError(
-            f"peft({tuner!r}): the installed PEFT has no such tuner (known: {listing(names, 60)}).{nearest(tuner, names)}"
+            f"peft({tuner!r}): PEFT {installed('peft')} has no such tuner (known: {listing(names, 60)})."
+            f"{since or nearest(tuner, names)}"
         )
     if kind in REFUSED or kind in prompts:
         raise UserError(
