@@ -183,7 +183,8 @@ def test_the_warning_is_one_line_and_is_not_shown_with_help():
     """And nothing heavy is imported to find out."""
     code = """
 import sys
-from graftkit import cli, libraries
+from graftkit import libraries
+from graftkit.cli import main as cli
 libraries.installed = lambda name: "99.0"
 if sys.argv[1:]:
     cli.main()
