@@ -9,6 +9,7 @@ from typing import Any
 import contract
 import pytest
 import zoo
+from peft_versions import skip_without_tuner
 from test_contract import EXPRESSIONS, starts_as_base
 
 from graftkit.catalogue import entries
@@ -36,6 +37,7 @@ def stored() -> dict[str, Any]:
 @pytest.mark.parametrize("model", zoo.MODELS, ids=lambda model: model.name)
 @pytest.mark.parametrize("method", METHODS)
 def test_pair(method: str, model: zoo.Model, stored, tmp_path: Path) -> None:
+    skip_without_tuner(expression(method))
     got = outcome(method, model, tmp_path)
     if method not in OWN:
         assert got == stored["pairs"][method][model.name], "run `python docs/generate.py --matrix`"
