@@ -218,6 +218,9 @@ def _rotary_names() -> None:
             raise lacking("transformers", f"has no {name} in Llama's rotary positions")
 
 
+# ---- transformers: the attention function
+
+
 def attention_of(model: Any) -> str:
     """The name of the attention function that a model of transformers calls (5.17 to 5.24)."""
     name = getattr(model.config, "_attn_implementation", None)
@@ -226,6 +229,25 @@ def attention_of(model: Any) -> str:
             "transformers", f"does not say in {type(model.config).__name__} which attention is used"
         )
     return name
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Make a model of transformers call the attention function of that name in all its parts.
+
+    Up to 5.19 `set_attn_implementation` passes by the parts that have a copy of the model's config, as T5's encoder and
+    decoder do, so that keys and values added there would be trained and never read. From 5.20 on it is enough.
+    """
+    from transformers import PreTrainedModel
+
+    model.set_attn_implementation(name)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_attn_implementation():
+            if attention_of(part) != name:
+                part.set_attn_implementation(name)
+            if attention_of(part) != name:
+                raise lacking(
+                    "transformers", f"leaves {type(part).__name__} with another attention than {name}"
+                )
 
 
 # ---- PEFT: what is no part of its documented interface

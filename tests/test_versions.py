@@ -108,7 +108,7 @@ def test_no_function_for_rotary_positions_is_an_error(fresh, tmp_path):
 def test_an_attention_that_is_not_taken_is_an_error(monkeypatch):
     model = tiny.bare("bert")
     monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: None)
-    with pytest.raises(UserError, match="leaves BertModel with another attention than it was given"):
+    with pytest.raises(UserError, match="leaves BertModel with another attention than graftkit_sdpa"):
         attach(model, "prefix(tokens=3)")
 
 
@@ -130,6 +130,14 @@ def test_parts_of_peft(monkeypatch, what):
     monkeypatch.delattr(sys.modules[module], name)
     with pytest.raises(UserError, match=rf"peft .* has no {module}\.{name}"):
         libraries.peft_part(what)
+
+
+def test_a_tuner_that_came_later(monkeypatch):
+    pytest.importorskip("peft")
+    kinds = {k: v for k, v in libraries.peft_part("configurations").items() if k.value != "HIRA"}
+    monkeypatch.setattr(sys.modules["peft.mapping"], "PEFT_TYPE_TO_CONFIG_MAPPING", kinds)
+    with pytest.raises(UserError, match=r"PEFT .* has no such tuner .* It came with PEFT 0\.20\."):
+        attach(tiny.bare("bert"), "peft()")
 
 
 def test_peft_without_its_cast_is_no_mistake_in_the_options():

@@ -17,7 +17,7 @@ from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.calls import parameters_of
 from graftkit.backbone.tokens import by_name, position_tables
 from graftkit.errors import UserError
-from graftkit.libraries import attention_of, lacking
+from graftkit.libraries import set_attention
 
 NAME = "graftkit_sdpa"
 
@@ -134,16 +134,12 @@ def adopt(backbone: Backbone) -> None:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
-        model.set_attn_implementation(NAME)
+        set_attention(model, NAME)
     except ValueError as error:  # attention that sdpa has no equal for, such as soft-capped scores
         raise UserError(
             f"{type(model).__name__} cannot compute its attention as sdpa ({str(error).split('.')[0]}), so keys and "
             "values cannot be added to it. Use lora or adapter instead."
         ) from None
-    if attention_of(model) != NAME:  # else its keys and values would be trained, and never read
-        raise lacking(
-            "transformers", f"leaves {type(model).__name__} with another attention than it was given"
-        )
 
 
 def release(model: nn.Module, implementation: str | None) -> None:
@@ -152,7 +148,7 @@ def release(model: nn.Module, implementation: str | None) -> None:
     if implementation is None or getattr(config, "_attn_implementation", None) != NAME:
         return
     if implementation != NAME and not any(isinstance(module, AddedKeysValues) for module in model.modules()):
-        model.set_attn_implementation(implementation)  # type: ignore[operator]
+        set_attention(model, implementation)
 
 
 def attention_modules(backbone: Backbone) -> list[tuple[int, str, nn.Module]]:

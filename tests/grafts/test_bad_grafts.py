@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from expressions import EXPRESSIONS
+from peft_versions import skip_without_tuner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertModel
@@ -366,6 +367,7 @@ def one_block_under_two_names() -> nn.Module:
 @pytest.mark.parametrize("make", [quantized, one_block_for_all, one_block_under_two_names])
 def test_a_method_works_or_says_why_not(make, text, tmp_path):
     """On quantized maps and on shared layers: trained, saved, loaded, folded and disabled, or refused by name."""
+    skip_without_tuner(text)
     model = make()
     base, before = tiny.outputs(model), state(model)
     try:

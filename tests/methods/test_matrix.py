@@ -10,6 +10,7 @@ import contract
 import pytest
 import zoo
 from expressions import EXPRESSIONS, starts_as_base
+from peft_versions import skip_without_tuner
 
 from graftkit.recipe.catalogue import entries
 
@@ -40,6 +41,7 @@ def stored() -> dict[str, Any]:
     [pytest.param(name, marks=() if name == REPRESENTATIVE else pytest.mark.slow) for name in METHODS],
 )
 def test_pair(method: str, model: zoo.Model, stored, tmp_path: Path) -> None:
+    skip_without_tuner(expression(method))
     got = outcome(method, model, tmp_path)
     if method not in OWN:
         assert got == stored["pairs"][method][model.name], "run `python docs/generate.py --matrix`"
