@@ -24,8 +24,8 @@ TOLERANCE = 1e-4  # of the largest logit
 class Exportable:
     """What an exporter is given: a run in memory, in fp32 and in eval mode, on `device`.
 
-    `model`: the backbone as the recipe names it; `base`: its folder, None for a module of a user's own; `quantize`: how its frozen weights are stored, where they are
-    quantized. `columns`: those of the task that rows have.
+    `model`: the backbone as the recipe names it; `base`: its folder, None for a module of a user's own; `quantize`: how its
+    frozen weights are stored, where they are quantized. `columns`: those of the task that rows have.
     """
 
     graft: Graft

@@ -33,16 +33,17 @@ def export(
 ) -> dict[str, Any]:
     """Write a run to the folder `to`, by default as a plain model of transformers with the graft folded in.
 
-    `model`: where the run's backbone is now, if it has moved. Its answers are compared with the run's before the folder gets its place. `README.md` is the run's card. `overwrite`
-    replaces an earlier export, and never a folder with other files. Raises `NotFoldable` where the method cannot be
-    folded, `UserError` where the exporter cannot write the run or `to` is something else.
+    `model`: where the run's backbone is now, if it has moved. The answers are compared with the run's before the folder
+    gets its place. `README.md` is the run's card. `overwrite` replaces an earlier export, and never a folder with other
+    files. Raises `NotFoldable` where the method cannot be folded, `UserError` where the exporter cannot write the run or
+    `to` is something else.
     """
     exporter, folder = exporter or Transformers(), Path(folder)
-    with _claim(folder, to, overwrite) as place:
-        return _export(folder, place, exporter, model)
+    with _claim(folder, to, overwrite) as (place, new):
+        return _export(folder, place, new, exporter, model)
 
 
-def _export(folder: Path, to: Path, exporter: Exporter, model: str | None) -> dict[str, Any]:
+def _export(folder: Path, to: Path, new: bool, exporter: Exporter, model: str | None) -> dict[str, Any]:
     loaded = load_run(folder, exact=True, model=model)
     run = _exportable(loaded)
     exporter.refuse(run)
@@ -58,7 +59,7 @@ def _export(folder: Path, to: Path, exporter: Exporter, model: str | None) -> di
         write_text(temporary / "README.md", _card(folder, how))
         files = _note_files(temporary)
         found = compare(before, exporter.outputs(run, temporary, sample))
-        _put(temporary, to, files)
+        _put(temporary, to, files, new)
     except OSError as error:
         raise UserError(f"{str(to)!r} cannot be written: {error.strerror or error}.") from None
     finally:
@@ -79,18 +80,22 @@ def _exportable(loaded: Loaded) -> Exportable:
 
 
 @contextmanager
-def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[Path]:
-    """Hold the folder to write, and give its whole path. Raises `UserError` where it may not be written to."""
+def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[tuple[Path, bool]]:
+    """Hold the folder to write. Yield its whole path, and whether it was made for this.
+
+    Raises `UserError` where it may not be written to.
+    """
     with ExitStack() as stack:
         try:
             to = to.expanduser().resolve()
             _refuse(to, "the run itself", run.resolve())
             _refuse_others(to, overwrite)
+            new = not to.exists()
             stack.enter_context(claimed(to))
             _refuse_others(to, overwrite)  # another export may have ended there in between
         except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
             raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
-        yield to
+        yield to, new
 
 
 def _refuse(to: Path, what: str, kept: Path) -> None:
@@ -130,11 +135,11 @@ def _written_before(to: Path) -> set[str]:
         return set()
 
 
-def _put(temporary: Path, to: Path, written: list[str]) -> None:
-    """Give a whole export its place. In a folder that is there the files are exchanged one by one: it may be
+def _put(temporary: Path, to: Path, written: list[str], new: bool) -> None:
+    """Give a whole export its place. In a folder that was there, be it empty, the files are exchanged one by one: it may be
     someone's working folder. All of them are noted first, so that a half-done exchange can be done again.
     """
-    if all(path.name == LOCK for path in to.iterdir()):
+    if new and all(path.name == LOCK for path in to.iterdir()):
         (to / LOCK).unlink()  # a folder takes the place of an empty one only
         temporary.replace(to)
         return
