@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -125,12 +125,17 @@ class Watch:
                 self.trackers.log(self.pending)
         self.pending = []
 
-    def metrics(self, name: str) -> dict[str, Any]:
+    def metrics(
+        self, name: str, interesting: Callable[[dict[str, Any]], bool] = lambda metrics: True
+    ) -> dict[str, Any]:
+        """Metrics of the rows of a dataset, with intervals where the figures without them are `interesting`."""
         rows, dataset = self.prepared.rows, self.datasets[name]
         size = 2 * self.prepared.settings.batch_size
         outcomes = predict(dataset, self.forwards[name], rows.task, size)
         self.worst = []
-        metrics = rows.task.metrics(outcomes, dataset, rows.labels)
+        metrics = rows.task.metrics(outcomes, dataset, rows.labels, intervals=False)
+        if interesting(metrics):
+            metrics = rows.task.metrics(outcomes, dataset, rows.labels)
         with self._reporting(f"looking for the worst {name} rows"):
             self.worst = rows.task.worst(outcomes, dataset, rows.labels, WORST_ROWS)
         return metrics
@@ -139,7 +144,7 @@ class Watch:
         """Metrics of the evaluation rows; the best weights so far are kept in a file of their own."""
         if "eval" not in self.datasets:
             return
-        metrics = self.metrics("eval")
+        metrics = self.metrics("eval", lambda found: self.choice.better(found, self.best))
         self.pending.append({"kind": "evaluation", "step": step, **metrics})
         task = self.prepared.rows.task
         better = self.choice.better(metrics, self.best)

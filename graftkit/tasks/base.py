@@ -304,8 +304,13 @@ class Scorer:
         """The outcome of a dataset of one row, shown while it comes; None where a task has it at once."""
         return None
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
-        """Figures of rows with targets: those of `headline`, each with `NAME_interval` where it has one, `rows`, ..."""
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
+        """Figures of rows with targets: those of `headline`, each with `NAME_interval` where it has one, `rows`, ...
+
+        `intervals`: False where nobody looks at them, as at evaluations during training: 1,000 resamples take long.
+        """
         raise NotImplementedError
 
     def figures(self, labels: Sequence[str]) -> dict[str, str]:

@@ -211,13 +211,15 @@ class Choice(Task):
         logits = forward(batch).float().cpu().numpy()
         return [log_softmax(row[row > -np.inf]) for row in logits]
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
         """`chance`: accuracy of who chooses blindly."""
         targets = np.asarray(dataset.examples.targets)
         right = np.array([logs.argmax() == target for logs, target in zip(outcomes, targets)], dtype=float)
         losses = [-logs[target] for logs, target in zip(outcomes, targets)]
         return {
-            "accuracy": float(right.mean()), "accuracy_interval": mean_interval(right),
+            "accuracy": float(right.mean()), **mean_interval("accuracy", right, intervals),
             "loss": float(np.mean(losses)), "chance": float(np.mean([1 / len(logs) for logs in outcomes])),
             "rows": len(right),
         }  # fmt: skip

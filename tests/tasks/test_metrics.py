@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from graftkit.tasks.shared.metrics import classification
+import graftkit
+from graftkit.tasks.classify.form import of_steps
+from graftkit.tasks.classify.multi import of_sets
+from graftkit.tasks.classify.number import of_numbers
+from graftkit.tasks.shared.metrics import classification, of_choices
+from graftkit.tasks.span.metrics import figures
+from graftkit.tasks.tag.entities import accuracy_of, entity_scores, tag_scores
 
 LABELS = ("a", "b", "c", "d")
 
@@ -112,3 +120,50 @@ def test_many_classes_take_little_memory(classes, rows, megabytes):
     assert peak < megabytes * 1e6
     assert accuracies.mean() == pytest.approx((targets == predictions).mean(), abs=0.005)
     assert macro_f1s.shape == (1000,) and 0.5 < macro_f1s.min() <= macro_f1s.max() <= 1
+
+
+def without_intervals(found: dict) -> dict:
+    return {name: value for name, value in found.items() if not name.endswith("_interval")}
+
+
+def test_without_intervals_nothing_is_drawn(monkeypatch):
+    random = np.random.default_rng(0)
+    logits, targets = random.normal(size=(20, 3)), random.integers(0, 3, 20)
+    losses = random.random(20)
+    chunks_of = [[(0, 1, "x")], [(2, 4, "y")], []]
+    cases = [
+        lambda more: of_choices(logits.argmax(1), targets, losses, LABELS[:3], **more),
+        lambda more: of_steps(logits.argmax(1), targets, 3, **more),
+        lambda more: of_numbers(logits[:, 0], losses, **more),
+        lambda more: of_sets(logits, logits > 0.3, LABELS[:3], 0.5, **more),
+        lambda more: figures(losses > 0.5, losses, losses > 0.2, True, **more),
+        lambda more: entity_scores(chunks_of, chunks_of[::-1], ["x", "y"], **more),
+        lambda more: tag_scores([targets], [logits.argmax(1)], LABELS[:3], **more),
+        lambda more: accuracy_of(np.array([1, 2]), np.array([3, 4]), **more),
+    ]
+    whole = [case({}) for case in cases]
+    assert all(any(name.endswith("_interval") for name in found) for found in whole)
+
+    def draw(*values):
+        raise AssertionError("resamples were drawn")
+
+    monkeypatch.setattr(np.random, "default_rng", draw)
+    for case, found in zip(cases, whole):
+        assert repr(case({"intervals": False})) == repr(without_intervals(found))
+
+
+def test_evaluations_have_intervals_where_their_weights_are_kept(tiny_bert, rows_folder, tmp_path):
+    run = graftkit.tune(
+        model=str(tiny_bert), task="classify", train=str(rows_folder / "train.csv"), eval=0.3, out=tmp_path / "run",
+        settings={"train.epochs": 6.0, "train.lr": 1.0, "train.precision": "fp32"},
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    best, kept = None, []
+    for line in (line for line in lines if line["kind"] == "evaluation"):
+        order = (line["accuracy"], -line["loss"])
+        kept.append(best is None or order > best)
+        best = max(best or order, order)
+        assert ("accuracy_interval" in line) == kept[-1]
+    assert len(kept) == 6 and not all(kept)
+    assert {"accuracy_interval", "macro_f1_interval"} <= set(run.metrics)
+    assert all("accuracy_interval" in line for line in lines if line["kind"] == "final")

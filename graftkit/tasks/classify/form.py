@@ -118,10 +118,13 @@ class Ordinal(OneLabel):
     def choices(self, chances: np.ndarray) -> np.ndarray:
         return median(torch.from_numpy(chances)).numpy()
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
         targets, chosen = dataset.examples.targets, self.choices(self.log_probabilities(outcomes))
         assert isinstance(targets, np.ndarray)
-        return super().metrics(outcomes, dataset, labels) | of_steps(chosen, targets, len(labels))
+        found = super().metrics(outcomes, dataset, labels, intervals)
+        return found | of_steps(chosen, targets, len(labels), intervals)
 
     def plain(self, labels: Sequence[str]) -> dict[str, Any]:
         return {
@@ -144,7 +147,9 @@ def median(chances: Tensor) -> Tensor:
     return (above > 0.5).sum(dim=1)
 
 
-def of_steps(predictions: np.ndarray, targets: np.ndarray, classes: int) -> dict[str, Any]:
+def of_steps(
+    predictions: np.ndarray, targets: np.ndarray, classes: int, intervals: bool = True
+) -> dict[str, Any]:
     """How far answers (rows,) are from targets on a scale of classes: the mean distance in steps, and Cohen's kappa
     with quadratic weights (Cohen 1968), each with its 95% interval.
 
@@ -152,19 +157,20 @@ def of_steps(predictions: np.ndarray, targets: np.ndarray, classes: int) -> dict
     """
     distances = np.abs(predictions - targets)
     cells = targets * classes + predictions
-    far, kappas = [], []
-    for drawn in resamples(len(targets)):
+    far: list[float] = []
+    kappas: list[float] = []
+    for drawn in resamples(len(targets)) if intervals else ():
         far += [*(drawn @ distances / len(targets))]
         kappas += [
             _kappa(np.bincount(cells, counts, classes**2).reshape(classes, classes)) for counts in drawn
         ]
     return {
         "mean_absolute_error": float(distances.mean()),
-        "mean_absolute_error_interval": interval(np.array(far)),
+        **interval("mean_absolute_error", far),
         "quadratic_weighted_kappa": _kappa(
             np.bincount(cells, minlength=classes**2).reshape(classes, classes)
         ),
-        "quadratic_weighted_kappa_interval": interval(np.array(kappas)),
+        **interval("quadratic_weighted_kappa", kappas),
     }
 
 

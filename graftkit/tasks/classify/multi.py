@@ -199,9 +199,11 @@ class ManyLabels(Form):
 
         return one_term(scores)
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
         targets = np.asarray(dataset.examples.targets) > 0
-        return of_sets(np.stack(outcomes), targets, labels, self.threshold)
+        return of_sets(np.stack(outcomes), targets, labels, self.threshold, intervals)
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
@@ -271,7 +273,7 @@ def _refuse_vectors(table: Table, column: str, sets: Sequence[Sequence[str]]) ->
 
 
 def of_sets(
-    logits: np.ndarray, targets: np.ndarray, labels: Sequence[str], threshold: float
+    logits: np.ndarray, targets: np.ndarray, labels: Sequence[str], threshold: float, intervals: bool = True
 ) -> dict[str, Any]:
     """Figures of logits and targets (rows, labels), named and computed as scikit-learn has them for sets of labels.
 
@@ -282,8 +284,10 @@ def of_sets(
     chosen = probabilities_of(logits) > threshold
     both, some = (chosen & targets).astype(float), chosen.astype(float) + targets
     exact = (chosen == targets).all(axis=1)
-    accuracies, micro, macro = [], [], []
-    for drawn in resamples(len(targets)):
+    accuracies: list[np.ndarray] = []
+    micro: list[np.ndarray] = []
+    macro: list[np.ndarray] = []
+    for drawn in resamples(len(targets)) if intervals else ():
         hits, total = drawn @ both, drawn @ some
         accuracies.append(drawn @ exact / len(targets))
         micro.append(_ratio(2 * hits.sum(axis=1), total.sum(axis=1)))
@@ -293,11 +297,11 @@ def of_sets(
     f1 = _ratio(2 * hits, total)
     return {
         "f1": float(_ratio(2 * hits.sum(), total.sum())),
-        "f1_interval": interval(np.concatenate(micro)),
+        **interval("f1", micro),
         "macro_f1": float(_mean_of_present(f1, total)),
-        "macro_f1_interval": interval(np.concatenate(macro)),
+        **interval("macro_f1", macro),
         "accuracy": float(exact.mean()),
-        "accuracy_interval": interval(np.concatenate(accuracies)),
+        **interval("accuracy", accuracies),
         "exact_match": float(exact.mean()),
         "label_accuracy": float((chosen == targets).mean()),
         "loss": float(losses_of(logits, targets).mean()),

@@ -86,8 +86,10 @@ class Number(Form):
         """Outputs in the numbers' own units, (rows,)."""
         return np.stack(outcomes)[:, 0].astype(np.float64) * self.scale + self.center
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
-        return of_numbers(self.values(outcomes), np.asarray(dataset.examples.targets))
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
+        return of_numbers(self.values(outcomes), np.asarray(dataset.examples.targets), intervals)
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
@@ -145,7 +147,7 @@ def units_of(examples: Examples) -> tuple[float, float]:
     return float(values.mean()), float(values.std())
 
 
-def of_numbers(values: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+def of_numbers(values: np.ndarray, targets: np.ndarray, intervals: bool = True) -> dict[str, Any]:
     """Mean squared error (`loss`), mean absolute error, both correlations and the share of variance explained, r2,
     of values and targets (rows,); 95% intervals of the errors and of Pearson's correlation.
 
@@ -155,8 +157,10 @@ def of_numbers(values: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     spread = float(((targets - targets.mean()) ** 2).sum())
     unexplained = float((errors**2).sum())
     right = 1.0 if unexplained == 0 else 0.0
-    squares, sizes, correlations = [], [], []
-    for drawn in resamples(len(targets)):
+    squares: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    correlations: list[np.ndarray] = []
+    for drawn in resamples(len(targets)) if intervals else ():
         shares = drawn / len(targets)
         squares.append(shares @ errors**2)
         sizes.append(shares @ np.abs(errors))
@@ -164,11 +168,11 @@ def of_numbers(values: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     whole = np.full((1, len(targets)), 1 / len(targets))
     return {
         "loss": float((errors**2).mean()),
-        "loss_interval": interval(np.concatenate(squares)),
+        **interval("loss", squares),
         "mean_absolute_error": float(np.abs(errors).mean()),
-        "mean_absolute_error_interval": interval(np.concatenate(sizes)),
+        **interval("mean_absolute_error", sizes),
         "pearson": float(_correlation(values, targets, whole)[0]),
-        "pearson_interval": interval(np.concatenate(correlations)),
+        **interval("pearson", correlations),
         "spearman": float(_correlation(_ranks(values), _ranks(targets), whole)[0]),
         "r2": 1 - unexplained / spread if spread else right,
         "rows": len(targets),

@@ -157,8 +157,10 @@ class Classify(TextTask):
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         return self.form.learner(dataset, labels, label_smoothing)
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
-        return self.form.metrics(outcomes, dataset, labels)
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
+        return self.form.metrics(outcomes, dataset, labels, intervals)
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]

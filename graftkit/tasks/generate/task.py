@@ -324,7 +324,9 @@ class Generate(Task):
         assert isinstance(dataset, GenerateDataset)
         return [Answered(None, *self._write(forward, dataset, np.array([0]), show))]
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
         """Loss and perplexity by token, with an interval over rows; how many tokens, and whole answers, are right."""
         assert dataset.examples.targets is not None
         losses = np.array([-float(out.scores[:, 0].astype(np.float64).sum()) for out in outcomes])

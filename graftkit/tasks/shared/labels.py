@@ -106,12 +106,14 @@ class LabelTask(Task):
 
         return of_targets
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
         chances = self.log_probabilities(outcomes)
         losses = -chances[np.arange(len(targets)), targets]
-        return of_choices(self.choices(chances), targets, losses, labels)
+        return of_choices(self.choices(chances), targets, losses, labels, intervals=intervals)
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]

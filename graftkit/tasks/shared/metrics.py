@@ -19,7 +19,12 @@ def classification(
 
 
 def of_choices(
-    predictions: np.ndarray, targets: np.ndarray, losses: np.ndarray, labels: Sequence[str], seed: int = 0
+    predictions: np.ndarray,
+    targets: np.ndarray,
+    losses: np.ndarray,
+    labels: Sequence[str],
+    seed: int = 0,
+    intervals: bool = True,
 ) -> dict[str, Any]:
     """Accuracy, macro F1 and loss, 95% bootstrap intervals of the first two, and a table by class.
 
@@ -33,12 +38,14 @@ def of_choices(
     precision, recall, f1, support = precision_recall_fscore_support(
         targets, predictions, labels=np.arange(classes), zero_division=0
     )
-    accuracies, macro_f1s = _bootstrap(targets, predictions, classes, seed)
+    accuracies, macro_f1s = (
+        _bootstrap(targets, predictions, classes, seed) if intervals else (np.empty(0), np.empty(0))
+    )
     return {
         "accuracy": float((predictions == targets).mean()),
-        "accuracy_interval": interval(accuracies),
+        **interval("accuracy", accuracies),
         "macro_f1": float(f1[present].mean()),
-        "macro_f1_interval": interval(macro_f1s),
+        **interval("macro_f1", macro_f1s),
         "loss": float(losses.mean()),
         "rows": len(targets),
         "per_class": {
@@ -89,14 +96,23 @@ def resamples(rows: int, seed: int = 0) -> Iterator[np.ndarray]:
         yield random.multinomial(rows, shares, size=min(size, RESAMPLES - start)).astype(np.float64)
 
 
-def mean_interval(values: np.ndarray, seed: int = 0) -> list[float]:
+def mean_interval(
+    name: str, values: np.ndarray, intervals: bool = True, seed: int = 0
+) -> dict[str, list[float]]:
     """95% bootstrap interval of the mean of figures, one for each row: rows are drawn as counts of equal figures."""
+    if not intervals:
+        return {}
     distinct, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
-    return interval(drawn @ distinct / len(values))
+    return interval(name, drawn @ distinct / len(values))
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """What lies between the 2.5% and the 97.5% percentile of resampled figures."""
-    low, high = np.percentile(values, [2.5, 97.5])
-    return [float(low), float(high)]
+def interval(name: str, values: np.ndarray | Sequence[Any]) -> dict[str, list[float]]:
+    """What lies between the 2.5% and the 97.5% percentile of resampled figures, as `NAME_interval`; nothing for none."""
+    if not len(values):
+        return {}
+    drawn = (
+        values if isinstance(values, np.ndarray) else np.concatenate([np.atleast_1d(part) for part in values])
+    )
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {f"{name}_interval": [float(low), float(high)]}

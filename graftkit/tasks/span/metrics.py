@@ -63,11 +63,13 @@ def best_threshold(differences: Sequence[float], answered: Sequence[float], gold
     return float(leads[-1] + 1) if best == len(leads) else float((leads[best - 1] + leads[best]) / 2)
 
 
-def figures(exact: np.ndarray, f1s: np.ndarray, answerable: np.ndarray, second: bool) -> dict[str, Any]:
+def figures(
+    exact: np.ndarray, f1s: np.ndarray, answerable: np.ndarray, second: bool, intervals: bool = True
+) -> dict[str, Any]:
     """Means over the questions with 95% bootstrap intervals; for SQuAD 2.0 those with and without answers apart."""
     found: dict[str, Any] = {
-        "f1": float(f1s.mean()), "f1_interval": mean_interval(f1s),
-        "exact_match": float(exact.mean()), "exact_match_interval": mean_interval(exact),
+        "f1": float(f1s.mean()), **mean_interval("f1", f1s, intervals),
+        "exact_match": float(exact.mean()), **mean_interval("exact_match", exact, intervals),
     }  # fmt: skip
     if second:
         for name, part in (("has_answer", answerable), ("no_answer", ~answerable)):

@@ -212,7 +212,9 @@ class Span(Task):
             for i, row in enumerate(batch.rows)
         ]
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
         """As evaluate-v2.0 has it where questions without an answer are among them or were trained on, else as
         evaluate-v1.1; shares of 1 instead of percents."""
         golds = _golds_of(dataset)
@@ -227,7 +229,7 @@ class Span(Task):
             pairs[empty] = (~answerable[empty, None]).astype(float)
         losses = [outcome.loss for outcome in outcomes if not np.isnan(outcome.loss)]
         return {
-            **figures(pairs[:, 0], pairs[:, 1], answerable, second), **more,
+            **figures(pairs[:, 0], pairs[:, 1], answerable, second, intervals), **more,
             "loss": float(np.mean(losses)) if losses else float("nan"), "rows": len(golds),
         }  # fmt: skip
 

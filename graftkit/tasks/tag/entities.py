@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 1000
+from graftkit.tasks.shared.metrics import RESAMPLES, interval
+
 Chunk = tuple[int, int, str]
 PREFIXES = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S", "M": "I"}
 SCHEMES = {"E": "BIOES", "S": "BIOES", "M": "BMES", "L": "BILOU", "U": "BILOU"}
@@ -116,7 +117,10 @@ def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
 
 
 def entity_scores(
-    wanted: Sequence[Sequence[Chunk]], found: Sequence[Sequence[Chunk]], types: Sequence[str]
+    wanted: Sequence[Sequence[Chunk]],
+    found: Sequence[Sequence[Chunk]],
+    types: Sequence[str],
+    intervals: bool = True,
 ) -> dict[str, Any]:
     """Precision, recall and F1 over all entities (`f1`) and by type, the mean of F1 over types that occur (`macro_f1`), and
     95% intervals over resamples of the sentences. An entity is right where first word, last word and type are.
@@ -129,22 +133,24 @@ def entity_scores(
                 counts[i, row, places[kind]] += 1
     totals = counts.sum(axis=0)
     precision, recall, f1 = rates(*totals.sum(axis=1))
-    whole, by_type = _resampled(counts.sum(axis=2)), _resampled(counts.reshape(len(counts), -1))
+    whole, by_type = (
+        _resampled(part, intervals) for part in (counts.sum(axis=2), counts.reshape(len(counts), -1))
+    )
     by_type = by_type.reshape(len(by_type), 3, len(types)).swapaxes(0, 1)
     return {
         "f1": float(f1),
-        "f1_interval": interval(rates(*whole.T)[2]),
+        **interval("f1", rates(*whole.T)[2]),
         "precision": float(precision),
         "recall": float(recall),
         "macro_f1": float(macro_f1(*totals)),
-        "macro_f1_interval": interval(macro_f1(*by_type)),
+        **interval("macro_f1", macro_f1(*by_type)),
         "entities": int(totals[2].sum()),
         "per_class": by_class(types, *totals),
     }
 
 
 def tag_scores(
-    wanted: Sequence[np.ndarray], found: Sequence[np.ndarray], labels: Sequence[str]
+    wanted: Sequence[np.ndarray], found: Sequence[np.ndarray], labels: Sequence[str], intervals: bool = True
 ) -> dict[str, Any]:
     """The same for tags that stand each for themselves, numbers of `labels` for each sentence (words,)."""
     counts = np.zeros((len(wanted), 3, len(labels)), dtype=np.int64)
@@ -152,20 +158,20 @@ def tag_scores(
         for row, group in enumerate((gold[gold == guess], guess, gold)):
             counts[i, row] = np.bincount(group, minlength=len(labels))
     totals = counts.sum(axis=0)
-    drawn = _resampled(counts.reshape(len(counts), -1)).reshape(-1, 3, len(labels)).swapaxes(0, 1)
+    drawn = _resampled(counts.reshape(len(counts), -1), intervals).reshape(-1, 3, len(labels)).swapaxes(0, 1)
     return {
         "macro_f1": float(macro_f1(*totals)),
-        "macro_f1_interval": interval(macro_f1(*drawn)),
+        **interval("macro_f1", macro_f1(*drawn)),
         "per_class": by_class(labels, *totals),
     }
 
 
-def accuracy_of(right: np.ndarray, words: np.ndarray) -> dict[str, Any]:
+def accuracy_of(right: np.ndarray, words: np.ndarray, intervals: bool = True) -> dict[str, Any]:
     """Share of the words that are right, with its interval; both (sentences,)."""
-    drawn = _resampled(np.stack([right, words], axis=1))
+    drawn = _resampled(np.stack([right, words], axis=1), intervals)
     return {
         "accuracy": float(right.sum() / words.sum()),
-        "accuracy_interval": interval(drawn[:, 0] / drawn[:, 1]),
+        **interval("accuracy", drawn[:, 0] / drawn[:, 1]),
     }
 
 
@@ -200,16 +206,13 @@ def by_class(
     }
 
 
-def interval(values: np.ndarray) -> list[float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def _resampled(counts: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Sums of `counts` (sentences, numbers) over 1,000 resamples of the sentences, (1000, numbers).
+def _resampled(counts: np.ndarray, intervals: bool, seed: int = 0) -> np.ndarray:
+    """Sums of `counts` (sentences, numbers) over 1,000 resamples of the sentences, (1000, numbers); none without `intervals`.
 
     Sentences with the same counts are one cell, of which as many are drawn as chance has it.
     """
+    if not intervals:
+        return np.empty((0, counts.shape[1]), dtype=np.int64)
     cells, sizes = np.unique(counts, axis=0, return_counts=True)
     random, shares = np.random.default_rng(seed), sizes / len(counts)
     sums = np.empty((RESAMPLES, counts.shape[1]), dtype=np.int64)

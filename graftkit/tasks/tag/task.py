@@ -221,21 +221,23 @@ class Tag(Task):
             found.append(outcome)
         return found
 
-    def metrics(self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
+    def metrics(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
+    ) -> dict[str, Any]:
         """Of entities as conlleval has them; of other tags accuracy and macro F1. `rows` are sentences."""
         answers, types = rejoined(outcomes, dataset, labels), types_of(labels)
         wanted: Any = dataset.examples.targets
         right = np.array([(answer.labels == gold).sum() for answer, gold in zip(answers, wanted)])
         words = np.array([len(gold) for gold in wanted])
-        found = accuracy_of(right, words)
+        found = accuracy_of(right, words, intervals)
         if types:
             gold, guess = (
                 [chunks([labels[number] for number in row]) for row in rows]
                 for rows in (wanted, [answer.labels for answer in answers])
             )
-            found = entity_scores(gold, guess, types) | found
+            found = entity_scores(gold, guess, types, intervals) | found
         else:
-            found |= tag_scores(wanted, [answer.labels for answer in answers], labels)
+            found |= tag_scores(wanted, [answer.labels for answer in answers], labels, intervals)
         losses = np.concatenate([answer.losses for answer in answers])
         known = losses[~np.isnan(losses)]
         return {
