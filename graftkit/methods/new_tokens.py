@@ -243,7 +243,7 @@ class WiderLoss(Addition):
 
 def _holders(model: Any) -> list[Any]:
     """What says the size of the vocabulary to a model's loss."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     texts = config.get_text_config() if hasattr(config, "get_text_config") else None
     found = [
         holder for holder in (model, config, texts) if isinstance(getattr(holder, "vocab_size", None), int)
