@@ -118,7 +118,7 @@ def test_new_tokens_are_written():
     graft = attach(Backbone(model, tokenizer), "new_tokens(['<order>'])")
     assert len(tokenizer) == token_rows(copy.deepcopy(model)) - 1 == len(graft.backbone.processor) - 1
     with torch.no_grad():
-        (table, rows) = graft.parameters.values()
+        (_, rows) = graft.parameters.values()
         hidden = model.model(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1]
         rows.copy_(100 * hidden)
     how = Writing(2, 0.0, 1.0, 0, 0, (), ())
