@@ -19,12 +19,16 @@ class Added(nn.Module):
     `graft`: name of the graft that it belongs to, set by `attach`. Inactive, it leaves the model as it was.
     `changes_outputs`: False for one that only keeps what others use, or has a part in training alone.
     `lone`: there can be one active at a module, and no more.
+    `ids_until`: at a word embedding, the id up to which (not included) tokens have a row because of it.
+    `each_row_alone`: what it makes of a row of its input depends on no other row, and not on which row it is.
     """
 
     active = True
     survives_fold = False
     changes_outputs = True
     lone = False
+    ids_until = 0
+    each_row_alone = False
     graft = ""
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from graftkit.backbone.anatomy import Added
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import UserError, listing
@@ -19,12 +20,16 @@ CHUNK = 4096  # rows whose ids are looked at together
 
 
 def token_rows(model: nn.Module) -> int | None:
-    """Rows of the embedding of tokens; None for a model that has none, or does not say which it is."""
+    """Rows of the embedding of tokens, those that a graft adds among them; None for a model that has none, or does not
+    say which it is."""
     try:
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, KeyError):
         return None
-    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+    if not isinstance(table, nn.Embedding):
+        return None
+    added = [module.ids_until for module in table.children() if isinstance(module, Added) and module.active]
+    return max([table.num_embeddings, *added])
 
 
 def refuse_tokens_without_rows(model: nn.Module, tokenizer: Any, source: str) -> None:

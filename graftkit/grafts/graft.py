@@ -57,6 +57,7 @@ class Graft:
         self.labels = labels
         self.name = name
         self.snapshot = snapshot
+        self.processor = backbone.processor  # as the method left it
         self.originals = originals
         self.replaced = snapshot.replaced(backbone.model)
         self.settings = snapshot.changed_settings(backbone.model)

@@ -27,6 +27,7 @@ class Snapshot:
         model = backbone.model
         first = next(iter(grafts_of(model).values()), None)
         self.sites = backbone.sites
+        self.processor = backbone.processor
         self.modules = dict(base_modules(model))
         self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         # of the base alone, whichever graft is the last to leave
@@ -63,6 +64,7 @@ class Snapshot:
             if name in self.requires_grad:
                 parameter.requires_grad_(self.requires_grad[name])
         backbone.sites = self.sites
+        backbone.processor = self.processor
         release(model, self.settings.get("_attn_implementation"))
 
     def remove(self, graft: Graft) -> None:
@@ -83,6 +85,8 @@ class Snapshot:
                 parameter.requires_grad_(self.base_requires_grad[name])
             elif is_trained and name in graft.labels:  # beside other grafts, the base stays frozen
                 parameter.requires_grad_(False)
+        if backbone.processor is graft.processor:  # else a later graft, or the user, put another one there
+            backbone.processor = self.processor
         release(model, self.attention)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.prompts import Entrance, find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
-from graftkit.errors import NotFoldable, UserError
+from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
 from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.peft_reading import PeftReading
@@ -81,7 +81,17 @@ class Prompt(Method):
         if self.init == "vocabulary":
             rows = torch.randint(table.num_embeddings, (self.tokens,), device=table.weight.device)
         else:
-            rows = torch.tensor(self._ids(backbone), device=table.weight.device)
+            ids = self._ids(backbone)
+            if max(ids) >= table.num_embeddings:
+                beyond = sorted({number for number in ids if number >= table.num_embeddings})
+                tokens = getattr(backbone.processor, "tokenizer", backbone.processor).convert_ids_to_tokens(
+                    beyond
+                )
+                raise UserError(
+                    f"prompt(init='text') starts from rows of the embedding, and {listing(map(repr, tokens), 4)} of its text "
+                    "has none there; write the text without it."
+                )
+            rows = torch.tensor(ids, device=table.weight.device)
         return table.weight.detach()[rows].float()
 
     def _ids(self, backbone: Backbone) -> list[int]:

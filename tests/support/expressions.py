@@ -43,6 +43,10 @@ EXPRESSIONS = {
         "lora(rank=2, sites='embeddings, ffn', rank_pattern={'blocks[-1:]': 4}, loraplus_lr_ratio=4.0, use_rslora=True)",
         "lora(rank=3, bias='all', init='gaussian') + head(classes=2)",
     ],
+    "new_tokens": [
+        "new_tokens(tokens=['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'], first_id=12)",
+        "new_tokens(tokens=['a', 'b', 'c', 'd', 'e', 'f'], first_id=34) + head(classes=2)",
+    ],
     "norms": ["norms()", "norms(sites='blocks[0].norms')"],
     "peft": [
         "peft(options={'r': 3})",

@@ -31,7 +31,9 @@ def token_scores(
     head = model.get_output_embeddings()
     vocabulary = int(getattr(head, "out_features", 0))
     size = max(1, chunk // vocabulary) if vocabulary else len(targets)
-    alone = head is not None and not any(isinstance(module, Added) for module in head.modules())
+    alone = head is not None and all(
+        module.each_row_alone for module in head.modules() if isinstance(module, Added)
+    )
     if alone and size < len(targets) and _gives_logits(model, head) is not False:
         states = _states(model, head, inputs, rows, places)
         if states is not None:
