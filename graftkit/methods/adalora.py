@@ -1,4 +1,4 @@
-"""AdaLoRA: low-rank updates in the form of a singular value decomposition, whose rank is moved to where it matters."""
+"""AdaLoRA: low-rank updates in the form of a singular value decomposition, with a rank budget for all weights."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_tar
 from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
 
-DIVISOR = 1e-5  # what the authors' code, and PEFT, add to the rank before they divide by it
+DIVISOR = 1e-5  # the authors' code and PEFT add this to the rank before dividing by it
 
 
 @dataclass(frozen=True)
 class AdaLoRA(UpdateMethod):
-    """Low-rank update W x + s B (E * (A x)) whose least important triplets are cut while it trains, s = alpha / rank.
+    """Add a low-rank update W x + s B (E * (A x)) and prune its least important triplets in training; s = alpha / rank.
 
     Zhang et al. 2023, 'Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning', equations 3 to 12. A triplet is
-    a row of A, its singular value in E and its column of B. Its importance is that of the singular value plus the means
-    over row and column, of |parameter * gradient| smoothed over steps, times the smoothed deviation from that. Each
-    matrix begins with `rank` triplets. From step `warmup_steps` until `final_steps` before the end their number falls
-    to `target_rank` on average, with the third power of the time that is left, and singular values of the others are
-    set to zero. A and B are held near to orthogonal: the loss is increased by `orthogonality` times the mean of
-    ||A A' - 1|| and ||B' B - 1|| (Frobenius; as in the authors' code, where equation 4 has the squares).
-    E is zero, so that training starts at the base model exactly. A convolution is seen as the map
-    (out, in / groups * kernel).
+    a row of A, its singular value in E and its column of B. The importance of a parameter is |parameter * gradient|
+    smoothed over steps, times its smoothed uncertainty; that of a triplet is the importance of the singular value plus
+    the mean importances of row and column. Each weight starts with `rank` triplets. Between step `warmup_steps` and
+    `final_steps` before the end, their number falls to `target_rank` on average, with the cube of the remaining time;
+    the singular values of pruned triplets are set to zero. A and B are kept close to orthogonal: the loss grows by
+    `orthogonality` times the mean of ||A A' - 1|| and ||B' B - 1|| (Frobenius norms, as in the authors' code; equation
+    4 has their squares). E is zero at first, so training starts exactly at the base model. The weight of a convolution
+    is treated as a matrix (out, in / groups * kernel).
 
-    In a training loop of your own, add `graft.extra_loss()` to the loss and call
-    `graft.after_step(step, steps)` after each step of the optimizer; without, the rank stays as it is. Where
-    the best weights of a run are those of an earlier evaluation, they have the ranks of that step.
+    In your own training loop, add `graft.extra_loss()` to the loss and call `graft.after_step(step, steps)` after each
+    optimizer step; otherwise the ranks do not change. If the best weights of a run are those of an earlier evaluation,
+    they have the ranks of that step.
 
-    When: it is not known which maps need how much rank, and the run is long enough to find out.
-    Parameters: rank * (in + out + 1) for each map; for the experts of a layer, as many for each.
+    When: it is not clear which weights need how much rank, and the run is long enough to find out.
+    Parameters: rank * (in + out + 1) for each weight, times the number of experts.
     """
 
     peft_types = ("ADALORA",)
 
-    rank: int = option(12, "rank of each update at the beginning", at_least=1)
+    rank: int = option(12, "initial rank of each update", at_least=1)
     target_rank: int = option(8, "mean rank at the end", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    sites: str = option("all-linear", "layers to adapt, as a selection")
     alpha: float | None = option(None, "scale times rank; null means 2 * rank, a scale of 2", above=0)
     dropout: float = option(0.0, "dropout on the input of A", at_least=0, below=1)
     warmup_steps: int | None = option(
-        None, "steps before the first cut; null means a tenth of all", at_least=0
+        None, "steps before the first pruning; null means a tenth of all steps", at_least=0
     )
     final_steps: int | None = option(
-        None, "steps after the last cut; null means three tenths of all", at_least=0
+        None, "steps after the last pruning; null means three tenths of all steps", at_least=0
     )
-    every: int = option(1, "steps from one cut to the next", at_least=1)
+    every: int = option(1, "steps from one pruning to the next", at_least=1)
     beta1: float = option(0.85, "smoothing of the importance", above=0, below=1)
-    beta2: float = option(0.85, "smoothing of its deviation", above=0, below=1)
+    beta2: float = option(0.85, "smoothing of its uncertainty", above=0, below=1)
     orthogonality: float = option(0.5, "weight of the loss that keeps A and B orthogonal", at_least=0)
     lr: float | None = option(None, "learning rate; null means 0.005", above=0)
 
@@ -68,8 +68,8 @@ class AdaLoRA(UpdateMethod):
         super().__post_init__()
         if self.target_rank > self.rank:
             raise UserError(
-                f"adalora(): target_rank is {self.target_rank}, but must be at most rank ({self.rank}), which is "
-                "where it starts from."
+                f"adalora(): target_rank is {self.target_rank}, but must be at most rank ({self.rank}), the initial "
+                "rank."
             )
 
     def group(self) -> Group:
@@ -83,18 +83,18 @@ class AdaLoRA(UpdateMethod):
         return Triplets(weight, self.rank, self.scale, self.dropout)
 
     def updates(self, backbone: Backbone, graft: str) -> list[Triplets]:
-        """The updates of all maps."""
+        """Return the updates of all weights."""
         found = [self.update_at(weight, graft) for _, weight in self.targets(backbone)]
         return [update for update in found if isinstance(update, Triplets)]
 
     def span(self, steps: int) -> tuple[int, int]:
-        """The number of the last step before the first cut, and that of the step of the last cut."""
+        """Return the number of the last step before the first pruning, and that of the last pruning."""
         first = steps // 10 if self.warmup_steps is None else self.warmup_steps
         final = steps * 3 // 10 if self.final_steps is None else self.final_steps
         if first + final >= steps:
             raise UserError(
-                f"adalora(): warmup_steps ({first}) and final_steps ({final}) leave none of {steps} steps to cut ranks "
-                "in; lower them, or train longer."
+                f"adalora(): warmup_steps ({first}) and final_steps ({final}) leave none of {steps} steps for pruning; "
+                "lower them, or train longer."
             )
         return first, steps - final
 
@@ -102,7 +102,7 @@ class AdaLoRA(UpdateMethod):
         self.span(steps)
 
     def budget(self, step: int, steps: int, matrices: int) -> int:
-        """How many triplets all matrices together have after a step, counted from 1: equation 12."""
+        """Return how many triplets all matrices have in total after a step, counted from 1: equation 12."""
         first, last = self.span(steps)
         left = 1 - min(max((step - first) / (last - first), 0.0), 1.0)
         return int((self.rank - self.target_rank) * matrices * left**3 + self.target_rank * matrices)
@@ -110,7 +110,7 @@ class AdaLoRA(UpdateMethod):
     def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
         if not self.orthogonality:
             return None
-        norms = torch.cat([update.deviations() for update in self.updates(backbone, graft)])
+        norms = torch.cat([update.orthogonality_errors() for update in self.updates(backbone, graft)])
         return self.orthogonality * norms.mean()
 
     @torch.no_grad()
@@ -134,10 +134,10 @@ class AdaLoRA(UpdateMethod):
                 update.E.mul_(update.kept)
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        """PEFT has it for linear maps and convolutions in two dimensions and one group.
+        """Return PEFT's form, which exists for linear layers and two-dimensional convolutions with one group.
 
-        Matrices are written with all of their `rank` triplets, those that were cut with a singular value of zero. PEFT's
-        `rank_pattern` would leave these out of the file and keep the scale, so the outputs are the same.
+        Matrices are written with all of their `rank` triplets, pruned ones with a singular value of zero. PEFT's
+        `rank_pattern` would omit these from the file and keep the scale, so the outputs are the same.
         """
         targets = self.targets(backbone)
         tensors = {}
@@ -157,7 +157,7 @@ class AdaLoRA(UpdateMethod):
             "tinit": first,
             "tfinal": final,
             "deltaT": self.every,
-            "total_step": first + final + 1,  # PEFT asks for one; a run's is not part of a graft
+            "total_step": first + final + 1,  # PEFT requires one; a graft does not know that of its run
             "beta1": self.beta1,
             "beta2": self.beta2,
             "orth_reg_weight": self.orthogonality,
@@ -201,7 +201,7 @@ class AdaLoRA(UpdateMethod):
 
 
 def is_plain(weight: Weight) -> bool:
-    """Whether a weight is that of a convolution as PEFT has it: two dimensions, one group, padded with zeros."""
+    """Return whether a weight is of a convolution that PEFT supports: two-dimensional, one group, zero padding."""
     module: Any = weight.module
     two = weight.kind == "conv" and len(weight.shape) == 4
     return two and module.groups == 1 and module.padding_mode == "zeros"
@@ -210,9 +210,9 @@ def is_plain(weight: Weight) -> bool:
 def _with_cut(
     reading: PeftReading, key: str, tensor: Tensor, pattern: Any, rank: int, dimension: int
 ) -> Tensor:
-    """A tensor that PEFT wrote without the triplets that were cut, with zeros in their places."""
+    """Return a tensor that PEFT wrote without the pruned triplets, with zeros in their places."""
     if not isinstance(pattern, list) or len(pattern) != rank:
-        raise reading.error(f"rank_pattern of {key!r} is not a list of {rank} truth values.")
+        raise reading.error(f"rank_pattern of {key!r} is not a list of {rank} booleans.")
     places = torch.tensor(pattern, dtype=torch.bool).nonzero().flatten()
     if tensor.shape[dimension] != len(places):
         raise reading.error(
@@ -224,10 +224,10 @@ def _with_cut(
 
 
 class Triplets(Update):
-    """A (rank, in), E (rank, 1) and B (out, rank), fp32; the experts stand in front where there are some.
+    """A (rank, in), E (rank, 1) and B (out, rank), all fp32; for experts, with a leading dimension of experts.
 
-    Beside them is what training needs and inference does not: for each the smoothed importance and its smoothed
-    deviation, and which triplets the last cut has left.
+    Buffers hold what only training needs: for each parameter the smoothed importance and its smoothed uncertainty,
+    and a mask of the triplets that the last pruning kept.
     """
 
     kept: Tensor
@@ -263,23 +263,25 @@ class Triplets(Update):
         low = multiply(self.dropout(input_of(args, kwargs)), self.A * self.E)
         return output + (multiply(low, self.B) * self.scale).to(output.dtype)
 
-    def deviations(self) -> Tensor:
-        """||A A' - 1|| and ||B' B - 1|| of each matrix."""
+    def orthogonality_errors(self) -> Tensor:
+        """Return ||A A' - 1|| and ||B' B - 1|| of each matrix."""
         one = torch.eye(self.E.shape[-2], device=self.E.device)
         products = torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
         return torch.linalg.vector_norm(products - one, dim=(-2, -1)).flatten()
 
     def measure(self, beta1: float, beta2: float) -> None:
-        """Smooth the importance |parameter * gradient| and its deviation: equations 8 to 10."""
+        """Update the smoothed importance |parameter * gradient| and its uncertainty: equations 8 to 10."""
         for name, parameter in self.named_parameters():
             if parameter.grad is not None:
                 now = (parameter * parameter.grad).abs()
-                mean, deviation = getattr(self, f"{name}_importance"), getattr(self, f"{name}_deviation")
+                mean, uncertainty = (
+                    getattr(self, f"{name}_{moment}") for moment in ("importance", "deviation")
+                )
                 mean.mul_(beta1).add_((1 - beta1) * now)
-                deviation.mul_(beta2).add_((1 - beta2) * (now - mean).abs())
+                uncertainty.mul_(beta2).add_((1 - beta2) * (now - mean).abs())
 
     def scores(self) -> Tensor:
-        """The importance of each triplet (rank), with the experts in front: equation 7."""
+        """Return the importance of each triplet, (rank), or (experts, rank): equation 7."""
         score = {
             name: getattr(self, f"{name}_importance") * getattr(self, f"{name}_deviation") for name in "AEB"
         }

@@ -18,22 +18,22 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Bottlenecks in each block: h + s (W2 f(W1 x + b1) + b2) behind attention and feed-forward part, or beside the latter.
+    """Insert bottlenecks h + s (W2 f(W1 x + b1) + b2) after attention and feed-forward layers, or parallel to the latter.
 
     Placements: 'houlsby' (Houlsby et al. 2019, 'Parameter-Efficient Transfer Learning for NLP', section 2.1): x = h at
-    the output of attention and of the feed-forward part, behind the dropout where there is one and before the residual
-    sum and the norm; norms are trained too. 'pfeiffer' (Pfeiffer et al. 2021, 'AdapterFusion';
-    AdapterHub's `seq_bn`): one behind the feed-forward part's residual sum; where a block
-    ends in a norm, h = LN(sum), it gives LN(sum + change(h)) with the same norm. 'parallel' (He et al. 2022, 'Towards
-    a Unified View of Parameter-Efficient Transfer Learning'): h is the output of the feed-forward part, x
-    its input, s = 4. A block of convolutions has one behind its last. Leaving out lower blocks by `sites` is
-    AdapterDrop (Rücklé et al. 2021).
+    the output of attention and of the feed-forward part, after the dropout if there is one and before the residual
+    sum and the norm; the norms are trained too. 'pfeiffer' (Pfeiffer et al. 2021, 'AdapterFusion'; AdapterHub's
+    `seq_bn`): one after the residual sum of the feed-forward part; if the block ends with a norm, h = LN(sum), its
+    output becomes LN(sum + change(h)) with the same norm. 'parallel' (He et al. 2022, 'Towards a Unified View of
+    Parameter-Efficient Transfer Learning'): h is the output of the feed-forward part, x its input, s = 4. A block of
+    convolutions has one after its last convolution. Leaving lower blocks out of `sites` is AdapterDrop (Rücklé et al.
+    2021).
 
-    W1 is drawn with standard deviation 0.02, W2 and the biases are zero, so that training starts at the base exactly.
-    When: a graft of a few percent of the backbone's size is to come near to full fine-tuning, and nobody needs to
-    fold it.
-    Parameters: 2 * width * bottleneck + bottleneck + width for each place, two places a block for 'houlsby' and one
-    for the others, and the norms of these blocks where they are trained.
+    W1 is initialised with standard deviation 0.02, W2 and the biases with zeros, so training starts exactly at the base
+    model.
+    When: a graft of a few percent of the backbone's size should come close to full fine-tuning and need not be folded.
+    Parameters: 2 * width * bottleneck + bottleneck + width for each place, two places per block for 'houlsby' and one
+    for the others, plus the norms of these blocks if they are trained.
     """
 
     frees_base: ClassVar[dict[str, tuple]] = {"placement": ("houlsby",), "norms": (True,)}
@@ -42,17 +42,15 @@ class Adapter(Method):
 
     bottleneck: int = option(64, "width of the bottleneck", at_least=1)
     placement: str = option(
-        "houlsby", "where they stand in a block", choices=("houlsby", "pfeiffer", "parallel")
+        "houlsby", "position of the adapters in a block", choices=("houlsby", "pfeiffer", "parallel")
     )
-    sites: str = option("blocks", "blocks, or parts of them, that have adapters, as a selection")
+    sites: str = option("blocks", "blocks, or parts of them, that get adapters, as a selection")
     nonlinearity: str | None = option(
         None, "f; null means gelu for houlsby, relu for the others", choices=("gelu", "relu", "silu", "tanh")
     )
     scale: float | None = option(None, "s; null means 4 for parallel, 1 for the others", above=0)
-    dropout: float = option(0.0, "dropout on what is added", at_least=0, below=1)
-    norms: bool | None = option(
-        None, "whether the norms of these blocks are trained too; null means for houlsby only"
-    )
+    dropout: float = option(0.0, "dropout on the output of the bottleneck", at_least=0, below=1)
+    norms: bool | None = option(None, "also train the norms of these blocks; null means for houlsby only")
     lr: float | None = option(None, "learning rate; null means 0.001", above=0)
 
     @property
@@ -83,6 +81,6 @@ class Adapter(Method):
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(
-            "adapter() cannot be folded: a bottleneck with a nonlinearity has no equal in the plain architecture. "
-            f"Keep the graft folder and load it with graftkit.load, or use {general()} where folding matters."
+            "adapter() cannot be folded: a bottleneck with a nonlinearity has no equivalent in the plain architecture. "
+            f"Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )

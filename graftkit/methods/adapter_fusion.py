@@ -26,14 +26,14 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class AdapterFusion(Method):
-    """Attention over several trained adapters at each of their places: h + sum_n s_n V z_n, s = softmax((Q x) . (K z_n)).
+    """Attend over several trained adapters at each of their places: h + sum_n s_n V z_n, s = softmax((Q x) . (K z_n)).
 
     Pfeiffer et al. 2021, 'AdapterFusion: Non-Destructive Task Composition for Transfer Learning', section 3.2: z_n is
-    what adapter n adds for the input x of all of them. The adapters are frozen and kept in the graft, so that the
-    folders they came from are not needed again. Q and K (width, width) are drawn with standard deviation 0.02, V is
-    the identity, from which the loss keeps it near: + regularization * ||V - 1||^2. The graft starts as the mean of the
-    adapters. They must stand at the same places, and have been trained without norms or other methods beside a head.
-    When: adapters of several other tasks are there already, and a task with few rows may gain from all of them.
+    the output of adapter n for their common input x. The adapters are frozen and saved in the graft, so the folders
+    they came from are not needed again. Q and K (width, width) are initialised with standard deviation 0.02, V with the
+    identity; the loss keeps it close to that with + regularization * ||V - 1||^2. The graft starts as the mean of the
+    adapters. They must have the same places, and must have been trained without norms or methods other than a head.
+    When: trained adapters of several other tasks are available, and a task with few rows may benefit from all of them.
     Parameters: 3 * width^2 for each place.
     """
 
@@ -41,13 +41,13 @@ class AdapterFusion(Method):
 
     grafts: tuple | None = option(None, "folders of the adapters' grafts or runs, at least two")
     adapters: tuple | None = option(
-        None, "the adapters' forms, which a saved graft fills in; without grafts their values are random"
+        None, "the adapters' expressions, filled in by a saved graft; without grafts their values are random"
     )
     regularization: float = option(0.01, "weight of ||V - 1||^2 in the loss", at_least=0)
     lr: float | None = option(None, "learning rate; null means 0.0001", above=0)
 
     def resolve(self, backbone: Backbone) -> AdapterFusion:
-        """The same with the forms of its adapters instead of their folders; their values go with it to `attach`."""
+        """Replace the adapters' folders by their expressions; their values are carried along to `attach`."""
         if self.grafts is None:
             return self
         members = [_read(Path(str(folder)), backbone) for folder in self.grafts]
@@ -60,14 +60,14 @@ class AdapterFusion(Method):
         forms = [_form(text) for text in self.adapters or ()]
         if len(forms) < 2:
             raise UserError(
-                f"adapter_fusion() composes at least two adapters, but {len(forms)} are given; name the folders of their "
-                "grafts, grafts=['runs/a/graft', 'runs/b/graft'], or use adapter() for a single one."
+                f"adapter_fusion() needs at least two adapters, but got {len(forms)}; name the folders of their grafts, "
+                "grafts=['runs/a/graft', 'runs/b/graft'], or use adapter() for a single one."
             )
         everywhere = [find_places(backbone, form.placement, form.sites, self.name) for form in forms]
         for text, form, there in zip(self.adapters or (), forms, everywhere):
             if there != everywhere[0] or form.placement != forms[0].placement:
                 raise UserError(
-                    f"adapter_fusion(): {(self.adapters or ())[0]} and {text} stand at different places of "
+                    f"adapter_fusion(): {(self.adapters or ())[0]} and {text} are at different places of "
                     f"{backbone.source}; train adapters for it with the same placement and sites."
                 )
         group = Group("added", self.lr or 1e-4, self.name, self.lr is not None)
@@ -93,8 +93,8 @@ class AdapterFusion(Method):
 
     def fold(self, backbone: Backbone, graft: str) -> Tensors:
         raise NotFoldable(
-            "adapter_fusion() cannot be folded: bottlenecks with a nonlinearity have no equal in the plain "
-            f"architecture. Keep the graft folder and load it with graftkit.load, or use {general()} where folding matters."
+            "adapter_fusion() cannot be folded: bottlenecks with a nonlinearity have no equivalent in the plain "
+            f"architecture. Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )
 
 
@@ -111,14 +111,14 @@ class Fusion(Insertion):
     def change(self, x: Tensor) -> Tensor:
         members: Any = self.members
         added = torch.stack([member.change(x) for member in members], dim=-2)  # (..., n, width)
-        # (Q x) . (K z) = (K' Q x) . z, and V is linear: each matrix is applied once, however many members there are
+        # (Q x) . (K z) = (K' Q x) . z, and V is linear: each matrix is applied once for any number of members
         asked = multiply(multiply(x, self.query), self.key.T)
         share = (added * asked.unsqueeze(-2)).sum(-1, keepdim=True).float().softmax(-2)
         return multiply((added * share).sum(-2), self.value)
 
 
 def _form(text: Any) -> Any:
-    """The adapter that `adapter(...)` describes."""
+    """Return the adapter method that an expression such as `adapter(...)` describes."""
     methods = build(parse(str(text), "method"), "method")
     if len(methods) != 1 or not methods[0].composes:
         raise UserError(
@@ -134,26 +134,26 @@ def _member(form: Any, place: Place) -> Bottleneck:
 
 
 def _fill(member: Bottleneck, form: Any, place: Place, tensors: Tensors) -> None:
-    """Give a member its trained values."""
+    """Copy the trained values into a member."""
     with torch.no_grad():
         for leaf, parameter in member.named_parameters():
             name = f"{place.name}.{form.name}_default.{leaf}"
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise UserError(
                     f"adapter_fusion(): the graft of {form} has no {name!r} of shape {tuple(parameter.shape)}; restore it "
-                    "from a copy."
+                    "from a backup."
                 )
             parameter.copy_(tensors[name])
 
 
 def _read(folder: Path, backbone: Backbone) -> tuple[Any, Tensors]:
-    """The adapter in a graft folder, or in that of a run, and its tensors. Raises `UserError` for others."""
+    """Return the adapter in a graft or run folder, and its tensors. Raises `UserError` for other methods."""
     if not (folder / DESCRIPTION).is_file() and (folder / "graft" / DESCRIPTION).is_file():
         folder = folder / "graft"
     if not (folder / DESCRIPTION).is_file():
         raise UserError(
-            f"adapter_fusion(): {str(folder)!r} is no graft folder (it has no {DESCRIPTION}); name the folder of a "
-            "run that was trained with adapter(), or `graft` in it."
+            f"adapter_fusion(): {str(folder)!r} is not a graft folder (it has no {DESCRIPTION}); name the folder of a "
+            "run that was trained with adapter(), or its subfolder `graft`."
         )
     description = read_json(folder / DESCRIPTION)
     try:
@@ -162,7 +162,7 @@ def _read(folder: Path, backbone: Backbone) -> tuple[Any, Tensors]:
         keys = {name: str(entry["key"]) for name, entry in where.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
-            f"adapter_fusion(): {folder / DESCRIPTION} is not the description of a graft; restore it from a copy."
+            f"adapter_fusion(): {folder / DESCRIPTION} is not the description of a graft; restore it from a backup."
         ) from None
     methods = [method for method in methods if not method.gives_outputs]
     if len(methods) != 1 or not methods[0].composes or methods[0].trains_norms:
@@ -171,12 +171,12 @@ def _read(folder: Path, backbone: Backbone) -> tuple[Any, Tensors]:
         alone = recommended("composes").replace("()", "(norms=False)")
         raise UserError(
             f"adapter_fusion(): the graft in {folder} trained {listing(trained) or 'a head'}. Only adapters that were "
-            f"trained alone beside a head, as by {alone}, can be composed."
+            f"trained alone or with a head, for example by {alone}, can be composed."
         )
     if fingerprint != backbone.fingerprint:
         raise UserError(
             f"adapter_fusion(): the graft in {folder} was trained on another backbone ({description.get('backbone')}, "
-            f"fingerprint {fingerprint}); {backbone.source} has {backbone.fingerprint}. Use grafts of one backbone."
+            f"fingerprint {fingerprint}); {backbone.source} has {backbone.fingerprint}. Use grafts of the same backbone."
         )
     contents, _ = read_tensors(folder / TENSORS)
     added = f".{methods[0].name}_default."

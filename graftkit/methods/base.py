@@ -1,9 +1,9 @@
-"""What a method is, and the few pieces that methods are made of.
+"""The base class of methods, and the few pieces that methods are made of.
 
 A method is a frozen dataclass of hyperparameters. `attach` places its new modules at sites of a backbone
-and returns labels for the parameters that are to be trained; what no method labels is frozen. New modules
+and returns labels for the parameters to train; parameters without a label are frozen. New modules
 are children of the module at their site and act through its forward hooks, so the base's own parameters keep
-their names and values and a base checkpoint loads before or after grafting.
+their names and values, and a base checkpoint loads before or after grafting.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from graftkit.recipe.expressions import as_expression, build, parse
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a task wants of a head, and what the model's folder says, before the model is loaded.
+    """The outputs that a task needs from a head, and facts from the model's folder, known before the model is loaded.
 
-    `count`: of outputs; `per_labels`: one for each label of the rows. `per_token`: answers for each token. `native`:
-    transformers has a class of this model with a head for the task. `own_module`: the model is a user's own module.
-    `pooled`: the folder says how states are pooled.
+    `count`: number of outputs; `per_labels`: one for each label of the rows. `per_token`: outputs for each token.
+    `native`: transformers has a class of this model with a head for the task. `own_module`: the model is a user's own
+    module. `pooled`: the folder specifies how states are pooled.
     """
 
     task: str
@@ -50,29 +50,29 @@ class Outputs:
 class Method:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are declared with `option`."""
 
-    peft_types: ClassVar[tuple[str, ...]] = ()  # kinds of PEFT's adapters that `from_peft` reads
-    # What a method says of itself. The recipe reads these without importing the file, so they are plain values.
-    gives_outputs: ClassVar[bool] = False  # a head: what it adds gives the outputs that a task asks for
-    # whether it trains parameters of the backbone itself; a mapping: with which values of its options it does so
-    # beside what it adds
+    peft_types: ClassVar[tuple[str, ...]] = ()  # PEFT types that `from_peft` reads
+    # Properties of a method. The recipe reads these without importing the file, so they are plain values.
+    gives_outputs: ClassVar[bool] = False  # a head: it computes the outputs that a task needs
+    # whether it trains parameters of the backbone itself; a mapping: the option values with which it does so
+    # in addition to its own parameters
     frees_base: ClassVar[bool | dict[str, tuple]] = False
-    covers: ClassVar[bool] = False  # trains the whole backbone, and that from the first step
-    updates_weights: ClassVar[bool] = False  # adds to weights (`updated_weights`), which stay as they are
-    needs_base: ClassVar[bool] = False  # changes how others train the backbone, and is nothing without them
-    takes_out: ClassVar[bool] = False  # takes parameters of others out of training
-    is_product: ClassVar[bool] = False  # an update s B A of its A and B at each weight, and nothing else
-    is_general: ClassVar[bool] = False  # what messages recommend where a method does not fit a module
-    selects: ClassVar[bool] = False  # trains any parts of the backbone that `sites` names
-    trains_biases: ClassVar[bool] = False  # of the backbone, and nothing else
-    starts_from_values: ClassVar[bool] = False  # its update begins as a part of the weight itself
-    composes: ClassVar[bool] = False  # it places bottlenecks, of which several can be composed
+    covers: ClassVar[bool] = False  # trains the whole backbone from the first step
+    updates_weights: ClassVar[bool] = False  # adds updates to weights (`updated_weights`) that stay frozen
+    needs_base: ClassVar[bool] = False  # changes how other methods train the backbone; does nothing alone
+    takes_out: ClassVar[bool] = False  # takes parameters of other methods out of training
+    is_product: ClassVar[bool] = False  # an update s B A at each weight, and nothing else
+    is_general: ClassVar[bool] = False  # messages recommend it if another method does not fit a module
+    selects: ClassVar[bool] = False  # trains any part of the backbone that `sites` names
+    trains_biases: ClassVar[bool] = False  # trains biases of the backbone, and nothing else
+    starts_from_values: ClassVar[bool] = False  # its update starts as a part of the weight itself
+    composes: ClassVar[bool] = False  # adds bottlenecks, of which several can be composed
     repeats: ClassVar[bool] = False  # may be written more than once in a sum
-    # where several methods claim a parameter, that which yields least has it; alike, they are refused
-    # 0: what is named; 1: what comes along, such as the biases beside an update; 2: the whole backbone
+    # if several methods claim a parameter, the one with the lowest value gets it; with equal values, the sum is refused
+    # 0: named parameters; 1: parameters that come along, such as biases beside an update; 2: the whole backbone
     yields: ClassVar[int] = 0
-    # methods of a sum act from the lowest stage to the highest, however it is written: 0 for weights, 1 for what
-    # rescales them, 2 for vectors at outputs, 3 for modules in between, 4 for virtual tokens, 7 and 8 for those that
-    # change the labels of others, 9 for heads
+    # methods of a sum act from the lowest stage to the highest, whatever order they are written in: 0 updates weights,
+    # 1 rescales them, 2 scales outputs by vectors, 3 inserts modules, 4 adds virtual tokens, 7 and 8 change the labels
+    # of other methods, 9 is for heads
     stage: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -80,104 +80,104 @@ class Method:
 
     @property
     def name(self) -> str:
-        """The name in recipes: that of the file."""
+        """The name in recipes, which is that of the file."""
         return entry_name(type(self).__module__)
 
     def resolve(self, backbone: Backbone) -> Method:
-        """The method with what only the backbone or other files tell written into its options, before `attach`."""
+        """Return the method with options that depend on the backbone or on other files filled in, before `attach`."""
         return self
 
     def for_outputs(self, outputs: Outputs) -> Method:
-        """The method with what a task needs of a head filled in. Raises `UserError` where they do not fit."""
+        """Return the method with the outputs of a task filled in. Raises `UserError` if the two do not fit."""
         return self
 
     def without_outputs(self) -> Method:
-        """The method without what `for_outputs` filled in, which other rows may say otherwise."""
+        """Undo `for_outputs`: return the method without options that depend on the rows."""
         return self
 
     def own_head(self, outputs: Outputs) -> str | None:
-        """How the head that the model brings is used: 'replaced' by one of other outputs, 'complete' as it is, or not."""
+        """Return how the model's own head is used: 'replaced' by a new one, 'complete' (unchanged), or None: not at all."""
         return None
 
     def prepare(self, backbone: Backbone) -> None:
-        """Put new modules in the place of the base's own. In a sum this comes before any method is attached."""
+        """Replace modules of the base. In a sum, all methods are prepared before any is attached."""
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
-        """Place new modules, named after the graft; return labels for all parameters to be trained."""
+        """Place new modules, named after the graft; return labels for all parameters to train."""
         raise NotImplementedError
 
     def updated_weights(self, backbone: Backbone) -> set[str]:
-        """Names of the base's parameters that stay as they are and have an update beside them."""
+        """Return the names of the base's parameters that stay frozen with an update beside them."""
         return set()
 
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
-        """Change the labels of all methods after they are attached."""
+        """Return the labels of all methods, changed after all are attached."""
         return labels
 
     def labels_at(self, backbone: Backbone, labels: Labels, step: int, epoch: float) -> Labels:
-        """Those of the labels whose parameters are trained in a step (from 0) of an epoch (step / steps an epoch).
+        """Return the labels of the parameters trained in a step (from 0) of an epoch (step / steps per epoch).
 
-        All of them, where a method does not free them one after another. Labels may only come, never go.
+        These are all labels, unless a method unfreezes step by step. Labels may only be added over time, never removed.
         """
         return labels
 
     def check_steps(self, steps: int) -> None:
-        """Raise `UserError` where a run of so many steps is not one that the method can be trained in."""
+        """Raise `UserError` if the method cannot be trained in a run of that many steps."""
 
     def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
-        """What is added to the task's loss in each step, a scalar; None for nothing."""
+        """Return a scalar to add to the task's loss in each step, or None."""
         return None
 
     def after_step(self, backbone: Backbone, graft: str, step: int, steps: int) -> None:
-        """Change what was added once optimizer step number `step` of `steps`, from 1, is taken.
+        """Update the additions after optimizer step number `step`, from 1, of `steps`.
 
-        The gradients of the step are still there. What is remembered from one step to the next is a buffer of an
-        addition, so that checkpoints keep it; one that is not persistent is left out of the graft's folder.
+        The gradients of the step are still there. State kept between steps must be a buffer of an addition, so that
+        checkpoints include it; non-persistent buffers are left out of the graft's folder.
         """
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
-        """New values of base parameters that melt this method's additions into the plain architecture.
+        """Return new values of base parameters that merge this method's additions into the plain architecture.
 
-        Raises `NotFoldable` with the reason where there are none.
+        Raises `NotFoldable`, with the reason, if that is impossible.
         """
         raise NotFoldable(f"{self.name} cannot be folded.")
 
     def gives_the_same(self, other: Method) -> bool:
-        """Whether two methods with the same parameters compute the same; what has a part in training alone may differ."""
+        """Return whether two methods with equal parameters compute the same; options used only in training may differ."""
         return self == other
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        """The PEFT configuration and tensors that mean the same; None where PEFT cannot express it."""
+        """Return an equivalent PEFT configuration and tensors; None if PEFT cannot express the method."""
         return None
 
     @classmethod
     def reads_peft(cls, config: Mapping[str, Any]) -> bool:
-        """Whether `from_peft` reads an adapter of this configuration."""
+        """Return whether `from_peft` reads an adapter of this configuration."""
         return config.get("peft_type") in cls.peft_types
 
     @classmethod
     def from_saved_modules(cls, backbone: Backbone, tensors: Mapping[str, Tensor]) -> Method | None:
-        """The method that trains what PEFT saved of the base beside an adapter; None where it trains none of it.
+        """Return the method for base modules that PEFT saved beside an adapter; None if this class trains none of them.
 
-        `tensors`: by parameter, all that `modules_to_save` stands for.
+        `tensors`: the tensors of `modules_to_save`, by parameter.
         """
         return None
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The options of this method, and its parameters by the names they have in a graft called 'default'.
+        """Return the options of this method, and its parameters by their names in a graft called 'default'.
 
-        Takes its tensors out of `reading` and asks it for each field that changes the result; what is left
-        over is refused. `sites` is best written with `exactly`.
+        Takes its tensors out of `reading` and asks it for each field that changes the result; any leftover
+        is refused. Write `sites` with `exactly`.
         """
         raise NotImplementedError
 
     def unpack(self, backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of `from_peft` by parameter, where PEFT keeps in one what has a name on this backbone only."""
+        """Return the tensors of `from_peft` by parameter, splitting tensors whose parts are known only on the backbone."""
         return tensors
 
     def stored(self) -> Method:
-        """The method as it is written beside its trained values: without what is needed only to start."""
+        """Return the method as it is saved beside its trained values: without options used only for initialisation."""
         return self
 
     def __add__(self, other: Method) -> Chain:
@@ -189,7 +189,7 @@ class Method:
 
 @dataclass(frozen=True)
 class PeftForm:
-    """A graft as PEFT writes it: the configuration and the tensors by PEFT's keys."""
+    """A graft in PEFT's format: the configuration, and the tensors by PEFT's keys."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -197,7 +197,7 @@ class PeftForm:
 
 @dataclass(frozen=True)
 class Chain(Method):
-    """Several methods. `arranged` has them in the order in which they act, whatever the one in which they are written."""
+    """A sum of methods. `arranged` puts them into the order in which they act, whatever order they are written in."""
 
     methods: tuple[Method, ...] = ()
 
@@ -234,7 +234,7 @@ class Chain(Method):
         return Chain(tuple(method.stored() for method in self.methods))
 
     def attach(self, backbone: Backbone, graft: str, stored: bool = False) -> Labels:
-        """Attach all in order. `stored`: as the sum was trained once, though it would be refused today."""
+        """Attach all methods in order. `stored`: the sum comes from a saved graft, so skip newer checks of sums."""
         for method in self.methods:
             with _named(method):
                 method.prepare(backbone)
@@ -280,7 +280,7 @@ class Chain(Method):
 
 @contextmanager
 def _named(method: Method) -> Iterator[None]:
-    """What a method refuses inside is told under its name."""
+    """Prefix errors raised inside with the method's name."""
     try:
         yield
     except NotFoldable:
@@ -293,41 +293,41 @@ def _named(method: Method) -> Iterator[None]:
 
 @contextmanager
 def _beside(method: Method, methods: Iterable[Method]) -> Iterator[None]:
-    """What a method refuses because of those beside it names these too."""
+    """Add the names of the other methods to errors that a method raises because of them."""
     try:
         yield
     except UserError as error:
         others = [f"{other.name}()" for other in methods if other.name != method.name]
         unnamed = [name for name in dict.fromkeys(others) if name[:-1] not in str(error)]
         raise UserError(
-            f"{error} Beside it there is {listing(unnamed)}." if unnamed else str(error)
+            f"{error} It is combined with {listing(unnamed)}." if unnamed else str(error)
         ) from None
 
 
 def read(expression: str) -> Chain:
-    """The method that an expression such as `lora(rank=8) + head()` describes."""
+    """Return the method that an expression such as `lora(rank=8) + head()` describes."""
     return Chain(tuple(build(parse(expression, "method"), "method")))
 
 
 def as_chain(method: Method | str) -> Chain:
-    """Any way of writing a method as a chain."""
+    """Return a method, a chain or an expression as a chain."""
     if isinstance(method, str):
         return read(method)
     return method if isinstance(method, Chain) else Chain((method,))
 
 
 def exactly(names: Iterable[str]) -> str:
-    """The selection of the modules of these names and no others."""
+    """Return a selection of exactly the modules with these names."""
     return "re:" + "|".join(re.escape(name) for name in dict.fromkeys(names))
 
 
 def labels_of(backbone: Backbone, module_name: str, group: Group) -> Labels:
-    """The same label for each parameter under a module."""
+    """Return the same label for each parameter of a module and its submodules."""
     prefix = f"{module_name}." if module_name else ""
     return {name: group for name, _ in backbone.model.named_parameters() if name.startswith(prefix)}
 
 
 def refuse_unless(labels: Mapping[str, Group], message: str) -> None:
-    """Raise `UserError` where a method found nothing to train."""
+    """Raise `UserError` if a method found nothing to train."""
     if not labels:
         raise UserError(message)

@@ -1,4 +1,4 @@
-"""BitFit: only biases are trained."""
+"""BitFit: train the biases only."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """The biases b of the maps W x + b and of the norms in the blocks are trained, and nothing else of the backbone.
+    """Train the biases b of the linear layers W x + b and of the norms in the blocks, and nothing else of the backbone.
 
     Ben Zaken et al. 2021, 'BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
-    Language-models', section 3; the smaller form of section 4, with queries and the inner map of the feed-forward part
-    only, is `sites='q,up'`. Models without biases (Llama and its kin) are refused.
-    When: the model has biases, and a graft has to be small and, once folded, without any cost.
-    Parameters: the biases of the chosen sites, out for each map and width for each norm.
+    Language-models', section 3. The smaller variant of section 4, which trains only the biases of the queries and of the
+    first feed-forward layer, is `sites='q,up'`. Models without biases, such as Llama, are refused.
+    When: the model has biases, and the graft must be small and cost nothing at inference once folded.
+    Parameters: the biases of the chosen sites, out for each linear layer and width for each norm.
     """
 
     frees_base: ClassVar[bool] = True
     trains_biases: ClassVar[bool] = True
 
-    sites: str = option("blocks", "sites whose biases are trained, as a selection")
+    sites: str = option("blocks", "sites whose biases to train, as a selection")
     lr: float | None = option(None, "learning rate; null means 0.002", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         group = Group("base", self.lr or 2e-3, self.name, self.lr is not None, weight_decay=0.0)
-        # nn.MultiheadAttention keeps those of queries, keys and values as one, in_proj_bias
+        # nn.MultiheadAttention stores the biases of queries, keys and values as one, in_proj_bias
         names = select_parameters(backbone, self.sites)
         labels = {name: group for name in names if name.rpartition(".")[2] in ("bias", "in_proj_bias")}
         refuse_unless(

@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction of a weight apart."""
+"""DoRA: train magnitude and direction of a weight separately."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from graftkit.methods.shared.low_rank import LoraLikeMethod, LowRank
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Labels
 
-TINY = 1e-12  # a row of zeros has no direction; this is its length
+TINY = 1e-12  # length of a row of zeros, which has no direction
 
 
 @dataclass(frozen=True)
 class DoRA(LoraLikeMethod):
-    """Low-rank update of the direction of each row of a weight, and a trained length: m (W + s B A) / ||W + s B A||.
+    """Add a low-rank update to the direction of each weight row and train its length m: m (W + s B A) / ||W + s B A||.
 
     Liu et al. 2024, 'DoRA: Weight-Decomposed Low-Rank Adaptation', equation 5, with the norm of each output's row and
-    no gradient through it (section 4.3); s = alpha / rank. m starts as ||W|| and B as zero, so that training starts at
-    the base model exactly. The norm comes from ||W||^2 + 2 s <W A', B> + s^2 <B A A', B> by rows: W + s B A is not
-    formed.
+    no gradient through it (section 4.3); s = alpha / rank. m starts as ||W|| and B as zero, so training starts exactly
+    at the base model. The norm is computed row by row from ||W||^2 + 2 s <W A', B> + s^2 <B A A', B>, without forming
+    W + s B A.
 
-    When: lora stays behind full fine-tuning, above all at small ranks; a step takes longer than lora's.
-    Parameters: those of lora(), and out more for each map (at experts, for each of them).
+    When: lora falls short of full fine-tuning, especially at small ranks; a step takes longer than with lora.
+    Parameters: those of lora(), plus out for each weight (for each expert, if there are experts).
     """
 
     peft_types = ("LORA",)
@@ -41,7 +41,7 @@ class DoRA(LoraLikeMethod):
     @property
     def wanted(self) -> str:
         return (
-            f"weights that {self.name}() can update, which are no integers and of no grouped convolution; "
+            f"weights that {self.name}() can update, neither stored as integers nor of a grouped convolution; "
             f"use {general()} there"
         )
 
@@ -65,13 +65,13 @@ class DoRA(LoraLikeMethod):
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels = super().attach(backbone, graft)
         for name, group in labels.items():
-            if name.endswith(".m"):  # a length is no matrix, whatever its shape
+            if name.endswith(".m"):  # a length is not a matrix, whatever its shape: no weight decay
                 labels[name] = dataclasses.replace(group, weight_decay=0.0)
         return labels
 
 
 class Direction(LowRank):
-    """The factors, and the lengths m of the rows: (out), at a convolution (1, out, 1, ...), at experts (experts, out)."""
+    """The factors and the row lengths m: (out), for a convolution (1, out, 1, ...), for experts (experts, out)."""
 
     adds = False
 
@@ -81,7 +81,7 @@ class Direction(LowRank):
         self.m = nn.Parameter(norm.view(1, *self.across(norm).shape) if weight.kind == "conv" else norm)
 
     def norm(self, weight: Weight) -> Tensor:
-        """||W + s B A|| of each row, fp32, without a gradient."""
+        """Return ||W + s B A|| of each row, in fp32, without a gradient."""
         W = weight.stored(weight.value.detach())
         W = W.flatten(1) if weight.kind == "conv" else W
         with torch.no_grad(), without_autocast(W):
@@ -93,7 +93,7 @@ class Direction(LowRank):
             return (squares + (mixed * B).sum(-1)).clamp_min(TINY**2).sqrt()
 
     def ratio(self, weight: Weight) -> Tensor:
-        """m / ||W + s B A|| of each row."""
+        """Return m / ||W + s B A|| of each row."""
         norm = self.norm(weight)
         return self.m.view(norm.shape) / norm
 
@@ -116,7 +116,7 @@ class Direction(LowRank):
         ratio = self.across(self.ratio(weight))
         if self.kind != "embedding" and self.training and isinstance(self.dropout, nn.Dropout):
             matrix = weight.stored(weight.value)
-            if self.follows(site):  # what others changed is scaled as well, and it has no dropout
+            if self.follows(site):  # changes by other additions are scaled as well, without dropout
                 plain = apply(weight, site, x, matrix).to(output.dtype)
                 bias = getattr(site, "bias", None)
                 plain = plain if bias is None else plain + self.across(bias)
@@ -135,7 +135,7 @@ class Direction(LowRank):
         return torch.addcmul(bias - ratio * bias, ratio, whole).to(output.dtype)
 
     def follows(self, site: nn.Module) -> bool:
-        """Whether other additions have changed the output of the site before."""
+        """Return whether other additions have already changed the output of the site."""
         children = list(site.children())
         earlier = children[: next(i for i, child in enumerate(children) if child is self)]
         return any(

@@ -1,4 +1,4 @@
-"""Taking parts out of training again."""
+"""Freeze parts that another method would train."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class Freeze(Method):
-    """The chosen parts stay as they are although another method frees them: full() + freeze('embeddings').
+    """Keep the chosen parts frozen even if another method unfreezes them: full() + freeze('embeddings').
 
-    When: a part of what another method trains has to stay as it is.
-    Parameters: none of its own; those of `sites` are taken out.
+    When: one part of what another method trains must not change.
+    Parameters: none; it removes those of `sites` from training.
     """
 
     needs_base: ClassVar[bool] = True
@@ -27,7 +27,7 @@ class Freeze(Method):
     repeats: ClassVar[bool] = True
     stage: ClassVar[int] = 7
 
-    sites: str = option("embeddings", "parts that stay frozen, as a selection")
+    sites: str = option("embeddings", "parts to keep frozen, as a selection")
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         return {}
@@ -37,7 +37,7 @@ class Freeze(Method):
         if not frozen & set(labels):
             raise UserError(
                 f"freeze({self.sites!r}) changes nothing: no other method trains any of these "
-                f"{len(frozen)} parameters. Leave it out, or put a method beside it that trains parts of the backbone."
+                f"{len(frozen)} parameters. Leave it out, or add a method that trains parts of the backbone."
             )
         return {name: group for name, group in labels.items() if name not in frozen}
 

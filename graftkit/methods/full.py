@@ -15,10 +15,10 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every parameter of the backbone is trained. Combine it with layerwise_lr to keep its lower layers.
+    """Train every parameter of the backbone. Combine it with layerwise_lr to keep the lower layers close to the base.
 
-    When: rows are many and there is memory for the gradients of everything; what other methods are measured against.
-    Parameters: all of the backbone's.
+    When: there are many rows, and memory for the gradients of all parameters; the baseline for other methods.
+    Parameters: all parameters of the backbone.
     """
 
     frees_base: ClassVar[bool] = True

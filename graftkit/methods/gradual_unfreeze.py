@@ -21,25 +21,25 @@ ROUNDING = 1e-9  # 0.3 / 0.1 is a little less than 3
 
 @dataclass(frozen=True)
 class GradualUnfreeze(Method):
-    """The whole backbone is trained, freed from the top: one more block after each so many epochs or steps.
+    """Train the whole backbone, unfreezing it from the top: one more block every `every` epochs or steps.
 
-    Howard and Ruder 2018, 'Universal Language Model Fine-tuning for Text Classification', section 3.3: in epoch e the
-    last e blocks are trained, counted from 0; what lies below all blocks, such as embeddings, comes one turn after the
-    first block. Beside a method that trains something of its own from the start (head, lora) that has the first
-    turn alone; without one the last block has it. What lies above the last block comes with it. With `decay`,
-    a block's rate is lr * decay^(blocks above it), section 3.2; the paper has decay = 1 / 2.6.
-    A loop of your own trains everything from the start unless it asks `graft.labels_at(step, epoch)`.
-    When: full fine-tuning forgets too much of what the model knew, as with few rows.
-    Parameters: all of the backbone's.
+    Howard and Ruder 2018, 'Universal Language Model Fine-tuning for Text Classification', section 3.3: in epoch e,
+    counted from 0, the last e blocks are trained. Parts below all blocks, such as embeddings, follow one turn after the
+    first block; parts above the last block are unfrozen together with it. A method that trains parameters from the
+    start (head, lora) has the first turn to itself; without one, the last block starts. With `decay`, the learning
+    rate of a block is lr * decay^(blocks above it), section 3.2; the paper uses decay = 1 / 2.6.
+    Your own training loop trains everything from the start unless it follows `graft.labels_at(step, epoch)`.
+    When: full fine-tuning forgets too much of what the model knew, as it often does with few rows.
+    Parameters: all parameters of the backbone.
     """
 
     frees_base: ClassVar[bool] = True
     yields: ClassVar[int] = 2
 
-    every: float = option(1, "how many epochs or steps until the next block is freed", above=0)
+    every: float = option(1, "epochs or steps until the next block is unfrozen", above=0)
     unit: str = option("epochs", "what `every` counts", choices=("epochs", "steps"))
     decay: float = option(
-        1.0, "factor on the learning rate from one block to the one below it", at_least=0.01, at_most=1
+        1.0, "factor on the learning rate from each block to the one below", at_least=0.01, at_most=1
     )
     lr: float | None = option(None, "learning rate; null means 0.0001", above=0)
 
@@ -47,13 +47,13 @@ class GradualUnfreeze(Method):
         super().__post_init__()
         if self.unit == "steps" and self.every != int(self.every):
             raise UserError(
-                f"gradual_{selecting()}: every is {self.every}, but steps are whole; use unit='epochs' for parts of an epoch."
+                f"gradual_{selecting()}: every is {self.every}, but steps are whole numbers; use unit='epochs' for parts of an epoch."
             )
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         if not backbone.blocks:
             raise UserError(
-                f"gradual_{selecting()} frees one block after another, but {backbone.source} has none; use {covering()}, or "
+                f"gradual_{selecting()} unfreezes block by block, but {backbone.source} has no blocks; use {covering()}, or "
                 f"{selecting()} with a selection."
             )
         group = Group("base", self.lr or 1e-4, self.name, self.lr is not None, statistics=True)

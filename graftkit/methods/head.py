@@ -28,37 +28,37 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class Head(Method):
-    """A new classification head: on pooled states, in place of the architecture's own head, or stacked on that.
+    """Add a new classification head: on pooled states, in place of the architecture's own head, or stacked on it.
 
-    `pooling` says what it stands on. 'own': the head that the model brings, its last map (linear or a convolution)
-    replaced where the number of classes differs. 'stacked': the outputs of the model's own head, which stays as it
-    is, for example 1000 classes of ImageNet. Else on the states below any head: 'cls' (the first token), 'mean' (over
-    tokens that are not padding, or over all places of a feature map), 'last' (the last token that is not padding),
-    'attention' (a learned weighted mean) or 'tokens' (each token by itself, for tasks that answer for each). 'auto':
-    what a sentence-transformers folder says, else 'own', else 'last' for causal models, 'cls' where a class token
-    stands in front, 'mean' for the others.
-    In a user's own module with a head, 'mean' is the mean of what comes into that head. An encoder with a decoder
-    is pooled over the decoder's states; without decoder inputs it is given its own input, shifted by one.
-    When: classes are predicted; alone it is the cheapest of all, since the backbone is computed once and kept.
+    `pooling` selects the input of the head. 'own': the model's own head, whose last layer (linear or a convolution) is
+    replaced if the number of classes differs. 'stacked': the outputs of the model's own head, which stays unchanged,
+    for example 1000 classes of ImageNet. The others use the states below any head: 'cls' (the first token), 'mean'
+    (over tokens that are not padding, or over all positions of a feature map), 'last' (the last token that is not
+    padding), 'attention' (a learned weighted mean) or 'tokens' (each token by itself, for token-level tasks). 'auto':
+    the pooling of a sentence-transformers folder, else 'own', else 'last' for causal models, 'cls' if the model puts a
+    class token first, and 'mean' otherwise.
+    In your own module with a head, 'mean' averages the input of that head. An encoder-decoder is pooled over the
+    decoder's states; if it gets no decoder inputs, the decoder reads the encoder's input, shifted by one.
+    When: the task predicts classes; alone it is the cheapest method, since the backbone is computed once and cached.
     Parameters: classes * (width + 1), with a hidden layer hidden * (width + 1) + classes * (hidden + 1); 'attention'
-    has width more. For 'stacked', width is the number of outputs of the old head.
+    adds width. For 'stacked', width is the number of outputs of the old head.
     """
 
     gives_outputs: ClassVar[bool] = True
     frees_base: ClassVar[dict[str, tuple]] = {"pooling": ("own",)}
     stage: ClassVar[int] = 9
 
-    classes: int | None = option(None, "number of outputs; the task knows it", at_least=1)
+    classes: int | None = option(None, "number of outputs; null means as many as the task needs", at_least=1)
     pooling: str = option(
-        "auto", "what the head stands on",
+        "auto", "input of the head",
         choices=("auto", "own", "stacked", "cls", "mean", "last", "attention", "tokens"),
     )  # fmt: skip
     hidden: int = option(0, "width of a hidden layer; 0 for none", at_least=0)
-    dropout: float = option(0.1, "dropout on pooled features; 'own' has the model's", at_least=0, below=1)
+    dropout: float = option(0.1, "dropout on pooled features; 'own' uses the model's", at_least=0, below=1)
     lr: float | None = option(None, "learning rate; null means 0.005", above=0)
 
     def for_outputs(self, outputs: Outputs) -> Head:
-        """The head with the number of classes; for a task that answers for each token, the head of each token."""
+        """Return the head with its number of classes; for a token-level task, with a pooling that keeps the tokens."""
         if self.classes not in (None, outputs.count):
             needed = (
                 "labels of the training rows"
@@ -66,18 +66,19 @@ class Head(Method):
                 else f"outputs that {outputs.task}() needs"
             )
             raise UserError(
-                f"head(classes={self.classes}) does not fit the {outputs.count} {needed}; leave classes out, they are counted."
+                f"head(classes={self.classes}) does not fit the {outputs.count} {needed}; leave classes out to have them "
+                "counted."
             )
         head = dataclasses.replace(self, classes=outputs.count)
         if not outputs.per_token and self.pooling == "tokens":
             raise UserError(
-                f"head(pooling='tokens') answers for each token, but {outputs.task}() wants one answer for a row; use head(), "
-                "or another pooling."
+                f"head(pooling='tokens') gives an output for each token, but {outputs.task}() needs one for each row; use "
+                "head(), or another pooling."
             )
         if outputs.per_token and self.pooling not in ("auto", "own", "tokens"):
             raise UserError(
-                f"head(pooling={self.pooling!r}) gives one vector for a whole text, but this task answers for each token; "
-                "use head(), or pooling='own' or 'tokens'."
+                f"head(pooling={self.pooling!r}) gives one vector for a whole text, but this task needs an output for each "
+                "token; use head(), or pooling='own' or 'tokens'."
             )
         if outputs.per_token and self.pooling == "auto" and (self.hidden or not outputs.native):
             return dataclasses.replace(head, pooling="tokens")
@@ -102,7 +103,7 @@ class Head(Method):
         return "replaced" if pooling == "own" else "complete"
 
     def resolve(self, backbone: Backbone) -> Head:
-        """The same head with its pooling chosen."""
+        """Return the head with 'auto' replaced by the pooling that fits the backbone."""
         if self.pooling != "auto":
             return self
         if own_maps(backbone) and not predicts_tokens(backbone) and not self.hidden:
@@ -121,8 +122,8 @@ class Head(Method):
             last = self._own_map(backbone)
             if set(backbone.missing) & set(labels_of(backbone, last.name, group)):
                 raise UserError(
-                    f"head(pooling='stacked'): the weights of {backbone.source!r} hold no trained {last.name!r} to stack "
-                    "on; use head() without pooling='stacked'."
+                    f"head(pooling='stacked'): the weights of {backbone.source!r} contain no trained {last.name!r} to stack "
+                    "a head on; use head() without pooling='stacked'."
                 )
             head = PooledHead(widths(last.module)[1], self.classes, self.pooling, self.hidden, self.dropout)
             place(backbone.model, name, head)
@@ -140,12 +141,12 @@ class Head(Method):
         return labels_of(backbone, name, group)
 
     def _refuse_pooling(self, backbone: Backbone) -> None:
-        """Raise `UserError` for a pooling of tokens where there are none, or no class token."""
+        """Raise `UserError` for a pooling of tokens if the model has none, or for 'cls' without a class token."""
         is_text = getattr(backbone.model, "main_input_name", "input_ids") == "input_ids"
         if not is_text and takes_decoder_inputs(backbone.model):
             raise UserError(
-                f"head(pooling={self.pooling!r}): the decoder of {backbone.source} needs a text, which a head for classes "
-                "has not; attach to the encoder alone (model.get_encoder()), or use pooling='own'."
+                f"head(pooling={self.pooling!r}): the decoder of {backbone.source} needs a text, which a classification "
+                "head cannot give it; attach to the encoder alone (model.get_encoder()), or use pooling='own'."
             )
         if self.pooling == "mean":
             return
@@ -154,7 +155,7 @@ class Head(Method):
         if is_convolutional(backbone):
             raise UserError(f"{what} gives feature maps (batch, channels, height, width); {instead}.")
         if self.pooling == "tokens":
-            return  # `features` sees whether there is a state for each
+            return  # `features` checks that there is a state for each token
         if below_head(backbone)[1]:
             own = next(site.name for site in backbone.sites if site.role == "head")
             raise UserError(f"{what} gives its head {own!r} one vector a row; {instead}.")
@@ -162,7 +163,7 @@ class Head(Method):
             raise UserError(f"{what} puts no class token in front; {instead}.")
 
     def _own_map(self, backbone: Backbone) -> Site:
-        """The last map of the model's own head. Raises `UserError` where there is none for classes."""
+        """Return the last layer of the model's own head. Raises `UserError` if the model has no classification head."""
         maps = own_maps(backbone)
         if not maps:
             raise UserError(
@@ -171,29 +172,29 @@ class Head(Method):
             )
         if predicts_tokens(backbone):
             raise UserError(
-                f"head(pooling={self.pooling!r}): {maps[-1].name!r} of {backbone.source} predicts tokens and is no head "
-                "for classes; use pooling='last', 'mean' or 'cls', or load the model's class for classification."
+                f"head(pooling={self.pooling!r}): {maps[-1].name!r} of {backbone.source} predicts tokens, not "
+                "classes; use pooling='last', 'mean' or 'cls', or load the model's class for classification."
             )
         return maps[-1]
 
     def prepare(self, backbone: Backbone) -> None:
-        """The last map of the model's own head gets the number of outputs."""
+        """Give the last layer of the model's own head the right number of outputs."""
         if self.classes is None:
             raise UserError("head() needs the number of outputs: head(classes=3).")
         if self.pooling != "own":
             return
         if self.hidden:
             raise UserError(
-                "head(pooling='own') has the layers that the architecture gives it, so hidden has no part in it; "
-                "use pooling='mean', 'cls' or 'last' with it."
+                "head(pooling='own') has the layers that the architecture gives it, so hidden has no effect; "
+                "use hidden with pooling='mean', 'cls' or 'last'."
             )
         last = self._own_map(backbone)
         if widths(last.module)[1] == self.classes:
             return
         if not last.name:
             raise UserError(
-                f"head(pooling='own'): {backbone.source} is a single {type(last.module).__name__}, which cannot be replaced in "
-                f"itself by one with {self.classes} outputs. Put it into a module, such as torch.nn.Sequential."
+                f"head(pooling='own'): {backbone.source} is a single {type(last.module).__name__}, which cannot be replaced "
+                f"by one with {self.classes} outputs. Wrap it in a module such as torch.nn.Sequential."
             )
         new = new_map(last, self.classes)
         parent, _, leaf = last.name.rpartition(".")
@@ -208,10 +209,10 @@ class Head(Method):
             backbone.model.num_labels = self.classes  # type: ignore[assignment]
 
     def _use_own(self, backbone: Backbone, group: Group) -> Labels:
-        # transformers' classification losses are means of what they are given: Trainer has to average them
+        # transformers' classification losses are means over their batch: Trainer has to average them
         backbone.model.accepts_loss_kwargs = False  # type: ignore[assignment]
         heads = {site.name for site in backbone.sites if site.role == "head"}
-        # a pooler that the weights lack is random: train it
+        # a pooler that is missing from the weights is random: train it
         return {
             name: group
             for name in backbone.base_parameters
@@ -232,7 +233,7 @@ class Head(Method):
         return cls(classes=len(weight), pooling="own") if weight is not None else None
 
     def relabel(self, backbone: Backbone, labels: Labels) -> Labels:
-        """What this head passes by, a pooler or the model's own head, has no part in the output: it cannot be trained."""
+        """Drop the labels of parts that this head bypasses, a pooler or the model's own head: they get no gradient."""
         if self.pooling in ("own", "stacked"):
             return labels
         passed = ("head",) if below_head(backbone)[1] else ("head", "pooler")
@@ -240,12 +241,12 @@ class Head(Method):
         return {name: group for name, group in labels.items() if name.rpartition(".")[0] not in unused}
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
-        """A head stays on top: there is nothing in the plain architecture that it could melt into."""
+        """Return nothing: a head stays on top, as the plain architecture has no weight to fold it into."""
         return {}
 
 
 def own_maps(backbone: Backbone) -> list[Site]:
-    """The linear maps and convolutions of the model's own head, in order."""
+    """Return the linear layers and convolutions of the model's own head, in order."""
     return [
         site for site in backbone.sites
         if site.role == "head" and (is_linear(site.module) or is_conv(site.module))
@@ -253,14 +254,14 @@ def own_maps(backbone: Backbone) -> list[Site]:
 
 
 def predicts_tokens(backbone: Backbone) -> bool:
-    """Whether the model's own head has an output for each token of the vocabulary."""
+    """Return whether the model's own head has an output for each token of the vocabulary."""
     maps = own_maps(backbone)
     vocabulary = getattr(getattr(backbone.model, "config", None), "vocab_size", None)
     return bool(maps) and widths(maps[-1].module)[1] == vocabulary
 
 
 def below_head(backbone: Backbone) -> tuple[nn.Module, bool]:
-    """The module whose output the states are; with True: whose input they are, as nothing below it gives them."""
+    """Return the module whose output the states are; with True, the states are its input, as no module outputs them."""
     model = backbone.model
     heads = [site.module for site in backbone.sites if site.role == "head"]
     if not heads:
@@ -270,17 +271,17 @@ def below_head(backbone: Backbone) -> tuple[nn.Module, bool]:
 
 
 def entering(module: nn.Module) -> int:
-    """Width of what comes into a norm or a map."""
+    """Return the width of the input of a norm, a linear layer or a convolution."""
     return next(p.shape[-1] for p in module.parameters()) if is_norm(module) else widths(module)[0]
 
 
 def new_map(site: Site, classes: int) -> nn.Module:
-    """A random map like that of a head, with another number of outputs."""
+    """Return a randomly initialised layer like the one at `site`, with another number of outputs."""
     old: Any = site.module
     if is_conv(old):
         if old.groups != 1:
             raise UserError(
-                f"head(pooling='own'): {site.name!r} is a convolution in {old.groups} groups, which cannot have {classes} "
+                f"head(pooling='own'): {site.name!r} is a convolution with {old.groups} groups, which cannot have {classes} "
                 "outputs; use pooling='mean' or 'stacked'."
             )
         new = type(old)(

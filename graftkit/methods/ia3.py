@@ -26,14 +26,14 @@ PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """Learned vectors that rescale keys, values and the inner activations of the feed-forward part.
+    """Rescale keys, values and the inner activations of feed-forward layers by learned vectors.
 
     Liu et al. 2022, 'Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning',
-    section 3.3: softmax(Q (l_k * K)^T / sqrt(d)) (l_v * V), and W2 (l_ff * f(W1 x)). `sites` are scaled at their
-    output, bias included, `feedforward` at their input; a joint map of queries, keys and values is scaled as a whole.
-    All vectors are ones at first, so that training starts at the base model exactly.
-    When: rows are few, or a graft has to be no more than some vectors a block.
-    Parameters: out for each of `sites`, in for each of `feedforward`.
+    section 3.3: softmax(Q (l_k * K)^T / sqrt(d)) (l_v * V), and W2 (l_ff * f(W1 x)). Layers in `sites`
+    are scaled at their output, bias included, those in `feedforward` at their input; a joint projection of queries,
+    keys and values is scaled as a whole. All vectors are ones at first, so training starts exactly at the base model.
+    When: there are few rows, or the graft must not exceed a few vectors per block.
+    Parameters: out for each layer in `sites`, in for each layer in `feedforward`.
     """
 
     peft_types = ("IA3",)
@@ -41,15 +41,15 @@ class IA3(Method):
 
     sites: str | None = option(
         None,
-        "maps scaled at their output, or 'none'; null means k,v, or the convolutions where there is no attention",
+        "layers scaled at their output, or 'none'; null means k,v, or the convolutions if there is no attention",
     )
     feedforward: str | None = option(
-        None, "maps scaled at their input, or 'none'; null means down, where there is one"
+        None, "layers scaled at their input, or 'none'; null means down, if there is one"
     )
     lr: float | None = option(None, "learning rate; null means 0.01", above=0)
 
     def targets(self, backbone: Backbone) -> list[tuple[Site, bool]]:
-        """The maps that are scaled, in model order, each with whether that is done at its input."""
+        """Return the scaled layers in model order, each with whether it is scaled at its input."""
         roles = {site.role for site in backbone.sites}
         sites, feedforward = self.sites, self.feedforward
         if sites is None and roles & {"qkv", "k"}:
@@ -58,17 +58,17 @@ class IA3(Method):
             sites = "blocks.convs"
         if feedforward is None and "down" in roles:
             feedforward = "down"
-        inner = _chosen(backbone, feedforward, _has_input, "maps with one input")
+        inner = _chosen(backbone, feedforward, _has_input, "layers with one input")
         outer = _chosen(
             backbone,
             sites,
             _has_output,
-            f"linear maps or convolutions that are called; use {general()} there",
+            f"linear layers or convolutions that are called; use {general()} there",
         )
         if not inner and not outer:
             raise UserError(
-                f"ia3() found no keys, values, feed-forward part or convolution in the blocks of {backbone.source}; name "
-                f"the maps to scale with sites=..., for example ia3(sites='all-linear'), or use {general()}."
+                f"ia3() found no keys, values, feed-forward layers or convolutions in the blocks of {backbone.source}; "
+                f"name the layers to scale with sites=..., for example ia3(sites='all-linear'), or use {general()}."
             )
         at_input = {site.name for site in inner}
         chosen = at_input | {site.name for site in outer}
@@ -76,7 +76,7 @@ class IA3(Method):
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         labels: Labels = {}
-        # decay would pull the vectors to zero, and the model with them
+        # weight decay would pull the vectors, and so the model, to zero
         group = Group("added", self.lr or 1e-2, self.name, self.lr is not None, weight_decay=0.0)
         for site, at_input in self.targets(backbone):
             name = f"ia3_{graft}"
@@ -101,7 +101,7 @@ class IA3(Method):
         config = {
             "peft_type": "IA3",
             "target_modules": [site.name for site, _ in targets],
-            # a list would be compared with the ends of names: '1.down' would also mean '11.down'
+            # the names in a list match the ends of module names: '1.down' would also match '11.down'
             "feedforward_modules": "|".join(inner) if inner else [],
             "fan_in_fan_out": any(is_transposed(site.module) for site, _ in targets),
         }
@@ -128,17 +128,17 @@ class IA3(Method):
 
 
 class Scaling(Addition):
-    """A vector of ones, shaped as PEFT keeps it: (out, 1) or (1, in) for a linear map, (1, channels, 1, 1) for a convolution."""
+    """A vector, ones at first, in PEFT's shape: (out, 1) or (1, in) at a linear layer, (1, channels, 1, 1) at a conv."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(shape))
 
     def scaled(self, x: Tensor, module: nn.Module) -> Tensor:
-        """x (..., width), or (rows, channels, ...) at a convolution."""
+        """Scale x (..., width), or (rows, channels, ...) at a convolution."""
         if not is_conv(module):
             return scale_columns(x, self.scale.flatten())
-        # without a row in front a convolution takes a single example, (channels, ...)
+        # a convolution also takes a single unbatched example, (channels, ...)
         return (x * (self.scale if x.dim() == self.scale.dim() else self.scale[0])).to(x.dtype)
 
     @classmethod
@@ -147,7 +147,7 @@ class Scaling(Addition):
         return ScalingMixture(1 + weights @ changes, 1 - members[0].scale.dim(), weights)
 
     def folded(self, module: nn.Module) -> dict[str, Tensor]:
-        """New values of the module's own parameters, in fp32."""
+        """Return new values of the module's own parameters, in fp32."""
         raise NotImplementedError
 
 
@@ -184,7 +184,7 @@ class InputScaling(Scaling):
 
 
 class ScalingMixture(Mixture):
-    """1 + sum of w (l - 1) over the vectors l of several grafts, (rows or 1, width); `channels`: the dimension they scale."""
+    """Scale by 1 + sum of w (l - 1) over the vectors l of several grafts, (rows or 1, width), in dimension `channels`."""
 
     def __init__(self, scales: Tensor, channels: int, weights: Tensor) -> None:
         super().__init__(weights)
@@ -199,7 +199,7 @@ class ScalingMixture(Mixture):
 
 
 class PackedScaling(Scaling):
-    """On `nn.MultiheadAttention`, which projects without calling a module: scaled weights stand in during the call."""
+    """Scale `nn.MultiheadAttention`, which projects without calling a module: scaled weights replace its own in a call."""
 
     replaces = True
 
@@ -233,7 +233,7 @@ class PackedScaling(Scaling):
 
 
 def _plain(site: Site, name: str) -> Tensor:
-    """A parameter that can be given new values. Raises `NotFoldable` where it is packed or computed from others."""
+    """Return a parameter that can be overwritten. Raises `NotFoldable` if it is quantized or computed from others."""
     parameter = site.module._parameters.get(name)
     if parameter is None or not parameter.dtype.is_floating_point:
         kept = "computed from other parameters" if parameter is None else f"stored as {parameter.dtype}"

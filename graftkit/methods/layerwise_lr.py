@@ -17,19 +17,19 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class LayerwiseLR(Method):
-    """Lower blocks of the backbone learn slower: lr * decay^(blocks above it); what is new learns at its own rate.
+    """Lower the learning rate of each block with its depth: lr * decay^(blocks above it); new parameters keep theirs.
 
-    Howard and Ruder 2018, 'Universal Language Model Fine-tuning', section 3.2, with the decay of each block
-    as in ELECTRA's fine-tuning. The last block and what lies above it have the full rate, the embeddings
-    lr * decay^blocks; a part between two blocks has the rate of the lower one.
-    When: full() or unfreeze() stands beside it, and lower blocks are to stay near to what they were.
-    Parameters: none of its own; it changes rates.
+    Howard and Ruder 2018, 'Universal Language Model Fine-tuning', section 3.2, with one decay
+    factor per block as in ELECTRA's fine-tuning. The last block and everything above it have the full rate, the
+    embeddings lr * decay^blocks; a part between two blocks has the rate of the lower one.
+    When: it is combined with full() or unfreeze(), and lower blocks should stay close to the base.
+    Parameters: none; it changes learning rates.
     """
 
     needs_base: ClassVar[bool] = True
     stage: ClassVar[int] = 8
 
-    decay: float = option(0.9, "factor from one block to the one below it", at_least=0.01, at_most=1)
+    decay: float = option(0.9, "factor from each block to the one below", at_least=0.01, at_most=1)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
         return {}
@@ -38,7 +38,7 @@ class LayerwiseLR(Method):
         if not any(group.role == "base" for group in labels.values()):
             raise UserError(
                 "layerwise_lr() changes nothing: no parameter of the backbone itself is trained. "
-                "Put a method beside it that trains parts of the backbone."
+                "Add a method that trains parts of the backbone."
             )
         top = len(backbone.blocks) - 1
         heights = backbone.heights

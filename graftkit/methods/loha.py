@@ -23,16 +23,17 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class LoHa(SizedMethod):
-    """Two low-rank updates multiplied element by element, of rank up to rank * rank: dW = s (w1_a w1_b) * (w2_a w2_b), with s = alpha / rank.
+    """Add the elementwise product of two low-rank matrices: dW = s (w1_a w1_b) * (w2_a w2_b), with s = alpha / rank.
 
     Hyeon-Woo et al. 2022, 'FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning',
-    proposition 1; for adaptation in LyCORIS, Yeh et al. 2024. w2_b is zero, so that training starts at the base model
-    exactly. A convolution is seen as the map (out, in / groups * kernel); with `use_effective_conv2d` each of its two
-    factors is a core (rank, rank, *kernel) between w_a and w_b, proposition 3.
+    proposition 1; used for adaptation in LyCORIS, Yeh et al. 2024. The rank of dW is up to rank * rank. w2_b is zero at
+    first, so training starts exactly at the base model. The weight of a convolution is treated as a matrix
+    (out, in / groups * kernel); with `use_effective_conv2d` each of the two factors has a core (rank, rank, *kernel)
+    between w_a and w_b, proposition 3.
 
-    When: an update of higher rank than that of lora is wanted from few parameters. It costs the time of a lora of rank
-    rank * rank, or at most that of forming dW in each pass.
-    Parameters: 2 * rank * (in + out) for each map; with `use_effective_conv2d`
+    When: the update should have a higher rank than lora's for as few parameters. A step costs as much as a lora of rank
+    rank * rank, or at most as much as forming dW in each pass.
+    Parameters: 2 * rank * (in + out) for each weight; with `use_effective_conv2d`
     2 * rank * (in / groups + out + rank * kernel) for a convolution whose kernel is not 1.
     """
 
@@ -40,7 +41,7 @@ class LoHa(SizedMethod):
 
     rank: int = option(8, "rank of each of the two factors", at_least=1)
     use_effective_conv2d: bool = option(
-        False, "cores in place of flattened kernels in convolutions", formerly="effective_conv"
+        False, "use cores instead of flattened kernels for convolutions", formerly="effective_conv"
     )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Hadamard:
@@ -56,10 +57,10 @@ class LoHa(SizedMethod):
 
 
 class Hadamard(Update):
-    """w1_a, w2_a (out, rank) and w1_b, w2_b (rank, in), all fp32 and with the experts in front where there are some.
+    """w1_a, w2_a (out, rank) and w1_b, w2_b (rank, in), all fp32; for experts, with a leading dimension of experts.
 
-    With cores: t1, t2 (rank, rank, *kernel), w1_a, w2_a (rank, out) and w1_b, w2_b (rank, in / groups); the kernel of
-    one dimension is (kernel, 1), as PEFT has it.
+    With cores: t1, t2 (rank, rank, *kernel), w1_a, w2_a (rank, out) and w1_b, w2_b (rank, in / groups); a
+    one-dimensional kernel is (kernel, 1), as in PEFT.
     """
 
     w1_a: Tensor
@@ -93,13 +94,13 @@ class Hadamard(Update):
         nn.init.zeros_(self.w2_b)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(out, rank * rank) and (rank * rank, in) whose product dW is: all products of a column, or row, of each factor."""
+        """Return factors (out, rank * rank) and (rank * rank, in) of dW: all products of a column, or row, of each."""
         left = (self.w1_a * self.scale).unsqueeze(-1) * self.w2_a.unsqueeze(-2)
         return left.flatten(-2), (self.w1_b.unsqueeze(-2) * self.w2_b.unsqueeze(-3)).flatten(-3, -2)
 
     @property
     def is_low(self) -> bool:
-        """Whether the two of them are a cheaper way to dW x than dW."""
+        """Return whether multiplying by the factors of `pair` is cheaper than by dW."""
         if self.kind not in MAPS:
             return False
         outputs, rank = self.w1_a.shape
@@ -127,12 +128,12 @@ class Hadamard(Update):
 
 
 def matrix(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
-    """a b, or with a core (rank, rank, *kernel) the tensor (out, in, *kernel)."""
+    """Return a b, or with a core (rank, rank, *kernel) the tensor (out, in, *kernel)."""
     return a @ b if core is None else torch.einsum("ij...,jr,ip->pr...", core, b, a)
 
 
 class Product(torch.autograd.Function):
-    """matrix(first half) * matrix(second half), where both are made again on the way back instead of being kept."""
+    """matrix(first half) * matrix(second half), recomputed in the backward pass instead of being saved."""
 
     @staticmethod
     def forward(ctx: Any, *factors: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class Product(torch.autograd.Function):
 
 
 def gradients(factors: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of the factors of a matrix, from that of the matrix."""
+    """Return the gradients of the factors of a matrix, given the gradient of the matrix."""
     with torch.enable_grad():
         own = [factor.detach().requires_grad_() for factor in factors]
         return torch.autograd.grad(matrix(*own), own, gradient)

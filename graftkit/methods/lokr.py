@@ -20,38 +20,38 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class LoKr(SizedMethod):
-    """A Kronecker product beside each chosen map, its larger factor of low rank: dW = s w1 ⊗ (w2_a w2_b), with s = alpha / rank.
+    """Add a Kronecker product whose larger factor has low rank: dW = s w1 ⊗ (w2_a w2_b), with s = alpha / rank.
 
     Yeh et al. 2024, 'Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation', section
-    3.2; Edalati et al. 2022, 'KronA'. out = out1 * out2 and in = in1 * in2, with out1 <= out2 and in1 <= in2 as near
-    to each other as they can be, or out1 and in1 near to `factor`. w1 is (out1, in1), w2 (out2, in2); the kernel of a
-    convolution, whose in is in / groups, belongs to w2. w2 is kept whole where rank >= max(out2, in2) / 2, and w1
-    unless `decompose_both` and rank < max(out1, in1) / 2. w1, or its left half, is zero, so that training starts at
-    the base model exactly.
+    3.2; Edalati et al. 2022, 'KronA'. out = out1 * out2 and in = in1 * in2, with out1 <= out2 and in1 <= in2 as close
+    to each other as possible, or out1 and in1 close to `factor`. w1 is (out1, in1), w2 (out2, in2); the kernel of a
+    convolution, whose `in` is in / groups, belongs to w2. w2 is not decomposed if rank >= max(out2, in2) / 2; w1 is
+    decomposed only with `decompose_both` and if rank < max(out1, in1) / 2. w1, or its left factor, is zero at first, so
+    training starts exactly at the base model.
 
-    When: updates have to be much smaller than those of lora, and as cheap to compute.
-    Parameters: out1 * in1 for w1, or rank * (out1 + in1) for its halves; out2 * in2 * kernel for w2, or
-    rank * (out2 + in2 * kernel) for its halves, or with `use_effective_conv2d` rank * (out2 + in2 + rank * kernel).
+    When: updates must be much smaller than lora's, and as cheap to compute.
+    Parameters: out1 * in1 for w1, or rank * (out1 + in1) for its factors; out2 * in2 * kernel for w2, or
+    rank * (out2 + in2 * kernel) for its factors, or with `use_effective_conv2d` rank * (out2 + in2 + rank * kernel).
     """
 
     peft_types = ("LOKR",)
 
-    rank: int = option(8, "rank of a factor that is decomposed", at_least=1)
+    rank: int = option(8, "rank of a decomposed factor", at_least=1)
     factor: int | None = option(
-        None, "size of w1 that is aimed at; null means as near to w2's as can be", at_least=1
+        None, "target size of w1; null means as close to that of w2 as possible", at_least=1
     )
-    decompose_both: bool = option(False, "also decompose w1 where it is large")
+    decompose_both: bool = option(False, "also decompose w1 if it is large")
     use_effective_conv2d: bool = option(
-        False, "a core in place of the flattened kernel in convolutions", formerly="effective_conv"
+        False, "use a core instead of the flattened kernel for convolutions", formerly="effective_conv"
     )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Kronecker:
         return Kronecker(weight, rank, scale, self.factor, self.decompose_both, self.use_effective_conv2d)
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        """The adapter that computes what the graft does; None where PEFT has none.
+        """Return an equivalent PEFT adapter; None if PEFT has none.
 
-        Where w2 of a one-dimensional convolution is whole, PEFT computes something that is no Kronecker product.
+        If w2 of a one-dimensional convolution is not decomposed, PEFT does not compute a Kronecker product.
         """
         more: dict[str, Any] = {} if self.factor is None else {"decompose_factor": self.factor}
         more |= {"decompose_both": True} if self.decompose_both else {}
@@ -65,8 +65,8 @@ class LoKr(SizedMethod):
         torn = next((name for name, tensor in tensors.items() if is_torn(name, tensor)), None)
         if torn is not None:
             raise reading.error(
-                f"{torn!r} is the whole second factor of a one-dimensional convolution, which PEFT does not multiply "
-                "as a Kronecker product. Merge this adapter with PEFT, or train it with a smaller r."
+                f"{torn!r} is the undecomposed second factor of a one-dimensional convolution, which PEFT does not "
+                "multiply as a Kronecker product. Merge this adapter with PEFT, or train it with a smaller r."
             )
         factor = reading.field("decompose_factor", -1, int)
         options["factor"] = None if factor == -1 else max(factor, 1)
@@ -75,14 +75,14 @@ class LoKr(SizedMethod):
 
 
 def is_torn(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is the whole w2 of a one-dimensional convolution."""
+    """Return whether a tensor is the undecomposed w2 of a one-dimensional convolution."""
     return name.endswith("w2") and tensor.dim() == 3
 
 
 def divisors(size: int, aim: int | None) -> tuple[int, int]:
-    """size = first * second with first <= second: as near to each other as can be, or first near to `aim`.
+    """Return first <= second with size = first * second, as close to each other as possible, or first close to `aim`.
 
-    An `aim` that divides the size is taken as it is, also above the root. As in LyCORIS and PEFT.
+    An `aim` that divides the size is used unchanged, even above its square root. As in LyCORIS and PEFT.
     """
     if aim is not None and size % aim == 0:
         return aim, size // aim
@@ -141,11 +141,11 @@ class Kronecker(Update):
         self.register_parameter(name, parameter)
 
     def first(self) -> Tensor:
-        """s w1 (out1, in1)."""
+        """Return s w1, (out1, in1)."""
         return self.scale * (self.w1 if hasattr(self, "w1") else self.w1_a @ self.w1_b)
 
     def second(self) -> Tensor:
-        """w2 (out2, in2 * kernel)."""
+        """Return w2, (out2, in2 * kernel)."""
         if hasattr(self, "t2"):
             return torch.einsum("ij...,ip,jr->pr...", self.t2, self.w2_a, self.w2_b).flatten(1)
         if hasattr(self, "w2_a"):
@@ -157,7 +157,7 @@ class Kronecker(Update):
         return product.reshape(weight.shape)
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """(w1 ⊗ w2) x = w1 X w2^T for X (in1, in2), the rows of x; the product itself is not made."""
+        """Add (w1 ⊗ w2) x = w1 X w2^T, where X (in1, in2) is x reshaped; the product itself is not formed."""
         if self.kind not in MAPS:
             return super().after(site, args, kwargs, output)
         _, _, in1, in2 = self.sizes

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update beside a linear map."""
+"""LoRA: a low-rank update beside a weight."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class LoRA(LoraLikeMethod):
-    """Low-rank update s B A beside each chosen map: W x + s B (A x), with s = alpha / rank.
+    """Add a trained low-rank update s B A to each chosen weight W: W x + s B (A x), with s = alpha / rank.
 
-    Hu et al. 2021, 'LoRA: Low-Rank Adaptation of Large Language Models', equation 3. A is drawn as `nn.Linear` draws
-    its weight, B is zero, so that training starts at the base model exactly (at an embedding A is zero and B is
-    drawn). `use_rslora`: s = alpha / sqrt(rank), Kalajdzievski 2023, 'A Rank Stabilization Scaling Factor',
+    Hu et al. 2021, 'LoRA: Low-Rank Adaptation of Large Language Models', equation 3. A is initialised like the weight
+    of `nn.Linear` and B with zeros, so training starts exactly at the base model (for an embedding, A is zero and B is
+    random). `use_rslora`: s = alpha / sqrt(rank), Kalajdzievski 2023, 'A Rank Stabilization Scaling Factor',
     theorem 3.2. `loraplus_lr_ratio`: Hayou et al. 2024, 'LoRA+', section 4.
 
-    Beside linear maps it updates convolutions, embeddings, the packed maps of `nn.MultiheadAttention` and experts that
-    are kept as one parameter; of the latter two the sum W + s B A stands in for W during a call.
+    Works for linear layers, convolutions, embeddings, the packed projections of `nn.MultiheadAttention` and experts
+    stored as one parameter; for the last two, W + s B A replaces W during a call.
 
-    When: nothing speaks for another method: it comes near to full fine-tuning on most tasks, and folds.
-    Parameters: rank * (in + out) for each map, as many times as there are experts; at an embedding in is the
-    vocabulary; at a convolution rank * (in * kernel + out / groups), which `groups` has to divide the rank for. With
-    lora_bias out more for each map; bias frees those of the model.
+    When: there is no reason to choose another method: it comes close to full fine-tuning on most tasks, and can be
+    folded.
+    Parameters: rank * (in + out) for each weight, times the number of experts; for an embedding, `in` is the
+    vocabulary size; for a convolution rank * (in * kernel + out / groups), where `groups` must divide the rank.
+    `lora_bias` adds out for each weight; `bias` also trains biases of the model.
     """
 
     peft_types = ("LORA",)
     is_product: ClassVar[bool] = True
     is_general: ClassVar[bool] = True
 
-    lora_bias: bool = option(False, "a trained bias beside B, scaled as B is", formerly="b_bias")
+    lora_bias: bool = option(False, "train a bias beside B, with the same scale", formerly="b_bias")
     init: str = option(
         "kaiming", "distribution that A is drawn from", choices=("kaiming", "gaussian"), formerly="start"
     )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
         update = super().factors(weight, name, rank, scale)
-        if self.init != "kaiming":  # which it has been drawn from already
+        if self.init != "kaiming":  # the default, which is already applied
             update.draw(self.init)
         return update
 

@@ -1,4 +1,4 @@
-"""Norm tuning: the gains and biases of norms are trained."""
+"""Norm tuning: train the gains and biases of the norms."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class Norms(Method):
-    """The gains g and biases b of norms are trained: g * (x - mean) / deviation + b; nothing else of the backbone.
+    """Train the gains g and biases b of the norms, g * (x - mean) / std + b, and nothing else of the backbone.
 
     Zhao et al. 2024, 'Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning', section 2; for
-    BatchNorm Frankle et al. 2021, 'Training BatchNorm and Only BatchNorm'. LayerNorm, RMSNorm, GroupNorm and
-    BatchNorm alike. With `statistics`, BatchNorm's running mean and variance follow the new data in training and are
-    saved with the graft; without, they stay those of the base.
-    When: a graft has to be small and the model has few biases, or its norms meet data of another kind.
-    Parameters: the gains and biases of the chosen norms, width for each.
+    BatchNorm Frankle et al. 2021, 'Training BatchNorm and Only BatchNorm'. Works for LayerNorm, RMSNorm, GroupNorm and
+    BatchNorm. With `statistics`, BatchNorm's running mean and variance are updated on the new data during training and
+    saved with the graft; without it, they stay those of the base.
+    When: the graft must be small and the model has few biases, or the new data differ from what the norms were trained on.
+    Parameters: the gains and biases of the chosen norms, `width` each.
     """
 
     peft_types = ("LN_TUNING",)
     frees_base: ClassVar[bool] = True
 
-    sites: str = option("norms", "norms that are trained, as a selection")
-    statistics: bool = option(False, "whether BatchNorm's running mean and variance move too")
+    sites: str = option("norms", "norms to train, as a selection")
+    statistics: bool = option(False, "also update BatchNorm's running mean and variance")
     lr: float | None = option(None, "learning rate; null means 0.005", above=0)
 
     def targets(self, backbone: Backbone) -> list[Site]:
@@ -70,7 +70,7 @@ class Norms(Method):
             f"base_model.model.{site.name}.ln_tuning_layers.{name}": tensor
             for site in sites
             for name, tensor in site.module.state_dict(keep_vars=True).items()
-            if "." not in name  # the norm's own, without what another graft placed on it
+            if "." not in name  # the norm's own parameters, not those that another graft placed on it
         }
         config = {"peft_type": "LN_TUNING", "target_modules": [site.name for site in sites]}
         return PeftForm(config, tensors)
@@ -90,5 +90,5 @@ class Norms(Method):
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a norm has a running mean and variance that move in training."""
+    """Return whether a norm has a running mean and variance that are updated during training."""
     return getattr(module, "running_mean", None) is not None

@@ -1,4 +1,4 @@
-"""Every tuner of an installed PEFT as a method. How its layers get beside the modules: graftkit/methods/shared/peft_bridge.py."""
+"""Every tuner of the installed PEFT as a method. graftkit/methods/shared/peft_bridge.py runs its layers beside modules."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class Peft(Method):
-    """Any tuner of an installed PEFT: L(x) at each chosen module, where L is PEFT's own layer around the module.
+    """Use any tuner of the installed PEFT: L(x) at each chosen module, where L is PEFT's layer around the module.
 
-    What L computes stands in PEFT's documentation of the tuner; for 'hira', which fits most modules and starts at the
-    base model, it is (W + W * (B A)) x with the elementwise product * (Huang et al. 2025, 'HiRA: Parameter-Efficient
-    Hadamard High-Rank Adaptation for Large Language Models', section 3). Among the others are 'oft', 'boft', 'hra',
-    'fourierft', 'vblora', 'miss', 'randlora', 'c3a', 'shira', 'road' and 'waveft'; tuners that do not sit on modules, as
-    prompts, are refused. `options` are the fields of the tuner's configuration in PEFT, as in
-    `peft('oft', {'oft_block_size': 32}, sites='q,v')`. Layers that start from the base's values ('adamss', 'frod', 'osf')
-    want the base to be loaded before.
-    When: a tuner is wanted that is no method of its own here; those that are run faster and on more kinds of modules.
-    Parameters: those that PEFT's layers train; for 'hira', r * (in + out) for each map, with r = 32 unless given.
+    PEFT's documentation of the tuner says what L computes. For 'hira', which fits most modules and starts at the base
+    model, it is (W + W * (B A)) x with the elementwise product * (Huang et al. 2025, 'HiRA: Parameter-Efficient
+    Hadamard High-Rank Adaptation for Large Language Models', section 3). Other tuners are 'oft', 'boft', 'hra',
+    'fourierft', 'vblora', 'miss', 'randlora', 'c3a', 'shira', 'road' and 'waveft'; tuners that do not wrap modules, such
+    as prompts, are refused. `options` are the fields of the tuner's PEFT configuration, for example
+    `peft('oft', {'oft_block_size': 32}, sites='q,v')`. Tuners that start from the base's values ('adamss', 'frod',
+    'osf') need the base to be loaded first.
+    When: you need a tuner that has no method here; tuners that have one run faster and on more kinds of modules.
+    Parameters: those that PEFT's layers train; for 'hira', r * (in + out) for each weight, with r = 32 by default.
     """
 
-    peft_types = ("*",)  # those that no other method reads
+    peft_types = ("*",)  # all types that no other method reads
 
     tuner: str = option("hira", "PEFT's name for the tuner, such as 'oft', 'hra', 'fourierft' or 'vblora'")
     options: dict | None = option(
@@ -59,12 +59,12 @@ class Peft(Method):
     )
     sites: str | None = option(
         None,
-        "modules that are adapted, as a selection; null means all-linear, for 'ln_tuning' the norms and for "
+        "modules to adapt, as a selection; null means all-linear, for 'ln_tuning' the norms and for "
         "'trainable_tokens' the embeddings of the vocabulary",
     )
     lr: float | None = option(
         None,
-        "learning rate; null means 0.003 for 'hira', 0.01 for tuners of coefficients such as 'fourierft', else 0.001",
+        "learning rate; null means 0.003 for 'hira', 0.01 for tuners that train coefficients, such as 'fourierft', else 0.001",
         above=0,
     )
 
@@ -79,7 +79,7 @@ class Peft(Method):
                     f"{nearest(str(name), fields)}"
                 )
             if name in OURS and value != defaults[name]:
-                raise UserError(f"peft({self.tuner!r}) does not take {name}={value!r}; {instead_of(name)}.")
+                raise UserError(f"peft({self.tuner!r}) does not accept {name}={value!r}; {instead_of(name)}.")
 
     @property
     def kind(self) -> str:
@@ -87,13 +87,13 @@ class Peft(Method):
         return kind_of(self.tuner)
 
     def targets(self, backbone: Backbone) -> list[Site]:
-        """The modules that PEFT is to adapt."""
+        """Return the modules that PEFT adapts."""
 
         def usable(site: Site) -> bool:
             module = site.module
             if not site.called:
                 return False
-            if is_conv(module):  # PEFT's OFT adds overlapping patches up there, which is no rotation
+            if is_conv(module):  # PEFT's OFT sums overlapping patches there, which is not a rotation
                 return self.kind != "OFT"
             return is_linear(module) or is_norm(module) or isinstance(module, nn.Embedding)
 
@@ -119,7 +119,7 @@ class Peft(Method):
         return "norms" if self.kind == "LN_TUNING" else "all-linear"
 
     def bridges(self, backbone: Backbone, graft: str) -> list[tuple[Site, Bridge]]:
-        """What `attach` placed, with the site of each."""
+        """Return the layers that `attach` placed, each with its site."""
         return [(site, getattr(site.module, f"{self.name}_{graft}")) for site in self.targets(backbone)]
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
@@ -154,12 +154,12 @@ class Peft(Method):
     def _refuse_misfits(self, backbone: Backbone, sites: list[Site]) -> None:
         if any(not site.name for site in sites):
             raise UserError(
-                f"peft({self.tuner!r}) cannot adapt {backbone.source}, which is a single module; use {general()}."
+                f"peft({self.tuner!r}) cannot adapt {backbone.source}, which is itself a single layer; use {general()}."
             )
         if self.kind == "ADAMSS" and any(p.is_meta for site in sites for p in site.module.parameters()):
             raise UserError(
-                f"peft({self.tuner!r}) makes parameters whose shapes follow from the values in {sites[0].name!r}, and so "
-                f"needs the weights of {backbone.source} already for the plan; use {general()} to plan without them."
+                f"peft({self.tuner!r}) creates parameters whose shapes depend on the values in {sites[0].name!r}, so the "
+                f"plan already needs the weights of {backbone.source}; use {general()} to plan without them."
             )
         owners = [
             (id(p), n.rpartition(".")[0]) for n, p in backbone.model.named_parameters(remove_duplicate=False)
@@ -169,12 +169,12 @@ class Peft(Method):
             tied = [owner for key, owner in owners if key == weight and owner != site.name]
             if tied:
                 raise UserError(
-                    f"peft({self.tuner!r}) would in PEFT change {tied[0]!r} too, which shares its weight with "
+                    f"peft({self.tuner!r}) would also change {tied[0]!r} in PEFT, because it shares its weight with "
                     f"{site.name!r}; use {selecting('embeddings')}."
                 )
 
     def _build(self, backbone: Backbone, sites: list[Site]) -> Any:
-        """PEFT's model, whose layers are those of the sites, around stand-ins for the modules there."""
+        """Return PEFT's model: its layers for the sites, around stand-ins for the modules there."""
         names = [site.name for site in sites]
         fields = defaults_of(self.kind)
         mine: dict[str, Any] = {
@@ -192,7 +192,7 @@ class Peft(Method):
             hang(holder, site.name, stand_in(site.module, own=True))
         configs, tuners = mappings()
         try:
-            with warnings.catch_warnings():  # of a CUDA extension, which PEFT goes without
+            with warnings.catch_warnings():  # about a missing CUDA extension, which PEFT does not need
                 warnings.filterwarnings("ignore", module=r"peft\.tuners\.boft")
                 tuner = tuners[self.kind](holder, {INSIDE: configs[self.kind](**options)}, INSIDE)
         except Exception as error:  # PEFT checks little: what wrong options run into can be anything
@@ -202,7 +202,7 @@ class Peft(Method):
             if not isinstance(error, ValueError | TypeError | NotImplementedError):
                 what = f"{type(error).__name__} {what}"
             raise UserError(
-                f"peft({self.tuner!r}) does not fit {backbone.source}: {what}. Give it other options or sites, or use "
+                f"peft({self.tuner!r}) does not fit {backbone.source}: {what}. Change its options or sites, or use "
                 f"{general()}."
             ) from None
         cast_adapter(tuner, INSIDE)
@@ -230,7 +230,7 @@ class Peft(Method):
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        copies: dict[int, Any] = {}  # of what layers share
+        copies: dict[int, Any] = {}  # deepcopy's memo, so that layers go on sharing tensors
         for site, bridge in self.bridges(backbone, graft):
             layer = copy.deepcopy(bridge.layer, copies).eval()
             layer.base_layer = stand_in(site.module, own=True, clone=True)
@@ -243,7 +243,7 @@ class Peft(Method):
                 raise NotFoldable(
                     f"peft({self.tuner!r}) cannot be folded into {site.name!r}: PEFT says {first_line(error)!r}"
                 ) from None
-            base = layer.base_layer  # not always the one that it was
+            base = layer.base_layer  # merging may replace it
             for name, parameter in base.named_parameters(recurse=False):
                 present = site.module._parameters.get(name)
                 if present is None:
@@ -266,7 +266,7 @@ class Peft(Method):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The tensors keep PEFT's keys: only PEFT's layers know which parameters these are (`unpack`)."""
+        """Read any PEFT adapter. Tensors keep PEFT's keys: only its layers know which parameters they are (`unpack`)."""
         try:
             kind = kind_of(reading.kind)
         except UserError as error:
@@ -315,14 +315,14 @@ class Peft(Method):
             ):
                 raise UserError(
                     f"the adapter does not fit {backbone.source} as peft({self.tuner!r}): {key!r} has shape "
-                    f"{tuple(tensor.shape)} and is stored as {tensor.dtype}, but {tuple(wanted[key].shape)} and "
-                    f"{wanted[key].dtype} is needed."
+                    f"{tuple(tensor.shape)} and is stored as {tensor.dtype}, but should have "
+                    f"{tuple(wanted[key].shape)} and {wanted[key].dtype}."
                 )
         set_peft_model_state_dict(Whole(tuner), dict(given), INSIDE)
         for key, tensor in written(tuner).items():
             if not torch.allclose(tensor.float(), given[key].float(), rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise UserError(
-                    f"the adapter has values in {key!r} that PEFT's layers on {backbone.source} cannot take."
+                    f"PEFT's layers on {backbone.source} cannot hold the adapter's values of {key!r}."
                 )
         unpacked = {key: tensor for key, tensor in tensors.items() if key not in given}
         for path, module in backbone.model.named_modules():
@@ -332,7 +332,7 @@ class Peft(Method):
 
 
 def _named_by(reading: PeftReading, targets: Any) -> str:
-    """The modules that a configuration names, where no key of a tensor does."""
+    """Return the modules that a configuration names, for adapters whose tensor keys name none."""
     for name in ("exclude_modules", "layers_to_transform"):
         if reading.field(name):
             raise reading.error(f"uses {name}, which graftkit does not read for {reading.kind}.")

@@ -25,15 +25,15 @@ OVERSAMPLED = 10  # columns beyond the rank in the randomised SVD (Halko et al. 
 
 @dataclass(frozen=True)
 class PiSSA(LowRankMethod):
-    """Low-rank update that starts from the largest singular triplets of each weight: W x + s (B A - B0 A0) x.
+    """Add a low-rank update that starts from the largest singular triplets of each weight: W x + s (B A - B0 A0) x.
 
-    Meng et al. 2024, 'PiSSA: Principal Singular Values and Singular Vectors Adaptation', equations 2 to 4, with
-    s B0 A0 the best approximation of W of that rank, B0 = U sqrt(S / s), A0 = sqrt(S / s) V'; s = alpha / rank. The
-    paper keeps W - s B0 A0 in the place of W; here W stays, and A0 and B0 are kept, and saved, beside A and B. It is
-    computed as s ((B - B0) A + B0 (A - A0)), so that training starts at the base model exactly.
+    Meng et al. 2024, 'PiSSA: Principal Singular Values and Singular Vectors Adaptation', equations 2 to 4, where
+    s B0 A0 is the best approximation of W of that rank, B0 = U sqrt(S / s), A0 = sqrt(S / s) V', s = alpha / rank. The
+    paper replaces W by W - s B0 A0; here W is unchanged, and A0 and B0 are stored and saved beside A and B. The update
+    is computed as s ((B - B0) A + B0 (A - A0)), so training starts exactly at the base model.
 
-    When: lora is slow to begin learning, and a decomposition of each weight beforehand is no hindrance.
-    Parameters: those of lora(); as many again are kept frozen.
+    When: lora learns slowly at first, and the time to decompose each weight beforehand does not matter.
+    Parameters: those of lora(), and as many frozen ones.
     """
 
     starts_from_values: ClassVar[bool] = True
@@ -47,13 +47,13 @@ class PiSSA(LowRankMethod):
     default_scale = 1.0
 
     def group(self) -> Group:
-        # decay would pull the principal part of each weight to zero, and the model with it
+        # weight decay would pull the principal part of each weight, and so the model, to zero
         return dataclasses.replace(super().group(), weight_decay=0.0)
 
     @property
     def wanted(self) -> str:
         return (
-            f"weights that {self.name}() can update, which are no integers and of no grouped convolution; "
+            f"weights that {self.name}() can update, neither stored as integers nor of a grouped convolution; "
             f"use {general()} there"
         )
 
@@ -69,7 +69,7 @@ class PiSSA(LowRankMethod):
         if rank > least:
             raise UserError(
                 f"{self.name}(): the rank at {name!r} is {rank}, but this {type(weight.module).__name__} has only "
-                f"{least} singular values. Take a lower one there with rank_pattern, or {general()}."
+                f"{least} singular values. Lower the rank there with rank_pattern, or use {general()}."
             )
         return Principal(weight, rank, scale, self.dropout, self.iterations)
 
@@ -77,12 +77,12 @@ class PiSSA(LowRankMethod):
         return peft_lora.write(self, backbone, graft)
 
     def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
-        """A LoRA of twice the rank with the same scale."""
+        """Return rank and alpha of a LoRA of twice the rank with the same scale."""
         return 2 * rank, alpha * math.sqrt(2) if self.use_rslora else 2 * alpha
 
 
 class Principal(LowRank):
-    """The factors A and B, and what they were at first, A0 and B0, as buffers."""
+    """The factors A and B, with their initial values A0 and B0 as buffers."""
 
     A0: Tensor
     B0: Tensor
@@ -100,14 +100,14 @@ class Principal(LowRank):
         self.register_buffer("B0", self.B.detach().clone())
 
     def used(self) -> tuple[Tensor, Tensor]:
-        """Factors of twice the rank whose product is B A - B0 A0, without a difference of large numbers."""
+        """Return factors of twice the rank whose product is B A - B0 A0, without cancellation of large terms."""
         A, A0 = (factor.unflatten(0, (self.count, -1)) for factor in (self.A, self.A0))
         B, B0 = (factor.unflatten(1, (-1, self.count)) for factor in (self.B, self.B0))
         return torch.cat([A, A - A0], dim=1).flatten(0, 1), torch.cat([B - B0, B0], dim=1).flatten(1, 2)
 
 
 def principal(W: Tensor, rank: int, scale: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """U sqrt(S / s), (..., out, rank), and sqrt(S / s) V', (..., rank, in), of the largest singular values of W."""
+    """Return U sqrt(S / s), (..., out, rank), and sqrt(S / s) V', (..., rank, in), for the largest singular values of W."""
     if W.is_meta:
         return W.new_empty(*W.shape[:-1], rank), W.new_empty(*W.shape[:-2], rank, W.shape[-1])
     if iterations and rank + OVERSAMPLED < min(W.shape[-2:]):

@@ -21,19 +21,19 @@ from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
-PACKED = "prefix_default.prompt_embeddings"  # keys and values of all layers, as PEFT keeps them
-PLAIN_ROTATIONS = ("default", "linear", "llama3")  # same for every text length, and rotations only
+PACKED = "prefix_default.prompt_embeddings"  # keys and values of all layers, as PEFT stores them
+PLAIN_ROTATIONS = ("default", "linear", "llama3")  # pure rotations, the same for every text length
 
 
 @dataclass(frozen=True)
 class Prefix(Method):
-    """`tokens` trained keys and values in front of those of every attention layer.
+    """Prepend `tokens` trained keys and values to those of every attention layer.
 
     Liu et al. 2021, 'P-Tuning v2'; Li and Liang 2021, 'Prefix-Tuning', equation 2, and for the reparameterisation
     section 4.3: with `hidden`, keys and values are W2 tanh(W1 E + b1) + b2 of an embedding E (tokens, width).
-    With `shift`, the text's positions begin behind the prefix, as in PEFT and in the code of both papers, where the
-    prefix is a cache; without, the text stays at the positions at which the model was trained.
-    When: the model's maps have to stay as they are, and some more positions in each attention cost little.
+    With `shift`, the positions of the text start after the prefix, as in PEFT and in the code of both papers, where the
+    prefix is a cache; without it, the text keeps the positions that the model was trained with.
+    When: the model's weights must not change, and a few more positions in each attention layer cost little.
     Parameters, for L attention layers: 2 * L * tokens * kv width; with `hidden`
     tokens * width + hidden * (width + 1) + (hidden + 1) * 2 * L * kv width.
     """
@@ -43,7 +43,7 @@ class Prefix(Method):
 
     tokens: int = option(16, "number of trained positions in each layer", at_least=1)
     hidden: int = option(0, "width of the reparameterisation's hidden layer; 0 for none", at_least=0)
-    shift: bool = option(False, "whether the text's positions begin behind the prefix, as in PEFT")
+    shift: bool = option(False, "start the positions of the text after the prefix, as in PEFT")
     lr: float | None = option(None, "learning rate; null means 0.01", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
@@ -75,17 +75,17 @@ class Prefix(Method):
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(
-            "prefix() cannot be folded: added keys and values have no equal in the plain architecture. "
-            f"Keep the graft folder and load it with graftkit.load, or use {general()} where folding matters."
+            "prefix() cannot be folded: added keys and values have no equivalent in the plain architecture. "
+            f"Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        """PEFT keeps all layers in one matrix (tokens, layers * 2 * kv width), ordered k0, v0, k1, v1 ...
+        """Return all layers in one matrix (tokens, layers * 2 * kv width), ordered k0, v0, k1, v1, ...
 
-        It does not keep the reparameterisation: what is written is its result. PEFT puts the prefix at positions
-        0 ... and the text behind it, as `shift` does here. Without it the text keeps its own positions, and with rotary
-        ones, where only distances count, keys turned by `tokens` positions mean the same; other models cannot be
-        expressed, and neither can those that take no cache.
+        PEFT does not save the reparameterisation, so its result is written. PEFT puts the prefix at positions 0, 1, ...
+        and the text after it, as `shift` does here. Without `shift` the text keeps its own positions; with rotary
+        embeddings, where only distances matter, rotating the keys by `tokens` positions gives the same result. Other
+        models, and those without a key-value cache, cannot be expressed.
         """
         modules = attention_modules(backbone)
         shapes = {kv_shape(backbone, module) for _, _, module in modules}
@@ -113,7 +113,7 @@ class Prefix(Method):
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """`prefix_projection` says how it was trained: what is kept is the result."""
+        """Read a prefix. `prefix_projection` says how it was trained: PEFT saves only the result."""
         reading.ignore("prefix_projection", "encoder_hidden_size", "init_weights")
         tokens, layers, width, heads = (
             reading.field(name, None, int)
@@ -121,8 +121,8 @@ class Prefix(Method):
         )
         if (parts := reading.field("num_transformer_submodules") or 1) != 1:
             raise reading.error(
-                f"num_transformer_submodules={parts} is a prefix of a decoder beside an encoder's, which graftkit does "
-                "not read."
+                f"num_transformer_submodules={parts} is a prefix for both an encoder and a decoder, which graftkit "
+                "does not read."
             )
         found = list(reading.take("prompt_embeddings").values())
         shape = tuple(found[0].shape) if found else None
@@ -151,7 +151,7 @@ class Prefix(Method):
 
 
 def _rotation(backbone: Backbone, tokens: int) -> Callable[[Tensor], Tensor] | None:
-    """Turns keys (kv heads, tokens, d) by `tokens` rotary positions; None where the model has no plain ones."""
+    """Return a function that rotates keys (kv heads, tokens, d) by `tokens` positions; None without plain rotations."""
     attention = attention_modules(backbone)[0][2]
     rotary = rotary_of(backbone.model, attention)
     if rotary is None or rotary.kind not in PLAIN_ROTATIONS:
@@ -159,7 +159,7 @@ def _rotation(backbone: Backbone, tokens: int) -> Callable[[Tensor], Tensor] | N
 
     def turned(key: Tensor) -> Tensor:
         angles = rotary.angles(key, torch.tensor([[tokens]], device=key.device))
-        width = angles[0].shape[-1]  # some models turn the first part of a head only
+        width = angles[0].shape[-1]  # some models rotate only the first part of each head
         part = key[None, ..., :width]
         return torch.cat([rotary.turn(part, part, *angles)[1][0], key[..., width:]], dim=-1)
 
@@ -167,7 +167,7 @@ def _rotation(backbone: Backbone, tokens: int) -> Callable[[Tensor], Tensor] | N
 
 
 def kv_shape(backbone: Backbone, module: nn.Module) -> tuple[int, int]:
-    """(kv heads, head width) of an attention module."""
+    """Return (kv heads, head width) of an attention module."""
     config: Any = getattr(module, "config", None) or backbone.model.config
 
     def known(*names: str) -> int | None:
@@ -177,7 +177,7 @@ def kv_shape(backbone: Backbone, module: nn.Module) -> tuple[int, int]:
     heads = known("num_attention_heads", "n_heads")
     if heads is None:
         raise UserError(
-            f"prefix() does not find the number of heads of {type(module).__name__} in {backbone.source}; use "
+            f"prefix() cannot find the number of heads of {type(module).__name__} in {backbone.source}; use "
             f"{recommended('is_general', 'composes')} instead."
         )
     size = known("head_dim", "attention_head_size", "key_value_proj_dim") or backbone.hidden_size // heads
@@ -185,7 +185,7 @@ def kv_shape(backbone: Backbone, module: nn.Module) -> tuple[int, int]:
 
 
 class PrefixSlot(AddedKeysValues):
-    """Keys and values of one layer, (kv heads, tokens, head width): stored here, or columns of the encoder's output."""
+    """Keys and values of one layer, (kv heads, tokens, head width): parameters, or columns of the encoder's output."""
 
     encoder: PrefixEncoder | None
 
@@ -220,7 +220,7 @@ class PrefixEncoder(Added):
         self.out = nn.Linear(hidden, outputs)
 
     def columns(self, start: int, count: int) -> Tensor:
-        """Columns of the output (tokens, outputs), from `start`. Nothing is kept from one layer to the next."""
+        """Return `count` columns of the output (tokens, outputs) from `start`. Each layer computes its own."""
         hidden = torch.tanh(self.trunk(self.embedding))
         rows = slice(start, start + count)
         return nn.functional.linear(hidden, self.out.weight[rows], self.out.bias[rows])

@@ -23,18 +23,18 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class Prompt(Method):
-    """`tokens` trained embeddings P in front of the text: the model reads [P; X] instead of X.
+    """Prepend `tokens` trained embeddings P to the text: the model reads [P; X] instead of X.
 
     Lester, Al-Rfou and Constant 2021, 'The Power of Scale for Parameter-Efficient Prompt Tuning', section 2. With an
-    encoder and a decoder, the encoder reads them. Models of pictures and sound read them behind their patches or frames
-    (Jia et al. 2022, 'Visual Prompt Tuning', VPT-shallow). The text has that many positions less. What the model gives
-    for the virtual tokens is cut off, so a head pools the text; the architecture's own head pools as it does in PEFT:
-    on the first position of all where it takes the first, on the text's last token where it takes the last (PEFT on
-    the last position, be it padding). PEFT itself cuts nothing off: hidden states of this graft in PEFT begin with those
-    of the virtual tokens.
-    `init`: 'random' draws from a normal distribution as wide as the embedding table, 'vocabulary' takes random rows
-    of the table, 'text' the rows of the words of `init_text`, repeated or cut to `tokens`.
-    When: the model is large and a graft has to be tiny; on small models it stays behind other methods.
+    encoder and a decoder, the encoder reads them. Image and audio models read them after their patches or frames
+    (Jia et al. 2022, 'Visual Prompt Tuning', VPT-shallow). They use up `tokens` of the positions available to the text.
+    The model's outputs for the virtual tokens are cut off, so a head pools the text only. The architecture's own head
+    pools as it does in PEFT: a head on the first token sees the first virtual token; a head on the last token sees the
+    last token of the text (in PEFT the last position, even if it is padding). PEFT itself cuts nothing off: the hidden
+    states of this graft in PEFT begin with those of the virtual tokens.
+    `init`: 'random' draws from a normal distribution with the standard deviation of the embedding table, 'vocabulary'
+    takes random rows of the table, 'text' the rows of the tokens of `init_text`, repeated or cut to `tokens`.
+    When: the model is large and the graft must be tiny; on small models other methods reach more.
     Parameters: tokens * width.
     """
 
@@ -44,7 +44,7 @@ class Prompt(Method):
     tokens: int = option(20, "number of virtual tokens", at_least=1)
     init: str = option(
         "random",
-        "what the virtual tokens are at first",
+        "initial values of the virtual tokens",
         choices=("random", "vocabulary", "text"),
         formerly="start",
     )
@@ -56,7 +56,7 @@ class Prompt(Method):
             self.init_text is None or self.init_text.strip()
         ):
             raise UserError(
-                "prompt() starts from a text, which must not be empty, where both are given: prompt(init='text', "
+                "prompt() needs init='text' and a non-empty init_text together: prompt(init='text', "
                 "init_text='Classify the question')."
             )
         entrance = find_entrance(backbone, self.name)
@@ -68,7 +68,7 @@ class Prompt(Method):
         return labels_of(backbone, name, group)
 
     def _first(self, backbone: Backbone, entrance: Entrance) -> Tensor:
-        """The values to start from, (tokens, width), in fp32."""
+        """Return the initial values, (tokens, width), in fp32."""
         table = entrance.table
         if self.init == "random":
             known = table is not None and not table.weight.is_meta
@@ -76,7 +76,7 @@ class Prompt(Method):
             return new_parameter(self.tokens, entrance.width, std=spread).detach()
         if table is None:
             raise UserError(
-                f"prompt(init={self.init!r}) needs a vocabulary, and {backbone.source} reads none; use init='random'."
+                f"prompt(init={self.init!r}) needs a vocabulary, and {backbone.source} has none; use init='random'."
             )
         if self.init == "vocabulary":
             rows = torch.randint(table.num_embeddings, (self.tokens,), device=table.weight.device)
@@ -98,7 +98,7 @@ class Prompt(Method):
         tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
         if not callable(tokenizer):
             raise UserError(
-                f"prompt(init='text') needs the tokenizer of {backbone.source}, which was given without one: pass "
+                f"prompt(init='text') needs the tokenizer of {backbone.source}, which was passed without one: pass "
                 "Backbone(model, tokenizer) instead of the model alone, or use init='vocabulary'."
             )
         ids = list(tokenizer(self.init_text, add_special_tokens=False)["input_ids"])
@@ -112,7 +112,7 @@ class Prompt(Method):
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(
             "prompt() cannot be folded: virtual tokens make the input longer, which no weight of the plain architecture "
-            f"does. Keep the graft folder and load it with graftkit.load, or use {general()} where folding matters."
+            f"can do. Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
@@ -125,14 +125,14 @@ class Prompt(Method):
             "num_virtual_tokens": self.tokens,
             "token_dim": entrance.width,
             "num_transformer_submodules": 1,
-            "num_attention_heads": 1,  # PEFT wants these two, and does nothing with them
+            "num_attention_heads": 1,  # PEFT requires these two but does not use them
             "num_layers": len(backbone.blocks),
         }
         return PeftForm(config, {"prompt_embeddings": added.values})
 
     @classmethod
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Of P-tuning too, PEFT keeps the encoder's result alone, which is a trained prompt."""
+        """Read a prompt, or the result of P-tuning: PEFT saves only the encoder's output, which is a trained prompt."""
         reading.ignore(
             "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
             "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
@@ -150,7 +150,7 @@ class Prompt(Method):
                 f"num_virtual_tokens={tokens}, num_transformer_submodules={halves} and token_dim={width} do not fit "
                 f"prompt_embeddings of shape {tuple(values.shape)}."
             )
-        # of those for an encoder and a decoder, PEFT uses the encoder's alone
+        # with prompts for an encoder and a decoder, PEFT uses only the encoder's
         return {"tokens": tokens}, {"prompt_default.values": values[:tokens].float().contiguous()}
 
 

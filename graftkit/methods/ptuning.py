@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens that an encoder makes."""
+"""P-tuning: virtual tokens computed by a trained encoder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class PTuning(Method):
-    """`tokens` embeddings in front of the text that an encoder makes of as many trained ones E, so that they depend on each other.
+    """Prepend `tokens` virtual tokens to the text, computed from trained embeddings E by an encoder that links them.
 
     Liu et al. 2021, 'GPT Understands, Too' (P-tuning), section 3.2 of the first version: h = MLP(BiLSTM(E)); or
-    h = MLP(E). The MLP has rectified linear units: after the LSTM one hidden layer of 2 * hidden, alone `layers` of
-    `hidden`. Where virtual tokens stand, and what is cut off, is as in `prompt`.
-    When: prompt() trains unsteadily.
-    Parameters, w the width and h hidden: tokens * w, and
+    h = MLP(E). The MLP uses ReLU; after the LSTM it has one hidden layer of width 2 * hidden, without the LSTM `layers`
+    hidden layers of width `hidden`. Virtual tokens are placed, and their outputs cut off, as in `prompt`.
+    When: training with prompt() is unstable.
+    Parameters, w the width and h hidden: tokens * w, plus
     for 'mlp' (w + 1) * h + (layers - 1) * (h + 1) * h + (h + 1) * w;
     for 'lstm' 8 * h * (w + h + 2) + (layers - 1) * 8 * h * (3 * h + 2) + (2 * h + 1) * (2 * h + w).
     """
@@ -35,7 +35,7 @@ class PTuning(Method):
     stage: ClassVar[int] = 4
 
     tokens: int = option(20, "number of virtual tokens", at_least=1)
-    encoder: str = option("mlp", "what makes the virtual tokens", choices=("mlp", "lstm"))
+    encoder: str = option("mlp", "network that computes the virtual tokens", choices=("mlp", "lstm"))
     hidden: int | None = option(
         None, "width of the encoder; null means the embeddings' width, half of it for an LSTM", at_least=1
     )
@@ -53,17 +53,17 @@ class PTuning(Method):
         return labels_of(backbone, name, group)
 
     def _hidden(self, width: int) -> int:
-        half = self.encoder == "lstm"  # it runs both ways, and so gives the whole
+        half = self.encoder == "lstm"  # it is bidirectional: both halves together have the full width
         return self.hidden or (max(1, width // 2) if half else width)
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
         raise NotFoldable(
             "ptuning() cannot be folded: virtual tokens make the input longer, which no weight of the plain architecture "
-            f"does. Keep the graft folder and load it with graftkit.load, or use {general()} where folding matters."
+            f"can do. Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        """PEFT keeps what the encoder makes, not the encoder: enough to use it, not to train on."""
+        """Return the encoder's output as PEFT's virtual tokens: PEFT saves no encoder, so training cannot continue."""
         entrance = find_entrance(backbone, self.name)
         if entrance.table is None:
             return None
@@ -73,7 +73,7 @@ class PTuning(Method):
             "num_virtual_tokens": self.tokens,
             "token_dim": entrance.width,
             "num_transformer_submodules": 1,
-            "num_attention_heads": 1,  # PEFT wants these two, and does nothing with them
+            "num_attention_heads": 1,  # PEFT requires these two but does not use them
             "num_layers": len(backbone.blocks),
             "encoder_reparameterization_type": self.encoder.upper(),
             "encoder_hidden_size": self._hidden(entrance.width),
@@ -83,7 +83,7 @@ class PTuning(Method):
 
 
 class EncodedTokens(VirtualTokens):
-    """E (tokens, width) and the encoder that makes virtual tokens of it, all fp32."""
+    """E (tokens, width) and the encoder that turns it into virtual tokens, all fp32."""
 
     def __init__(self, tokens: int, width: int, encoder: str, hidden: int, layers: int) -> None:
         super().__init__()
@@ -91,10 +91,10 @@ class EncodedTokens(VirtualTokens):
         self.embedding = new_parameter(tokens, width, std=1.0)
         self.lstm = nn.LSTM(width, hidden, layers, bidirectional=True) if encoder == "lstm" else None
         widths = [2 * hidden] * 2 if encoder == "lstm" else [width] + [hidden] * layers
-        maps: list[nn.Module] = []
+        layers_before: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
-            maps += [nn.Linear(inputs, outputs), nn.ReLU()]
-        self.mlp = nn.Sequential(*maps, nn.Linear(widths[-1], width))
+            layers_before += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.mlp = nn.Sequential(*layers_before, nn.Linear(widths[-1], width))
 
     def embeddings(self) -> Tensor:
         with torch.autocast(self.embedding.device.type, enabled=False):

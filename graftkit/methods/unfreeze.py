@@ -16,9 +16,9 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class Unfreeze(Method):
-    """The chosen parts of the backbone are trained, by default its last two blocks.
+    """Train the chosen parts of the backbone, by default its last two blocks.
 
-    When: a head or a small graft is not enough; what lies below the freed blocks is computed without gradients.
+    When: a head or a small graft is not enough; layers below the unfrozen blocks are computed without gradients.
     Parameters: those of the chosen parts.
     """
 
@@ -26,7 +26,7 @@ class Unfreeze(Method):
     selects: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
 
-    sites: str = option("blocks[-2:]", "parts that are trained, as a selection")
+    sites: str = option("blocks[-2:]", "parts to train, as a selection")
     lr: float | None = option(None, "learning rate; null means 0.0001", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:

@@ -1,4 +1,4 @@
-"""VeRA: two trained vectors around random matrices that all maps share."""
+"""VeRA: two trained vectors around random matrices that all layers share."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class VeRA(UpdateMethod):
-    """Trained vectors b and d around two frozen random matrices, one pair for the whole model: W x + b * (B (d * (A x))).
+    """Train vectors b and d around frozen random matrices A and B that all layers share: W x + b * (B (d * (A x))).
 
     Kopiczko et al. 2024, 'VeRA: Vector-based Random Matrix Adaptation', equation 2. A (rank, widest input) and
-    B (widest output, rank) are drawn once from `seed`, as Kaiming's uniform distribution; a smaller map uses their
-    first columns and rows. b is zero, so that training starts at the base model exactly. A convolution is seen as
-    the map (out, in / groups * kernel).
+    B (widest output, rank) are drawn once from `seed`, Kaiming uniform; a smaller layer uses their first columns and
+    rows. b is zero at first, so training starts exactly at the base model. The weight of a convolution is treated as a
+    matrix (out, in / groups * kernel).
 
-    When: many grafts of one backbone are kept, and each has to be small; with `save_projection` false a graft's
-    folder holds the vectors alone.
-    Parameters: rank + out for each map; for the experts of a layer, as many for each.
+    When: many grafts of one backbone are stored, and each must be small; with `save_projection: false` a graft's
+    folder contains only the vectors.
+    Parameters: rank + out for each weight, times the number of experts.
     """
 
     peft_types = ("VERA",)
 
     rank: int = option(256, "rank of the update, higher than that of lora", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
-    d_initial: float = option(0.1, "first value of each element of d")
+    sites: str = option("all-linear", "layers to adapt, as a selection")
+    d_initial: float = option(0.1, "initial value of each element of d")
     dropout: float = option(0.0, "dropout on the input of A", at_least=0, below=1)
     seed: int = option(0, "seed of the random matrices", at_least=0)
     save_projection: bool = option(
-        True, "keep the random matrices with the graft; false draws them again from seed"
+        True, "save the random matrices with the graft; false draws them again from seed"
     )
     lr: float | None = option(None, "learning rate; null means 0.02", above=0)
 
@@ -67,7 +67,7 @@ class VeRA(UpdateMethod):
         return f"{self.name}_projections_{graft}"
 
     def to_peft(self, backbone: Backbone, graft: str) -> PeftForm | None:
-        """PEFT has it for linear maps only."""
+        """Return PEFT's form, which exists for linear layers only."""
         targets = self.targets(backbone)
         if any(weight.kind not in MAPS or not site.name for site, weight in targets):
             return None
@@ -107,9 +107,7 @@ class VeRA(UpdateMethod):
         sites = exactly(name.partition(".vera_default")[0] for name in tensors)
         shared = {f"vera_projections_default.{key[1]}": t for key, t in reading.take(r"vera_([AB])").items()}
         if saved and len(shared) != 2:
-            raise reading.error(
-                "save_projection is true, but vera_A or vera_B is not in the file of tensors."
-            )
+            raise reading.error("save_projection is true, but vera_A or vera_B is missing from the tensors.")
         options = {
             "rank": rank,
             "sites": sites,
@@ -122,13 +120,13 @@ class VeRA(UpdateMethod):
 
 
 def flat_shape(weight: Weight) -> tuple[int, int]:
-    """(out, in) of one matrix: a convolution's kernel counts as input, experts count one by one."""
+    """Return (out, in) of one matrix: a convolution's kernel counts as input, experts count one by one."""
     shape = weight.shape[1:] if weight.kind == "experts" else weight.shape
     return shape[0], math.prod(shape[1:])
 
 
 class Projections(Added):
-    """A (rank, in) and B (out, rank) of all maps: random, frozen and fp32."""
+    """A (rank, in) and B (out, rank) for all layers: random, frozen and fp32."""
 
     changes_outputs = False
     A: Tensor
@@ -145,12 +143,12 @@ class Projections(Added):
             self.register_buffer(name, values, persistent=kept)
 
     def forward(self, x: Any) -> Any:
-        """x: a model that calls its children one after the other calls this too."""
+        """Return x: a model that calls its children one after the other calls this one too."""
         return x
 
 
 class Vectors(Update):
-    """b (out) and d (rank), both fp32; (experts, out) and (experts, rank) where several matrices are one parameter."""
+    """b (out) and d (rank), both fp32; (experts, out) and (experts, rank) if one parameter holds several matrices."""
 
     projections: Projections  # not a child: it belongs to the model
 
@@ -163,7 +161,7 @@ class Vectors(Update):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """The parts of A (rank, in) and B (out, rank) that this map uses."""
+        """Return the parts of A (rank, in) and B (out, rank) that this layer uses."""
         return self.projections.A[:, : self.inputs], self.projections.B[: self.b.shape[-1]]
 
     @classmethod

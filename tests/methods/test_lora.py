@@ -130,7 +130,10 @@ def test_ranks_by_selection():
         ("lora(alpha_pattern={'q': 0})", "alpha_pattern has 'q': 0"),
         ("lora(alpha_pattern={'q': -1.0})", "alpha_pattern has 'q': -1.0"),
         ("lora(rank_pattern={'head': 2})", "matches nothing"),
-        ("lora(sites='q', rank_pattern={'v': 2})", "rank_pattern has 'v', which is none of sites='q'; widen"),
+        (
+            "lora(sites='q', rank_pattern={'v': 2})",
+            "rank_pattern has 'v', which is not among sites='q'; widen",
+        ),
         ("lora(bias='some')", "bias is 'some', but must be one of"),
     ],
 )

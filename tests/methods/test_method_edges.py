@@ -84,7 +84,7 @@ def test_methods_larger_than_their_modules_are_told():
     "text", ["prompt(init_text='')", "prompt(init_text=' ')", "prompt(init='text', init_text='')"]
 )
 def test_an_empty_text_to_start_from(text):
-    assert "must not be empty" in message(tiny.bare("bert"), text)
+    assert "a non-empty init_text" in message(tiny.bare("bert"), text)
 
 
 # --- weights of one's own

@@ -228,7 +228,7 @@ def test_names_are_read_as_people_write_them(name):
         ("peft('trainable_tokens', sites='word_embeddings')", "trains nothing"),
         ("peft('hra', sites='embeddings.LayerNorm')", "LayerNorm"),
         ("peft('osf', sites='word_embeddings')", "no layer for 'embeddings.word_embeddings' (Embedding)"),
-        ("peft('hra') + peft('oft')", "stands twice"),
+        ("peft('hra') + peft('oft')", "appears twice"),
     ],
 )
 def test_what_is_refused(text, said):
@@ -256,7 +256,7 @@ def test_without_peft(monkeypatch, tmp_path):
 
 def test_a_model_that_is_one_module():
     model = nn.Linear(4, 4)
-    with pytest.raises(UserError, match=r"a single module; use lora\(\)"):
+    with pytest.raises(UserError, match=r"itself a single layer; use lora\(\)"):
         attach(model, "peft('hra', sites='head')")
 
 

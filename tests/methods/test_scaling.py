@@ -157,7 +157,7 @@ def test_weight_decay_does_not_pull_the_vectors_to_zero():
 def test_what_ia3_refuses():
     assert "lora" in message(nn.Sequential(nn.ReLU(), nn.Linear(3, 3)), "ia3()")
     text = message(tiny.bare("bert"), "ia3(sites='norms')")
-    assert "ia3()" in text and "LayerNorm" in text and "linear maps or convolutions" in text
+    assert "ia3()" in text and "LayerNorm" in text and "linear layers or convolutions" in text
     assert "lora" in message(tiny.bare("bert"), "ia3(sites='none', feedforward='none')")
 
 

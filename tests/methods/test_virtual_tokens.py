@@ -307,9 +307,9 @@ def test_a_text_that_is_too_long():
 
 def test_starts_that_cannot_be():
     bert = tiny.bare("bert")
-    assert "both are given" in message(bert, "prompt(init='text')")
-    assert "both are given" in message(bert, "prompt(init='text', init_text='  ')")
-    assert "both are given" in message(bert, "prompt(init_text='hello')")
+    assert "a non-empty init_text" in message(bert, "prompt(init='text')")
+    assert "a non-empty init_text" in message(bert, "prompt(init='text', init_text='  ')")
+    assert "a non-empty init_text" in message(bert, "prompt(init_text='hello')")
     assert "tokenizer" in message(bert, "prompt(init='text', init_text='hello')")
     empty = Backbone(bert, lambda text, add_special_tokens: {"input_ids": []})
     assert "no tokens" in message(empty, "prompt(init='text', init_text='?')")

@@ -89,7 +89,7 @@ def test_full_leaves_a_claimed_parameter_to_the_other():
 
 
 def test_a_method_twice():
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="appears twice"):
         read("lora() + lora()")
 
 
@@ -180,5 +180,5 @@ def test_the_base_stays_frozen_while_another_graft_is_attached():
 
 def test_layers_are_not_added_to_a_head_that_has_its_own():
     model = tiny.with_head("bert")
-    assert "hidden has no part in it" in message(model, "head(classes=2, pooling='own', hidden=4)")
+    assert "hidden has no effect" in message(model, "head(classes=2, pooling='own', hidden=4)")
     assert any("hidden" in name for name in attach(model, "head(classes=2, hidden=4)").labels)

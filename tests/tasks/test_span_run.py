@@ -201,7 +201,7 @@ def test_an_exported_model_gives_the_same_answers(learned, command, tmp_path):
 
 
 def test_a_pooling_for_whole_texts_is_refused(tiny_bert, folder, tmp_path):
-    with pytest.raises(UserError, match="answers for each token"):
+    with pytest.raises(UserError, match="an output for each token"):
         graftkit.tune(
             model=str(tiny_bert), task="span", train=folder / "train.json", method="head(pooling='mean')",
             out=tmp_path / "run",

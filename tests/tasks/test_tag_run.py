@@ -259,7 +259,7 @@ def test_parts_of_speech(tiny_gpt2, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("head(pooling='mean')", "answers for each token"), ("head(classes=3)", "does not fit the 5 labels")],
+    [("head(pooling='mean')", "an output for each token"), ("head(classes=3)", "does not fit the 5 labels")],
 )
 def test_a_head_that_does_not_fit(method, message, tiny_bert, files, tmp_path):
     with pytest.raises(UserError, match=message):

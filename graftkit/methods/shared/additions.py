@@ -1,4 +1,4 @@
-"""What methods place on modules: additions, and how they get there."""
+"""Additions: the modules that methods place on modules of the model."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ if TYPE_CHECKING:
 
 
 class Addition(Added):
-    """New parameters at one site. `after` sees the site's output, `before` its input; both may change them.
+    """New parameters at one site. `after` can change the site's output, `before` its input.
 
-    Subclasses override one of the two. An inactive addition leaves the site as it was.
+    Subclasses override one of the two. An inactive addition does not change the site.
     """
 
-    replaces = (
-        False  # something of the site during its call: `after` sets it right again, also after an error
-    )
-    adds = False  # True: only adds to what the site gives, and from its input alone, whatever else acts there
+    # True: replaces something of the site during its call; `after` restores it, even after an error
+    replaces = False
+    # True: only adds to the site's output, and computes that from its input alone
+    adds = False
 
-    mixture: Mixture | None = None  # stands in for it inside `graftkit.using`
+    mixture: Mixture | None = None  # replaces it inside `graftkit.using`
 
     @classmethod
     def mix(cls, members: Sequence[Any], weights: Tensor, site: nn.Module) -> Any:
-        """What the same additions of several grafts do at a site, at once: a `Mixture`, or an addition.
+        """Return a `Mixture` or an addition that computes the additions of several grafts at a site at once.
 
-        weights (rows or 1, members): how much each row of a batch gets of each; a single row is for the whole batch.
-        Raises `NotImplementedError`, with a reason if there is one, where there is no such thing.
+        weights (rows or 1, members): weight of each member for each row of a batch; a single row applies to all rows.
+        Raises `NotImplementedError`, possibly with a reason, if they cannot be computed together.
         """
         raise NotImplementedError
 
     @property
     def alike(self) -> Any:
-        """Additions of several grafts at one site can be mixed if this is the same for them."""
+        """A key: additions of several grafts at one site can be mixed if their keys are equal."""
         return None
 
     @property
     def acting(self) -> Any:
-        """The addition, or what stands in for it. Raises `UserError` where that is to be trained."""
+        """The addition, or the mixture that replaces it. Raises `UserError` for a mixture in training mode."""
         if self.mixture is None:
             return self
         if self.training:
             raise UserError(
-                f"several grafts are mixed at {self.mixture.where!r} by graftkit.using, which is for outputs alone: call "
-                "model.eval() first. To train a graft, leave the with block and call graft.requires_grad_()."
+                f"several grafts are mixed at {self.mixture.where!r} by graftkit.using, which works in eval mode only: "
+                "call model.eval() first. To train a graft, leave the with block and call graft.requires_grad_()."
             )
         return self.mixture
 
@@ -68,10 +68,10 @@ class Addition(Added):
 
 
 class OutputHead(Addition):
-    """Turns features of the model into its outputs, and nothing comes after it: the engine may start from kept features.
+    """The last module: it turns features of the model into outputs, so the engine may start from cached features.
 
-    `pooling`: how states become features; `width`: of a feature; `per_token`: features are (batch, length, width), one
-    for each token, else (batch, width). `steady`: nothing that the head trains has a part in the features.
+    `pooling`: how states become features; `width`: width of a feature; `per_token`: features are (batch, length, width),
+    one for each token, else (batch, width). `steady`: the features do not depend on parameters of the head.
     """
 
     pooling: str
@@ -80,15 +80,15 @@ class OutputHead(Addition):
     steady = True
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (batch, outputs) of features (batch, width), or of each token: (batch, length, outputs)."""
+        """Return logits (batch, outputs) for features (batch, width); (batch, length, outputs) if `per_token`."""
         raise NotImplementedError
 
 
 def place(site: nn.Module, name: str, addition: nn.Module) -> None:
-    """Make `addition` a child of the module at a site, in the site's device and mode, and register its hooks."""
+    """Make `addition` a child of the module at a site, on its device and in its mode, and register its hooks."""
     if hasattr(site, name):
         raise UserError(
-            f"{type(site).__name__} already has {name!r}: a graft of this name is attached there."
+            f"{type(site).__name__} already has {name!r}: a graft of this name is attached to it."
         )
     device = next((p.device for p in site.parameters()), None)
     if device is not None:
@@ -107,6 +107,6 @@ def place(site: nn.Module, name: str, addition: nn.Module) -> None:
 
 
 def new_parameter(*shape: int, std: float | None = None) -> nn.Parameter:
-    """A fp32 parameter of zeros, or drawn from a normal distribution."""
+    """Return an fp32 parameter of zeros, or drawn from a normal distribution with standard deviation `std`."""
     values = torch.zeros(shape) if std is None else torch.randn(shape) * std
     return nn.Parameter(values)

@@ -1,4 +1,4 @@
-"""What adapters are made of: the places in a block where they stand, and the bottleneck itself."""
+"""Parts of adapters: their places in a block, and the bottleneck itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": nn.functional.tanh,
 }
 SHORTCUTS = ("shortcut", "downsample", "skip", "identity")
-# torch's own blocks call the dropout behind each part, but not always the map before it
+# torch's own blocks call the dropout after each part, but not always the linear layer before it
 TORCH_BLOCKS: dict[type[nn.Module], dict[str, str]] = {
     nn.TransformerEncoderLayer: {"self_attn": "dropout1", "linear2": "dropout2"},
     nn.TransformerDecoderLayer: {
@@ -35,11 +35,11 @@ TORCH_BLOCKS: dict[type[nn.Module], dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where one adapter stands: at the output of `module`, which has that name.
+    """The place of one adapter: the output of `module`, whose name is `name`.
 
-    `width`: channels of that output, in its last dimension, or in the third from the end of four if `spatial`.
-    `block`: index of its block. `inputs`: the module whose input the adapter sees; None for the output itself.
-    `norms`: those of the block, one of which may give the block's output.
+    `width`: channels of that output, in its last dimension, or in the second of four dimensions if `spatial`.
+    `block`: index of its block. `inputs`: the module whose input the adapter reads; None for the output itself.
+    `norms`: norms of the block, one of which may compute the block's output.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Place:
 
 
 class Part(NamedTuple):
-    """The output of one part of a block: `map` is its last map, `module` what is called last."""
+    """The output of one part of a block: `map` is its last linear layer, `module` the module called last."""
 
     kind: str  # attention, ffn or other
     map: Site
@@ -63,15 +63,15 @@ class Part(NamedTuple):
 
 
 def find_places(backbone: Backbone, placement: str, sites: str, method: str) -> list[Place]:
-    """The places of the adapters of a placement, in the blocks and parts that a selection means.
+    """Return the places of the adapters of a placement in the selected blocks and parts.
 
-    Raises `UserError` where there is none, or where a block has not what the placement needs.
+    Raises `UserError` if there are none, or if a block lacks what the placement needs.
     """
     parts = {index: list(_parts(backbone, index)) for index in range(len(backbone.blocks))}
     if not any(parts.values()):
         raise UserError(
-            f"{method}() stands behind the attention and the feed-forward part of each block, but {backbone.source} has "
-            f"no such blocks. Use {general()} instead."
+            f"{method}() is placed after the attention and the feed-forward part of each block, but {backbone.source} "
+            f"has no such blocks. Use {general()} instead."
         )
     maps = {part.map.name for inside in parts.values() for part in inside}
     chosen = {
@@ -87,14 +87,14 @@ def find_places(backbone: Backbone, placement: str, sites: str, method: str) -> 
     ]
     if not found:
         raise UserError(
-            f"{method}(placement={placement!r}) stands at the feed-forward part, of which {sites!r} holds none in "
+            f"{method}(placement={placement!r}) needs a feed-forward part, but {sites!r} contains none in "
             f"{backbone.source}. Widen the selection, or use placement='houlsby' or {general()}."
         )
     return found
 
 
 def _parts(backbone: Backbone, index: int) -> Iterator[Part]:
-    """The outputs of attention and feed-forward of a block; where it has neither, of its last map."""
+    """Yield the outputs of attention and feed-forward of a block; if it has neither, that of its last layer."""
     block = backbone.blocks[index]
     inside = [site for site in backbone.sites if site.block == index]
     mixtures = set()
@@ -124,7 +124,7 @@ def _width(site: Site) -> int:
 
 
 def _mixture(backbone: Backbone, block: str, site: Site) -> str | None:
-    """Name of the mixture of experts that a map belongs to: its output is that of the feed-forward part."""
+    """Return the name of the mixture of experts that a layer belongs to, which gives the feed-forward part's output."""
     if site.role == "experts":
         outer = site.name.rpartition(".")[0]
         return outer if len(outer) > len(block) else site.name
@@ -139,7 +139,7 @@ def _mixture(backbone: Backbone, block: str, site: Site) -> str | None:
 
 
 def _called_last(backbone: Backbone, block: str, site: Site) -> tuple[str, nn.Module]:
-    """(name, module) of what gives the output of a part: its last map, or the dropout behind it."""
+    """Return (name, module) of the module that computes the output of a part: its last layer, or the dropout after it."""
     parent_name, _, leaf = site.name.rpartition(".")
     if not site.called:
         parent_name, _, leaf = parent_name.rpartition(".")
@@ -154,7 +154,7 @@ def _called_last(backbone: Backbone, block: str, site: Site) -> tuple[str, nn.Mo
     if parent_name == block:
         return name, backbone.module(name)
     for child_name, child in later if alone else children:
-        # beside other maps its name must tell that a dropout is not one of the attention or of the inner activations
+        # beside other layers, its name must show that a dropout is not for attention weights or inner activations
         if isinstance(child, nn.Dropout) and (alone or "resid" in child_name or "output" in child_name):
             return f"{parent_name}.{child_name}", child
     return name, backbone.module(name)
@@ -170,10 +170,10 @@ def _place(backbone: Backbone, placement: str, index: int, part: Part, method: s
     inside = [site for site in backbone.sites if site.block == index]
     if placement == "pfeiffer":
         chunks = getattr(getattr(backbone.model, "config", None), "chunk_size_feed_forward", 0)
-        if chunks:  # put together again, they are not what the norm gave
+        if chunks:  # the concatenated chunks are not the norm's output itself
             raise UserError(
-                f"{method}(placement='pfeiffer') has to see the norm that ends a block, but {backbone.source} computes "
-                f"its feed-forward part in pieces (chunk_size_feed_forward={chunks}). Set that to 0, or use "
+                f"{method}(placement='pfeiffer') needs the output of the norm that ends a block, but {backbone.source} "
+                f"computes its feed-forward part in chunks (chunk_size_feed_forward={chunks}). Set that to 0, or use "
                 "placement='houlsby'."
             )
         norms = tuple(site.module for site in inside if site.role == "norm")
@@ -187,16 +187,16 @@ def _place(backbone: Backbone, placement: str, index: int, part: Part, method: s
     first = [site for site in before if site.role in ("up", "gate")]
     if part.kind != "ffn" or not first:
         raise UserError(
-            f"{method}(placement='parallel') stands beside a feed-forward part, which {block_name!r} "
+            f"{method}(placement='parallel') runs parallel to a feed-forward part, which {block_name!r} "
             f"({type(block).__name__}) of {backbone.source} lacks. Use placement='houlsby', or {general()}."
         )
     return Place(part.name, part.module, part.width, index, device, inputs=first[-1].module)
 
 
 class Insertion(Addition):
-    """Adds `change(x)` to the output h of its site: x is h, or the input of another module, or h behind its norm.
+    """Adds `change(x)` to the output h of its site, where x is h or the input of another module.
 
-    A block may end in a norm, h = LN(s). Then it gives LN(s + change(h)) with the same norm (see `Adapter`).
+    If the site is a block that ends with a norm, h = LN(s), the output becomes LN(s + change(h)) (see `Adapter`).
     """
 
     def __init__(self, spatial: bool) -> None:
@@ -211,18 +211,18 @@ class Insertion(Addition):
         return self.form, self.spatial
 
     def change(self, x: Tensor) -> Tensor:
-        """What is added, for x (..., width)."""
+        """Return the change to add for x (..., width)."""
         raise NotImplementedError
 
     def changed(self, x: Tensor) -> Tensor:
-        """`change` over the channels of x."""
+        """Apply `change` over the channels of x."""
         change = self.acting.change
         if self.spatial and x.dim() == 4:
             return change(x.movedim(-3, -1)).movedim(-1, -3).to(x.dtype)
         return change(x).to(x.dtype)
 
     def plus(self, h: Tensor, x: Tensor) -> Tensor:
-        """h and what is added for x."""
+        """Return h plus the change for x."""
         return h + self.changed(x)
 
     def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -235,7 +235,7 @@ class Insertion(Addition):
             norm, summed, _ = normed
             summed = self.plus(summed, h)
             h = norm.forward(summed)
-            for other in site.children():  # another graft's goes on from here
+            for other in site.children():  # insertions of other grafts continue from here
                 if isinstance(other, Insertion) and other.normed is not None:
                     other.normed = (norm, summed, h)
         else:
@@ -243,8 +243,8 @@ class Insertion(Addition):
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     def insert(self, where: Place, name: str) -> None:
-        """Become the child of that name of the module at a place, and listen to what else the place names."""
-        self.to(where.device)  # a dropout, where many stand, has none
+        """Become a child of the module at a place, and register hooks on the other modules of the place."""
+        self.to(where.device)  # the module may be a dropout, which has no device
         place(where.module, name, self)
         self.form = (where.inputs is not None, bool(where.norms))
         handles = vars(self)["handles"]
@@ -263,7 +263,7 @@ class Insertion(Addition):
 
 
 class Bottleneck(Insertion):
-    """s (W2 f(W1 x + b1) + b2): down (bottleneck, width), up (width, bottleneck), which is zero at first."""
+    """s (W2 f(W1 x + b1) + b2): down (bottleneck, width); up (width, bottleneck), initialised with zeros."""
 
     def __init__(
         self, width: int, bottleneck: int, nonlinearity: str, scale: float, dropout: float, spatial: bool
@@ -292,7 +292,7 @@ class Bottleneck(Insertion):
         return add_product(h, self.low(x), self.up, self.scale, bias)
 
     def low(self, x: Tensor) -> Tensor:
-        """f(W1 x + b1)."""
+        """Return f(W1 x + b1)."""
         return FUNCTIONS[self.nonlinearity](multiply(x, self.down, self.down_bias))
 
     def change(self, x: Tensor) -> Tensor:
@@ -310,14 +310,14 @@ def bottleneck_at(
     scale: float | None,
     dropout: float = 0.0,
 ) -> Bottleneck:
-    """A bottleneck for a place; f and s are by default those of the placement's paper."""
+    """Return a bottleneck for a place; f and s default to those of the placement's paper."""
     function = nonlinearity or ("gelu" if placement == "houlsby" else "relu")
     factor = scale or (4.0 if placement == "parallel" else 1.0)
     return Bottleneck(place.width, bottleneck, function, factor, dropout, place.spatial)
 
 
 class BottleneckMixture(Mixture):
-    """The bottlenecks of several grafts side by side."""
+    """The bottlenecks of several grafts, concatenated into one."""
 
     def __init__(self, members: Sequence[Bottleneck], weights: Tensor) -> None:
         super().__init__(weights)

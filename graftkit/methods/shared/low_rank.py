@@ -1,4 +1,4 @@
-"""What LoRA and its kin share: two factors beside a weight of any kind, and PEFT's form of them."""
+"""Base classes of LoRA and its variants: two factors beside a weight of any kind, and PEFT's form of them."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class LowRankMethod(SizedMethod):
     )
     lr: float | None = option(None, "learning rate; null means 0.001", above=0)
     dropout: float = option(
-        0.0, "dropout on the input of A; embeddings, packed attention and experts have none",
+        0.0, "dropout on the input of A; not applied at embeddings, packed attention and experts",
         at_least=0, below=1,
     )  # fmt: skip
     use_rslora: bool = option(
-        False, "a scale of alpha / sqrt(rank), which suits large ranks", formerly="stabilised"
+        False, "use the scale alpha / sqrt(rank), which suits large ranks", formerly="stabilised"
     )
 
     default_lr = 1e-3
@@ -68,7 +68,7 @@ class LowRankMethod(SizedMethod):
     def wanted(self) -> str:
         return (
             f"weights that {self.name}(rank={self.rank}) can update; use {selecting()} there, or for a grouped "
-            "convolution a rank that its groups divide"
+            "convolution a rank that is a multiple of its groups"
         )
 
     def accepts(self, weight: Weight) -> bool:
@@ -76,7 +76,7 @@ class LowRankMethod(SizedMethod):
         return weight.kind in self.kinds and any(rank % groups_of(weight) == 0 for rank in ranks)
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> LowRank:
-        """The update of the weight of that dotted name."""
+        """Return the update of the weight with this dotted name."""
         return LowRank(weight, rank, scale, self.dropout, self.lora_bias, self.peft_conv)
 
     def maker(self, backbone: Backbone) -> Callable[[Weight, str], Update]:
@@ -87,12 +87,12 @@ class LowRankMethod(SizedMethod):
             if self.lora_bias and weight.kind not in ("linear", "transposed", "conv"):
                 raise UserError(
                     f"{self.name}(lora_bias=True) cannot update {name!r} ({type(weight.module).__name__}), whose output is "
-                    "not that of one map; leave lora_bias out, or narrow sites."
+                    "not that of a single weight; leave lora_bias out, or narrow sites."
                 )
             if rank % groups_of(weight):
                 raise UserError(
                     f"{self.name}(): the rank at {name!r} is {rank}, but must be a multiple of the "
-                    f"{groups_of(weight)} groups of this {type(weight.module).__name__}. Give it one with rank_pattern, "
+                    f"{groups_of(weight)} groups of this {type(weight.module).__name__}. Set one with rank_pattern, "
                     f"leave it out of sites, or use {selecting()} there."
                 )
             scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
@@ -112,7 +112,7 @@ class LowRankMethod(SizedMethod):
         return labels | biases
 
     def biases(self, backbone: Backbone) -> list[str]:
-        """Names of the base's own parameters that `bias` frees."""
+        """Return the names of the base's own biases that `bias` trains."""
         if self.bias == "all":
             return [name for name in backbone.base_parameters if name.rpartition(".")[2] == "bias"]
         if self.bias == "none":
@@ -125,13 +125,13 @@ class LowRankMethod(SizedMethod):
             kind = type(weight.module).__name__
             if groups_of(weight) > 1:
                 raise NotFoldable(
-                    f"{self.name}() cannot be folded into {name!r}, a {kind} with groups: A sees all of its channels, "
-                    "and a group of it does not. Keep the graft folder."
+                    f"{self.name}() cannot be folded into {name!r}, a {kind} with groups: A reads all of its "
+                    "channels, but each of its groups does not. Keep the graft folder."
                 )
             if self.peft_conv and has_geometry(weight):
                 raise NotFoldable(
-                    f"{self.name}(peft_conv=True) cannot be folded into {name!r}, a {kind} with a dilation or "
-                    f"padding of its own ({self.name}() can). Keep the graft folder."
+                    f"{self.name}(peft_conv=True) cannot be folded into {name!r}, a {kind} with dilation or "
+                    f"non-zero padding ({self.name}() can). Keep the graft folder."
                 )
         values = super().fold(backbone, graft)
         for name, (_, weight) in self.named(backbone).items() if self.lora_bias else ():
@@ -139,7 +139,7 @@ class LowRankMethod(SizedMethod):
             if bias is None:
                 raise NotFoldable(
                     f"{self.name}(lora_bias=True) cannot be folded into {name!r}, a {type(weight.module).__name__} that has "
-                    "no bias to take that of B. Keep the graft folder."
+                    "no bias to add that of B to. Keep the graft folder."
                 )
             update: Any = self.update_at(weight, graft)
             values[name.removesuffix("weight") + "bias"] = (
@@ -148,23 +148,21 @@ class LowRankMethod(SizedMethod):
         return values
 
     def peft_size(self, rank: int, alpha: float) -> tuple[int, float]:
-        """Rank and alpha of the LoRA that PEFT would call an update of that rank and alpha."""
+        """Return rank and alpha of the LoRA in PEFT that is equivalent to an update of this rank and alpha."""
         return rank, alpha
 
 
 @dataclass(frozen=True)
 class LoraLikeMethod(LowRankMethod):
-    """A method whose two factors start from random values and zeros, as LoRA's do."""
+    """A method with one random factor and one of zeros at first, as in LoRA."""
 
     loraplus_lr_ratio: float = option(
-        1.0, "factor on the learning rate of B (LoRA+ takes 2 to 16)", above=0, formerly="b_rate"
+        1.0, "factor on the learning rate of B (LoRA+ uses 2 to 16)", above=0, formerly="b_rate"
     )
-    bias: str = option(
-        "none", "the model's own biases that are trained too", choices=("none", "all", "lora_only")
-    )
+    bias: str = option("none", "biases of the model to train as well", choices=("none", "all", "lora_only"))
     peft_conv: bool = option(
         False,
-        "A pads with zeros and is not dilated, whatever the site does, as in PEFT",
+        "use zero padding and no dilation in A, whatever the convolution uses, as in PEFT",
         formerly="plain_conv",
     )
 
@@ -172,10 +170,10 @@ class LoraLikeMethod(LowRankMethod):
 class LowRank(Update):
     """s B A with A (rank, in) and B (out, rank), both fp32, and with `lora_bias` a bias b (out) beside B.
 
-    At a convolution A is (rank, in, *kernel) and B (out, rank / groups, 1, ...), and A takes on the stride, padding and
-    dilation of the site (with `peft_conv` zeros for padding and no dilation); at n experts A is (n rank, in), one
-    expert after the other, and B (out, rank n), the experts of each column side by side: PEFT's layouts.
-    `dropout` acts on the input of A, where the map has an input of its own that is no list of ids.
+    At a convolution A is (rank, in, *kernel) and B (out, rank / groups, 1, ...), and A has the stride, padding and
+    dilation of the site (with `peft_conv`, zero padding and no dilation). At n experts A is (n rank, in), one
+    expert after the other, and B (out, rank n), with the experts of each column adjacent. These are PEFT's layouts.
+    `dropout` acts on the input of A, if the weight has its own input that is not a list of ids.
     """
 
     def __init__(
@@ -204,7 +202,7 @@ class LowRank(Update):
         self.draw("kaiming")
 
     def draw(self, how: str) -> None:
-        """Draw one factor and leave the other zero: A, or B at an embedding, where few columns of A meet a token."""
+        """Draw one factor and leave the other zero: A, or B at an embedding, where a batch uses few columns of A."""
         if self.kind == "embedding":
             nn.init.normal_(self.B)
         elif how == "gaussian":
@@ -213,11 +211,11 @@ class LowRank(Update):
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def used(self) -> tuple[Tensor, Tensor]:
-        """The A and B that the update is computed from."""
+        """Return the A and B that the update is computed from."""
         return self.A, self.B
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(B, A) as matrices (out, rank) and (rank, in * kernel), or as stacks of them, one for each expert."""
+        """Return (B, A) as matrices (out, rank) and (rank, in * kernel), or as stacks of them, one for each expert."""
         A, B = self.used()
         if self.kind != "experts":
             return B.flatten(1), A.flatten(1)
@@ -260,11 +258,11 @@ class LowRank(Update):
         return FactorMixture(weight, factors, weights, biases, gains, members[0].down)
 
     def gain(self, weight: Weight) -> Tensor | None:
-        """What multiplies each output of the updated map (out), where something does."""
+        """Return the factor on each output of the updated weight, (out), or None."""
         return None
 
     def down(self, site: Any, x: Tensor, A: Tensor) -> Tensor:
-        """A x, where A is the first of two maps."""
+        """Return A x, where A is the first of the two factors."""
         if self.kind == "embedding":
             return look_up(site, x, A.T)
         if self.kind != "conv":
@@ -274,17 +272,17 @@ class LowRank(Update):
         return convolve(site, x, A, groups=1)
 
     def plus(self, site: Any, low: Tensor, B: Tensor, output: Tensor) -> Tensor:
-        """output + s B low."""
+        """Return output + s B low."""
         if self.kind == "conv":
             return output + (mix_channels(low, B, site.groups) * self.scale).to(output.dtype)
         return add_product(output, low, B, self.scale)
 
     def across(self, values: Tensor) -> Tensor:
-        """One value for each output, in a shape that goes with the outputs of the site."""
+        """Return one value for each output, in a shape that broadcasts to the outputs of the site."""
         return values.view(-1, *(1 for _ in self.A.shape[2:])) if self.kind == "conv" else values
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """The tensors by the keys that PEFT gives them below a module."""
+        """Return the tensors by PEFT's keys below a module."""
         A, B = self.used()
         if self.kind == "embedding":
             return {"lora_embedding_A": A, "lora_embedding_B": B}

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: PEFT's form of them."""
+"""PEFT's format for LoHa and LoKr."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from graftkit.recipe.catalogue import entry_name
 def write(
     method: SizedMethod, backbone: Backbone, graft: str, prefix: str, more: Mapping[str, Any]
 ) -> PeftForm | None:
-    """The adapter that computes what the graft does; None where PEFT has none.
+    """Return an equivalent PEFT adapter; None if PEFT has none.
 
-    PEFT takes `nn.Linear` and convolutions in one and two dimensions that are padded with zeros. `prefix` stands in
-    front of the names of parameters; `more` is the rest of the configuration.
+    PEFT supports `nn.Linear` and one- and two-dimensional convolutions with zero padding. `prefix` is prepended to the
+    names of parameters; `more` is the rest of the configuration.
     """
     tensors: dict[str, Tensor] = {}
     modules, ranks, alphas = [], {}, {}
@@ -49,9 +49,9 @@ def write(
 
 
 def read(reading: PeftReading, kind: type, pattern: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The options and parameters of a method; `pattern` matches the ends of its keys, with its name of a parameter.
+    """Return the options and parameters of a method; `pattern` matches the ends of its keys and captures parameter names.
 
-    What drops parts of an update while it trains (`rank_dropout`, `module_dropout`) is not read.
+    Dropout on parts of an update (`rank_dropout`, `module_dropout`) acts only in training and is ignored.
     """
     rank = reading.field("r", 8, int)
     alpha = reading.field("alpha", 8, (int, float))

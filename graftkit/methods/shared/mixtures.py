@@ -1,6 +1,6 @@
-"""What several grafts do at one site, computed at once: in one batch whose rows use different grafts, or as a weighted sum.
+"""Compute several grafts at one site at once: in a batch whose rows use different grafts, or as a weighted sum.
 
-Matrices of all grafts are laid side by side when a mixture is made, so that a forward pass has no loop over grafts.
+The matrices of all grafts are concatenated when a mixture is made, so a forward pass has no loop over grafts.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from graftkit.errors import UserError
 
 
 class Mixture:
-    """Stands in for an addition of one graft inside `graftkit.using`. Made without gradients, and has none.
+    """Replaces an addition of one graft inside `graftkit.using`. It has no gradients.
 
-    `weights` (rows or 1, grafts): how much each row of a batch gets of each graft; a single row is for all of them.
+    `weights` (rows or 1, grafts): weight of each graft for each row of a batch; a single row applies to all rows.
     `where`: name of the site, for messages.
     """
 
     where = ""
-    shares = False  # whether one row of an input can stand for all: of positions, for example
+    shares = False  # whether the input may have a single row for all, such as position ids
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
@@ -35,9 +35,9 @@ class Mixture:
         return output
 
     def spread(self, values: Tensor, x: Tensor, dim: int = -1) -> Tensor:
-        """values (rows or 1, width) in the shape and type in which they meet x (rows, ...), whose `dim` has that width.
+        """Return values (rows or 1, width), broadcastable to x (rows, ...) along its dimension `dim`, in x's dtype.
 
-        Raises `UserError` where x has another number of rows.
+        Raises `UserError` if x has another number of rows.
         """
         self.check(x, x.dim() + dim if dim < 0 else dim)
         shape = [len(values), *[1] * (x.dim() - 1)]
@@ -51,19 +51,19 @@ class Mixture:
             return
         if rows > 1 and (x.dim() < 2 or width_at == 0 or len(x) != rows):
             raise UserError(
-                f"{self.where!r} is given {tuple(x.shape)}, whose first dimension is not that of the {rows} rows in "
-                f"graftkit.using(model, rows=[...]). Give a batch of {rows} rows; where the model itself takes rows "
-                "apart or together at this module, run the rows of each graft apart."
+                f"{self.where!r} got an input of shape {tuple(x.shape)}, whose first dimension does not match the {rows} "
+                f"rows in graftkit.using(model, rows=[...]). Pass a batch of {rows} rows; if the model itself splits or "
+                "joins rows at this module, run the rows of each graft separately."
             )
 
 
 class FactorMixture(Mixture):
-    """output + sum of w g (B A x), and with `gains` also w (g - 1) of what the map itself gives, for each graft.
+    """Compute output + sum of w g (B A x) over grafts, and with `gains` also + w (g - 1) W x.
 
-    `factors`: (B, A) of each graft in the layout of the map's kind, the scale in B: A (rank, in), B (out, rank), at a
-    convolution A (rank, in, *kernel) and B (out, rank / groups, 1, ...). Ranks may differ. `biases` (out) are added,
-    `gains` (out) multiply each output of the changed map; of both there is one for each graft, or none. `down` gives
-    A x, for methods that have a way of their own.
+    `factors`: (B, A) of each graft, with the scale in B: A (rank, in), B (out, rank), at a convolution
+    A (rank, in, *kernel) and B (out, rank / groups, 1, ...). Ranks may differ. `biases` (out) are added, `gains` (out)
+    multiply the outputs of the updated layer; there is one for each graft, or none at all. `down` computes A x, for
+    methods that do so in their own way.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class FactorMixture(Mixture):
 
 
 class MatrixMixture(Mixture):
-    """Each row through its own dW; for updates of which only the whole matrix is known.
+    """Multiply each row by its own dW; for updates known only as a whole matrix.
 
     `matrices`: dW of each graft in the layout of W.
     """
@@ -131,9 +131,9 @@ class MatrixMixture(Mixture):
         return output + self.product(site, x).to(output.dtype)
 
     def product(self, site: Any, x: Tensor) -> Tensor:
-        """dW x (rows, ...) with the dW of each row."""
+        """Return dW x (rows, ...) with the dW of each row."""
         rows = len(self.weights)
-        if self.kind == "embedding":  # what all grafts have for a token, side by side
+        if self.kind == "embedding":  # the rows of all grafts for a token, concatenated
             tables = self.stack.permute(2, 0, 1).flatten(1)
             found = look_up(site, x, tables).unflatten(-1, (len(self.stack), -1))
             return (found * self.spread(self.weights, found, -2)).sum(-2)
@@ -149,5 +149,5 @@ class MatrixMixture(Mixture):
 
 
 def _column(values: Tensor, matrix: Tensor) -> Tensor:
-    """One value for each row of a matrix or kernel."""
+    """Return one value for each row of a matrix or kernel, in a shape that broadcasts."""
     return values.view(-1, *[1] * (matrix.dim() - 1))

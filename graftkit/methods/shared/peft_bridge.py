@@ -1,8 +1,8 @@
-"""PEFT's layers beside the modules they were made for.
+"""Run PEFT's layers beside the modules they adapt.
 
-PEFT puts a layer of its own in the place of a module and keeps the module inside, as `base_layer`. Here the layer
-stands beside the module. PEFT makes it around a stand-in; in each call its `base_layer` is another stand-in, which
-computes with the parameters that the module has now, past its hooks.
+PEFT replaces a module by its own layer and keeps the module inside, as `base_layer`. Here the layer is placed beside
+the module. PEFT creates it around a stand-in; in each call its `base_layer` is another stand-in, which computes with
+the module's current parameters and bypasses its hooks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ INSIDE = "default"  # PEFT's name for the adapter in its layers
 
 
 class Bridge(Addition):
-    """One of PEFT's layers beside the module at its site, of which it holds all that no other bridge holds.
+    """One of PEFT's layers beside the module at its site; it holds the layer's tensors that no other bridge holds.
 
-    `held`: ids of the tensors that have a place already; those of this layer are added to it.
+    `held`: ids of the tensors that are already held; those of this layer are added to it.
     """
 
     layer: Any
@@ -35,7 +35,7 @@ class Bridge(Addition):
                 self.add_module(name, rest)
         self._parameters, self._buffers = layer._parameters, layer._buffers
         self._non_persistent_buffers_set = layer._non_persistent_buffers_set
-        # neither is a child: PEFT's layer looks like a linear map to those who search for such
+        # neither is a child: a search for linear layers would find PEFT's layer
         self.__dict__["layer"], self.__dict__["tuner"] = layer, tuner
 
     def after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -56,13 +56,13 @@ class Bridge(Addition):
             del self.layer.__dict__["base_layer"]
         if (
             not used and len(site._forward_hooks) > 1
-        ):  # what others added to the output, which PEFT did not see
+        ):  # additions to the output by others, which PEFT did not see
             result = result + (output - site.forward(*args, **kwargs))
         return result.to(output.dtype)
 
 
 class Shared(Added):
-    """What PEFT's model holds for all layers, and no layer holds itself."""
+    """Tensors that PEFT's model holds for all layers, outside any layer."""
 
     def __init__(self, tuner: Any, held: set[int]) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Shared(Added):
 
 
 class Whole(nn.Module):
-    """PEFT's model under the names that it has in a `PeftModel`."""
+    """PEFT's model with the names it has inside a `PeftModel`."""
 
     def __init__(self, tuner: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Whole(nn.Module):
 
 
 def written(tuner: Any) -> dict[str, Tensor]:
-    """The tensors as PEFT writes them, by its keys: the parameters themselves, and copies where it writes one twice."""
+    """Return the tensors that PEFT writes, by its keys: the parameters themselves, or a copy if one is written twice."""
     from peft import get_peft_model_state_dict
 
     whole = Whole(tuner)
@@ -107,9 +107,9 @@ def written(tuner: Any) -> dict[str, Tensor]:
 
 
 def stand_in(module: nn.Module, own: bool = False, clone: bool = False) -> Any:
-    """A module of the same class with the same parameters, without the hooks and what was added.
+    """Return a module of the same class with the same parameters, without hooks and additions.
 
-    `own`: in parameters of its own, on the same memory unless `clone`; zeros where the module has shapes only.
+    `own`: with its own parameters, on the same memory unless `clone`; zeros for parameters on the meta device.
     """
     twin: Any = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
@@ -132,7 +132,7 @@ def _values(parameter: Tensor, clone: bool) -> Tensor:
 
 
 def hang(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at its dotted name below an empty one."""
+    """Add a module at its dotted name below `root`, creating empty parents."""
     *path, leaf = name.split(".")
     for part in path:
         if part not in root._modules:
@@ -142,7 +142,7 @@ def hang(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _rest(module: nn.Module, held: set[int]) -> nn.Module | None:
-    """A module, or one like it with only the tensors that are not held yet; None where that is nothing."""
+    """Return a module, or a copy of its structure with only the tensors not held yet; None if there are none."""
     tensors = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
     if not tensors & held:
         held |= tensors

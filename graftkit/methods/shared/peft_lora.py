@@ -1,4 +1,4 @@
-"""PEFT's LoRA, read and written: names of tensors, ranks and alphas by pattern, biases, attention and experts."""
+"""Read and write PEFT's LoRA: names of tensors, ranks and alphas by pattern, biases, attention and experts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from graftkit.recipe.catalogue import entry_name
 if TYPE_CHECKING:
     from graftkit.methods.shared.low_rank import LowRankMethod
 
-# ways to start that rewrite the base's weights
+# initialisations that rewrite the base's weights
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # order in which modules of experts hold their parameters; PEFT nests them in this order
 EXPERTS_ORDER = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 OUT_PROJ = ".base_layer.out_proj"  # of a `nn.MultiheadAttention`, below its wrapper
-# the last version of PEFT that applies the update of this map twice in a forward pass (peft#3774)
+# the last version of PEFT that applies the update of this projection twice in a forward pass (peft#3774)
 TWICE_UP_TO = (0, 21)
 NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "b", "lora_embedding_A": "A",
          "lora_embedding_B": "B", "lora_magnitude_vector": "m"}  # fmt: skip
@@ -33,7 +33,7 @@ NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "b", "lora_e
 def write(
     method: LowRankMethod, backbone: Backbone, graft: str, *, with_magnitudes: bool = False
 ) -> PeftForm | None:
-    """The adapter that computes what the graft does; None where PEFT has none. `with_magnitudes`: it is a DoRA."""
+    """Return an equivalent PEFT adapter; None if PEFT has none. `with_magnitudes`: it is a DoRA."""
     named = {name: weight for name, (_, weight) in method.named(backbone).items()}
     sizes = {name: method.peft_size(*size) for name, size in method.sizes(backbone).items()}
     rank, alpha = method.peft_size(method.rank, method.alpha_at(method.rank))
@@ -53,7 +53,7 @@ def write(
             wrapped[owner] = path
         update: Any = method.update_at(weight, graft)
         tensors |= {f"base_model.model.{path}.{k}": tensor for k, tensor in update.peft_tensors().items()}
-        if weight.kind == "packed":  # PEFT has no update of one map of an attention without one of the other
+        if weight.kind == "packed":  # PEFT always updates both projections of an attention
             wrapped[f"{owner}.out_proj"] = path + OUT_PROJ
             width = weight.shape[1]
             tensors[f"base_model.model.{path}{OUT_PROJ}.lora_A.weight"] = torch.zeros(sizes[name][0], width)
@@ -89,10 +89,10 @@ def write(
 
 def _is_expressible(method: LowRankMethod, named: dict[str, Weight]) -> bool:
     kinds = {weight.kind for weight in named.values()}
-    if "experts" in kinds and ("transposed" in kinds or method.lora_bias):  # PEFT allows for one of them only
+    if "experts" in kinds and ("transposed" in kinds or method.lora_bias):  # PEFT supports only one of them
         return False
     for name, weight in named.items():
-        if name == weight.parameter:  # PEFT replaces modules, and the model itself has no place of its own
+        if name == weight.parameter:  # PEFT replaces modules, but not the model itself
             return False
         if has_geometry(weight) and not method.peft_conv:
             return False
@@ -102,7 +102,7 @@ def _is_expressible(method: LowRankMethod, named: dict[str, Weight]) -> bool:
 
 
 def _path(owner: str, weight: Weight, named: dict[str, Weight]) -> str:
-    """Where PEFT puts the tensors of a weight: below the module, or below the wrappers around it."""
+    """Return where PEFT puts the tensors of a weight: below the module, or below the wrappers around it."""
     if weight.kind != "experts":
         return owner
     beside = [p for p, _ in weight.module.named_parameters(recurse=False) if f"{owner}.{p}" in named]
@@ -114,14 +114,14 @@ def _whole(number: float) -> float:
 
 
 def has_magnitudes(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration of PEFT's LoRA is that of a DoRA."""
+    """Return whether a configuration of PEFT's LoRA is that of a DoRA."""
     return bool(config.get("use_dora"))
 
 
 def read(
     reading: PeftReading, kind: type, *, with_magnitudes: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The options of a method and the parameters that an adapter of PEFT stands for."""
+    """Return the options and parameters of the method that is equivalent to a PEFT adapter."""
     method = entry_name(kind.__module__)
     rank = reading.field("r", 8, int)
     alpha = reading.field("lora_alpha", 8, (int, float))
@@ -131,10 +131,10 @@ def read(
     if str(start).lower().startswith(CHANGES_BASE):
         raise reading.error(
             f"init_lora_weights={start!r} rewrote the base's weights, which graftkit does not read. Save it with "
-            "PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
+            "PEFT's path_initial_model_for_weight_conversion, which converts it to a plain LoRA."
         )
     reading.ignore("fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-    reading.ignore("use_dora")  # which has been looked at to find the method
+    reading.ignore("use_dora")  # already used to find the method
     bias = reading.field("bias", "none", str)
     found, keys = _tensors(reading, method, with_magnitudes)
     options: dict[str, Any] = {
@@ -154,7 +154,7 @@ def read(
     if reading.field("lora_bias", False):
         if with_magnitudes:
             raise reading.error(
-                "lora_bias together with use_dora is not read by graftkit; train without one."
+                "lora_bias together with use_dora is not read by graftkit; train without one of them."
             )
         options["lora_bias"] = True
     if any(name.endswith(".A") and tensor[:1, :1].numel() > 1 for name, tensor in found.items()):
@@ -165,7 +165,7 @@ def read(
 def _tensors(
     reading: PeftReading, method: str, with_magnitudes: bool
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """The parameters by our names; and for each name that PEFT holds its patterns against the sites it means."""
+    """Return the parameters by our names, and for each name that PEFT matches patterns against, its sites."""
     has_bias = reading.field("lora_bias", False)
     absent = {
         key for key, name in NAMES.items() if (name == "m") > with_magnitudes or (name == "b") > has_bias
@@ -191,10 +191,10 @@ def _tensors(
             site = key if part else module
         found[f"{module}.{method}_{part}default.{NAMES[match[2]]}"] = tensor
         keys.setdefault(key, []).append(site)
-    # PEFT keeps the whole of an embedding that it targets
+    # PEFT also saves the whole weight of an embedding that it targets
     for match in reading.take(r"(.+)\.base_layer\.weight"):
         if match[1] not in keys:
-            raise reading.error(f"{match[0]!r} is of a module that has no adapter.")
+            raise reading.error(f"{match[0]!r} belongs to a module without an adapter.")
     return found, keys
 
 
@@ -204,7 +204,7 @@ def _applies_twice(reading: PeftReading) -> bool:
 
 
 def _doubled(alphas: dict[str, float], alpha: float, method: str, found: Iterable[str]) -> dict[str, float]:
-    """`alphas` with twice of what they are for the output maps of attentions."""
+    """Return `alphas` with doubled values for the output projections of attentions."""
     doubled: dict[float, list[str]] = {}
     for name in found:
         module, is_output, _ = name.partition(f".{method}_out_proj_default.")
@@ -217,7 +217,7 @@ def _doubled(alphas: dict[str, float], alpha: float, method: str, found: Iterabl
 
 
 def _held(module: str, parameters: Iterable[str]) -> list[str]:
-    """Names of the parameters of a module that PEFT targets, in the order in which it wraps them."""
+    """Return the names of the parameters of a module that PEFT targets, in the order in which it wraps them."""
     held = [
         target.rpartition(".")[2]
         for target in parameters
@@ -230,9 +230,9 @@ def _held(module: str, parameters: Iterable[str]) -> list[str]:
 
 
 def _biases(reading: PeftReading) -> dict[str, Tensor]:
-    """The biases of the base; those of modules that PEFT saves as a whole are left to these."""
+    """Return the biases of the base, except those of modules that PEFT saves as a whole."""
     saved = [rf"(.*\.)?{name}(\..*)?" for name in reading.field("modules_to_save") or ()]
-    reading.take(r"(.+\.)?(original_module|modules_to_save)\..+")  # the latter once more
+    reading.take(r"(.+\.)?(original_module|modules_to_save)\..+")  # duplicates of saved modules
     found = {}
     for match, tensor in reading.take(r"(?:(.+)\.)?bias").items():
         owner = (match[1] or "").replace(".base_layer", "")

@@ -1,4 +1,4 @@
-"""A folder of PEFT while a method reads it."""
+"""Read a PEFT folder, and refuse fields and tensors that nobody reads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from graftkit.errors import UserError, listing
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
-ANY = "*"  # in `Method.peft_types`: each kind that no other method reads
+ANY = "*"  # in `Method.peft_types`: every type that no other method reads
 
-# fields that say where an adapter comes from or how it was trained, not what it computes
+# fields about an adapter's origin or training, which do not change its outputs
 HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
@@ -23,9 +23,9 @@ HARMLESS = {
 
 
 class PeftReading:
-    """A PEFT folder while a method reads it: what it does not ask for and does not take is an error.
+    """A PEFT folder while a method reads it: fields that are not requested and tensors that are not taken are errors.
 
-    `tensors`: those that no one has taken yet, by key without `base_model.model.`.
+    `tensors`: those not taken yet, by key without `base_model.model.`.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -36,9 +36,9 @@ class PeftReading:
         self._read = set(HARMLESS)
 
     def field(self, name: str, default: Any = None, kind: type | tuple[type, ...] | None = None) -> Any:
-        """A field of the configuration; `default` is PEFT's, for configurations that leave it out.
+        """Return a field of the configuration; `default` is PEFT's, for configurations without the field.
 
-        Raises `UserError` where the value is not of `kind`.
+        Raises `UserError` if the value is not of type `kind`.
         """
         self._read.add(name)
         value = self._config.get(name, default)
@@ -47,21 +47,21 @@ class PeftReading:
         if kind is not None and (
             not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         ):
-            raise self.error(f"{name} is {self._config.get(name)!r}, which cannot be.")
+            raise self.error(f"{name} is {self._config.get(name)!r}, which is not a valid value.")
         return value
 
     def rest(self) -> dict[str, Any]:
-        """The fields that nobody asked for yet; they count as asked for."""
+        """Return the fields that were not requested yet, and mark them as read."""
         rest = {name: value for name, value in self._config.items() if name not in self._read}
         self._read.update(rest)
         return rest
 
     def ignore(self, *names: str) -> None:
-        """Fields that had a part in training only."""
+        """Mark fields as read that matter only for training."""
         self._read.update(names)
 
     def take(self, pattern: str) -> dict[re.Match[str], Tensor]:
-        """Take the tensors whose whole key matches a regular expression, in the file's order."""
+        """Remove and return the tensors whose full key matches a regular expression, in the file's order."""
         found = {}
         for key in list(self.tensors):
             match = re.fullmatch(pattern, key)
@@ -73,7 +73,7 @@ class PeftReading:
         return UserError(f"{self.folder / PEFT_CONFIG}: {what}")
 
     def refuse_rest(self) -> None:
-        """Raise `UserError` for fields that change the result and that nobody asked for."""
+        """Raise `UserError` for unread fields that may change the result."""
         unread = [
             f"{name}={value!r}"
             for name, value in self._config.items()

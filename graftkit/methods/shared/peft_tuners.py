@@ -1,4 +1,4 @@
-"""The tuners of an installed PEFT, and which of them are methods here."""
+"""The tuners of the installed PEFT, and which of them `peft` supports."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from graftkit.errors import UserError, listing, nearest
 from graftkit.libraries import TUNERS_SINCE, installed, peft_part
 from graftkit.methods.shared.advice import general, reading, recommended, selecting
 
-# tuners that are no methods here, and why
+# tuners that are not supported, and why
 REFUSED = {
-    "ADALORA": "moves its ranks by calls and a loss of PEFT's own model",
-    "ADAPTION_PROMPT": "puts an attention of its own in the place of Llama's",
+    "ADALORA": "changes its ranks by calls to PEFT's own model and a loss of it",
+    "ADAPTION_PROMPT": "replaces Llama's attention by its own",
     "CARTRIDGE": "holds keys and values for a cache",
-    "CPT": "adds virtual tokens with a loss of their own",
+    "CPT": "adds virtual tokens with their own loss",
     "MULTITASK_PROMPT_TUNING": "adds virtual tokens for several tasks",
-    "POLY": "wants the number of a task with each row",
-    "PREFIX_TUNING": "does not sit on modules",
-    "PROMPT_TUNING": "does not sit on modules",
-    "P_TUNING": "does not sit on modules",
+    "POLY": "needs a task id with each row",
+    "PREFIX_TUNING": "does not wrap modules",
+    "PROMPT_TUNING": "does not wrap modules",
+    "P_TUNING": "does not wrap modules",
     "SHADOW": "runs a second, smaller model beside the backbone",
     "XLORA": "mixes adapters that were trained before",
 }
-# fields of PEFT's configurations that are said in another way here: see `instead_of`
+# fields of PEFT's configurations that GraftKit expresses in another way: see `instead_of`
 OURS = {
     **dict.fromkeys(
         ("exclude_modules", "layers_pattern", "layers_to_transform", "target_parameters"),
-        "say which modules with sites=...",
+        "select modules with sites=...",
     ),
     "bias": "use {biases} beside it",
     "layer_replication": "build the backbone with these layers",
@@ -37,12 +37,12 @@ OURS = {
     "trainable_token_indices": "use {embeddings} beside it",
     "use_asa": "it needs a call after each step",
 }
-IDLE = {  # fields that change nothing
+IDLE = {  # fields without effect
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
     "runtime_config", "task_type",
 }  # fmt: skip
-GROUPED = {"LILY"}  # shares matrices among the modules that one entry of target_modules names
-# learning rates; those that train coefficients of fixed matrices want more than those that train matrices
+GROUPED = {"LILY"}  # shares matrices among the modules matched by one entry of target_modules
+# learning rates; tuners that train coefficients of fixed matrices need higher ones than those that train matrices
 RATE = 1e-3
 COEFFICIENTS = "C3A FOURIERFT FROD IA3 PVERA RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT"
 RATES = {"HIRA": 3e-3} | dict.fromkeys(COEFFICIENTS.split(), 1e-2)
@@ -58,7 +58,7 @@ def instead_of(field: str) -> str:
 
 
 def mappings() -> tuple[dict[str, Any], dict[str, Any]]:
-    """PEFT's configurations and models by the type of adapter."""
+    """Return PEFT's configuration and model classes by type of adapter."""
     configs, tuners = peft_part("configurations"), peft_part("tuners")
     return {kind.value: config for kind, config in configs.items()}, {
         kind.value: t for kind, t in tuners.items()
@@ -66,7 +66,7 @@ def mappings() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def defaults_of(kind: str) -> dict[str, Any]:
-    """The fields of the configuration of a type of adapter, with their defaults."""
+    """Return the fields of the configuration of a type of adapter, with their defaults."""
     return {
         field.name: field.default_factory()
         if field.default_factory is not dataclasses.MISSING
@@ -76,7 +76,7 @@ def defaults_of(kind: str) -> dict[str, Any]:
 
 
 def kind_of(tuner: str) -> str:
-    """PEFT's type of adapter of that name. Raises `UserError` where there is none, or where it is no method here."""
+    """Return PEFT's type of adapter for a tuner's name. Raises `UserError` if it is unknown or not supported."""
     known = mappings()[0]
     from peft import PromptLearningConfig
 
@@ -92,7 +92,7 @@ def kind_of(tuner: str) -> str:
         )
     if kind in REFUSED or kind in prompts:
         raise UserError(
-            f"peft({tuner!r}) is no method here: {kind} {REFUSED.get(kind, 'does not sit on modules')}; "
+            f"peft({tuner!r}) is not supported: {kind} {REFUSED.get(kind, 'does not wrap modules')}; "
             f"use {reading(kind) or general()}."
         )
     return kind

@@ -1,4 +1,4 @@
-"""A head on pooled states, or on those of each token, as a module of the model."""
+"""A head on pooled states, or on the states of each token, as a module of the model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from graftkit.errors import UserError, listing
 from graftkit.methods.shared.additions import OutputHead
 from graftkit.methods.shared.mixtures import Mixture
 
-IGNORED = -100  # the label of what has no part in the loss, as in all of transformers
+IGNORED = -100  # label of tokens without a loss, as everywhere in transformers
 
 
 class PooledHead(OutputHead):
     """Turns the states of the model it is placed on into logits, and labels into a loss.
 
-    The states are the model's output, or those of a module in it (see `read_from`); 'stacked': its logits.
+    The states are the model's output, or that of a module in it (see `read_from`); for 'stacked', its logits.
     """
 
     survives_fold = lone = True
@@ -40,13 +40,13 @@ class PooledHead(OutputHead):
         nn.init.zeros_(self.output.bias)
         self.labels: Any = None
         self.items: Any = None
-        self.shifts = False  # the input of an encoder-decoder is its decoder's too
-        self.elsewhere = ""  # name of the module that gives the states, where it is not the model itself
+        self.shifts = False  # the decoder of an encoder-decoder also reads the encoder's input
+        self.elsewhere = ""  # name of the module that computes the states, if it is not the model itself
         self.given: dict[str, Any] = {}
         self.seen: Tensor | None = None
 
     def read_from(self, module: nn.Module, its_input: bool, name: str) -> None:
-        """Take the states from the module of that name in the model: its output, or its input."""
+        """Take the states from the output, or the input, of a module in the model."""
         self.elsewhere = name
         if its_input:
             handle: Any = module.register_forward_pre_hook(self._see_input)
@@ -63,15 +63,15 @@ class PooledHead(OutputHead):
             self.seen = self.features(module, output, named(module, args, kwargs))
 
     def features(self, module: nn.Module, output: Any, given: dict[str, Any]) -> Tensor:
-        """Features (batch, width), for 'tokens' (batch, length, width), in fp32 of what a module gave for `given`."""
+        """Return fp32 features (batch, width), for 'tokens' (batch, length, width), of a module's output for `given`."""
         states: Tensor = output if isinstance(output, Tensor) else output[0]
         with torch.autocast(states.device.type, enabled=False):
             result = self._pooled(module, states, output, given)
         dimensions, each = (3, "token") if self.pooling == "tokens" else (2, "row")
         if result.dim() != dimensions or result.shape[-1] != self.width:
             raise UserError(
-                f"head(pooling={self.pooling!r}) was made for {self.width} features a {each}, but {type(module).__name__} gives "
-                f"{list(states.shape)}; give the module an attribute hidden_size that says its width, or use another "
+                f"head(pooling={self.pooling!r}) expects {self.width} features per {each}, but {type(module).__name__} "
+                f"returned {list(states.shape)}; set the module's attribute hidden_size to its width, or use another "
                 "pooling."
             )
         return result
@@ -99,11 +99,11 @@ class PooledHead(OutputHead):
         return HeadMixture(members, weights)
 
     def scores(self, states: Tensor) -> Tensor:
-        """How much each place (batch, length) of states (batch, length, width) counts, before the softmax."""
+        """Return the weight of each position (batch, length) of states (batch, length, width), before the softmax."""
         return self.query(states).squeeze(-1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (batch, classes) of features (batch, width), or of each token: (batch, length, classes)."""
+        """Return logits (batch, classes) for features (batch, width); (batch, length, classes) for 'tokens'."""
         if hasattr(self, "hidden"):
             features = nn.functional.gelu(self.hidden(features))
         return self.output(self.dropout(features))
@@ -118,7 +118,7 @@ class PooledHead(OutputHead):
         self.labels, self.items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
         kept = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
         self.given = given = named(site, args, kept)
-        self.__dict__["caller"] = site  # not as a child of its own
+        self.__dict__["caller"] = site  # not a child
         from_text = self.shifts and given.get("input_ids") is not None
         if from_text and not any(name.startswith("decoder_") for name in given):
             kept["decoder_input_ids"] = shifted(given["input_ids"], site.config)
@@ -131,8 +131,8 @@ class PooledHead(OutputHead):
         features = self.seen if self.elsewhere else self.features(site, output, named(site, args, kwargs))
         if features is None:
             raise UserError(
-                f"head(pooling={self.pooling!r}) reads what goes through {self.elsewhere!r} of {type(site).__name__}, but that "
-                "was not called; use pooling='own' or 'stacked', or leave out of the module what it does not use."
+                f"head(pooling={self.pooling!r}) reads the states at {self.elsewhere!r} of {type(site).__name__}, which was "
+                "not called; use pooling='own' or 'stacked', or remove the unused part from the module."
             )
         with torch.autocast(features.device.type, enabled=False):
             logits = self.acting.logits(features)
@@ -149,14 +149,14 @@ class PooledHead(OutputHead):
 
 
 class HeadMixture(Mixture):
-    """A head for each row, or one for all: the mean of the heads of several grafts by their weights."""
+    """The weighted mean of the heads of several grafts, for each row or for all rows."""
 
     def __init__(self, members: Sequence[PooledHead], weights: Tensor) -> None:
         super().__init__(weights)
         shapes = {tuple((name, p.shape) for name, p in member.named_parameters()) for member in members}
         if len(shapes) > 1:
             classes = listing(str(member.output.out_features) for member in members)
-            raise NotImplementedError(f"the heads have {classes} classes, or hidden layers of their own")
+            raise NotImplementedError(f"the heads have {classes} classes, or different hidden layers")
         total = weights.sum(dim=1, keepdim=True)
         if bool((total == 0).any()):
             rows = listing(map(str, (total == 0).flatten().nonzero().flatten().tolist()))

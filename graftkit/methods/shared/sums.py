@@ -1,7 +1,7 @@
-"""What a sum of methods means, by what each method says of itself: its order, who has which parameter, what is refused.
+"""Rules for sums of methods, from their class attributes: their order, which one trains a parameter, what is refused.
 
-The order in which a sum is written has no part in it. `arranged` gives the order in which methods act: that of their
-`stage`, and of their names within one. Of a parameter that several claim, `yields` decides.
+The order in which a sum is written does not matter. `arranged` returns the order in which methods act: by `stage`, then
+by name. If several methods claim a parameter, `yields` decides.
 """
 
 from __future__ import annotations
@@ -20,32 +20,31 @@ Claims = Sequence[tuple["Method", Labels]]
 
 
 def arranged(methods: Iterable[Method]) -> tuple[Method, ...]:
-    """The methods in the order in which they act, however they are written."""
+    """Return the methods in the order in which they act, whatever order they are written in."""
     return tuple(sorted(methods, key=lambda m: (m.stage, m.name, str(m) if m.repeats else "")))
 
 
 def refuse_repeats(methods: Sequence[Method]) -> None:
-    """Raise `UserError` for a method that is written twice and does not say that it can be."""
+    """Raise `UserError` for a method that is written twice although it does not allow that (`repeats`)."""
     names = [method.name for method in methods]
     for method in methods:
         if names.count(method.name) > 1 and not method.repeats:
             how = "write it once with both selections" if hasattr(method, "sites") else "write it once"
-            raise UserError(f"{method.name}() stands twice in {' + '.join(names)}; {how}.")
+            raise UserError(f"{method.name}() appears twice in {' + '.join(names)}; {how}.")
 
 
 def refuse_heads(methods: Iterable[Method]) -> None:
-    """Raise `UserError` for two methods that both give the outputs."""
+    """Raise `UserError` for two heads."""
     heads = [f"{method.name}()" for method in methods if method.gives_outputs]
     if len(heads) > 1:
-        raise UserError(
-            f"{' and '.join(heads)} both give the outputs that a task asks for; leave one of them out."
-        )
+        raise UserError(f"{' and '.join(heads)} both compute the outputs of the task; leave one of them out.")
 
 
 def settle(claims: Claims, stored: bool = False) -> Labels:
-    """One label for each parameter. The method that yields less has it; of two that yield alike the sum is refused.
+    """Return one label for each parameter: that of the method with the lower `yields`; equal ones are refused.
 
-    `stored`: the sum was trained before; of two whole backbones the first has it, as it once was.
+    `stored`: the sum comes from a saved graft; of two methods that train the whole backbone the first one wins, as in
+    earlier versions.
     """
     labels: Labels = {}
     owners: dict[str, Method] = {}
@@ -64,7 +63,7 @@ def settle(claims: Claims, stored: bool = False) -> Labels:
 
 
 def refuse_redundant(claims: Claims) -> None:
-    """Raise `UserError` for a method that frees what another one trains from the first step, at no rate of its own."""
+    """Raise `UserError` for a method that only trains what another one already trains, without its own learning rate."""
     for whole in (method for method, _ in claims if method.covers):
         for part, claimed in claims:
             if part is whole or not claimed or any(group.role != "base" for group in claimed.values()):
@@ -74,15 +73,16 @@ def refuse_redundant(claims: Claims) -> None:
 
 
 def redundant(whole: str, part: str, has_use: bool) -> str:
-    """What to say of a method that frees what another one trains anyway."""
-    rate = f", or give {part}() a learning rate of its own, lr=..., for what it selects" if has_use else ""
+    """Return the message for a method that trains what another one trains anyway."""
+    rate = f", or give {part}() its own learning rate, lr=..., for what it selects" if has_use else ""
     return f"{whole}() already trains what {part}() would; leave one of them out{rate}."
 
 
 def refuse_silent(claims: Claims, labels: Labels, removed: dict[str, str], backbone: Backbone) -> None:
-    """Raise `UserError` for a method of which nothing is trained in the end.
+    """Raise `UserError` for a method that ends up training nothing.
 
-    `removed`: the method that took a parameter out again, by parameter. A head may be frozen: it still gives outputs.
+    `removed`: for each parameter taken out of training, the method that did so. A head may be frozen: it still computes
+    outputs.
     """
     if len(claims) < 2:
         return
@@ -94,16 +94,16 @@ def refuse_silent(claims: Claims, labels: Labels, removed: dict[str, str], backb
         takers = {removed[name] for name in claimed if name in removed}
         why = [f"{listing(f'{name}()' for name in sorted(others))} trains it"] if others else []
         why += [f"{listing(f'{name}()' for name in sorted(takers))} takes it out"] if takers else []
-        why += [] if why else [f"it has no part in the outputs of {backbone.source}"]
+        why += [] if why else [f"it has no effect on the outputs of {backbone.source}"]
         raise UserError(
             f"{method.name}() would train nothing: {' and '.join(why)}. Leave one of them out, or change its selection."
         )
 
 
 def refuse_useless(claims: Claims, backbone: Backbone, labels: Labels) -> None:
-    """Raise `UserError` for updates beside weights that are all trained anyway, by a method that trains everything.
+    """Raise `UserError` for updates of weights that are all trained anyway, by a method that trains everything.
 
-    Where a method frees what a selection names, weight and update both move: the selections may differ.
+    With a method that trains a selection, weight and update may both be trained: the selections can differ.
     """
     for whole in (method for method, _ in claims if method.covers):
         trained = {name for name, group in labels.items() if group.method == whole.name}
@@ -111,6 +111,6 @@ def refuse_useless(claims: Claims, backbone: Backbone, labels: Labels) -> None:
             updated = method.updated_weights(backbone)
             if updated and updated <= trained:
                 raise UserError(
-                    f"{method.name}() adds an update to weights that {whole.name}() trains themselves, which makes nothing "
-                    "possible that was not; leave one of them out."
+                    f"{method.name}() adds an update to weights that {whole.name}() already trains, which gains nothing; "
+                    "leave one of them out."
                 )

@@ -1,4 +1,4 @@
-"""What methods share that update weight matrices: W becomes W + dW, with few parameters for dW."""
+"""Base classes of methods that update weight matrices: W becomes W + dW, with few parameters for dW."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
-MAPS = ("linear", "transposed")  # of which the input is that of the module
+MAPS = ("linear", "transposed")  # weights whose input is that of the module
 KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")
 
 
 class Update(Addition):
-    """An update of one weight. Subclasses give `delta`; a cheaper `after` where the whole of it is not needed.
+    """An update of one weight. Subclasses implement `delta`, and `after` if they can add dW x without forming dW.
 
-    `weight` says which it updates, without the module itself: that comes with each call.
+    The update stores where its weight is but not the module, which each call passes.
     """
 
     adds = True
@@ -42,11 +42,11 @@ class Update(Addition):
         self.replaces = weight.replaced
 
     def delta(self, weight: Weight) -> Tensor:
-        """dW in the layout of W: (out, in), (out, in / groups, *kernel) or (experts, out, in)."""
+        """Return dW in the layout of W: (out, in), (out, in / groups, *kernel) or (experts, out, in)."""
         raise NotImplementedError
 
     def updated(self, weight: Weight, value: Tensor | None = None) -> Tensor:
-        """W + dW in the layout and type of the parameter; with `value` in the place of W, to which dW is added."""
+        """Return W + dW in the layout and dtype of the parameter; with `value`, value + dW."""
         value = weight.value if value is None else value
         return (value.float() + weight.stored(self.delta(weight))).to(value.dtype)
 
@@ -60,15 +60,15 @@ class Update(Addition):
         return MatrixMixture(weight, matrices, weights)
 
     def of(self, site: nn.Module) -> Weight:
-        """The weight, found again in the module that is called."""
+        """Return the weight in the module that is called."""
         return Weight(site, self.parameter, self.kind)
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Where no module multiplies by the weight alone: let the updated one stand in for it during the call."""
+        """Replace the weight by the updated one during the call, if no module multiplies by the weight alone."""
         if self.replaces:
             weight = self.of(site)
             owner, name = weight.owner, weight.parameter.rpartition(".")[2]
-            standing = owner.__dict__.get(name)  # of another graft
+            standing = owner.__dict__.get(name)  # already replaced by another graft
             with without_autocast(weight.value):
                 owner.__dict__[name] = self.updated(weight, standing)
         return None
@@ -87,7 +87,7 @@ class Update(Addition):
 
 
 class Sum(Update):
-    """The updates of several grafts as one: their weighted sum."""
+    """The weighted sum of the updates of several grafts."""
 
     def __init__(self, weight: Weight, matrix: Tensor) -> None:
         super().__init__(weight)
@@ -98,7 +98,7 @@ class Sum(Update):
 
 
 def refuse_rows(weight: Weight) -> None:
-    """Raise `NotImplementedError` for a weight that the rows of a batch can only have in common."""
+    """Raise `NotImplementedError` for a weight that all rows of a batch must share."""
     if weight.replaced:
         raise NotImplementedError(f"{type(weight.module).__name__} multiplies all rows by one weight")
 
@@ -107,37 +107,37 @@ class UpdateMethod(Method):
     """A method that places an `Update` at each weight of its `sites`. Subclasses are dataclasses with `sites`."""
 
     sites: str
-    kinds: tuple[str, ...] = KINDS  # of weights that the method can update
+    kinds: tuple[str, ...] = KINDS  # kinds of weights that the method can update
     updates_weights: ClassVar[bool] = True
 
     def make(self, weight: Weight, name: str) -> Update:
-        """The update of the weight of that dotted name. Raises `UserError` where it cannot be."""
+        """Return the update of the weight with this dotted name. Raises `UserError` if there can be none."""
         raise NotImplementedError
 
     def maker(self, backbone: Backbone) -> Callable[[Weight, str], Update]:
-        """What makes the updates: `make`, unless a method has to look at the whole model first."""
+        """Return the function that makes the updates: `make`, unless a method has to look at the whole model first."""
         return self.make
 
     def group(self) -> Group:
-        """The label of the new parameters."""
+        """Return the label of the new parameters."""
         raise NotImplementedError
 
     def accepts(self, weight: Weight) -> bool:
-        """Whether the method can update a weight; where a selection has others, these are passed by."""
+        """Return whether the method can update a weight; other weights in a selection are skipped."""
         return weight.kind in self.kinds
 
     @property
     def wanted(self) -> str:
-        """What messages call the weights that the method accepts."""
+        """The weights that the method accepts, as messages describe them."""
         instead = recommended("selects") if self.is_general else recommended("is_general", "selects")
         return f"weights that {self.name}() can update; use {instead} there"
 
     def targets(self, backbone: Backbone) -> list[tuple[Site, Weight]]:
-        """Each weight that is updated, with the site that holds it."""
+        """Return each updated weight with the site that holds it."""
         return self._chosen(backbone, self.sites)
 
     def _chosen(self, backbone: Backbone, selection: str) -> list[tuple[Site, Weight]]:
-        """The weights that a selection means. Of several at one site each has a name of its own, `experts.down_proj`."""
+        """Return the selected weights. If a site has several, each has its own name, such as `experts.down_proj`."""
         held = [(site, weights_at(backbone, site)) for site in backbone.sites]
         parts, weights = [], {}
         for site, at_site in held:
@@ -156,7 +156,7 @@ class UpdateMethod(Method):
         return [weights[part.name] for part in select(view, selection, usable, self.wanted)]
 
     def named(self, backbone: Backbone) -> dict[str, tuple[Site, Weight]]:
-        """The same by the name of the parameter that the weight is."""
+        """Return `targets` by the name of the weight's parameter."""
         names = {id(module): name for name, module in backbone.model.named_modules()}
         return {
             f"{names[id(weight.module)]}.{weight.parameter}".lstrip("."): (site, weight)
@@ -167,13 +167,13 @@ class UpdateMethod(Method):
         return set(self.named(backbone))
 
     def added_name(self, weight: Weight, graft: str) -> str:
-        """Name of the new module below the module that is called."""
+        """Return the name of the new module below the module that is called."""
         if weight.parameter == "weight":
             return f"{self.name}_{graft}"
         return f"{self.name}_{weight.parameter.removesuffix('.weight').replace('.', '_')}_{graft}"
 
     def update_at(self, weight: Weight, graft: str) -> Update:
-        """The update that `attach` placed."""
+        """Return the update that `attach` placed."""
         return getattr(weight.module, self.added_name(weight, graft))
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
@@ -197,23 +197,23 @@ class UpdateMethod(Method):
 
 @dataclass(frozen=True)
 class SizedMethod(UpdateMethod):
-    """A method whose updates have a rank and a scale alpha / rank, for all sites or by site."""
+    """A method whose updates have a rank and a scale alpha / rank, the same for all sites or set by site."""
 
     rank: int = option(8, "rank of the update", at_least=1)
-    sites: str = option("all-linear", "maps that are adapted, as a selection")
+    sites: str = option("all-linear", "layers to adapt, as a selection")
     alpha: float | None = option(None, "scale times rank; null means rank, a scale of 1", above=0)
     rank_pattern: dict | None = option(
         None,
-        "other ranks for some of the sites: {'blocks[-2:]': 16}; the last match counts",
+        "other ranks for some sites: {'blocks[-2:]': 16}; the last match wins",
         formerly="ranks",
     )
     alpha_pattern: dict | None = option(
-        None, "other alphas for some of the sites, in the same way", formerly="alphas"
+        None, "other alphas for some sites, in the same form", formerly="alphas"
     )
     lr: float | None = option(None, "learning rate; null means 0.01", above=0)
 
     default_lr = 1e-2
-    default_scale = 1.0  # where alpha is null
+    default_scale = 1.0  # if alpha is null
 
     def group(self) -> Group:
         return Group("added", self.lr or self.default_lr, self.name, self.lr is not None)
@@ -230,7 +230,7 @@ class SizedMethod(UpdateMethod):
                     )
 
     def factors(self, weight: Weight, name: str, rank: int, scale: float) -> Update:
-        """The update of the weight of that dotted name."""
+        """Return the update of the weight with this dotted name."""
         raise NotImplementedError
 
     def maker(self, backbone: Backbone) -> Callable[[Weight, str], Update]:
@@ -243,7 +243,7 @@ class SizedMethod(UpdateMethod):
         return make
 
     def sizes(self, backbone: Backbone) -> dict[str, tuple[int, float]]:
-        """Rank and alpha of each weight, by the name of its parameter."""
+        """Return rank and alpha of each weight, by the name of its parameter."""
         ranks = self._by_name(backbone, "rank_pattern")
         alphas = self._by_name(backbone, "alpha_pattern")
         found = {}
@@ -253,11 +253,11 @@ class SizedMethod(UpdateMethod):
         return found
 
     def alpha_at(self, rank: int) -> float:
-        """The alpha that goes with a rank where `alpha_pattern` says nothing."""
+        """Return the alpha for a rank, for weights not matched by `alpha_pattern`."""
         return self.default_scale * rank if self.alpha is None else self.alpha
 
     def _by_name(self, backbone: Backbone, key: str) -> dict[str, float]:
-        """`rank_pattern` or `alpha_pattern` by the names of parameters; where two selections meet, the later one counts."""
+        """Return `rank_pattern` or `alpha_pattern` by the names of parameters; if selections overlap, the last one wins."""
         named = self.named(backbone)
         found: dict[str, float] = {}
         for selection, value in (getattr(self, key) or {}).items():
@@ -265,8 +265,8 @@ class SizedMethod(UpdateMethod):
             names = [name for name, (_, weight) in named.items() if weight in chosen]
             if not names:
                 raise UserError(
-                    f"{self.name}(): {key} has {selection!r}, which is none of sites={self.sites!r}; "
-                    "widen the one or the other."
+                    f"{self.name}(): {key} has {selection!r}, which is not among sites={self.sites!r}; "
+                    "widen one of them."
                 )
             found |= dict.fromkeys(names, value)
         return found
@@ -277,7 +277,7 @@ def refuse_quantized(method: Method, weight: Weight, name: str) -> None:
     if weight.is_quantized:
         raise NotFoldable(
             f"{method.name}() cannot be folded into {name!r}, which is stored as {weight.value.dtype}. "
-            "Keep the graft folder, or fold it into the model before it is quantized."
+            "Keep the graft folder, or fold it into the unquantized model."
         )
 
 
@@ -290,9 +290,9 @@ def refuse_kinds(method: Method, weight: Weight, name: str, kinds: Iterable[str]
 
 
 def peft_targets(backbone: Backbone, names: Iterable[str]) -> list[str] | str:
-    """PEFT's `target_modules` for the modules of these names: a list, or an expression where a list means more.
+    """Return PEFT's `target_modules` for these modules: a list, or a regular expression if a list would match more.
 
-    PEFT takes a name in a list for each module whose name ends with it.
+    A name in a list matches every module whose name ends with it.
     """
     names = list(dict.fromkeys(names))
     endings = tuple(f".{name}" for name in names)
@@ -302,9 +302,9 @@ def peft_targets(backbone: Backbone, names: Iterable[str]) -> list[str] | str:
 
 
 def by_site(reading: PeftReading, field: str, keys: dict[str, list[str]]) -> dict[str, float] | None:
-    """`rank_pattern` or `alpha_pattern` as a selection of sites for each value, by PEFT's rules.
+    """Return `rank_pattern` or `alpha_pattern` as a selection of sites for each value, by PEFT's rules.
 
-    `keys`: names that PEFT holds its patterns against, and the sites that each of them means.
+    `keys`: names that PEFT matches its patterns against, and the sites that each stands for.
     """
     patterns = reading.field(field, None, (dict, type(None))) or {}
     for pattern in patterns:
@@ -312,7 +312,7 @@ def by_site(reading: PeftReading, field: str, keys: dict[str, list[str]]) -> dic
             re.compile(pattern)
         except re.error as error:
             raise reading.error(
-                f"{field} has {pattern!r}, which is no regular expression: {error}."
+                f"{field} has {pattern!r}, which is not a regular expression: {error}."
             ) from None
     values: dict[str, float] = {}
     for key, sites in keys.items():
