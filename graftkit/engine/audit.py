@@ -74,7 +74,15 @@ class Audit:
         return {name for name in biases if f"{name.removesuffix('bias')}weight" in self.with_gradient}
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.model.named_parameters(), *self.model.named_buffers()]
+        """Parameters and the buffers that are saved with the model. The others are caches, which a model may rewrite, as
+        rotary embeddings do when texts grow longer."""
+        caches = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in self.model.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+        buffers = [(name, buffer) for name, buffer in self.model.named_buffers() if name not in caches]
+        return [*self.model.named_parameters(), *buffers]
 
     def _changed(self, names: set[str] | None) -> set[str]:
         """Those of the tensors of these names, or of all, that are not what they were; read back at once."""

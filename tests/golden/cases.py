@@ -67,7 +67,6 @@ MORE_METHODS = {  # with `classify` alone
     "vera": "vera(rank=8, lr=0.05)",
     "loha": "loha(rank=2, lr=0.02)",
     "lokr": "lokr(rank=2, lr=0.02)",
-    "galore": "galore(rank=4, lr=0.005)",
     "freeze": "full(lr=0.005) + freeze('embeddings,blocks[0]')",
 }
 TASKS = {
@@ -93,6 +92,11 @@ def _cases() -> dict[str, Case]:
             found[f"{name}-head"] = replace(case, method=HEAD)
     for short, method in MORE_METHODS.items():
         found[f"classify-{short}"] = replace(TASKS["classify"], method=f"{method} + {HEAD}")
+    found["classify-galore"] = replace(
+        TASKS["classify"],
+        method=f"full(lr=0.005) + {HEAD}",
+        settings={"train.optimizer": "galore(rank=4, scale=1.0)"},
+    )
     lora = f"{METHODS['lora']} + {HEAD}"
     order = "order=['short', 'middle', 'long']"
     found |= {
