@@ -1,4 +1,4 @@
-"""Conversations as a model reads them: rendered by a chat template, with what is to be learned marked."""
+"""Render conversations with a chat template, and mark the parts to train on."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 
 class TemplateFails(Exception):
-    """What is wrong with a conversation, as its template sees it."""
+    """A conversation that its chat template cannot render, or not in a usable way."""
 
 
 def check_template(template: str | None, task: str) -> None:
-    """Raise `UserError` for what is neither a template's name nor Jinja."""
+    """Raise `UserError` if `template` is neither the name of a template nor Jinja."""
     if template is not None and template not in TEMPLATES and "{" not in template:
         raise UserError(
             f"{task}(): template {template!r} is neither a name ({listing(TEMPLATES)}) nor a Jinja template."
@@ -61,10 +61,10 @@ def check_template(template: str | None, task: str) -> None:
 
 @dataclass(frozen=True)
 class Marked:
-    """A text, the stretches of it that are learned (from, to, in characters), and how it becomes tokens.
+    """A text, its spans to train on (start, end, in characters), and how it is tokenized.
 
-    `special`: the tokenizer adds what it puts around texts; `close`: the end token follows, and is learned; `open`: what
-    is learned only shows where the tokens of a prompt end, as a space there is often of the answer's first token.
+    `special`: the tokenizer adds its special tokens; `close`: the end token follows, as a target; `open`: the span only
+    marks where the tokens of a prompt end, because a space there often belongs to the answer's first token.
     """
 
     text: str
@@ -75,7 +75,7 @@ class Marked:
 
 
 class Template:
-    """How a conversation is written for one tokenizer. Raises `UserError` where there is no way to."""
+    """The chat template of one tokenizer. Raises `UserError` if it is not valid."""
 
     def __init__(self, tokenizer: Any, wanted: str | None, source: str) -> None:
         self.tokenizer = tokenizer
@@ -95,9 +95,9 @@ class Template:
         self.source = source
 
     def write(self, messages: Sequence[Message], prompt: bool, tools: Tools = None) -> str:
-        """The conversation as text; `prompt`: up to where the assistant's answer begins. Raises `TemplateFails`.
+        """Render a conversation; `prompt`: up to where the assistant's answer begins. Raises `TemplateFails`.
 
-        A call of a tool without a text has the content None, or an empty text for templates that cannot do with None.
+        A tool call without a text has the content None, or an empty text for templates that cannot handle None.
         """
         try:
             return self._written(messages, prompt, tools)
@@ -125,9 +125,9 @@ class Template:
     def mark(
         self, messages: Sequence[Message], everything: bool, tools: Tools = None, last: bool = False
     ) -> Marked:
-        """A conversation with its assistant's turns, ends included, to be learned; `last`: with the last one alone.
+        """Render a conversation and mark its assistant turns, including their ends, as targets; `last`: only the last one.
 
-        Where each begins and ends is found by writing the conversation up to there: no template tells it.
+        The start and end of each turn are found by rendering the conversation up to there, as templates do not report them.
         """
         messages = [self._without_end(message) for message in messages]
         whole = self.write(messages, False, tools)
@@ -150,7 +150,7 @@ class Template:
         return Marked(text, ((0, len(text)),) if everything else tuple(spans), self.special, close)
 
     def _turn(self, messages: Sequence[Message], place: int, whole: str, tools: Tools) -> tuple[int, str]:
-        """Where the assistant's turn at a place begins, and the conversation up to its end."""
+        """Return where the assistant turn at index `place` begins, and the conversation up to its end."""
         before, asked = (self.write(messages[:place], prompt, tools) for prompt in (False, True))
         after = whole if place == len(messages) - 1 else self.write(messages[: place + 1], False, tools)
         start = _common(asked, after)
@@ -169,13 +169,13 @@ class Template:
         return start, after
 
     def _is_open(self, message: Message, written: str) -> bool:
-        """Whether the template ends a turn with nothing."""
+        """Return whether the template writes no end after a turn."""
         if message.get("tool_calls"):
             return not self.end()
         return written.endswith(message["content"].strip())
 
     def _without_end(self, message: Message) -> Message:
-        """An answer without the end that the template, or the tokenizer, puts behind it: it would be there twice."""
+        """Strip from an answer the end that the template or the tokenizer adds, so that it is not there twice."""
         content, shorter = message["content"], message["content"]
         if message["role"] != "assistant" or content is None:
             return message
@@ -185,16 +185,16 @@ class Template:
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """What ends an answer: what the template writes behind one, and the tokenizer's end token."""
+        """The texts that end an answer: what the template writes after one, and the tokenizer's end token."""
         return tuple(filter(None, dict.fromkeys([self.end(), self.tokenizer.eos_token])))
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None) -> Marked:
-        """A conversation up to where the assistant's answer begins."""
+        """Render a conversation up to where the assistant's answer begins."""
         text = self.write(messages, True, tools)
         return Marked(f"{text}a", ((len(text), len(text) + 1),), self.special, open=True)
 
     def end(self) -> str:
-        """What the template writes behind an answer; empty where it writes nothing."""
+        """Return what the template writes after an answer; empty if it writes nothing."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
         try:
             return self.write(messages, False).rpartition(PROBE)[2].strip()
@@ -207,17 +207,17 @@ def _knows(tokenizer: Any, token: str) -> bool:
 
 
 def _common(left: str, right: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     if right.startswith(left):
         return len(left)
     return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
 
 
 def tokens_of(tokenizer: Any, texts: Sequence[Marked]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, learned) of each text, (tokens,) int32 and bool. A token is learned if any of its characters is.
+    """Return ids and loss mask of each text, (tokens,) int32 and bool. A token is a target if any of its characters is.
 
-    Of what the tokenizer puts around a text only the front stays, once: a text may begin with it already. The end token is
-    `close`'s to set. The first token is never learned, since nothing stands before it.
+    Of the special tokens that the tokenizer adds, only those in front are kept, and not twice if a text begins with them
+    already. The end token is added only with `close`. The first token is never a target, because nothing precedes it.
     """
     found: list[tuple[np.ndarray, np.ndarray]] = []
     if not texts:
@@ -251,7 +251,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[Marked]) -> list[tuple[np.ndarray,
 
 
 def _doubled(ids: np.ndarray, added: np.ndarray, begin: int | None) -> int:
-    """How many tokens in front are there a second time: what the tokenizer added, or the begin token."""
+    """Return how many tokens in front are duplicated: those that the tokenizer added, or the begin token."""
     front, dropped = int(np.argmin([*added, False])), 0
     if front and np.array_equal(ids[:front], ids[front : 2 * front]):
         dropped = front

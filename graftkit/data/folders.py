@@ -27,8 +27,8 @@ LABEL = "label"
 
 @dataclass(frozen=True)
 class FileTable(Table):
-    """A table one column of which stands for files. `folder`: where relative paths begin; `places`: the file of each
-    row, where a row is nothing but its file, so that messages name it."""
+    """A table with a column of files. `folder`: base of relative paths; `places`: the file of each row, if rows are files
+    without a table, so that messages name it."""
 
     folder: str = ""
     places: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ def read_files(
     source: Any, *, suffixes: Collection[str], column: str, noun: str, name: str = "data",
     encoding: str = "utf-8", skip_bad: bool = False,
 ) -> FileTable:  # fmt: skip
-    """A table with a row for each file; messages call one a `noun`, such as 'image'.
+    """Read a table with a row for each file; messages call a file a `noun`, such as 'image'.
 
     `source` is a folder with a sub-folder for each class, whose name is the label of the files in it at any depth; a
     folder of files alone, which has no labels; one file with one of the `suffixes` (lower case, with the dot); or all
@@ -68,7 +68,7 @@ def read_files(
         if path.suffix.lower() not in SUFFIXES and not path.exists() and name in LABELLED:
             siblings = os.listdir(path.parent) if path.parent.is_dir() else []
             raise UserError(
-                f"{path} does not exist.{nearest(path.name, siblings) or ' Mend the path.'} {_wanted(noun)}"
+                f"{path} does not exist.{nearest(path.name, siblings) or ' Check the path.'} {_wanted(noun)}"
             )
         if path.is_file() and path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path} is neither a folder nor a table ({listing(SUFFIXES)}). {_wanted(noun)}")
@@ -83,7 +83,7 @@ def stream_files(
     source: Any, *, suffixes: Collection[str], column: str, noun: str, name: str = "data",
     encoding: str = "utf-8", skip_bad: bool = False, rows: int,
 ) -> Iterator[Table]:  # fmt: skip
-    """What `read_files` gives, in tables of at most `rows` rows; of a table's file one piece is in memory at a time."""
+    """Yield what `read_files` returns as tables of at most `rows` rows; of a table file one piece at a time is in memory."""
     path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if path is not None and path.is_file() and path.suffix.lower() in SUFFIXES:
         for piece in stream_table(path, encoding=encoding, skip_bad=skip_bad, name=name, rows=rows):
@@ -96,7 +96,7 @@ def stream_files(
 
 
 def locate_files(table: Table, column: str, *, noun: str, skip_bad: bool) -> tuple[list[Any], dict[int, str]]:
-    """The values of a column with paths made whole, and for each row that has no file a message that says where.
+    """Return the values of a column with resolved paths, and a message for each row without a file.
 
     A value is a path, relative to the folder of the table's file; bytes of a file; what `datasets` writes,
     `{'bytes': ..., 'path': ...}`; or an object in memory, which is left as it is.
@@ -124,19 +124,19 @@ def locate_files(table: Table, column: str, *, noun: str, skip_bad: bool) -> tup
                 missing.append(problems[row].rstrip("."))
     if missing and not skip_bad:
         if len(missing) == 1:
-            raise UserError(f"{missing[0]}. Mend the path, or leave such rows out with data.skip_bad=true.")
+            raise UserError(f"{missing[0]}. Fix the path, or skip bad rows with data.skip_bad=true.")
         raise UserError(
             f"{table.source}: {len(missing)} of {len(table)} rows point to no file: {'; '.join(missing[:SHOWN])}"
             f"{f'; and {len(missing) - SHOWN} more' if len(missing) > SHOWN else ''}. Paths are relative to "
-            f"{folder or 'the current folder'!r}. Mend them, or leave such rows out with data.skip_bad=true."
+            f"{folder or 'the current folder'!r}. Fix them, or skip bad rows with data.skip_bad=true."
         )
     return values, problems
 
 
 def given_files(items: list[Any], column: str, noun: str) -> list[dict[str, Any]] | None:
-    """Rows of what a person hands to `predict`: a list of paths, or of objects; None where this is a table already.
+    """Return rows of items passed to `predict`: a list of paths, or of objects; None if they already form a table.
 
-    Raises UserError for a path at which there is no file."""
+    Raises UserError for a path without a file."""
     if not items or any(isinstance(item, Mapping) for item in items):
         return None
     for item in items:
@@ -230,7 +230,7 @@ def _read_folder(
 
 
 def _told(folder: Path, problems: list[str]) -> str:
-    remedy = "Mend or remove it, or leave such files out with data.skip_bad=true."
+    remedy = "Fix or remove it, or skip bad files with data.skip_bad=true."
     if len(problems) == 1:
         return f"{problems[0]}. {remedy}"
     shown = "; ".join(problems[:SHOWN])

@@ -12,14 +12,14 @@ WINDOW = 50  # batches that are drawn together, sorted by length, and cut
 
 
 class Order(Protocol):
-    """The batches of one epoch, by their place in it."""
+    """The batches of one epoch, by index."""
 
     def __len__(self) -> int:
-        """How many batches there are."""
+        """Return the number of batches."""
         ...
 
     def batches(self, start: int, end: int) -> list[np.ndarray]:
-        """The row numbers of batches `start` to `end`, without `end`; fewer where the epoch ends before."""
+        """Return the row numbers of batches `start` to `end`, exclusive; fewer if the epoch ends before."""
         ...
 
 
@@ -102,17 +102,17 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def ordered_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches for prediction: longest first, so that a lack of memory shows at once."""
+    """Return batches for prediction, longest first, so that running out of memory shows at once."""
     order = np.argsort(-lengths, kind="stable")
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def steps_per_epoch(rows: int, batch_size: int, accumulate: int) -> int:
-    """Optimizer steps in one epoch."""
+    """Return the number of optimizer steps in one epoch."""
     return math.ceil(math.ceil(rows / batch_size) / accumulate)
 
 
 def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
-    """Share of the tokens of these batches that are padding."""
+    """Return the share of padding among the tokens of these batches."""
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return 1 - int(lengths.sum()) / padded if padded else 0.0

@@ -1,4 +1,4 @@
-"""Tables from files and Python objects; a bad row is an error that names its place, or is left out."""
+"""Read tables from files and Python objects. A bad row raises an error with its position, or is skipped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from graftkit.files import POINTER, fault
 
 
 def read_table(source: Any, *, encoding: str = "utf-8", skip_bad: bool = False, name: str = "data") -> Table:
-    """Read a table from a path, or from what Python holds; nothing that is handed over is changed.
+    """Read a table from a path or a Python object, which is not modified.
 
     A path's suffix gives its format (`SUFFIXES`). Otherwise `source` is a list of dicts, a dict of lists, a
     `datasets.Dataset` (integers of a `ClassLabel` become its names) or a pandas DataFrame, and messages
@@ -61,7 +61,7 @@ def _read_file(source: str, encoding: str, skip_bad: bool) -> Table:
 
 
 def find_file(source: str) -> tuple[Path, str]:
-    """The path and the kind of a file of rows. Raises `UserError` for one that cannot be opened, is of no known kind
+    """Return the path and the format of a file of rows. Raises `UserError` if it cannot be opened, has an unknown format
     or is empty."""
     path = Path(source).expanduser() if source.startswith("~") else Path(source)
     with telling_why(path, source), path.open("rb") as file:
@@ -76,18 +76,18 @@ def find_file(source: str) -> tuple[Path, str]:
 
 
 def check_text(head: str, path: Path, source: str) -> None:
-    """Raise `UserError` where the beginning of a text cannot be that of a table."""
+    """Raise `UserError` if the beginning of a text cannot be that of a table."""
     if not head.strip():
         raise UserError(f"{source} is empty. Write rows into it or name another file")
     if path.suffix.lower() == ".txt" and "\t" not in head.lstrip("\r\n").splitlines()[0]:
         raise UserError(
-            f"{source} has no tab in its first line, so it is no table. Known: {listing(SUFFIXES)}"
+            f"{source} has no tab in its first line, so it is not a table. Supported: {listing(SUFFIXES)}"
         )
 
 
 @contextmanager
 def telling_why(path: Path, source: str) -> Iterator[None]:
-    """What the operating system says of a file that cannot be read becomes a `UserError`."""
+    """Raise the operating system's errors on a file as `UserError`."""
     try:
         if path.is_dir():
             files = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
@@ -97,12 +97,12 @@ def telling_why(path: Path, source: str) -> Iterator[None]:
     except FileNotFoundError:
         folder = path.parent
         if not folder.is_dir():
-            raise UserError(f"{source} does not exist: there is no folder {folder}. Mend the path") from None
+            raise UserError(f"{source} does not exist: there is no folder {folder}. Check the path") from None
         try:
             hint = nearest(path.name, sorted(os.listdir(folder)))
         except OSError:
             hint = ""
-        raise UserError(f"{source} does not exist.{hint or ' Mend the path'}") from None
+        raise UserError(f"{source} does not exist.{hint or ' Check the path'}") from None
     except PermissionError:
         raise UserError(
             f"{source} may not be read by this user. Change its permissions (chmod u+r)"
@@ -120,7 +120,7 @@ def _read_json(text: str, bad: BadRows) -> Table:
             return _from_records(json_line_records(text.split("\n"), bad), bad)
         raise UserError(
             f"{bad.source}, line {error.lineno}: the list is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}. "
-            "Mend it, or write one object on each line (JSON lines), where bad rows can be left out"
+            "Fix it, or write one object per line (JSON lines), so that bad rows can be skipped"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{bad.source} is not JSON that can be read: {error}") from None
@@ -168,13 +168,13 @@ def _read_arrow(raw: bytes, kind: str, bad: BadRows) -> Table:
 
 
 def keep_columns(names: list[str], source: str) -> list[str]:
-    """The columns of a Parquet or Arrow file but for pandas' index."""
+    """Return the columns of a Parquet or Arrow file except pandas' index."""
     check_names(names, source)
     return [name for name in names if not name.startswith("__index_level_")]
 
 
 def broken(source: str, kind: str, error: Exception) -> UserError:
-    """What is said of a Parquet or Arrow file that cannot be read to its end."""
+    """Return the error for a Parquet or Arrow file that cannot be read to its end."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"{source} is not a whole {kind.title()} file: {reason}. Write it again")
 

@@ -1,8 +1,8 @@
-"""What training and prediction read: rows of tensors by their numbers, the same for whoever asks and whenever.
+"""Sources of training and prediction data: rows of tensors with random access by row number.
 
-A source never hands out "the next" batch. `batch` is a function of row numbers and of the pass over the rows, and the
-order of the rows is a function of (seed, epoch); so the step number is the whole position of a run, resuming costs
-nothing whatever the size, and neither threads nor processes change what is learned.
+A source has no notion of "the next" batch. `batch` is a pure function of row numbers and of the pass over the rows, and
+the order of the rows is a function of (seed, epoch). So the step number fully determines the position of a run, resuming
+is free for any size of data, and neither threads nor processes change the result.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ LOSS = "loss"  # name of the one term of most losses
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the rows. Whatever is drawn at random in it is a function of (seed, epoch, row)."""
+    """One pass over the rows. All random draws in it are functions of (seed, epoch, row)."""
 
     seed: int = 0
     epoch: int = 0
 
     def generator(self, row: int, *stream: int) -> np.random.Generator:
-        """The random numbers of a row in this pass; `stream`: numbers that tell several uses apart."""
+        """Return the random generator of a row in this pass; `stream`: numbers that distinguish several uses."""
         return np.random.Generator(np.random.SFC64([self.seed, self.epoch, int(row), *stream]))
 
 
 class Batch:
-    """Some rows of a source on a device. `inputs` and `targets` are made when first asked for, and once.
+    """Some rows of a source on a device. `inputs` and `targets` are computed lazily, once.
 
     Cached activations of a frozen prefix often make `inputs` unnecessary.
     """
@@ -49,7 +49,7 @@ class Batch:
 
     @cached_property
     def host_inputs(self) -> dict[str, Tensor]:
-        """What the model is called with, in the memory of the host."""
+        """The model inputs in host memory."""
         return self.source.inputs(self.rows, self.at)
 
     @cached_property
@@ -58,7 +58,7 @@ class Batch:
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
-        """What the model is called with, on the device of the batch."""
+        """The model inputs on the device of the batch."""
         return {name: self.move(tensor) for name, tensor in self.host_inputs.items()}
 
     @cached_property
@@ -66,7 +66,7 @@ class Batch:
         return None if self.host_targets is None else self.move(self.host_targets)
 
     def prepare(self, inputs: bool = True) -> None:
-        """Make what the batch holds ahead of its step, in pinned memory where a GPU will copy it."""
+        """Compute the contents of the batch ahead of its step, in pinned memory if its device is a GPU."""
         pin = self.device is not None and self.device.type == "cuda"
         if inputs and pin:
             self.host_inputs = {name: tensor.pin_memory() for name, tensor in self.host_inputs.items()}
@@ -80,11 +80,11 @@ class Batch:
 
 
 class Source:
-    """Rows as a model takes them, by number from 0.
+    """Rows of model inputs, numbered from 0.
 
-    `lengths`: the size of each row, in tokens where it has any, so that rows of like size share a batch; or one size for
-    all, and then nothing is held for each row. `truncated`: how many rows lost something because they are longer
-    than the model takes.
+    `lengths`: the size of each row, in tokens if it has any, so that rows of similar size share a batch; or a single size
+    for all rows, in which case no memory is needed per row. `truncated`: number of rows that were truncated because the
+    model cannot take them whole.
     """
 
     unit: ClassVar[str] = "tokens"  # of `lengths`
@@ -99,44 +99,44 @@ class Source:
         raise NotImplementedError
 
     def batch(self, rows: np.ndarray, device: torch.device | None = None, at: Pass | None = None) -> Batch:
-        """The rows of these numbers in a pass, on a device."""
+        """Return the batch of these row numbers in a pass, on a device."""
         return Batch(self, rows, device, at)
 
     def order(self, batch_size: int, seed: int, epoch: int) -> Order:
-        """The batches of row numbers of an epoch."""
+        """Return the batches of row numbers of an epoch."""
         if isinstance(self.lengths, int):
             return Permuted(len(self), batch_size, seed, epoch)
         return ByLength(self.lengths, batch_size, seed, epoch)
 
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
-        """What the model is called with for these rows, on the host. A pure function of its arguments: it may be called in
-        another thread, and what it draws at random comes from `at.generator(row)`.
+        """Return the model inputs for these rows, on the host. Must be a pure function of its arguments: it may be called
+        in another thread, and random numbers must come from `at.generator(row)`.
         """
         raise NotImplementedError
 
     def targets(self, rows: np.ndarray) -> Tensor | None:
-        """What the loss of these rows is computed from; None where they have none."""
+        """Return the targets of these rows; None if they have none."""
         return None
 
     def count(self, rows: np.ndarray, at: Pass) -> Mapping[str, float]:
-        """The units of each term of the loss in these rows: rows, or target tokens. Known before the rows are made, since
-        the loss of a step is the sum over all its batches divided by the units of all of them.
+        """Return the number of units of each loss term in these rows: rows, or target tokens. Must be known before the
+        batch is computed, because the loss of a step is the sum over its batches divided by the units of all of them.
         """
         return {LOSS: float(len(rows))}
 
     def tokens(self, rows: np.ndarray) -> int:
-        """The size of these rows together, without padding."""
+        """Return the total size of these rows, without padding."""
         return self.lengths * len(rows) if isinstance(self.lengths, int) else int(self.lengths[rows].sum())
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Call the model on a batch: once, once for each choice, or only at the places that have labels."""
+        """Call the model on a batch: once, once per choice, or only at positions with labels."""
         output: Any = model(**batch.inputs)
         return output if isinstance(output, Tensor) else output.logits
 
     def where(self, row: int) -> str:
-        """The place of a row in what the user handed over."""
+        """Return the position of a row in the user's data."""
         return f"row {row + 1}"
 
     def digest(self) -> str:
-        """Of all that a run learns from; another one tells that the rows are not those that a run began with."""
+        """Return a digest of all training data; if it differs on resuming, the rows are not those the run started with."""
         raise NotImplementedError

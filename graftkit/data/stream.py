@@ -1,4 +1,4 @@
-"""A table in pieces, so that files of any size are read in little memory."""
+"""Read tables in pieces, so that files of any size need little memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LARGE = 1 << 28  # bytes
 def stream_table(
     source: Any, *, encoding: str = "utf-8", skip_bad: bool = False, name: str = "data", rows: int = ROWS
 ) -> Iterator[Table]:
-    """The rows of `read_table(source)` in tables of at most `rows` rows, with the same numbers and messages.
+    """Yield the rows of `read_table(source)` as tables of at most `rows` rows, with the same numbers and messages.
 
     CSV, TSV and JSON lines are read line by line, Parquet and Arrow by batches of rows; at any time one piece is in
     memory. A `.json` file, and what Python holds, is there as a whole. Each table has the messages of the bad rows that
@@ -48,7 +48,7 @@ def stream_table(
 
 
 def told_of_size(source: Any) -> str | None:
-    """What should be known before a large file is read that has to be in memory as a whole: one JSON value."""
+    """Return a note for a large file that has to be read into memory as a whole because it is one JSON value."""
     if not isinstance(source, (str, os.PathLike)) or SUFFIXES.get(Path(source).suffix.lower()) != "json":
         return None
     path = Path(source).expanduser()
@@ -60,7 +60,7 @@ def told_of_size(source: Any) -> str | None:
 
 
 def slices(table: Table, rows: int) -> Iterator[Table]:
-    """A table that is in memory, in pieces; the first has the messages of the bad rows."""
+    """Split a table in memory into pieces; the first has the messages of the bad rows."""
     for start in range(0, len(table), rows):
         piece = table.take(range(start, min(start + rows, len(table))))
         yield replace(piece, skipped=()) if start else piece
@@ -123,7 +123,7 @@ def _piece(columns: dict[str, list[Any]], numbers: list[int], bad: BadRows) -> T
 
 
 def _end(bad: BadRows, header: list[str], begun: bool) -> Iterator[Table]:
-    """What is left to be told when all rows are read."""
+    """Yield the remaining messages after all rows are read."""
     if not begun:
         yield bad.table({name: [] for name in header}, [])
     elif bad.messages:
@@ -148,7 +148,7 @@ def _arrow_pieces(path: Path, source: str, kind: str, size: int) -> Iterator[Tab
 
 
 def _batches(path: Path, kind: str, size: int) -> Iterator[Any]:
-    """Record batches of at most `size` rows, none of them empty."""
+    """Yield non-empty record batches of at most `size` rows."""
     import pyarrow
     import pyarrow.feather
     import pyarrow.parquet

@@ -21,10 +21,10 @@ SUFFIXES = {suffix: kind for kind, suffixes in FORMATS.items() for suffix in suf
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of one length, and where each row stands in what the user handed over.
+    """Columns of equal length, and the position of each row in the user's data.
 
-    `numbers` holds for each row the line on which it starts (`unit` 'line', the first line of the file
-    is 1) or its place (`unit` 'row', the first row is 1). `skipped` has a message for each row left out.
+    `numbers` holds for each row the line on which it starts (`unit` 'line', counted from 1) or its position (`unit` 'row',
+    counted from 1). `skipped` has a message for each skipped row.
     """
 
     columns: dict[str, list[Any]]
@@ -41,14 +41,14 @@ class Table:
         return f"{self.source}, {self.unit} {self.numbers[row]}"
 
     def take(self, rows: Sequence[int]) -> Table:
-        """The rows at these indices, in this order, with the numbers they had."""
+        """Return the rows at these indices, in this order, with their original numbers."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
         return Table(columns, self.source, [self.numbers[row] for row in rows], self.unit, self.skipped)
 
 
 @dataclass
 class BadRows:
-    """Stops at the first bad row, or collects a message for each."""
+    """Raise at the first bad row, or collect a message for each."""
 
     source: str
     unit: str
@@ -58,13 +58,11 @@ class BadRows:
     def add(self, number: int, problem: str) -> None:
         message = f"{self.source}, {self.unit} {number}: {problem}"
         if not self.skip:
-            raise UserError(f"{message}. Mend it, or leave out such rows with data.skip_bad=true")
+            raise UserError(f"{message}. Fix the row, or skip bad rows with data.skip_bad=true")
         self.messages.append(message)
 
     def table(self, columns: dict[str, list[Any]], numbers: list[int]) -> Table:
-        """The rows that are left.
-
-        Raises UserError where none is."""
+        """Return the table of the good rows. Raises UserError if there are none."""
         if not numbers and self.messages:
             count = len(self.messages)
             raise NoGoodRows(
@@ -82,7 +80,7 @@ class BadRows:
 
 
 def check_names(names: Sequence[Any], where: str) -> None:
-    """Raise `UserError` for a column without a name, or two with the same."""
+    """Raise `UserError` for a column without a name, or two with the same name."""
     for place, name in enumerate(names, start=1):
         if not isinstance(name, str):
             raise UserError(f"{where}: the name of column {place} is {name!r}, not a string. Rename it")

@@ -1,8 +1,7 @@
-"""What a task is: which columns, how rows become tensors, which loss and metrics, how outputs become answers.
+"""The task contract: columns, encoding of rows as tensors, loss, metrics, and how outputs become answers.
 
-A task is put together of four parts, each of which can be read alone: the `Reader` (rows -> examples), the `Encoder`
-(examples -> a source of batches), the `Learner` (a batch -> the terms of a loss) and the `Scorer` (outputs -> metrics and
-answers).
+A task combines four parts that can be read independently: the `Reader` (rows -> examples), the `Encoder` (examples -> a
+source of batches), the `Learner` (a batch -> the terms of a loss) and the `Scorer` (outputs -> metrics and answers).
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ MAX_DEFAULT_LENGTH = 512
 
 @dataclass(frozen=True)
 class Examples:
-    """Checked rows of one table, and a message for each bad one that was left out.
+    """Validated rows of one table, and a message for each bad row that was skipped.
 
-    `values`: by name of the task's column, one for each row. `targets`: what is learned, one for each row, in the
-    form that the task likes; None where rows are only to be answered.
+    `values`: one value per row for each of the task's columns. `targets`: one target per row, in a form of the task's
+    choice; None for prediction.
     """
 
     table: Table
@@ -59,10 +58,10 @@ class Examples:
 
 
 class Dataset(Source):
-    """A source of checked rows in memory. There can be more or fewer of them than examples: windows of long texts, packed
-    texts.
+    """A source of validated rows in memory. The number of rows may differ from the number of examples: long texts are
+    split into windows, short ones are packed.
 
-    `lengths` (rows,): size of each row. `units` (rows,): how many things the loss of each row is a sum over, 1 or its
+    `lengths` (rows,): size of each row. `units` (rows,): number of terms summed in each row's loss, 1 or its number of
     target tokens.
     """
 
@@ -89,13 +88,13 @@ class Dataset(Source):
         return digest.hexdigest()
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
-        """What the digest is of."""
+        """Return the parts of the dataset that the digest covers."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read: what `data` in a recipe says of it."""
+    """How files are read: the reading options of `data` in a recipe."""
 
     encoding: str = "utf-8"
     skip_bad: bool = False
@@ -106,9 +105,9 @@ class Reading:
 class Term:
     """One part of a loss on the rows of one batch.
 
-    `losses`: (rows,) in fp32, each summed over the row's units; or their sum (), and then `by_row` gives them on demand,
-    so that a bad row can be named. `correct`: how many units were answered right, (rows,) or a sum, where that means
-    anything. The units are counted by `Source.count` under the same name. `weight`: of this term in the step's loss.
+    `losses`: (rows,) in fp32, each summed over the row's units; or their sum (), in which case `by_row` computes them on
+    demand, so that a bad row can be named. `correct`: number of correctly predicted units, (rows,) or a sum, if that is
+    meaningful. `Source.count` counts the units under the same name. `weight`: weight of this term in the step's loss.
     """
 
     losses: Tensor
@@ -117,7 +116,7 @@ class Term:
     by_row: Callable[[], Tensor] | None = None
 
     def each(self) -> Tensor:
-        """The losses of the rows (rows,)."""
+        """Return the loss of each row, (rows,)."""
         return self.losses if self.by_row is None else self.by_row()
 
 
@@ -125,17 +124,17 @@ Terms = Mapping[str, Term]
 
 
 class Calls(Protocol):
-    """The engine's forward function, as tasks see it: autocast and the activation cache are inside it."""
+    """The engine's forward function as seen by tasks; it handles autocast and the activation cache."""
 
     graft: Any
     device: torch.device
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The outputs (`Source.call`) of the model with its graft."""
+        """Return the outputs (`Source.call`) of the model with its graft."""
         ...
 
     def base(self, batch: Batch) -> Tensor:
-        """Those of the model with the graft switched off, in eval mode and without gradients. Needs `Task.needs_base`."""
+        """Return the outputs with the graft disabled, in eval mode and without gradients. Needs `Task.needs_base`."""
         ...
 
 
@@ -143,7 +142,7 @@ Learn = Callable[[Calls, Batch], Terms]
 
 
 def one_term(loss: Callable[[Tensor, Batch], Term]) -> Learn:
-    """The learner of a loss with one term, computed from the outputs of one forward pass."""
+    """Return the learner for a loss with a single term, computed from the outputs of one forward pass."""
 
     def learn(forward: Calls, batch: Batch) -> Terms:
         return {LOSS: loss(forward(batch), batch)}
@@ -152,17 +151,18 @@ def one_term(loss: Callable[[Tensor, Batch], Term]) -> Learn:
 
 
 class Reader:
-    """How rows are read and checked."""
+    """How rows are read and validated."""
 
     columns: ClassVar[tuple[Column, ...]] = ()
-    labelled: ClassVar[tuple[str, ...]] = ("label",)  # columns that hold the answer; `predict` needs none
+    labelled: ClassVar[tuple[str, ...]] = ("label",)  # columns with the answer, which `predict` does not need
 
     def read(self, source: Any, reading: Reading, name: str) -> Table:
-        """The table of a file, a folder, or what Python holds, which messages call `name`."""
+        """Read a file, a folder or a Python object as a table. Messages refer to it as `name`."""
         return read_table(source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name)
 
     def pieces(self, source: Any, reading: Reading, name: str, rows: int) -> Iterator[Table]:
-        """What `read` gives in tables of at most `rows` rows; where `read` is the one above, only one is in memory."""
+        """Yield what `read` returns as tables of at most `rows` rows; unless `read` is overridden, one at a time is in
+        memory."""
         if type(self).read is Reader.read:
             return stream_table(
                 source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name, rows=rows
@@ -170,11 +170,12 @@ class Reader:
         return slices(self.read(source, reading, name), rows)
 
     def used(self, columns: dict[str, str], named: Mapping[str, str], table: Table) -> dict[str, str]:
-        """Those of the columns found that are read, where rows can have several forms; `named`: by the recipe."""
+        """Return the subset of `columns` to read, for tasks whose rows come in several forms; `named`: those that the
+        recipe names."""
         return columns
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
-        """The answers there are, from the training table; none where a task has no fixed ones."""
+        """Return the labels found in the training table; empty for a task without a fixed set of labels."""
         return ()
 
     def examples(
@@ -185,57 +186,57 @@ class Reader:
         skip_bad: bool,
         targets: bool = True,
     ) -> Examples:
-        """Rows checked one by one; a bad row is a `UserError`, or left out where `skip_bad` says so."""
+        """Validate the rows one by one. A bad row raises `UserError`, or is skipped with `skip_bad`."""
         raise NotImplementedError
 
     def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Row numbers to train on and to evaluate on."""
+        """Split the rows into row numbers to train on and to evaluate on."""
         targets = examples.targets
         whole = targets.tolist() if isinstance(targets, np.ndarray) else [0] * len(examples)
         return hold_out(whole, share, seed)
 
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
-        """Rows made of what a person hands to `predict` without a file; None where this is a table already.
+        """Return rows made from items passed to `predict` without a file; None if the items already form a table.
 
-        A list of strings, where the task needs one column to answer. Raises `UserError` for what cannot be answered.
+        The items are strings if the task predicts from one column. Raises `UserError` for items without an answer.
         """
         raise NotImplementedError
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
-        """What was asked, as it stands in a row of answers."""
+        """Return the inputs of an example, as written in a row of answers."""
         return {name: values[row] for name, values in examples.values.items() if name not in self.labelled}
 
     def predict_arguments(self, columns: Mapping[str, str]) -> str:
-        """What `graftkit predict RUN` takes on a command line, for the model card; a file by default."""
+        """Return the arguments of `graftkit predict RUN` to show in the model card; a file by default."""
         return "--data FILE"
 
     def made_up(self, columns: Mapping[str, str], labels: Sequence[str]) -> list[Any] | None:
-        """Something to hand to `given` where no rows are at hand to compare an export on; None: only real rows will do."""
+        """Return items for `given`, to verify an export if no rows are available; None if only real rows will do."""
         return None
 
 
 class Encoder:
-    """How examples become what the model is called with."""
+    """How examples become model inputs."""
 
-    # which classes of transformers have the head of this task, in the order in which they are looked for
+    # transformers' model classes that have the head of this task, in the order in which they are tried
     families: ClassVar[tuple[str, ...]] = ("SEQUENCE_CLASSIFICATION",)
-    per_token: ClassVar[bool] = False  # the head answers for each token, not for a whole text
+    per_token: ClassVar[bool] = False  # the head has outputs for each token, not for a whole text
 
     def settle(self, backbone: Backbone) -> None:
-        """Set what the task's options say in a model that was just loaded, before anything is attached to it."""
+        """Apply the task's options to a freshly loaded model, before anything is attached to it."""
 
     def outputs(self, labels: Sequence[str]) -> int:
-        """How many outputs the head has."""
+        """Return the number of outputs of the head."""
         return len(labels)
 
     def output_names(self, labels: Sequence[str]) -> Sequence[str]:
-        """A name for each output of the head."""
+        """Return a name for each output of the head."""
         return labels
 
     def max_length(self, wanted: int | None, backbone: Backbone) -> int:
-        """Tokens of a row at most. Raises `UserError` where the recipe asks for more than the model takes.
+        """Return the maximum number of tokens of a row. Raises `UserError` if the recipe asks for too many.
 
-        Virtual tokens that a method puts before the text have a part of the model's positions.
+        Virtual tokens that a method prepends to the text use up some of the model's positions.
         """
         positions = positions_of(backbone.model)
         limit = backbone.max_length or positions or MAX_DEFAULT_LENGTH
@@ -244,24 +245,24 @@ class Encoder:
         if wanted is None:
             return min(limit, most, MAX_DEFAULT_LENGTH)
         if wanted > most:
-            beside = f" beside {taken} virtual ones" if taken else ""
+            beside = f" in addition to {taken} virtual tokens" if taken else ""
             raise UserError(
-                f"data.max_length is {wanted}, but {backbone.source} takes {most} tokens at most{beside}."
+                f"data.max_length is {wanted}, but {backbone.source} takes at most {most} tokens{beside}."
             )
         return wanted
 
     def dataset(
         self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
     ) -> Dataset:
-        """`training`: the rows are learned from, so augmentation has its place."""
+        """Encode the examples. `training`: the rows are trained on, so augmentation applies."""
         raise NotImplementedError
 
     def rendered(self, dataset: Dataset) -> str:
-        """A row as the model reads it, to be shown before anything is done; empty where there is nothing to see."""
+        """Return a row as the model reads it, to show before training; empty if there is nothing to show."""
         return ""
 
     def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
-        """What the rows are like, before training: `rows`, and by size and label what the task knows."""
+        """Return statistics of the rows before training: `rows`, their sizes, and what else the task reports."""
         lengths = dataset.lengths
         return {
             "rows": len(dataset.examples),
@@ -272,90 +273,93 @@ class Encoder:
 
 
 class Learner:
-    """What is learned from a batch."""
+    """The loss of a batch."""
 
-    needs_base: ClassVar[bool] = False  # the loss asks what the model without its graft gives: `forward.base`
+    needs_base: ClassVar[bool] = (
+        False  # the loss needs outputs of the model without its graft: `forward.base`
+    )
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """The loss of a run on the rows of `dataset`: a function of (forward, batch) that gives its terms, made once.
+        """Return the loss function of a run on the rows of `dataset`, called once per run. It takes (forward, batch) and
+        returns the terms of the loss.
 
         The loss of a step is the sum over terms of weight * (the sum over all batches of the step, on all processes) /
-        (their units). `forward` may be called as often as the loss needs.
+        (their units). The loss may call `forward` as often as it needs.
         """
         raise NotImplementedError
 
 
 class Scorer:
-    """What outputs say: figures and answers."""
+    """Metrics and answers computed from outputs."""
 
     headline: ClassVar[tuple[str, ...]] = (
         "accuracy",
         "macro_f1",
-    )  # shown first; the first chooses the weights
-    # "max" or "min": what is better of a figure that weights can be chosen by; None: they cannot be. Those of `headline`
-    # that are not in here are better where they are larger
+    )  # shown first; the first selects the best checkpoint
+    # "max" or "min": which direction is better, for metrics that can select a checkpoint; None for those that cannot.
+    # Metrics of `headline` that are not listed are better if larger
     directions: ClassVar[Mapping[str, str | None]] = {"loss": "min"}
 
     def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Any]:
-        """What is kept of each row of a batch, small and on the CPU; by default its logits in fp32."""
+        """Return what to keep of each row of a batch for `metrics`, small and on the CPU; its fp32 logits by default."""
         return list(forward(batch).float().cpu().numpy())
 
     def stream(self, forward: Calls, dataset: Dataset, show: Callable[[str], None]) -> Sequence[Any] | None:
-        """The outcome of a dataset of one row, shown while it comes; None where a task has it at once."""
+        """Return the outcome of a dataset of one row, shown while it is generated; None if nothing is generated."""
         return None
 
     def metrics(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
     ) -> dict[str, Any]:
-        """Figures of rows with targets: those of `headline`, each with `NAME_interval` where it has one, `rows`, ...
+        """Compute metrics on rows with targets: those of `headline`, each with `NAME_interval` if it has one, `rows`, ...
 
-        `intervals`: False where nobody looks at them, as at evaluations during training: 1,000 resamples take long.
+        `intervals`: False skips the intervals, as in evaluations during training, because 1,000 resamples are slow.
         """
         raise NotImplementedError
 
     def figures(self, labels: Sequence[str]) -> dict[str, str]:
-        """The figures of `metrics` that weights can be chosen by, the default first, each with "max" or "min"."""
+        """Return the metrics that can select a checkpoint, the default first, each with "max" or "min"."""
         found = {n: self.directions.get(n, "max") for n in (*self.headline, *self.directions)}
         return {name: direction for name, direction in found.items() if direction is not None}
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """The answer to each example, to be written beside what was asked."""
+        """Return the answer to each example, to be written next to its inputs."""
         raise NotImplementedError
 
     def line(self, answer: dict[str, Any]) -> str:
-        """One answer for the terminal."""
+        """Format one answer for the terminal."""
         raise NotImplementedError
 
     def plain(self, labels: Sequence[str]) -> dict[str, Any]:
-        """What a reader of an exported model's outputs has to know: its `problem_type` in transformers, where it has one
-        there; `how` outputs become answers, where not as there; and which `kind` of answers `classifier.py` makes of them
-        (single, multi, ordinal, regression). Without a `kind`, a head that pools cannot be exported."""
+        """Describe how to interpret the outputs of an exported model: its `problem_type` in transformers, if it has one;
+        `how` outputs become answers, if it differs from transformers; and the `kind` of answers that `classifier.py` makes
+        of them (single, multi, ordinal, regression). Without a `kind`, a pooling head cannot be exported."""
         return {}
 
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:
-        """The examples that the model got most wrong: `where`, what was asked, `expected`, `answer`, `loss`."""
+        """Return the examples that the model got most wrong: `where`, the inputs, `expected`, `answer`, `loss`."""
         return []
 
 
 class Task(Reader, Encoder, Learner, Scorer):
     """Base of all tasks. Subclasses are frozen dataclasses whose fields are declared with `option`.
 
-    Literals of the class that a recipe needs before torch is loaded: `method`, what is trained by default, and `head`,
-    whether a head is put on the model.
+    Two class attributes must be literals, because a recipe reads them before torch is loaded: `method`, the default
+    method, and `head`, whether the task adds a head to the model.
     """
 
     modality: ClassVar[str] = "text"
     method: ClassVar[str] = "lora() + head()"
     head: ClassVar[bool] = True
-    trains: ClassVar[bool] = True  # False: the model is asked as it is, and a run has no steps and no method
-    using: ClassVar[tuple[str, ...]] = ()  # options that may be given anew where a finished run is used
+    trains: ClassVar[bool] = True  # False: the model is used unchanged, and a run has no steps and no method
+    using: ClassVar[tuple[str, ...]] = ()  # options that may be overridden when a finished run is used
 
     def __post_init__(self) -> None:
-        check_values(self)  # of the dataclass that a subclass is
+        check_values(self)  # the fields of the subclass
 
     def __str__(self) -> str:
         return as_expression(self)
@@ -365,21 +369,21 @@ class Task(Reader, Encoder, Learner, Scorer):
         return entry_name(type(self).__module__)
 
     def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Task:
-        """The task with what only the training rows tell written into its options, which are saved with the graft."""
+        """Return the task with the options that depend on the training rows filled in. They are saved with the graft."""
         return self
 
     def decided(self, metrics: dict[str, Any] | None) -> Task:
-        """The same with what the evaluation rows decide, such as a threshold. `metrics`: theirs with the weights that
-        are kept; None where a run had none."""
+        """Return the task with the options that depend on the evaluation rows filled in, such as a threshold. `metrics`:
+        evaluation metrics of the weights that are kept; None if the run had no evaluation."""
         return self
 
 
 def check_rows(
     table: Table, problem: Callable[[int], str | None], skip_bad: bool
 ) -> tuple[Table, tuple[str, ...]]:
-    """The good rows of a table, and a message for each bad one. `problem` says what is wrong with a row, and where.
+    """Return the good rows of a table, and a message for each bad one. `problem` says what is wrong with a row, and where.
 
-    Raises `UserError` for the first bad row unless `skip_bad`, and where no row is good.
+    Raises `UserError` for the first bad row unless `skip_bad`, and if no row is good.
     """
     good, skipped = [], list(table.skipped)
     for row in range(len(table)):
@@ -389,7 +393,7 @@ def check_rows(
         elif skip_bad:
             skipped.append(found)
         else:
-            raise UserError(f"{found} Mend it, or leave such rows out with data.skip_bad=true.")
+            raise UserError(f"{found} Fix the row, or skip bad rows with data.skip_bad=true.")
     if not good:
         raise NoGoodRows(f"{table.source} has no good rows: {skipped[0]}", skipped)
     return table.take(good), tuple(skipped)

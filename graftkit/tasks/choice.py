@@ -1,4 +1,4 @@
-"""Multiple choice: one of several answers that stand beside each question."""
+"""Multiple choice: one of several answers given with each question."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LETTER = re.compile("[A-Za-z]")
 
 
 class Choices(TextDataset):
-    """Questions as rows: the model reads each with every one of its choices."""
+    """Questions as rows: the model reads each question once per choice."""
 
     keeps = False  # one row here is several for the model
 
@@ -50,7 +50,7 @@ class Choices(TextDataset):
         return self.encoded.pad(places(self.begins[rows], self.begins[rows + 1] - self.begins[rows]))
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(rows, most choices of a row): the score of each choice, -inf where a row has fewer."""
+        """Return the score of each choice, (rows, largest number of choices), -inf for choices that a row does not have."""
         output = model(**batch.inputs)
         scores = (output if isinstance(output, Tensor) else output.logits).squeeze(-1)
         counts = np.diff(self.begins)[batch.rows]
@@ -61,7 +61,7 @@ class Choices(TextDataset):
 
 @dataclass(frozen=True)
 class Choice(Task):
-    """One of several answers that stand in the row itself: multiple choice."""
+    """Multiple choice: one of several answers that are given in the row."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("question", ("prompt", "query", "stem", "ctx", "startphrase", "sent1", "text"), "question", required=False),
@@ -179,7 +179,7 @@ class Choice(Task):
     def dataset(
         self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
     ) -> Dataset:
-        """The model reads question and choice as a pair; with a context, that and the question with the choice."""
+        """Encode question and choice as a pair of texts; with a context, the context and the question with the choice."""
         values = examples.values
         counts = np.array([len(choices) for choices in values["choices"]])
         rows = np.repeat(np.arange(len(counts)), counts)
@@ -196,7 +196,7 @@ class Choice(Task):
         return Choices(examples, encoded, counts)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """Cross-entropy over the choices of each row."""
+        """Return the cross-entropy over the choices of each row."""
 
         def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None
@@ -207,14 +207,14 @@ class Choice(Task):
         return one_term(scores)
 
     def outcomes(self, forward: Any, batch: Batch) -> Sequence[np.ndarray]:
-        """Logarithms of the probabilities of each row's choices."""
+        """Return the log-probabilities of each row's choices."""
         logits = forward(batch).float().cpu().numpy()
         return [log_softmax(row[row > -np.inf]) for row in logits]
 
     def metrics(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
     ) -> dict[str, Any]:
-        """`chance`: accuracy of who chooses blindly."""
+        """Compute accuracy and loss. `chance`: expected accuracy of random guessing."""
         targets = np.asarray(dataset.examples.targets)
         right = np.array([logs.argmax() == target for logs, target in zip(outcomes, targets)], dtype=float)
         losses = [-logs[target] for logs, target in zip(outcomes, targets)]
@@ -227,7 +227,7 @@ class Choice(Task):
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """The likeliest choice of each row, its place (from 0) and probability; the probabilities of all."""
+        """Return the most likely choice of each row, its index (from 0) and probability, and all probabilities."""
         return [
             {
                 "answer": choices[int(logs.argmax())],
@@ -245,7 +245,7 @@ class Choice(Task):
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:
-        """Wrong answers, that with the largest loss first."""
+        """Return wrong answers, largest loss first."""
         examples, targets = dataset.examples, np.asarray(dataset.examples.targets)
         losses = np.array([-logs[target] for logs, target in zip(outcomes, targets)])
         wrong = [int(i) for i in np.argsort(-losses) if outcomes[i].argmax() != targets[i]]
@@ -261,7 +261,7 @@ class Choice(Task):
         ]
 
     def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
-        """`choices`: how many rows have so many choices; `places`: in how many the right one stands where."""
+        """Add `choices`, the number of rows for each number of choices, and `places`, for each index of the right choice."""
         found = super().statistics(dataset, labels)
         examples = dataset.examples
         counts = np.unique([len(row) for row in examples.values["choices"]], return_counts=True)
@@ -273,7 +273,7 @@ class Choice(Task):
 
 
 def gathered(table: Table) -> Table:
-    """The table with one column `choices` where it has a column for each choice."""
+    """Merge the columns of single choices, if there are any, into one column `choices`."""
     if any(name.casefold() in ("choices", "options", "endings") for name in table.columns):
         return table
     families: dict[str, dict[str, str]] = {}
@@ -292,7 +292,7 @@ def gathered(table: Table) -> Table:
 
 
 def _in_order(family: dict[str, str]) -> list[str]:
-    """Names of columns by their number or letter, where these are two or more without a gap."""
+    """Return column names in the order of their number or letter, if there are two or more without a gap."""
     numbers = sorted((int(p) if p.isdecimal() else string.ascii_lowercase.index(p) + 1000, p) for p in family)
     first = [0, 1] if numbers[0][0] < 1000 else [1000]
     whole = [number for number, _ in numbers] == list(range(numbers[0][0], numbers[0][0] + len(numbers)))
@@ -304,16 +304,16 @@ def _in_order(family: dict[str, str]) -> list[str]:
 
 
 def _without_end(row: list[Any]) -> list[Any]:
-    """Without empty cells behind the last choice: rows with fewer choices leave columns empty."""
+    """Drop empty cells after the last choice: rows with fewer choices leave columns empty."""
     while row and is_missing(row[-1]):
         row.pop()
     return row
 
 
 def read_choices(value: Any) -> tuple[list[str], list[str]]:
-    """The choices of a row and, where they have such, the letters or numbers that name them.
+    """Return the choices of a row and the letters or numbers that name them, if any.
 
-    A list of texts, {text: [...], label: [...]} as of ARC, or either as JSON in a cell. Raises `ValueError`.
+    `value`: a list of texts, {text: [...], label: [...]} as in ARC, or either as JSON text. Raises `ValueError`.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -346,9 +346,9 @@ def read_choices(value: Any) -> tuple[list[str], list[str]]:
 
 
 def find_label(value: Any, choices: Sequence[str], keys: Sequence[str]) -> int:
-    """Which choice a label means: its name where the choices have names, its place from 0, a letter, or its text.
+    """Return the index of the choice that a label refers to by its name, its index from 0, a letter, or its text.
 
-    Raises `ValueError` where it is none of these, or means two different choices.
+    Raises `ValueError` if it is none of these, or refers to two different choices.
     """
     if is_missing(value):
         raise ValueError("the label is empty")

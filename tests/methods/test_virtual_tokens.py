@@ -250,7 +250,7 @@ def test_virtual_tokens_take_positions():
     assert room("prompt(tokens=8) + ptuning(tokens=5, hidden=4)") == 35
     assert room("prefix(tokens=8)") == 48
     assert room("prompt(tokens=8)", 40) == 40
-    with pytest.raises(UserError, match="41, but BertModel takes 40 tokens at most beside 8 virtual"):
+    with pytest.raises(UserError, match="41, but BertModel takes at most 40 tokens in addition to 8 virtual"):
         room("prompt(tokens=8)", 41)
 
 

@@ -86,7 +86,7 @@ def test_each_file_is_read_whatever_is_wrong_with_others(rows_folder, tmp_path, 
     ("rows", "settings", "told"),
     [
         ([{"text": "a", "label": "x"}] * 3, {}, "one class only"),
-        ([{"text": "a", "label": ""}] * 3, {}, "no labels at all"),
+        ([{"text": "a", "label": ""}] * 3, {}, "has no labels"),
         ([{"text": "", "label": "x"}, {"text": " ", "label": "y"}], {}, "column 'text' is empty"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"data.eval": 0.5}, "each class has one row"),
         (make_rows(9), {"data.columns": {"text": "sentence"}}, "'sentence' is not in"),

@@ -110,9 +110,9 @@ def test_columns_of_zero_and_one():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (["", [], " "], "has no labels at all"),
-        (["a;b", "b;a", "b; a"], "each row of train .* has the same labels"),
-        (["a", None, "b"], r"row 2: column 'label' is missing; for no label write \[\]"),
+        (["", [], " "], "has no labels"),
+        (["a;b", "b;a", "b; a"], "all rows of train .* have the same labels"),
+        (["a", None, "b"], r"row 2: column 'label' is missing; for no labels write \[\]"),
         (["a", {"a": 1}, "b"], "row 2: column 'label' is a dict"),
         ([f"label {i}" for i in range(60)], "does not look like sets of labels"),
     ],
@@ -165,7 +165,7 @@ def test_labels_with_an_order():
     task = Classify(kind="ordinal", order=["bad", "fair", "good"])
     labels, examples = parsed(["good", "bad", "bad"], task)
     assert labels == ("bad", "fair", "good") and examples.targets.tolist() == [2, 0, 0]
-    with pytest.raises(UserError, match="their order has to be said"):
+    with pytest.raises(UserError, match="their order has to be given"):
         parsed(["good", "bad"] * 3, Classify(kind="ordinal"))
     with pytest.raises(UserError, match="one class only"):
         parsed(["3", "3"], Classify(kind="ordinal"))
@@ -185,7 +185,7 @@ def test_labels_with_an_order():
         ),
         ({"kind": "regression", "order": ["a", "b"]}, "order is for kind='ordinal'"),
         ({"kind": "ordinal", "order": ["a"]}, "order has 1 name; at least two"),
-        ({"kind": "ordinal", "order": ["a", "b", "a"]}, "order names 'a' twice"),
+        ({"kind": "ordinal", "order": ["a", "b", "a"]}, "order lists 'a' more than once"),
         ({"kind": "multi", "threshold": 1.0}, "must be below 1"),
         ({"kind": "regresion"}, "Did you mean 'regression'"),
     ],
@@ -350,6 +350,6 @@ def test_pairs_with_a_score(tiny_bert, tmp_path):
 
 
 def test_smoothing_of_a_number_is_refused(tiny_bert, tmp_path):
-    with pytest.raises(UserError, match="a regression has none; leave it out"):
+    with pytest.raises(UserError, match="a regression has no classes; leave it out"):
         tune("regression", tiny_bert, tmp_path, **{"train.label_smoothing": 0.1})
     assert not list(tmp_path.glob("run*"))

@@ -387,7 +387,7 @@ def test_models_that_are_no_language_models(tiny_bert, tmp_path):
     BertForMaskedLM(BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                intermediate_size=16)).save_pretrained(tmp_path / "masked")  # fmt: skip
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "masked")
-    with pytest.raises(UserError, match="reads a text from both sides, so it cannot write one"):
+    with pytest.raises(UserError, match="is bidirectional, so it cannot generate text"):
         tune(tmp_path / "masked", rows(4), tmp_path / "run", method="lora()")
     with pytest.raises(UserError, match="leave head"):
         tune(tiny_bert, rows(4), tmp_path / "run", method="lora() + head()")

@@ -70,7 +70,7 @@ def test_messages_as_json_in_a_table_of_texts():
 def test_a_row_without_a_label_is_named_or_left_out():
     base = backbone()
     table = [*rows(2), {"prompt": "what colour is snow? " * 8, "completion": "white"}]
-    said = r"row 3: nothing is left to learn of it: its completion begins behind token \d+, and rows are cut at 40"
+    said = r"row 3: nothing is left to learn of it: its completion begins after token \d+, and rows are truncated to 40"
     with pytest.raises(UserError, match=said):
         dataset(Generate(), base, table, 40)
     found = dataset(Generate(), base, table, 40, skip_bad=True)
@@ -107,7 +107,7 @@ def test_templates_that_fail():
 
 
 def test_forms_that_an_encoder_and_decoder_does_not_take():
-    with pytest.raises(UserError, match="plain texts have one part only"):
+    with pytest.raises(UserError, match="plain texts cannot be used"):
         dataset(Generate(), backbone("t5"), [{"text": "snow is white"}])
-    with pytest.raises(UserError, match="only the completion is written"):
+    with pytest.raises(UserError, match="only the completion is generated"):
         dataset(Generate(loss="all"), backbone("t5"), rows(2))

@@ -266,7 +266,7 @@ def test_models_that_cannot_be_packed_are_refused_with_the_reason():
             UserError, match=r"ForCausalLM\) cannot be packed: its logits for packed rows differ"
         ):
             dataset(Generate(packing=True), backbone(kind), table)
-    with pytest.raises(UserError, match="encoder and a decoder, and rows of such models are not packed"):
+    with pytest.raises(UserError, match="encoder and a decoder, and packing does not support such models"):
         dataset(Generate(packing=True), backbone("t5"), table)
     base = backbone("llama")
     attach(base, read_method("prompt(tokens=3)"))

@@ -107,7 +107,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path, monkeypatch):
 
 
 def test_data_max_length_has_no_sense(tiny_vit, colours):
-    with pytest.raises(UserError, match=r"data\.max_length is of texts"):
+    with pytest.raises(UserError, match=r"data\.max_length is for texts"):
         dataset_of(tiny_vit, colours / "train", max_length=10)
 
 

@@ -68,7 +68,7 @@ def test_columns_of_indicators_win_over_a_column_of_labels():
 def test_a_label_twice_in_a_set_is_a_bad_row():
     table, columns = table_of([["a", "b"], ["b"], ["a", "c", "a"], "b; b"])
     task = Classify(kind="multi")
-    with pytest.raises(UserError, match=r"row 3: column 'labels' names 'a' more than once"):
+    with pytest.raises(UserError, match=r"row 3: column 'labels' has 'a' more than once"):
         task.examples(table, columns, ("a", "b", "c"), False)
     kept = task.examples(table, columns, ("a", "b", "c"), True)
     assert len(kept) == 2 and len(kept.skipped) == 2
@@ -78,7 +78,7 @@ def test_a_label_twice_in_a_set_is_a_bad_row():
 def test_a_list_is_no_label(several):
     labels = [*("a", "b") * 10, several]
     with pytest.raises(
-        UserError, match=r"row 21: column 'labels' is a (list|mapping).*where one label should be"
+        UserError, match=r"row 21: column 'labels' is a (list|mapping).*one label is expected"
     ):
         names(Classify(), labels)
     assert names(Classify(), labels, skip_bad=True) == ("a", "b")

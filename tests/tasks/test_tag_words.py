@@ -222,7 +222,7 @@ def test_no_room_and_no_places():
     class Slow:
         is_fast = False
 
-    with pytest.raises(UserError, match="does not tell where its tokens are"):
+    with pytest.raises(UserError, match="does not provide character offsets"):
         parts_of(Slow(), ["a"], 20)
 
 

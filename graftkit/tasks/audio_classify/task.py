@@ -47,42 +47,48 @@ SECONDS = 30.0  # of a sound at most, where neither the recipe nor the model say
 
 @dataclass(frozen=True)
 class AudioClassify(LabelTask):
-    """One answer of several for a sound: WAV, FLAC, OGG or MP3, in folders by class or named by a table."""
+    """One of several labels for a sound: WAV, FLAC, OGG or MP3 files, in one folder per class or listed in a table."""
 
     columns: ClassVar[tuple[Column, ...]] = (Column("audio", AUDIO, "text"), Column("label", LABEL, "label"))
     families: ClassVar[tuple[str, ...]] = ("AUDIO_CLASSIFICATION",)
 
     seconds: float | None = option(
-        None, "longest piece of a sound; null: what the model takes, 30 at most", above=0
+        None, "longer sounds are cut to this length; null: the model's limit, at most 30", above=0
     )
-    cut: str = option("start", "which piece of a longer sound is taken", choices=("start", "middle"))
-    silence: bool = option(False, "take silent sounds too, where silence is a class of its own")
+    cut: str = option("start", "which part of a longer sound is used", choices=("start", "middle"))
+    silence: bool = option(False, "accept silent sounds, for example if silence is a class")
     class_weights: str | dict | None = option(
-        None, "'balanced' weighs each row by the rarity of its class; or a weight for each, {label: weight}",
+        None, "'balanced' weights rows inversely to the frequency of their class; or a weight per class, {label: weight}",
         choices=("balanced",),
     )  # fmt: skip
     spec_augment: bool = option(
         False,
-        "stripes of time and frequency masked in training; wav2vec2 and its kin do it as their config says",
+        "mask bands of time and frequency in training; wav2vec2 and similar models mask as their config sets",
     )
-    masks: int = option(2, "stripes of either kind, of spec_augment on spectrograms", at_least=1)
-    time_mask: float = option(0.15, "widest stripe as a share of the frames", at_least=0, at_most=1)
-    frequency_mask: float = option(0.15, "widest stripe as a share of the bands", at_least=0, at_most=1)
-    gain: float = option(0.0, "random gain in training, decibels up or down at most", at_least=0, at_most=60)
-    shift: float = option(0.0, "random shift in training, seconds earlier or later at most", at_least=0)
-    rate: int | None = option(
-        None, "sampling rate of a module of your own, in Hz", at_least=1000, at_most=768000
+    masks: int = option(
+        2, "number of time and of frequency masks of spec_augment on spectrograms", at_least=1
     )
+    time_mask: float = option(
+        0.15, "maximum width of a time mask, as a share of the frames", at_least=0, at_most=1
+    )
+    frequency_mask: float = option(
+        0.15, "maximum width of a frequency mask, as a share of the bands", at_least=0, at_most=1
+    )
+    gain: float = option(
+        0.0, "maximum random gain in training, in decibels up or down", at_least=0, at_most=60
+    )
+    shift: float = option(0.0, "maximum random shift in training, in seconds earlier or later", at_least=0)
+    rate: int | None = option(None, "sampling rate of your own module, in Hz", at_least=1000, at_most=768000)
     features: str | None = option(
-        None, "what a module of your own takes; null: the waveform", choices=("waveform", "log_mel")
+        None, "input of your own module; null: the waveform", choices=("waveform", "log_mel")
     )
-    n_mels: int = option(64, "mel bands of features='log_mel'", at_least=1)
+    n_mels: int = option(64, "number of mel bands of features='log_mel'", at_least=1)
     window: float = option(
-        0.025, "seconds of a frame of features='log_mel', and of the shortest sound", above=0
+        0.025, "window length of features='log_mel' in seconds; also the shortest sound accepted", above=0
     )
-    hop: float = option(0.01, "seconds from frame to frame of features='log_mel'", above=0)
-    mean: float = option(0.0, "subtracted from what a module of your own takes")
-    deviation: float = option(1.0, "what it is divided by then", above=0)
+    hop: float = option(0.01, "hop length of features='log_mel' in seconds", above=0)
+    mean: float = option(0.0, "subtracted from the input of your own module")
+    deviation: float = option(1.0, "the input of your own module is divided by it, after the mean", above=0)
 
     def read(self, source: Any, reading: Reading, name: str) -> Table:
         return read_files(

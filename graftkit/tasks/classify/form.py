@@ -1,4 +1,4 @@
-"""The kinds of answers that `classify` learns: what they share, and one label or one step of a scale for each text."""
+"""The kinds of answers of `classify`: the shared base, one label per text, and one level of an ordered scale."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ SCALE = (
 
 
 class Form(Task):
-    """How one kind of answer is read from a table, learned, measured and given. A part of a task."""
+    """One kind of answer: how it is read from a table, learned, evaluated and reported. A part of a task."""
 
     aliases: ClassVar[tuple[str, ...]] = LABEL
 
     def wrong(
         self, table: Table, columns: dict[str, str], labels: Sequence[str]
     ) -> Callable[[int], str | None]:
-        """What is wrong with the answer of a row, and where; None where nothing is."""
+        """Return a function that says what is wrong with the answer of a row, and where; None if nothing is."""
         raise NotImplementedError
 
     def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
-        """What is learned of each row of a table without bad rows: (rows,), or (rows, labels)."""
+        """Return the targets of a table without bad rows: (rows,), or (rows, labels)."""
         raise NotImplementedError
 
 
@@ -58,13 +58,13 @@ class OneLabel(LabelTask, Form):
 
 
 class Ordinal(OneLabel):
-    """One of several labels that have an order, through the chances to go on from each to the next.
+    """One of several ordered labels, modelled by the conditional probability of each label being exceeded.
 
-    Output k says how likely an answer lies above label k if it is not below it, f_k = sigmoid(z_k), so that
-    P(y = k) = (1 - f_k) f_0 ... f_(k-1): always a distribution, and its loss is -log P(y). The answer is the median,
+    Output k models the conditional probability P(y > k | y >= k) = f_k = sigmoid(z_k), so that
+    P(y = k) = (1 - f_k) f_0 ... f_(k-1), which is always a distribution; the loss is -log P(y). The answer is the median,
     the number of labels with P(y > k) > 1/2. Shi, Cao and Raschka 2021, "Deep Neural Networks for Rank-Consistent
-    Ordinal Regression Based On Conditional Probabilities", equations 4 and 5; classically the model of continuation
-    ratios. Frank and Hall 2001 have the K - 1 questions, Cao et al. 2020 (CORAL) the consistency.
+    Ordinal Regression Based On Conditional Probabilities", equations 4 and 5; known in statistics as the continuation
+    ratio model. The K - 1 binary questions are from Frank and Hall 2001, rank consistency from Cao et al. 2020 (CORAL).
     """
 
     headline: ClassVar[tuple[str, ...]] = (
@@ -86,8 +86,8 @@ class Ordinal(OneLabel):
         words = [name for name in names if not _is_number(name)]
         if words:
             raise UserError(
-                f"column {columns['label']!r} of {table.source} has labels that are no numbers "
-                f"({listing(map(repr, words), 4)}), so their order has to be said, the lowest first: "
+                f"column {columns['label']!r} of {table.source} has labels that are not numbers "
+                f"({listing(map(repr, words), 4)}), so their order has to be given, lowest first: "
                 "classify(kind='ordinal', order=['bad', 'fair', 'good'])."
             )
         return names
@@ -99,24 +99,24 @@ class Ordinal(OneLabel):
         return [f"above {label}" for label in labels[:-1]]
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """-log P(y) of logits (rows, classes - 1)."""
+        """Return the loss -log P(y) of logits (rows, classes - 1)."""
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
         weights = self.class_weight(np.bincount(targets, minlength=len(labels)), labels)
 
         def scores(logits: Tensor, batch: Batch) -> Term:
             assert batch.targets is not None
-            chances = chances_of_steps(logits.float())
-            losses = cross_entropy(chances, batch.targets, label_smoothing, weights)
-            return Term(losses, median(chances.detach()) == batch.targets)
+            log_probs = chances_of_steps(logits.float())
+            losses = cross_entropy(log_probs, batch.targets, label_smoothing, weights)
+            return Term(losses, median(log_probs.detach()) == batch.targets)
 
         return one_term(scores)
 
     def log_probabilities(self, outcomes: Sequence[Any]) -> np.ndarray:
         return chances_of_steps(torch.from_numpy(np.stack(outcomes))).numpy()
 
-    def choices(self, chances: np.ndarray) -> np.ndarray:
-        return median(torch.from_numpy(chances)).numpy()
+    def choices(self, log_probs: np.ndarray) -> np.ndarray:
+        return median(torch.from_numpy(log_probs)).numpy()
 
     def metrics(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
@@ -134,26 +134,26 @@ class Ordinal(OneLabel):
 
 
 def chances_of_steps(logits: Tensor) -> Tensor:
-    """log P(y), (rows, classes), of logits (rows, classes - 1) to go on from each class to the next."""
+    """Return log P(y), (rows, classes), given logits (rows, classes - 1) of exceeding each class but the last."""
     reached = torch.nn.functional.logsigmoid(logits).cumsum(dim=1)
     start = torch.zeros_like(logits[:, :1])
     stopped = torch.nn.functional.logsigmoid(-logits)
     return torch.cat([start, reached], dim=1) + torch.cat([stopped, start], dim=1)
 
 
-def median(chances: Tensor) -> Tensor:
-    """The class in the middle of each distribution, (rows,), of log-probabilities (rows, classes) in order."""
-    above = 1 - chances.exp().cumsum(dim=1)[:, :-1]
+def median(log_probs: Tensor) -> Tensor:
+    """Return the median class of each distribution, (rows,), given log-probabilities (rows, classes) in order."""
+    above = 1 - log_probs.exp().cumsum(dim=1)[:, :-1]
     return (above > 0.5).sum(dim=1)
 
 
 def of_steps(
     predictions: np.ndarray, targets: np.ndarray, classes: int, intervals: bool = True
 ) -> dict[str, Any]:
-    """How far answers (rows,) are from targets on a scale of classes: the mean distance in steps, and Cohen's kappa
-    with quadratic weights (Cohen 1968), each with its 95% interval.
+    """Compute how far predictions (rows,) are from targets on an ordered scale: the mean distance in classes, and Cohen's
+    kappa with quadratic weights (Cohen 1968), each with its 95% interval.
 
-    Kappa is 0 where it has no value, as all answers and targets are one class: nothing is said beyond chance.
+    Kappa is 0 if it is undefined because all predictions and targets are the same class.
     """
     distances = np.abs(predictions - targets)
     cells = targets * classes + predictions
@@ -189,7 +189,7 @@ def _is_number(name: str) -> bool:
 
 
 def refuse_empty(table: Table, column: str, row: int) -> str | None:
-    """What is wrong with a cell that is to hold one answer: nothing is in it."""
+    """Return a message if the cell of an answer is empty, else None."""
     if is_missing(table.columns[column][row]):
         return f"{table.where(row)}: column {column!r} is empty."
     return None

@@ -29,8 +29,8 @@ YES, NO = ("1", "true", "yes"), ("0", "false", "no")
 
 
 class ManyLabels(Form):
-    """A set of labels, which may be empty: from a list, from a text in which a separator stands between labels, or from
-    several columns of 0 and 1, or one of vectors of 0 and 1. Each label has a loss of its own, binary cross-entropy, and a row's is their mean."""
+    """A set of labels, possibly empty, read from a list, from a text with separated labels, from several columns of 0 and
+    1, or from one column of such vectors. The loss of a row is the mean of the labels' binary cross-entropies."""
 
     headline: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
     directions: ClassVar[Mapping[str, str | None]] = {
@@ -58,16 +58,16 @@ class ManyLabels(Form):
         _refuse_vectors(table, column, sets)
         names = sorted({name for row in sets for name in row}, key=natural)
         if not names:
-            raise UserError(f"column {column!r} of {table.source} has no labels at all.")
+            raise UserError(f"column {column!r} of {table.source} has no labels.")
         if all(len(set(row)) == len(names) for row in sets):
             raise UserError(
-                f"each row of {table.source} has the same labels in column {column!r} ({listing(names, 4)}), so there "
-                "is nothing to tell apart. Name another column with data.columns={label: ...}, or add rows."
+                f"all rows of {table.source} have the same labels in column {column!r} ({listing(names, 4)}), so there "
+                "is nothing to learn. Name another column with data.columns={label: ...}, or add rows with other labels."
             )
         if len(names) > max(20, len(sets) // 2):
             raise UserError(
                 f"column {column!r} of {table.source} has {len(names)} different labels in {len(sets)} rows, so it does "
-                "not look like sets of labels. Name the column with data.columns={label: ...}, and what stands between "
+                "not look like sets of labels. Name the column with data.columns={label: ...}, and the separator of "
                 "labels with classify(kind='multi', separator='...')."
             )
         return tuple(names)
@@ -92,11 +92,11 @@ class ManyLabels(Form):
             if parts is None:
                 what = f"is a {type(value).__name__}" if isinstance(value, dict) else "is missing"
                 return (
-                    f"{table.where(row)}: column {column!r} {what}; for no label write [] or an empty text."
+                    f"{table.where(row)}: column {column!r} {what}; for no labels write [] or an empty text."
                 )
             twice = next((part for part in parts if parts.count(part) > 1), None)
             if twice is not None:
-                return f"{table.where(row)}: column {column!r} names {twice!r} more than once, and a set holds a label once."
+                return f"{table.where(row)}: column {column!r} has {twice!r} more than once; list each label once."
             found = (label_problem(part, index) for part in parts)
             first = next((text for text in found if text is not None), None)
             return None if first is None else f"{table.where(row)}: {first}"
@@ -106,7 +106,7 @@ class ManyLabels(Form):
         return problem
 
     def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
-        """(rows, labels) float32, 1 where a label holds."""
+        """Return multi-hot targets (rows, labels), float32."""
         if self.indicators is not None and self._are_vectors(table, columns):
             return np.array(
                 [
@@ -127,7 +127,7 @@ class ManyLabels(Form):
         return targets
 
     def _parts(self, value: Any) -> list[str] | None:
-        """The labels in a cell; None where it is missing, or no set at all."""
+        """Return the labels in a cell; None if it is missing or not a set."""
         if isinstance(value, str):
             text = value.strip()
             value = _literal(text) if text.startswith("[") and text.endswith("]") else None
@@ -140,7 +140,7 @@ class ManyLabels(Form):
         return [label_text(part) for part in value if not is_missing(part)]
 
     def _are_vectors(self, table: Table, columns: dict[str, str]) -> bool:
-        """Whether the indicators name the places of vectors in one column, as no column has such a name."""
+        """Return whether the indicators name positions of vectors in one column: no column has such a name."""
         return "label" in columns and not set(self.indicators or ()) & set(table.columns)
 
     def _vector_problem(self, table: Table, column: str, row: int) -> str | None:
@@ -148,8 +148,8 @@ class ManyLabels(Form):
         if len(parts) == len(self.indicators or ()) and None not in map(_flag, parts):
             return None
         return (
-            f"{table.where(row)}: column {column!r} is {table.columns[column][row]!r}, where a list of "
-            f"{len(self.indicators or ())} values of 0 and 1 should be, one for each of the indicators."
+            f"{table.where(row)}: column {column!r} is {table.columns[column][row]!r}, but must be a list of "
+            f"{len(self.indicators or ())} values of 0 and 1, one for each of the indicators."
         )
 
     def _refuse_absent(self, table: Table, columns: dict[str, str]) -> None:
@@ -163,7 +163,7 @@ class ManyLabels(Form):
                 )
 
     def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
-        """About `share` of the rows of each label, the rarest label first (Sechidis et al. 2011)."""
+        """Hold out about `share` of the rows of each label, rarest label first (Sechidis et al. 2011)."""
         targets = np.asarray(examples.targets) > 0
         total = len(hold_out([0] * len(targets), share, seed)[1])
         free = random.Random(seed).sample(range(len(targets)), len(targets))
@@ -182,8 +182,8 @@ class ManyLabels(Form):
         return sorted(kept), sorted(held)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """Binary cross-entropy of logits (rows, labels), the mean over labels; smoothing draws targets to 1/2, and class
-        weights multiply the part of a label that holds."""
+        """Return the mean over labels of the binary cross-entropy of logits (rows, labels). Label smoothing pulls targets
+        towards 1/2; class weights multiply the loss of positive targets."""
         given = np.asarray(dataset.examples.targets)
         weights = positive_weights(self.class_weights, given.sum(axis=0), len(given), labels)
 
@@ -208,7 +208,7 @@ class ManyLabels(Form):
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Labels that are likelier than the threshold, and the probability of each label there is."""
+        """Return the labels with a probability above the threshold, and the probabilities of all labels."""
         found = []
         for row in probabilities_of(np.stack(outcomes)):
             chosen = [label for label, p in zip(labels, row) if p > self.threshold]
@@ -219,13 +219,13 @@ class ManyLabels(Form):
 
     def line(self, answer: dict[str, Any]) -> str:
         asked = [str(v) for k, v in answer.items() if k not in ("row", "labels", "probabilities")]
-        chances = "; ".join(f"{answer['probabilities'][label]:.3f}" for label in answer["labels"])
-        return "\t".join([_joined(answer["labels"]), chances, *asked])
+        probabilities = "; ".join(f"{answer['probabilities'][label]:.3f}" for label in answer["labels"])
+        return "\t".join([_joined(answer["labels"]), probabilities, *asked])
 
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:
-        """Sets that are not as they should be, that with the largest loss first."""
+        """Return the rows with a wrong set of labels, largest loss first."""
         examples, logits = dataset.examples, np.stack(outcomes)
         targets, losses = np.asarray(examples.targets) > 0, losses_of(logits, np.asarray(examples.targets))
         chosen = probabilities_of(logits) > self.threshold
@@ -257,7 +257,7 @@ class ManyLabels(Form):
 
 
 def _refuse_vectors(table: Table, column: str, sets: Sequence[Sequence[str]]) -> None:
-    """Raise `UserError` for a column of vectors of 0 and 1, which would be read as sets of the labels '0' and '1'."""
+    """Raise `UserError` for a column of 0/1 vectors, which would be read as sets of the labels '0' and '1'."""
     filled = [row for row in sets if row]
     places = {len(row) for row in filled}
     repeated = next((i for i, row in enumerate(sets) if len(set(row)) < len(row)), None)
@@ -266,8 +266,8 @@ def _refuse_vectors(table: Table, column: str, sets: Sequence[Sequence[str]]) ->
     count = places.pop()
     twice = next(label for label in sets[repeated] if sets[repeated].count(label) > 1)
     raise UserError(
-        f"{table.where(repeated)}: column {column!r} holds the value {twice} more than once, and a set holds a label once. "
-        f"All lists are of {count} values of 0 and 1, so they are vectors: name the labels of their places, "
+        f"{table.where(repeated)}: column {column!r} holds the value {twice} more than once, so it is not a set of labels. "
+        f"All lists have {count} values of 0 and 1, so they look like vectors: name the labels of their positions, "
         f"classify(kind='multi', indicators=[{', '.join([repr('...')] * min(count, 3))}{', ...' * (count > 3)}])."
     )
 
@@ -275,11 +275,11 @@ def _refuse_vectors(table: Table, column: str, sets: Sequence[Sequence[str]]) ->
 def of_sets(
     logits: np.ndarray, targets: np.ndarray, labels: Sequence[str], threshold: float, intervals: bool = True
 ) -> dict[str, Any]:
-    """Figures of logits and targets (rows, labels), named and computed as scikit-learn has them for sets of labels.
+    """Compute multi-label metrics of logits and targets (rows, labels), as scikit-learn does.
 
-    `accuracy`, which is `exact_match`: the whole set is right; `label_accuracy`: the share of single decisions that are;
-    `f1` over all decisions (micro); `macro_f1`, the mean over labels that occur in targets or answers (where none does,
-    nothing was to be found and nothing was: 1). 95% bootstrap intervals over the rows.
+    `accuracy`, also `exact_match`: share of rows whose whole set is correct; `label_accuracy`: share of correct single
+    decisions; `f1` over all decisions (micro); `macro_f1`: mean over labels that occur in targets or predictions, 1 if
+    there are none. 95% bootstrap intervals over the rows.
     """
     chosen = probabilities_of(logits) > threshold
     both, some = (chosen & targets).astype(float), chosen.astype(float) + targets
@@ -288,15 +288,15 @@ def of_sets(
     micro: list[np.ndarray] = []
     macro: list[np.ndarray] = []
     for drawn in resamples(len(targets)) if intervals else ():
-        hits, total = drawn @ both, drawn @ some
+        correct, total = drawn @ both, drawn @ some
         accuracies.append(drawn @ exact / len(targets))
-        micro.append(_ratio(2 * hits.sum(axis=1), total.sum(axis=1)))
-        macro.append(_mean_of_present(_ratio(2 * hits, total), total))
-    hits, total = both.sum(axis=0), some.sum(axis=0)
+        micro.append(_ratio(2 * correct.sum(axis=1), total.sum(axis=1)))
+        macro.append(_mean_of_present(_ratio(2 * correct, total), total))
+    correct, total = both.sum(axis=0), some.sum(axis=0)
     found, given = targets.sum(axis=0), chosen.sum(axis=0)
-    f1 = _ratio(2 * hits, total)
+    f1 = _ratio(2 * correct, total)
     return {
-        "f1": float(_ratio(2 * hits.sum(), total.sum())),
+        "f1": float(_ratio(2 * correct.sum(), total.sum())),
         **interval("f1", micro),
         "macro_f1": float(_mean_of_present(f1, total)),
         **interval("macro_f1", macro),
@@ -308,8 +308,8 @@ def of_sets(
         "rows": len(targets),
         "per_class": {
             label: {
-                "precision": float(hits[i] / given[i]) if given[i] else 0.0,
-                "recall": float(hits[i] / found[i]) if found[i] else 0.0,
+                "precision": float(correct[i] / given[i]) if given[i] else 0.0,
+                "recall": float(correct[i] / found[i]) if found[i] else 0.0,
                 "f1": float(f1[i]) if total[i] else 0.0,
                 "rows": int(found[i]),
             }
@@ -323,7 +323,7 @@ def probabilities_of(logits: np.ndarray) -> np.ndarray:
 
 
 def losses_of(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Binary cross-entropy of each row, (rows,), the mean over labels."""
+    """Return the binary cross-entropy of each row, (rows,), averaged over labels."""
     wanted = torch.from_numpy(np.asarray(targets, np.float32))
     losses = torch.nn.functional.binary_cross_entropy_with_logits(
         torch.from_numpy(logits).float(), wanted, reduction="none"
@@ -332,18 +332,18 @@ def losses_of(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _ratio(part: Any, whole: Any) -> Any:
-    """1 where there is nothing to find and nothing was found."""
+    """Divide elementwise; 1 where the denominator is 0, because nothing was to be found and nothing was."""
     return np.where(np.asarray(whole) > 0, part / np.maximum(whole, 1e-12), 1.0)
 
 
 def _mean_of_present(figures: np.ndarray, total: np.ndarray) -> Any:
-    """The mean over labels that occur, along the last dimension; 1 where none does."""
+    """Average over labels that occur, along the last dimension; 1 if none does."""
     occurs = total > 0
     return _ratio((figures * occurs).sum(axis=-1), occurs.sum(axis=-1))
 
 
 def _literal(text: str) -> list[Any] | None:
-    """A list as JSON or Python writes it, which files of text hold; None where it is none."""
+    """Parse a JSON or Python list in a text cell; None if it is not one."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -352,7 +352,7 @@ def _literal(text: str) -> list[Any] | None:
 
 
 def _flag(value: Any) -> int | None:
-    """A cell of an indicator: 0, 1, or None where it is neither."""
+    """Parse a cell of an indicator: 0, 1, or None if it is neither."""
     text = label_text(value).casefold()
     text = text.partition(".")[0] if re.fullmatch(r"[01]\.0+", text) else text
     return 1 if text in YES else 0 if text in NO else None

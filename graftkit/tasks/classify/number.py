@@ -18,12 +18,12 @@ from graftkit.tasks.classify.form import SCALE, Form, refuse_empty
 from graftkit.tasks.shared.labels import LABEL
 from graftkit.tasks.shared.metrics import interval, resamples
 
-ROWS_OF_A_PART = 4  # at least, of those with the nearest numbers, some of which are held out
+ROWS_OF_A_PART = 4  # at least; a stratum of rows with similar numbers, some of which are held out
 
 
 class Number(Form):
-    """One number. The loss is the squared error in units of the training rows' deviation from their mean, so that
-    learning rates mean what they mean elsewhere; all figures are in the numbers' own units."""
+    """One number. The loss is the squared error of standardized targets, so that the usual learning rates apply; all
+    metrics are in the original units."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "mean_absolute_error", "pearson", "spearman", "r2")
     directions: ClassVar[Mapping[str, str | None]] = {"loss": "min", "mean_absolute_error": "min"}
@@ -56,7 +56,7 @@ class Number(Form):
         return np.array([float(value) for value in table.columns[columns["label"]]])
 
     def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Some of the rows of each part of the range: low, middle and high numbers are on both sides."""
+        """Stratify by the size of the number, so that low, middle and high numbers are on both sides of the split."""
         targets = np.asarray(examples.targets)
         parts = max(1, min(round(len(targets) * share), len(targets) // ROWS_OF_A_PART))
         ranks = np.argsort(np.argsort(targets, kind="stable"))
@@ -69,10 +69,10 @@ class Number(Form):
         return ("value",)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """Squared error of logits (rows, 1), in squared deviations."""
+        """Return the squared error of logits (rows, 1), in squared standard deviations."""
         if label_smoothing:
             raise UserError(
-                "train.label_smoothing spreads a target over classes, and a regression has none; leave it out."
+                "train.label_smoothing spreads a target over classes, but a regression has no classes; leave it out."
             )
 
         def scores(logits: Tensor, batch: Batch) -> Term:
@@ -83,7 +83,7 @@ class Number(Form):
         return one_term(scores)
 
     def values(self, outcomes: Sequence[Any]) -> np.ndarray:
-        """Outputs in the numbers' own units, (rows,)."""
+        """Return outputs in the original units, (rows,)."""
         return np.stack(outcomes)[:, 0].astype(np.float64) * self.scale + self.center
 
     def metrics(
@@ -103,7 +103,7 @@ class Number(Form):
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:
-        """The largest errors first."""
+        """Return the rows with the largest errors first."""
         examples, values = dataset.examples, self.values(outcomes)
         targets = np.asarray(examples.targets)
         errors = (values - targets) ** 2
@@ -137,7 +137,7 @@ class Number(Form):
 
 
 def units_of(examples: Examples) -> tuple[float, float]:
-    """Mean and deviation of the training rows' numbers. Raises `UserError` where they are all the same."""
+    """Return the mean and standard deviation of the training rows' numbers. Raises `UserError` if all are equal."""
     values = np.asarray(examples.targets)
     if not values.std() > 1e-12 * max(1.0, float(np.abs(values).max())):
         raise UserError(
@@ -148,10 +148,11 @@ def units_of(examples: Examples) -> tuple[float, float]:
 
 
 def of_numbers(values: np.ndarray, targets: np.ndarray, intervals: bool = True) -> dict[str, Any]:
-    """Mean squared error (`loss`), mean absolute error, both correlations and the share of variance explained, r2,
-    of values and targets (rows,); 95% intervals of the errors and of Pearson's correlation.
+    """Compute the mean squared error (`loss`), mean absolute error, Pearson's and Spearman's correlation, and the share
+    of explained variance, r2, of values and targets (rows,), with 95% intervals of the errors and of Pearson's correlation.
 
-    A correlation is 0 where one side never changes. r2 is then as scikit-learn has it, 1 if all is right and else 0.
+    A correlation is 0 if one side is constant. For constant targets r2 is 1 if all values are exact, else 0, as in
+    scikit-learn.
     """
     errors = values - targets
     spread = float(((targets - targets.mean()) ** 2).sum())
@@ -180,7 +181,7 @@ def of_numbers(values: np.ndarray, targets: np.ndarray, intervals: bool = True) 
 
 
 def _correlation(values: np.ndarray, targets: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Pearson's correlation under each row of weights (resamples, rows), each of which sums to 1."""
+    """Return Pearson's correlation under each row of weights (resamples, rows), each of which sums to 1."""
     first, second = values - values.mean(), targets - targets.mean()
     mean, other = shares @ first, shares @ second
     covariance = shares @ (first * second) - mean * other
@@ -190,7 +191,7 @@ def _correlation(values: np.ndarray, targets: np.ndarray, shares: np.ndarray) ->
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Places in the order, equal values sharing the mean of theirs."""
+    """Return ranks; equal values share their mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[place]

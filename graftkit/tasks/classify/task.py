@@ -1,4 +1,4 @@
-"""Text classification and regression: one text or a pair of texts; one answer of several, a set of them, a step of a
+"""Text classification and regression: one text or a pair of texts; one label, a set of labels, a level of an ordered
 scale, or a number."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from graftkit.tasks.shared.labels import LABEL, label_text
 from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, encode, read_texts
 from graftkit.tasks.shared.weights import check_class_weights
 
-BELONGS = {  # options that one kind of answer has, and in which kinds
+BELONGS = {  # options of some kinds of answers, and those kinds
     "class_weights": ("single", "multi", "ordinal"),
     "order": ("ordinal",),
     "threshold": ("multi",),
@@ -36,12 +36,13 @@ BELONGS = {  # options that one kind of answer has, and in which kinds
 
 @dataclass(frozen=True)
 class Classify(TextTask):
-    """One of several labels, a set of labels, a step of a scale, or a number, for a text or for a pair of texts.
+    """One of several labels, a set of labels, a level of an ordered scale, or a number, for a text or a pair of texts.
 
-    `kind='single'`: one of several labels, by cross-entropy. `kind='multi'`: a set of labels, which may be empty, by a
-    binary cross-entropy for each label; the column holds lists, or texts with a separator, or `indicators` names columns
-    of 0 and 1, or the places in one column of such vectors. `kind='ordinal'`: labels with an order, by the chances to go
-    on from each to the next (Shi, Cao and Raschka 2021). `kind='regression'`: a number, by squared error in units of the training rows' deviation.
+    `kind='single'`: one of several labels, trained with cross-entropy. `kind='multi'`: a set of labels, possibly empty,
+    with binary cross-entropy for each label; the column holds lists or separated texts, or `indicators` names columns of
+    0 and 1, or the positions in one column of such vectors. `kind='ordinal'`: ordered labels, with the conditional
+    probability of exceeding each (Shi, Cao and Raschka 2021). `kind='regression'`: a number, with squared error in units
+    of the training rows' standard deviation.
     """
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -53,22 +54,24 @@ class Classify(TextTask):
     kind: str = option("single", "what an answer is", choices=("single", "multi", "ordinal", "regression"))
     class_weights: str | dict | None = option(
         None,
-        "'balanced' weighs each row by the rarity of its class; or a weight for each, {label: weight}; multi: where the "
-        "label holds",
+        "'balanced' weights rows inversely to the frequency of their class; or a weight per class, {label: weight}; "
+        "multi: weights of positive targets",
         choices=("balanced",),
     )
-    order: tuple | None = option(None, "ordinal: the labels from lowest to highest; null: numbers")
+    order: tuple | None = option(None, "ordinal: the labels from lowest to highest; null: numeric order")
     threshold: float | None = option(
-        None, "multi: a label holds above this probability; null means 0.5", above=0, below=1
+        None, "multi: predict labels above this probability; null means 0.5", above=0, below=1
     )
-    separator: str | None = option(None, "multi: what stands between labels in a text; null: any of ; | ,")
+    separator: str | None = option(None, "multi: separator of labels in a text; null: any of ; | ,")
     indicators: tuple | None = option(
         None,
-        "multi: columns of 0 and 1, one for each label; or names of the places in one column of such vectors",
+        "multi: columns of 0 and 1, one for each label; or the labels of the positions in one column of such vectors",
     )
-    center: float | None = option(None, "regression: what is 0 to the model; null: the training rows' mean")
+    center: float | None = option(
+        None, "regression: subtracted from the targets; null: the training rows' mean"
+    )
     scale: float | None = option(
-        None, "regression: what is 1 to the model; null: the training rows' deviation", above=0
+        None, "regression: targets are divided by it; null: the training rows' standard deviation", above=0
     )
 
     def __post_init__(self) -> None:
@@ -80,8 +83,8 @@ class Classify(TextTask):
         _check_list("order", self.order)
         _check_list("indicators", self.indicators)
         if self.separator is not None and not self.separator.strip(" "):
-            raise UserError("classify(): separator is empty; name what stands between labels, such as ';'.")
-        # these depend on the kind; they are the class's in all other tasks
+            raise UserError("classify(): separator is empty; set it to the text between labels, such as ';'.")
+        # these depend on the kind; in all other tasks they are class attributes
         object.__setattr__(self, "headline", self.form.headline)
         object.__setattr__(self, "directions", self.form.directions)
         object.__setattr__(self, "columns", self._columns())
@@ -93,7 +96,7 @@ class Classify(TextTask):
 
     @cached_property
     def form(self) -> Form:
-        """What is read, learned and measured for this kind of answer."""
+        """The implementation of this kind of answer."""
         if self.kind == "multi":
             threshold = 0.5 if self.threshold is None else self.threshold
             return ManyLabels(threshold, self.separator, self.indicators, self.class_weights)
@@ -106,7 +109,7 @@ class Classify(TextTask):
         )
 
     def used(self, columns: dict[str, str], named: Mapping[str, str], table: Table) -> dict[str, str]:
-        """Without the column of labels where each label has a column of its own."""
+        """Drop the label column if each label has its own column."""
         if self.indicators is None or not set(self.indicators) & set(table.columns):
             return columns
         return {name: column for name, column in columns.items() if name != "label"}
@@ -132,7 +135,7 @@ class Classify(TextTask):
         return self.form.hold_out(examples, share, seed)
 
     def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Classify:
-        """A regression knows the numbers' mean and deviation, by which its outputs become numbers again."""
+        """Store the mean and standard deviation of a regression's targets, which scale its outputs back."""
         if self.kind != "regression" or None not in (self.center, self.scale):
             return self
         center, scale = units_of(examples)
@@ -183,7 +186,7 @@ class Classify(TextTask):
 
 
 def _check_list(name: str, given: Sequence[Any] | None) -> None:
-    """Raise `UserError` unless a list of names has at least two, none of them twice."""
+    """Raise `UserError` unless a list has at least two names, without duplicates."""
     if given is None:
         return
     names = [label_text(value) for value in given]
@@ -193,4 +196,4 @@ def _check_list(name: str, given: Sequence[Any] | None) -> None:
         )
     twice = [label for label in dict.fromkeys(names) if names.count(label) > 1]
     if twice:
-        raise UserError(f"classify(): {name} names {listing(map(repr, twice))} twice.")
+        raise UserError(f"classify(): {name} lists {listing(map(repr, twice))} more than once.")

@@ -1,4 +1,4 @@
-"""Conversations as rows of a language model: token ids, which of them are learned, and where their logits stand."""
+"""Conversations as rows of a language model: token ids, the loss mask, and the positions of the logits of the targets."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.generate.scores import token_scores
 from graftkit.tasks.generate.text import Writing, decoder_start
 
-OPEN, CLOSE = "⟦", "⟧"  # around what is learned, where a row is shown
-SHOWN = 2000  # characters of a row that is shown, at most
+OPEN, CLOSE = "⟦", "⟧"  # around target tokens in a row that is shown
+SHOWN = 2000  # maximum number of characters of a row that is shown
 
 
 @dataclass(frozen=True)
 class Dialogues(Examples):
-    """Rows of conversations; `skip_bad`: those that turn out to have nothing to learn are left out.
+    """Rows of conversations; `skip_bad`: skip those without target tokens.
 
-    `targets`: the text of each answer, the last one of a conversation. `last`: only that one is learned.
+    `targets`: the text of the last answer of each conversation. `last`: only that answer is trained on.
     """
 
     skip_bad: bool = False
@@ -40,7 +40,7 @@ class Dialogues(Examples):
 
 @dataclass(frozen=True)
 class Written:
-    """One row in tokens: `ids` and `learned` (tokens,) are what is learned from; `prompt` is what is gone on from."""
+    """One row in tokens: `ids` and the loss mask `learned`, both (tokens,), and the `prompt` to generate from."""
 
     ids: np.ndarray
     learned: np.ndarray
@@ -48,9 +48,9 @@ class Written:
 
 
 class GenerateDataset(Dataset):
-    """Rows of a causal language model, of one conversation each or, packed, of several behind one another.
+    """Rows of a causal language model, of one conversation each or, packed, of several in sequence.
 
-    `prompts`: what each example is to be gone on from; `writing`: how, where texts are written.
+    `prompts`: prompt of each example for generation; `writing`: generation settings, if texts are generated.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class GenerateDataset(Dataset):
         return self.examples.targets is not None
 
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
-        """Ids, padded on the right, and a mask; for packed rows positions that begin anew, which say the same."""
+        """Return ids, padded on the right, and a mask; for packed rows position ids that restart with each row, which
+        serve as the mask."""
         ids, lengths = self.ids.padded(rows, self.padding), self.ids.lengths[rows]
         if not self.packed:
             return _tensors(input_ids=ids, attention_mask=mask(lengths))
@@ -92,22 +93,22 @@ class GenerateDataset(Dataset):
         return self.labels(rows) if self.answered else None
 
     def labels(self, rows: np.ndarray) -> Tensor:
-        """The ids of all learned tokens of these rows, one row after another."""
+        """Return the ids of all target tokens of these rows, one row after another."""
         return torch.from_numpy(self.ids.joined(rows)[self.learned.joined(rows)].astype(np.int64))
 
     def places(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Row in the batch and position of the logits that tell each learned token: those of the token before."""
+        """Return row in the batch and position of the logits that predict each target token: those of the token before."""
         numbers, at = self._learned(rows)
         return torch.from_numpy(numbers), torch.from_numpy(at - 1)
 
     def _learned(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row in the batch and position in it of each learned token."""
+        """Return row in the batch and position of each target token."""
         lengths, learned = self.learned.lengths[rows], self.learned.joined(rows)
         numbers = np.repeat(np.arange(len(rows)), lengths)[learned]
         return numbers, positions(lengths)[learned]
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Scores of the learned tokens, (labels, 3), as `token_scores` has them."""
+        """Return `token_scores` of the target tokens, (labels, 3)."""
         rows, places = map(batch.move, self.places(batch.rows))
         return token_scores(model, batch.inputs, rows, places, batch.move(self.labels(batch.rows)))
 
@@ -123,7 +124,7 @@ class GenerateDataset(Dataset):
         ]
 
     def shown(self, row: int) -> list[tuple[str, bool]]:
-        """The text of a row, of a packed one its first part, in stretches, each with whether it is learned."""
+        """Return the text of a row, or of the first part of a packed row, in spans, each with whether it is a target."""
         part = slice(self.parts[row][0])
         return stretches(self.tokenizer, self.ids[row][part], self.learned[row][part])
 
@@ -174,13 +175,13 @@ def stretches(tokenizer: Any, ids: np.ndarray, learned: np.ndarray) -> list[tupl
 
 
 def marked_text(parts: Sequence[tuple[str, bool]]) -> str:
-    """The text of a row with what is learned between marks."""
+    """Return the text of a row with its targets between marks."""
     text = "".join(f"{OPEN}{part}{CLOSE}" if learned else part for part, learned in parts)
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
 
 
 def conversation(examples: Examples, row: int) -> list[Message] | str:
-    """What stands in a row: its messages, the answer last where there is one; or a text without roles."""
+    """Return the messages of a row, with the answer last if there is one; or a text without roles."""
     values = {name: column[row] for name, column in examples.values.items()}
     if "text" in values:
         return str(values["text"])
@@ -195,12 +196,12 @@ def conversation(examples: Examples, row: int) -> list[Message] | str:
 
 
 def tools_of(examples: Examples, row: int) -> Tools:
-    """The tools that the assistant may call in a row of messages."""
+    """Return the tools that the assistant may call in a row of messages."""
     return examples.values["tools"][row] if "tools" in examples.values else None
 
 
 def asking(prompt: str, more: str) -> Message:
-    """The message of a user; templates that have a place for the input of an instruction find it by its name."""
+    """Return a user message; templates with a place for the input of an instruction find it under the key `input`."""
     parts = {"instruction": prompt, "input": more} if more else {}
     return {"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt, **parts}
 
@@ -208,7 +209,7 @@ def asking(prompt: str, more: str) -> Message:
 def causal_rows(
     examples: Dialogues, tokenizer: Any, template: Template, max_length: int, everything: bool, prompts: bool
 ) -> tuple[list[Written], list[str | None]]:
-    """Each row in tokens, and what is wrong with it. `prompts`: also what an answer follows, without the answer."""
+    """Tokenize each row, and return what is wrong with it, if anything. `prompts`: also tokenize the prompts alone."""
     marked, problems = _each(examples, lambda talk, tools: _mark(examples, talk, tools, template, everything))
     tokens = iter(tokens_of(tokenizer, [text for text in marked if text is not None]))
     asked = None
@@ -225,7 +226,7 @@ def causal_rows(
         if text is not None and examples.targets is not None:
             problems[place] = no_label(learned, max_length)
         elif text is not None and not len(ids):
-            problems[place] = "there are no tokens in it"
+            problems[place] = "it has no tokens"
     return rows, problems
 
 
@@ -243,7 +244,7 @@ def _mark(
 def prompted_rows(
     examples: Dialogues, tokenizer: Any, template: Template, max_length: int
 ) -> tuple[list[Written], list[str | None]]:
-    """The same for an encoder and a decoder: the prompt is read by the one, the answer written by the other."""
+    """Tokenize rows for an encoder, which reads the prompt, and a decoder, which writes the answer."""
     answered = examples.targets is not None
 
     def asked(talk: list[Message] | str, tools: Tools) -> str:
@@ -270,19 +271,19 @@ def prompted_rows(
 
 
 def no_label(learned: np.ndarray, max_length: int) -> str | None:
-    """Why a row of so many tokens has nothing to learn from."""
+    """Return why a row with this loss mask has nothing to learn; None if it has."""
     if learned[:max_length].any():
         return None
     if learned.any():
         return (
-            f"nothing is left to learn of it: its completion begins behind token {int(learned.argmax())}, and rows are cut "
-            f"at {max_length} (data.max_length)"
+            f"nothing is left to learn of it: its completion begins after token {int(learned.argmax())}, and rows are "
+            f"truncated to {max_length} tokens (data.max_length)"
         )
-    return "it has no token to learn: its completion is empty, or nothing stands before it"
+    return "it has no token to learn: its completion is empty, or nothing precedes it"
 
 
 def _each(examples: Examples, make: Callable[[Any, Tools], Any]) -> tuple[list[Any], list[str | None]]:
-    """What is made of each conversation, and where its template failed, why."""
+    """Apply `make` to each conversation; also return the reason for each one whose template failed."""
     made: list[Any] = []
     problems: list[str | None] = []
     for row in range(len(examples)):
@@ -298,12 +299,12 @@ def _each(examples: Examples, make: Callable[[Any, Tools], Any]) -> tuple[list[A
 def good_rows(
     examples: Dialogues, rows: Sequence[Written], problems: Sequence[str | None]
 ) -> tuple[Dialogues, list[Written]]:
-    """The rows without a problem. Raises `UserError` for the first bad one unless they are to be left out."""
+    """Return the rows without a problem. Raises `UserError` for the first bad row unless bad rows are skipped."""
     found = [
         f"{examples.where(row)}: {problem}." for row, problem in enumerate(problems) if problem is not None
     ]
     if found and not examples.skip_bad:
-        raise UserError(f"{found[0]} Mend it, or leave such rows out with data.skip_bad=true.")
+        raise UserError(f"{found[0]} Fix the row, or skip bad rows with data.skip_bad=true.")
     good = [row for row, problem in enumerate(problems) if problem is None]
     if not good:
         raise UserError(f"{examples.table.source} has no good rows: {found[0]}")
@@ -313,9 +314,10 @@ def good_rows(
 
 
 def cut(rows: Sequence[Written], max_length: int, room: int | None, both: bool) -> tuple[list[Written], int]:
-    """Rows of at most `max_length` tokens, prompts of at most `room`, and how many lost something.
+    """Truncate rows to `max_length` tokens and prompts to `room`; also return how many were truncated.
 
-    Of a row the end is cut, of a prompt the beginning: what is asked stands at its end. An encoder's is cut at its end.
+    Rows are cut at their end, prompts at their beginning, because the question is usually at the end; an encoder's prompt
+    is cut at its end.
     """
     longest = min(max_length, room or max_length)
     result, truncated = [], 0
@@ -328,7 +330,7 @@ def cut(rows: Sequence[Written], max_length: int, room: int | None, both: bool) 
 
 
 def packed_groups(task: Any, backbone: Backbone, rows: Sequence[Written], max_length: int) -> list[list[int]]:
-    """Which rows go into one. Raises `UserError` where the model would let them see each other."""
+    """Return the row numbers of each packed row. Raises `UserError` if the model would let rows attend to each other."""
     meta = next(backbone.model.parameters()).is_meta
     reason = None if meta else leaks(backbone.model, [row.ids for row in rows])
     if reason is not None:
@@ -340,10 +342,10 @@ def packed_groups(task: Any, backbone: Backbone, rows: Sequence[Written], max_le
 
 
 def start_of(backbone: Backbone) -> int:
-    """The token that the decoder begins with. Raises `UserError` where the model says none."""
+    """Return the token that the decoder begins with. Raises `UserError` if the model's config has none."""
     start = decoder_start(backbone.model)
     if start is None:
         raise UserError(
-            f"{backbone.source} does not say what its decoder begins with (decoder_start_token_id)."
+            f"the config of {backbone.source} does not set the first token of its decoder (decoder_start_token_id)."
         )
     return start

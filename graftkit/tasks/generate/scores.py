@@ -1,4 +1,4 @@
-"""How likely a language model finds the tokens that are learned, without logits for all the others."""
+"""Log-probabilities of target tokens under a language model, without computing logits at other positions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LABEL, OTHER, MEAN = range(3)  # columns of the scores
 def token_scores(
     model: Any, inputs: dict[str, Tensor], rows: Tensor, places: Tensor, targets: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """(labels, 3) in fp32: the log probability of each label, that of the likeliest other token, and the mean over
-    the vocabulary. So the largest number of a row is the first where the model finds the label likeliest.
+    """Return scores (labels, 3) in fp32: the log-probability of each label, that of the most likely other token, and the
+    mean over the vocabulary. A label is predicted correctly if its own score is at least that of the other token.
 
-    rows, places (labels,): where in the batch the logits stand that tell the label; targets (labels,): its id.
-    Only there does the output map compute logits. Where these are more than `chunk`, they are computed in parts and,
-    for the gradient, once more, so that memory is bounded whatever the vocabulary is.
+    rows, places (labels,): positions in the batch of the logits that predict each label; targets (labels,): its id.
+    The output layer computes logits only there. If there are more than `chunk` logits, they are computed in chunks and
+    recomputed for the gradient, so that memory is bounded for any vocabulary size.
     """
     head = model.get_output_embeddings()
     vocabulary = int(getattr(head, "out_features", 0))
@@ -47,10 +47,10 @@ def token_scores(
 def _states(
     model: Any, head: nn.Module, inputs: dict[str, Tensor], rows: Tensor, places: Tensor
 ) -> Tensor | None:
-    """What the output layer is given at these places, (labels, width), in a pass that computes few logits.
+    """Return the input of the output layer at these places, (labels, width), from a pass that computes few logits.
 
-    None where its logits are not those of the model. That is a matter of the model's code, so the first pass finds it
-    out for all others: there the output layer gives made-up logits, which the model hands on as they are or does not.
+    None if the output layer's logits are not those of the model. This depends on the model's code alone, so the first
+    pass decides it for all others: it replaces the logits by made-up ones and checks that the model returns them unchanged.
     """
     seen: list[Tensor] = []
     made: list[Tensor] = []
@@ -72,12 +72,12 @@ def _states(
     return seen[0] if known else None
 
 
-# by model: its output layer, and whether the logits that this one gives are those of the model, not scaled or capped
+# by model: its output layer, and whether the model returns that layer's logits unchanged, neither scaled nor capped
 _known: WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], bool]] = WeakKeyDictionary()
 
 
 def _gives_logits(model: nn.Module, head: nn.Module) -> bool | None:
-    """Whether the model's logits are those of its output layer; None as long as nobody knows."""
+    """Return whether the model's logits are those of its output layer; None while that is unknown."""
     found = _known.get(model)
     return found[1] if found is not None and found[0]() is head else None
 
@@ -86,7 +86,7 @@ def _gives_logits(model: nn.Module, head: nn.Module) -> bool | None:
 def _choosing(
     head: nn.Module | None, rows: Tensor, places: Tensor, seen: list[Tensor], shown: int | None = None
 ) -> Iterator[None]:
-    """Let the output layer see the states at these places alone, and of them the first `shown`; `seen` gets all."""
+    """Pass only the first `shown` states at these places to the output layer; append all of them to `seen`."""
 
     def choose(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         states: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -105,7 +105,7 @@ def _choosing(
 
 
 def scores_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """The scores of logits (labels, vocabulary) for targets (labels,)."""
+    """Return the scores of logits (labels, vocabulary) for targets (labels,)."""
     logits = logits.float()
     total = logits.logsumexp(-1)
     label = logits.gather(-1, targets[:, None])[:, 0] - total

@@ -1,4 +1,4 @@
-"""Rows of messages: checked, with their tools, and as one row for each answer where that is asked for."""
+"""Rows of messages: validated, with their tools, and optionally split into one row for each answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftkit.tasks.generate.data import Dialogues
 
 
 def read_talks(table: Table, columns: dict[str, str], skip_bad: bool, targets: bool, each: bool) -> Dialogues:
-    """Rows of messages, checked; `each`: one for each answer, all of them at the place of their conversation."""
+    """Validate rows of messages. `each`: make one row for each answer, with the row number of its conversation."""
     talks: list[list[Message]] = []
     tools: list[Any] = []
 
@@ -50,7 +50,7 @@ def read_talks(table: Table, columns: dict[str, str], skip_bad: bool, targets: b
 
 
 def hold_out_talks(examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Row numbers to train on and to evaluate on; rows of one conversation stay together."""
+    """Split rows into row numbers to train on and to evaluate on, keeping the rows of a conversation together."""
     numbers = list(dict.fromkeys(examples.table.numbers))
     held = {numbers[place] for place in hold_out([0] * len(numbers), share, seed)[1]}
     rows = list(enumerate(examples.table.numbers))

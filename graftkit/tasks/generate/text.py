@@ -1,4 +1,4 @@
-"""Texts written by a language model, with the cache of `transformers`."""
+"""Text generation with a language model and the cache of `transformers`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftkit.data.ragged import Ragged, mask
 
 @dataclass(frozen=True)
 class Writing:
-    """How texts are written. `ends`: tokens that end one; `stop`: texts that end one and are no part of it."""
+    """Generation settings. `ends`: tokens that end a text; `stop`: texts that end it and are removed from it."""
 
     new_tokens: int
     temperature: float
@@ -29,9 +29,9 @@ class Writing:
 
 
 def room_for(model: Any, wanted: int) -> tuple[int | None, int]:
-    """Tokens that a prompt may have (None: any number), and how many are written behind the longest.
+    """Return the maximum number of tokens of a prompt (None: no limit), and of new tokens after the longest prompt.
 
-    Both share the positions of a decoder; of an encoder and a decoder each has its own.
+    In a decoder both share the positions; an encoder and a decoder have separate ones.
     """
     limit = positions_of(model)
     if limit is None:
@@ -53,9 +53,9 @@ def write(
     half: bool,
     show: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """What follows each prompt. Prompts are padded on the left, so that all go on at the same place.
+    """Generate the text that follows each prompt. Prompts are padded on the left, so that all continue at the same place.
 
-    `half`: products in bf16; `show`: is given the text of a single prompt piece by piece while it is written.
+    `half`: autocast to bf16; `show`: called with pieces of the text while it is generated, for a single prompt.
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
@@ -80,7 +80,7 @@ def write(
     kept, model.generation_config = (
         model.generation_config,
         settings,
-    )  # whose beams and penalties would be mixed in
+    )  # beams and penalties of the model's own config must not mix with these settings
     try:
         with (
             torch.random.fork_rng(devices=devices),
@@ -98,7 +98,7 @@ def write(
 
 
 def decoder_start(model: Any) -> int | None:
-    """The token that a decoder begins with."""
+    """Return the token that a decoder begins with, if the model's config has one."""
     for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         found = getattr(model.config, name, None)
         if isinstance(found, int):
@@ -107,8 +107,8 @@ def decoder_start(model: Any) -> int | None:
 
 
 def ends_of(model: Any, tokenizer: Any, end: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Tokens and texts that end an answer: the end tokens of tokenizer and model, and what the template writes behind
-    an answer (`end`), a token where it is one and a text where it is several.
+    """Return the tokens and the texts that end an answer: the end tokens of tokenizer and model, and what the template
+    writes after an answer (`end`), as a token if it is a single one, else as a text.
     """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
@@ -123,16 +123,16 @@ def ends_of(model: Any, tokenizer: Any, end: str) -> tuple[tuple[int, ...], tupl
 
 
 def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first of these, and whether one of them is there."""
+    """Return the text before the first stop text, and whether there is one."""
     places = [place for place in (text.find(end) for end in stop) if place >= 0]
     return (text[: min(places)], True) if places else (text, False)
 
 
 class _Window:
-    """The end of a text that is written token by token, decoded from the last tokens alone.
+    """The end of a text that is generated token by token, decoded from the last tokens alone.
 
-    It is long enough that a stop text at its end is whole in it: a token that is not special has one byte at least.
-    What the first tokens of a window give can be wrong, as where they begin within a character, so some are to spare.
+    It is long enough to contain any stop text at its end: a token that is not special has at least one byte. The first
+    tokens of a window may decode wrongly, for example if they start within a character, so there are some to spare.
     """
 
     SPARE = 8
@@ -146,7 +146,7 @@ class _Window:
         self.before = 0  # characters of the whole text in front of `text`
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Return the end of the text with these tokens, which come next."""
+        """Append the next tokens and return the end of the text."""
         self.tokens += [token for token in tokens if token not in self.special]
         self.text = self._decoded()
         text = self.text
@@ -161,7 +161,7 @@ class _Window:
 
 
 class _Stops:
-    """Ends the rows in which one of the texts has been written."""
+    """Stop the rows in which one of the stop texts was generated."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], skip: int) -> None:
         self.tokenizer, self.stop, self.read = tokenizer, stop, skip
@@ -176,7 +176,7 @@ class _Stops:
 
 
 class _Streamer:
-    """Shows a text while it is written: what can still change, or can still begin an end, is held back."""
+    """Show a text while it is generated, holding back what may still change or may be the start of a stop text."""
 
     def __init__(self, tokenizer: Any, skip: int, stop: Sequence[str], show: Callable[[str], None]) -> None:
         self.tokenizer, self.skip, self.stop, self.show = tokenizer, skip, stop, show
@@ -199,7 +199,7 @@ class _Streamer:
         self._show(text, 0, len(text))
 
     def _show(self, text: str, before: int, until: int) -> None:
-        """Show what is new in `text`, which begins behind `before` characters of the whole, up to `until`."""
+        """Show what is new in `text`, which starts at character `before` of the whole text, up to `until`."""
         if before + until > self.shown:
             self.show(text[self.shown - before : until])
             self.shown = before + until

@@ -1,4 +1,4 @@
-"""Image classification: one image, one answer of several."""
+"""Image classification: one of several labels for each image."""
 
 from __future__ import annotations
 
@@ -137,10 +137,10 @@ class ImageDataset(Dataset):
 
 @dataclass(frozen=True)
 class ImageClassify(LabelTask):
-    """One answer of several for an image: folders of images, or a table with paths or bytes.
+    """One of several labels for an image: folders of images, or a table with paths or bytes.
 
-    A model of transformers has its own image processor. Other modules are told by `resize`, `crop`, `channels`, `scale`,
-    `mean` and `deviation` what the network was trained on; left out, they are those of most CNNs of ImageNet.
+    Transformers models have their own image processor. For other modules `resize`, `crop`, `channels`, `scale`, `mean` and
+    `deviation` describe the preprocessing that the network was trained with; the defaults suit most ImageNet CNNs.
     """
 
     method: ClassVar[str] = "head()"
@@ -158,38 +158,40 @@ class ImageClassify(LabelTask):
     )
     channels: str | None = option(
         None,
-        "order of the colours, or L for shades of grey; null means RGB, and L where the model takes one channel",
+        "channel order, or L for greyscale; null means RGB, or L if the model takes one channel",
         choices=("RGB", "BGR", "L", "rgb", "bgr", "l"),
     )
-    scale: float | None = option(None, "pixels of 0 to 255 times this; null means 1/255", above=0)
+    scale: float | None = option(None, "factor for pixel values of 0 to 255; null means 1/255", above=0)
     mean: float | tuple | None = option(
-        None, "taken off, one number or one for each channel in their order; null means ImageNet's"
+        None, "subtracted after scaling, one number or one per channel; null means ImageNet's"
     )
     deviation: float | tuple | None = option(
         None,
-        "divided by, one number or one for each channel; null means ImageNet's, or 1 where mean is given",
+        "standard deviation to divide by, one number or one per channel; null means ImageNet's, or 1 if mean is given",
     )
     interpolation: str | None = option(
-        None, "null means bilinear", choices=("nearest", "bilinear", "bicubic", "lanczos")
+        None,
+        "interpolation for resizing; null means bilinear",
+        choices=("nearest", "bilinear", "bicubic", "lanczos"),
     )
     random_crop: str | None = option(
         None,
-        "of training images: 'resized', a random box brought to size; 'padded', moved by some pixels",
+        "random crop of training images: 'resized', a random box resized; 'padded', a shift by a few pixels",
         choices=("resized", "padded"),
     )
     smallest_crop: float = option(
-        0.08, "share of the area that a random box has at least", above=0, at_most=1
+        0.08, "minimum area of a 'resized' crop, as a share of the image", above=0, at_most=1
     )
-    padding: int = option(4, "pixels by which 'padded' moves an image at most", at_least=1)
-    flip: float = option(
-        0.0, "probability that left and right of a training image are exchanged", at_least=0, at_most=1
+    padding: int = option(4, "maximum shift of a 'padded' crop, in pixels", at_least=1)
+    flip: float = option(0.0, "probability of a horizontal flip of a training image", at_least=0, at_most=1)
+    randaugment: int = option(
+        0, "number of RandAugment operations on each training image", at_least=0, at_most=12
     )
-    randaugment: int = option(0, "operations of RandAugment on each training image", at_least=0, at_most=12)
-    magnitude: int = option(9, "strength of RandAugment", at_least=0, at_most=30)
-    mixup: float = option(0.0, "alpha of mixup, for example 0.2; 0 for none", at_least=0)
-    cutmix: float = option(0.0, "alpha of cutmix, for example 1.0; 0 for none", at_least=0)
+    magnitude: int = option(9, "magnitude of RandAugment", at_least=0, at_most=30)
+    mixup: float = option(0.0, "alpha of mixup, for example 0.2; 0 disables it", at_least=0)
+    cutmix: float = option(0.0, "alpha of cutmix, for example 1.0; 0 disables it", at_least=0)
     class_weights: str | dict | None = option(
-        None, "'balanced' weighs each row by the rarity of its class; or a weight for each, {label: weight}",
+        None, "'balanced' weights rows inversely to the frequency of their class; or a weight per class, {label: weight}",
         choices=("balanced",),
     )  # fmt: skip
 
@@ -261,7 +263,7 @@ class ImageClassify(LabelTask):
 
     def max_length(self, wanted: int | None, backbone: Backbone) -> int:
         if wanted is not None:
-            raise UserError("data.max_length is of texts, and images have no tokens; leave it out.")
+            raise UserError("data.max_length is for texts, but images have no tokens; leave it out.")
         return 1
 
     def dataset(
@@ -319,7 +321,7 @@ class ImageClassify(LabelTask):
         )  # fmt: skip
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """Cross-entropy; of mixed images that of both labels, by their shares."""
+        """Return the cross-entropy; for mixed images the average of both labels, weighted by their shares."""
         loss = self.loss(dataset, labels, label_smoothing)
 
         def of_batch(logits: Tensor, batch: Batch) -> Term:

@@ -1,4 +1,4 @@
-"""From rows to prompts as token ids, for one model, and from prompts to scores of words."""
+"""Build prompts of rows as token ids for one model, and score words after them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_CONTENT = (
 
 
 class Asking:
-    """One prompt with its words and examples, for the tokenizer of one model. Raises `UserError` where they do not fit."""
+    """A prompt with its words and examples, for the tokenizer of one model. Raises `UserError` if they do not fit it."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Asking:
         self.room = max_length - (0 if self.masked else max(map(len, self.words)) - 1)
 
     def _tokens(self, label: str, word: str) -> tuple[int, ...]:
-        """The ids of a word where it stands in the prompt: with the space before it, if there is one."""
+        """Return the ids of a word in the prompt, including the space before it, if any."""
         lead = self.template.lead
         if self.template.before and not lead.strip():
             lead = f"a{lead or ' '}"  # some word, as the text would be
@@ -91,7 +91,7 @@ class Asking:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def prompts(self, examples: Examples) -> list[Prompt]:
-        """The prompt of each row, with as many of the examples as there is room for, the first ones."""
+        """Return the prompt of each row, with as many of the first examples as fit."""
         rows = [dict(zip(examples.values, row)) for row in zip(*examples.values.values())]
         whole = self._encode(rows, len(self.shots))
         return [
@@ -100,7 +100,7 @@ class Asking:
         ]
 
     def without_content(self, shots: int) -> list[Prompt]:
-        """Prompts whose texts say nothing; one without a single token asks nothing, and is left out."""
+        """Return content-free prompts, except empty ones."""
         found = self._encode([dict.fromkeys(self.columns, text) for text in NO_CONTENT], shots)
         return [prompt for prompt in found if prompt.length]
 
@@ -135,7 +135,7 @@ class Asking:
         return shorter if len(shorter) < len(text) else text[:-1]
 
     def _encode(self, rows: Sequence[Mapping[str, str]], shots: int, cut: bool = False) -> list[Prompt]:
-        """Rows after the first `shots` examples."""
+        """Encode rows, each after the first `shots` examples."""
         context = "".join(self.solved[:shots])
         begun = [context + self.template.start(row) for row in rows]
         if not self.masked:
@@ -160,7 +160,7 @@ class Asking:
         ]  # fmt: skip
 
     def _place(self, found: Mapping[str, Any], row: int, begins: int) -> int:
-        """The token that is the first mask, which stands at character `begins`: a text can hold masks of its own."""
+        """Return the position of the first mask at or after character `begins`: a row's text may contain mask tokens."""
         masks = [
             i for i, token in enumerate(found["input_ids"][row]) if token == self.tokenizer.mask_token_id
         ]
@@ -169,7 +169,7 @@ class Asking:
         return masks[0]
 
     def scores(self, model: nn.Module, prompts: Sequence[Prompt], move: Move) -> Tensor:
-        """(rows, words), in fp32"""
+        """Return the scores of all words, (rows, words), in fp32."""
         way = masked_scores if self.masked else causal_scores
         found = way(model, prompts, self.words, self.tokenizer.pad_token_id or 0, move)
         if self.mean:
@@ -177,11 +177,11 @@ class Asking:
         return found
 
     def padded(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """The shortest form of each prompt, as a model takes them."""
+        """Return model inputs for the shortest form of each prompt."""
         return padded([prompt.ids[self.lengths[0]] for prompt in prompts], self.tokenizer.pad_token_id or 0)
 
     def rendered(self, prompt: Prompt) -> str:
-        """A prompt as text, from its tokens, and the words that are scored."""
+        """Return a prompt decoded from its tokens, and the words that are scored."""
         text = self.tokenizer.decode(prompt.ids[self.lengths[0]])
         words = ", ".join(repr(self.tokenizer.decode(word)) for word in self.words[:8])
         where = "in place of the mask" if self.masked else "next"
@@ -189,7 +189,7 @@ class Asking:
 
 
 def _is_masked(backbone: Backbone) -> bool:
-    """Whether a model fills in masks; if not, it goes on with a text."""
+    """Return whether a model is a masked language model; otherwise it is causal."""
     from transformers.models.auto import modeling_auto
 
     kind = type(backbone.model).__name__

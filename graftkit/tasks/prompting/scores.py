@@ -1,4 +1,4 @@
-"""How likely a language model finds each word after a prompt, or in place of a mask, in few forward passes."""
+"""Log-probabilities of words after a prompt, or in place of a mask, in few forward passes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Move = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of what a row asks. For a masked model: one sequence for each length of words, with as many masks, and
-    the place of the first mask in it; for a causal model one sequence, which the words follow."""
+    """Token ids of the prompt of a row. For a masked model: one sequence for each word length, with as many masks, and the
+    position of its first mask; for a causal model one sequence, which the words follow."""
 
     ids: dict[int, np.ndarray]
     places: dict[int, int]
@@ -34,10 +34,10 @@ class Prompt:
 def causal_scores(
     model: nn.Module, prompts: Sequence[Prompt], words: Sequence[Sequence[int]], pad: int, move: Move
 ) -> Tensor:
-    """The sum over the tokens of each word of log p(token | prompt, tokens before it), (rows, words), in fp32.
+    """Return the sum over the tokens of each word of log p(token | prompt, tokens before it), (rows, words), in fp32.
 
-    One pass for each beginning of words (all tokens but the last) that is not part of a longer one: a single pass
-    where words are single tokens.
+    Needs one pass for each word prefix (all tokens but the last) that is not part of a longer one: a single pass if all
+    words are single tokens.
     """
     starts = sorted({tuple(word[:-1]) for word in words}, key=len, reverse=True)
     passes = [s for i, s in enumerate(starts) if not any(t[: len(s)] == s for t in starts[:i])]
@@ -57,8 +57,8 @@ def causal_scores(
 def masked_scores(
     model: nn.Module, prompts: Sequence[Prompt], words: Sequence[Sequence[int]], pad: int, move: Move
 ) -> Tensor:
-    """The sum over the tokens of each word of log p(token | its mask), (rows, words), in fp32: a word of several tokens
-    has as many masks, which are read at once. One pass for each length of words."""
+    """Return the sum over the tokens of each word of log p(token | its mask), (rows, words), in fp32. A word of several
+    tokens has as many masks, predicted in parallel. Needs one pass for each word length."""
     scores: dict[int, Tensor] = {}
     for length in sorted({len(word) for word in words}):
         rows = [prompt.ids[length] for prompt in prompts]
@@ -76,16 +76,16 @@ def _moved(inputs: dict[str, Tensor], move: Move) -> dict[str, Tensor]:
 
 
 def padded(rows: Sequence[np.ndarray], pad: int) -> dict[str, Tensor]:
-    """Rows padded on the right, and their mask."""
+    """Return rows padded on the right, and their mask."""
     given = Ragged(rows)
     ids = given.padded(np.arange(len(rows)), pad)
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask(given.lengths))}
 
 
 def _logs(model: nn.Module, inputs: dict[str, Tensor], at: np.ndarray) -> Tensor:
-    """log p of all tokens at places `at` (rows, places) of each row, (rows, places, vocabulary), in fp32.
+    """Return log p of all tokens at positions `at` (rows, places) of each row, (rows, places, vocabulary), in fp32.
 
-    A model that can leaves out all other places, whose logits are most of the memory where a vocabulary is large.
+    Models that support it skip all other positions, whose logits take most of the memory for a large vocabulary.
     """
     places, more = torch.from_numpy(at).to(inputs["input_ids"].device), {}
     if "logits_to_keep" in parameters_of(model):

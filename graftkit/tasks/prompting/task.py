@@ -1,4 +1,4 @@
-"""The pre-trained model as it is, asked with a hard prompt and examples in context."""
+"""Prompting an unchanged pre-trained model with a hard prompt and in-context examples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, read_text
 
 
 class Prompts(Dataset):
-    """What each row asks, as token ids."""
+    """The prompt of each row, as token ids."""
 
     keeps = False  # a row can be several for the model
 
@@ -50,7 +50,7 @@ class Prompts(Dataset):
 
     @property
     def dropped(self) -> int:
-        """Rows beside which not all examples have room."""
+        """Number of rows whose prompt has no room for all examples."""
         return sum(prompt.shots < len(self.asking.shots) for prompt in self.prompts)
 
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class Prompts(Dataset):
         return None if targets is None else torch.from_numpy(np.asarray(targets)[rows])
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Scores of the labels' words, (rows, labels); with `calibrate` less those that they have for no content."""
+        """Return scores of the labels' words, (rows, labels); with `calibrate` minus those for content-free prompts."""
         prompts = [self.prompts[row] for row in batch.rows]
         scores = self.asking.scores(model, prompts, batch.move)
         if not self.calibrate:
@@ -79,11 +79,11 @@ class Prompts(Dataset):
 
 @dataclass(frozen=True)
 class Prompting(TextTask, LabelTask):
-    """The pre-trained model as it is, asked with a hard prompt and examples in context; nothing is trained.
+    """Classification by prompting the unchanged pre-trained model, with in-context examples; nothing is trained.
 
-    A causal model says how likely the word of each label is after the prompt; a masked model how likely it is in place
-    of a mask (Schick and Schütze 2021). `calibrate` divides the probabilities by those for a prompt without content
-    (Zhao et al. 2021, "Calibrate Before Use").
+    A label is scored by the probability of its word after the prompt (causal models) or in place of a mask (masked models,
+    Schick and Schütze 2021). `calibrate` divides the probabilities by those for a content-free prompt (Zhao et al. 2021,
+    "Calibrate Before Use").
     """
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -101,16 +101,16 @@ class Prompting(TextTask, LabelTask):
     )
     words: dict | None = option(None, "the word of each label, {label: word}; null: the labels themselves")
     shots: int = option(
-        0, "examples that are shown before each row, drawn from the training rows", at_least=0
+        0, "number of in-context examples, drawn at random from the training rows", at_least=0
     )
     shown: tuple | None = option(
-        None, "these examples, [text, label] or [text, text_pair, label]; null: drawn"
+        None, "in-context examples, [text, label] or [text, text_pair, label]; null: drawn at random"
     )
-    separator: str = option("\n\n", "what stands between examples")
+    separator: str = option("\n\n", "text between examples")
     score: str = option(
-        "sum", "of the log-probabilities of a word's tokens: their sum or their mean", choices=("sum", "mean")
+        "sum", "sum or mean of the log-probabilities of a word's tokens", choices=("sum", "mean")
     )
-    calibrate: bool = option(False, "less what the words get for a prompt without content")
+    calibrate: bool = option(False, "subtract the words' scores for a content-free prompt")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +139,7 @@ class Prompting(TextTask, LabelTask):
         return Examples(kept, values, self.numbers(kept, columns, labels) if targets else None, skipped)
 
     def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Prompting:
-        """The whole prompt: template, a word for each label, and the examples that are shown."""
+        """Fill in the whole prompt: template, a word for each label, and the in-context examples."""
         columns = tuple(examples.values)
         shown = (
             draw_shots(examples, labels, self.shots, seed)

@@ -1,4 +1,4 @@
-"""Hard prompts: a template with places for a row's texts and for the answer, and examples in context."""
+"""Hard prompts: a template with placeholders for a row's texts and for the answer, and in-context examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIRS = "Text 1: {text}\nText 2: {text_pair}\nLabel: {label}"
 
 @dataclass(frozen=True)
 class Template:
-    """`before` and `after` the answer: literal texts and names of places, in turn, as (literal, name or None)."""
+    """The parts `before` and `after` the answer: literal texts and placeholders, as (literal, name or None)."""
 
     before: tuple[tuple[str, str | None], ...]
     after: tuple[tuple[str, str | None], ...]
@@ -31,7 +31,7 @@ class Template:
         return _fill(self.before, values) + answer + _fill(self.after, values)
 
     def start(self, values: Mapping[str, str]) -> str:
-        """What stands before the answer."""
+        """Return the prompt up to the answer."""
         return _fill(self.before, values)
 
     @property
@@ -40,7 +40,7 @@ class Template:
 
     @property
     def lead(self) -> str:
-        """The literal text right before the answer."""
+        """The literal text immediately before the answer."""
         literal, name = self.before[-1] if self.before else ("", None)
         return literal if name is None else ""
 
@@ -50,7 +50,7 @@ def _fill(parts: tuple[tuple[str, str | None], ...], values: Mapping[str, str]) 
 
 
 def read_template(text: str) -> Template:
-    """Raises `UserError` for a template that cannot be filled in."""
+    """Parse a template. Raises `UserError` if it cannot be filled in."""
     try:
         parts = list(string.Formatter().parse(text.replace(MASK, "{label}")))
     except ValueError as error:
@@ -75,7 +75,7 @@ def read_template(text: str) -> Template:
 
 
 def template_for(text: str | None, columns: Sequence[str]) -> str:
-    """The template of a recipe, or the usual one. Raises `UserError` where it does not fit the texts of the rows."""
+    """Return the template of a recipe, or the default. Raises `UserError` if it does not fit the rows' text columns."""
     if text is None:
         return PAIRS if "text_pair" in columns else SINGLE
     asks = "text_pair" in read_template(text).places
@@ -93,7 +93,7 @@ def template_for(text: str | None, columns: Sequence[str]) -> str:
 
 
 def words_for(words: Mapping[Any, Any] | None, labels: Sequence[str]) -> dict[str, str]:
-    """The word of each label, in the order of labels: the label itself where a recipe says nothing of words."""
+    """Return the word of each label, in the order of the labels; the labels themselves if the recipe sets no words."""
     if words is None:
         return {label: label for label in labels}
     index, found = LabelIndex(labels), {}
@@ -126,7 +126,7 @@ def words_for(words: Mapping[Any, Any] | None, labels: Sequence[str]) -> dict[st
 def draw_shots(
     examples: Examples, labels: Sequence[str], count: int, seed: int
 ) -> tuple[tuple[str, ...], ...]:
-    """`count` training rows, as (text, label) or (text, text_pair, label): labels in turn, rows by lot."""
+    """Draw `count` training rows, as (text, label) or (text, text_pair, label): labels in turn, rows at random."""
     targets = np.asarray(examples.targets)
     if count > len(targets):
         raise UserError(f"shots is {count}, but there are {len(targets)} training rows; ask for fewer.")
@@ -144,7 +144,7 @@ def draw_shots(
 def check_shots(
     shots: Sequence[Any], columns: Sequence[str], labels: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """Examples that a recipe gives. Raises `UserError` for one that is not as the rows are."""
+    """Validate in-context examples of a recipe. Raises `UserError` for one that does not have the form of the rows."""
     index, found = LabelIndex(labels), []
     form = ", ".join((*columns, "label"))
     for number, shot in enumerate(shots, start=1):

@@ -1,4 +1,4 @@
-"""What tasks share whose answer is one of several labels: names, loss, metrics, answers."""
+"""Shared code of tasks that predict one of several labels: label names, loss, metrics, answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment"
 
 
 class LabelTask(Task):
-    """Base of tasks that choose one label for each example. `examples.targets` are numbers of labels, (rows,) int64."""
+    """Base of tasks that predict one label for each example. `examples.targets` are label indices, (rows,) int64."""
 
     source_of_labels: str = "the training data"
 
@@ -34,11 +34,11 @@ class LabelTask(Task):
             _refuse_several(table, columns["label"])
         names = sorted({label_text(value) for value in values}, key=natural)
         if not names:
-            raise UserError(f"column {columns['label']!r} of {table.source} has no labels at all.")
+            raise UserError(f"column {columns['label']!r} of {table.source} has no labels.")
         if len(names) == 1:
             raise UserError(
                 f"column {columns['label']!r} of {table.source} has one class only ({names[0]!r}), so there is "
-                "nothing to tell apart. Name another column with data.columns={label: ...}, or add rows."
+                "nothing to learn. Name another column with data.columns={label: ...}, or add rows of other classes."
             )
         if len(names) > max(20, len(values) // 2):
             raise UserError(
@@ -50,7 +50,7 @@ class LabelTask(Task):
     def wrong(
         self, table: Table, columns: dict[str, str], labels: Sequence[str]
     ) -> Callable[[int], str | None]:
-        """What is wrong with the label of a row, and where; None where nothing is."""
+        """Return a function that says what is wrong with the label of a row, and where; None if nothing is."""
         index, column = LabelIndex(labels), columns["label"]
 
         def problem(row: int) -> str | None:
@@ -65,22 +65,22 @@ class LabelTask(Task):
         return problem
 
     def numbers(self, table: Table, columns: dict[str, str], labels: Sequence[str]) -> np.ndarray:
-        """The number of each row's label, (rows,), in a table without bad rows."""
+        """Return the index of each row's label, (rows,), for a table without bad rows."""
         index = LabelIndex(labels)
         return np.array(
             [index.find(label_text(value)) for value in table.columns[columns["label"]]], np.int64
         )
 
     def log_probabilities(self, outcomes: Sequence[Any]) -> np.ndarray:
-        """(rows, classes)"""
+        """Return log-probabilities (rows, classes)."""
         return log_softmax(np.stack(outcomes))
 
-    def choices(self, chances: np.ndarray) -> np.ndarray:
-        """The label that is answered, (rows,), of log-probabilities (rows, classes)."""
-        return chances.argmax(axis=1)
+    def choices(self, log_probs: np.ndarray) -> np.ndarray:
+        """Return the predicted label, (rows,), given log-probabilities (rows, classes)."""
+        return log_probs.argmax(axis=1)
 
     def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
-        """Weight of each class in the loss, or None. `counts`: training rows of each, (labels,)."""
+        """Return the weight of each class in the loss, or None. `counts`: training rows of each class, (labels,)."""
         return None
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
@@ -95,7 +95,7 @@ class LabelTask(Task):
     def loss(
         self, dataset: Dataset, labels: Sequence[str], label_smoothing: float
     ) -> Callable[[Tensor, Tensor], Term]:
-        """Cross-entropy of logits (rows, classes) and targets (rows,)."""
+        """Return the cross-entropy of logits (rows, classes) and targets (rows,)."""
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
         weights = self.class_weight(np.bincount(targets, minlength=len(labels)), labels)
@@ -111,18 +111,18 @@ class LabelTask(Task):
     ) -> dict[str, Any]:
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
-        chances = self.log_probabilities(outcomes)
-        losses = -chances[np.arange(len(targets)), targets]
-        return of_choices(self.choices(chances), targets, losses, labels, intervals=intervals)
+        log_probs = self.log_probabilities(outcomes)
+        losses = -log_probs[np.arange(len(targets)), targets]
+        return of_choices(self.choices(log_probs), targets, losses, labels, intervals=intervals)
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """The likeliest label of each row and its probability."""
-        chances = self.log_probabilities(outcomes)
+        """Return the most likely label of each row and its probability."""
+        log_probs = self.log_probabilities(outcomes)
         return [
             {"label": labels[b], "probability": round(float(np.exp(p[b])), 4)}
-            for b, p in zip(self.choices(chances), chances)
+            for b, p in zip(self.choices(log_probs), log_probs)
         ]
 
     def line(self, answer: dict[str, Any]) -> str:
@@ -132,11 +132,11 @@ class LabelTask(Task):
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:
-        """Wrong answers, that with the largest loss first."""
-        targets, chances = dataset.examples.targets, self.log_probabilities(outcomes)
-        chosen = self.choices(chances)
+        """Return wrong answers, largest loss first."""
+        targets, log_probs = dataset.examples.targets, self.log_probabilities(outcomes)
+        chosen = self.choices(log_probs)
         assert isinstance(targets, np.ndarray)
-        losses = -chances[np.arange(len(targets)), targets]
+        losses = -log_probs[np.arange(len(targets)), targets]
         wrong = [int(i) for i in np.argsort(-losses) if chosen[i] != targets[i]]
         return [
             {
@@ -160,7 +160,7 @@ class LabelTask(Task):
 def cross_entropy(
     logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
 ) -> Tensor:
-    """Loss of each row, (rows,), in fp32; `weights` (classes,) multiply it."""
+    """Return the loss of each row, (rows,), in fp32, multiplied by the class weights `weights` (classes,)."""
     losses = torch.nn.functional.cross_entropy(
         logits.float(), targets, reduction="none", label_smoothing=label_smoothing
     )
@@ -168,7 +168,7 @@ def cross_entropy(
 
 
 def label_problem(value: Any, labels: LabelIndex, source: str = "the training data") -> str | None:
-    """What is wrong with a label: it is none of those that `source` has."""
+    """Return a message for a label that is not among the known ones, which come from `source`; else None."""
     if labels.find(label_text(value)) is not None:
         return None
     return (
@@ -178,7 +178,7 @@ def label_problem(value: Any, labels: LabelIndex, source: str = "the training da
 
 
 def is_several(value: Any) -> bool:
-    """Whether a cell holds a list, a vector or a mapping, so that it is no label."""
+    """Return whether a cell holds a list, a vector or a mapping, so it cannot be a label."""
     return isinstance(value, list | tuple | set | dict) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
@@ -186,8 +186,8 @@ def _several(table: Table, column: str, row: int) -> str:
     value = table.columns[column][row]
     kind = "mapping" if isinstance(value, dict) else "list"
     return (
-        f"{table.where(row)}: column {column!r} is a {kind} ({repr(value)[:60]}), where one label "
-        "should be; sets of labels and vectors of 0 and 1 are for classify(kind='multi')."
+        f"{table.where(row)}: column {column!r} is a {kind} ({repr(value)[:60]}), but one label "
+        "is expected; for sets of labels and vectors of 0 and 1 use classify(kind='multi')."
     )
 
 
@@ -202,15 +202,15 @@ def is_missing(value: Any) -> bool:
 
 
 def label_text(value: Any) -> str:
-    """A label as text: 3, 3.0 and '3' are one label."""
+    """Return a label as text: 3, 3.0 and '3' are the same label."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
 
 
 class LabelIndex:
-    """The place of a label. One that is written otherwise in another kind of file ('1.0' in CSV and 1 in Parquet,
-    'true' and True) is found where only one label can be meant."""
+    """Look up the index of a label. A label that other file formats write differently ('1.0' in CSV and 1 in Parquet,
+    'true' and True) is found if the match is unambiguous."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = labels
@@ -230,7 +230,7 @@ def _normal(name: str) -> str:
 
 
 def natural(name: str) -> tuple[int, float, str]:
-    """Numbers in their order, then texts; 'nan' and 'inf' are texts, for nan has no place in an order."""
+    """Sort key: numbers in ascending order, then texts. 'nan' and 'inf' count as texts, because nan cannot be ordered."""
     try:
         number = float(name)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Figures with their uncertainty."""
+"""Classification metrics with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def of_choices(
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of probabilities over the last dimension."""
+    """Return log-probabilities over the last dimension."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -82,14 +82,14 @@ def _bootstrap(
     for i in range(RESAMPLES):
         drawn = random.multinomial(len(targets), shares)
         total = np.bincount(true, drawn, classes) + np.bincount(predicted, drawn, classes)
-        hits = np.bincount(true[right], drawn[right], classes)
-        accuracies[i] = hits.sum() / len(targets)
-        macro_f1s[i] = (2 * hits[total > 0] / total[total > 0]).mean()
+        correct = np.bincount(true[right], drawn[right], classes)
+        accuracies[i] = correct.sum() / len(targets)
+        macro_f1s[i] = (2 * correct[total > 0] / total[total > 0]).mean()
     return accuracies, macro_f1s
 
 
 def resamples(rows: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each row is drawn in each of 1,000 resamples of the rows: (some of them, rows) at a time."""
+    """Yield counts of how often each row is drawn in 1,000 resamples of the rows, in blocks (resamples, rows)."""
     random, shares = np.random.default_rng(seed), np.full(rows, 1 / rows)
     size = max(1, min(RESAMPLES, 4_000_000 // rows))
     for start in range(0, RESAMPLES, size):
@@ -108,7 +108,7 @@ def mean_interval(
 
 
 def interval(name: str, values: np.ndarray | Sequence[Any]) -> dict[str, list[float]]:
-    """What lies between the 2.5% and the 97.5% percentile of resampled figures, as `NAME_interval`; nothing for none."""
+    """Return the 2.5% and 97.5% percentiles of resampled values as `NAME_interval`; empty if there are no values."""
     if not len(values):
         return {}
     drawn = (

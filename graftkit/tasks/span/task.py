@@ -1,4 +1,4 @@
-"""Extractive question answering: the answer to a question is a piece of a text."""
+"""Extractive question answering: the answer to a question is a span of a text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Span(Task):
-    """The answer to a question, found as a piece of a text; or that the text holds none."""
+    """Extractive question answering: the answer to a question as a span of a text, or no answer."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("question", ("query",), "text"),
@@ -49,13 +49,14 @@ class Span(Task):
 
     doc_stride: int = option(
         128,
-        "tokens that a window of a long text shares with the one before, half a window at most",
+        "overlap of the windows of a long text in tokens, at most half a window",
         at_least=0,
     )
-    max_answer_length: int = option(30, "tokens of an answer at most", at_least=1)
-    n_best: int = option(20, "how many spans of each window are compared", at_least=1)
+    max_answer_length: int = option(30, "maximum number of tokens of an answer", at_least=1)
+    n_best: int = option(20, "number of best spans kept of each window", at_least=1)
     threshold: float | None = option(
-        None, "lead of the no-answer score above which there is no answer; null: found on the evaluation rows"
+        None,
+        "predict no answer if its score exceeds the best span's by more; null: chosen on the evaluation rows",
     )
 
     def read(self, source: Any, reading: Reading, name: str) -> Table:
@@ -73,7 +74,7 @@ class Span(Task):
         )
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
-        """('answer', 'no answer') where some questions have none, else nothing."""
+        """Return ('answer', 'no answer') if some questions have no answer, else nothing."""
         golds = (_golds(table, columns, row) for row in range(len(table)) if "answers" in columns)
         return ("answer", NO_ANSWER) if any(gold is not None and not gold.answers for gold in golds) else ()
 
@@ -124,7 +125,7 @@ class Span(Task):
         return Examples(kept, values, golds, skipped)
 
     def hold_out(self, examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Whole articles are held out, or contexts where there is one article at most: no text is on both sides."""
+        """Hold out whole articles, or contexts if there is at most one article, so that no text is on both sides."""
         table, rows = examples.table, range(len(examples))
         titles = table.columns.get("title", [None] * len(examples))
         groups = examples.values["context"] if len(set(titles)) < 2 else [str(title) for title in titles]
@@ -145,7 +146,7 @@ class Span(Task):
         return [i for i in rows if groups[i] not in held], [i for i in rows if groups[i] in held]
 
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
-        """Rows of a list of pairs (question, context), or of one such pair."""
+        """Return rows of a list of pairs (question, context), or of one such pair."""
         if items and all(isinstance(item, str) for item in items):
             if len(items) != 2:
                 raise UserError(
@@ -215,8 +216,8 @@ class Span(Task):
     def metrics(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
     ) -> dict[str, Any]:
-        """As evaluate-v2.0 has it where questions without an answer are among them or were trained on, else as
-        evaluate-v1.1; shares of 1 instead of percents."""
+        """Compute the metrics of evaluate-v2.0 if there are questions without an answer here or in training, else those of
+        evaluate-v1.1; as fractions instead of percentages."""
         golds = _golds_of(dataset)
         second = NO_ANSWER in labels or any(not gold for gold in golds)
         bests, texts = self._best(outcomes, dataset, labels)
@@ -322,12 +323,12 @@ class Span(Task):
 
 
 def _golds_of(dataset: Dataset) -> list[list[str]]:
-    """Texts of the right answers of each question."""
+    """Return the texts of the right answers of each question."""
     return [[text for text, _ in gold.answers] for gold in dataset.examples.targets or ()]
 
 
 def read_gold(table: Table, columns: dict[str, str], row: int) -> Gold:
-    """The right answers of a row, each where it stands. Raises `ValueError` that says what is wrong."""
+    """Return the right answers of a row with their positions. Raises `ValueError` if the row is malformed."""
 
     def cell(name: str | None) -> Any:
         return table.columns[name][row] if name in table.columns else None
@@ -344,4 +345,4 @@ def _golds(table: Table, columns: dict[str, str], row: int) -> Gold | None:
     try:
         return read_gold(table, columns, row)
     except ValueError:
-        return None  # told where rows are checked
+        return None  # reported when rows are validated

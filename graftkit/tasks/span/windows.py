@@ -237,12 +237,14 @@ def gather(outcomes: Sequence[Found], question_of: np.ndarray, contexts: Sequenc
         best = sorted(spans.items(), key=lambda item: (-item[1], item[0]))[:count]
         empty = min(outcome.null for outcome in outcomes[begin:end])
         scores = np.array([score for _, score in best] + [empty if null else -np.inf])
-        chances = np.exp(scores - scores.max())
-        chances /= chances.sum()
+        probabilities = np.exp(scores - scores.max())
+        probabilities /= probabilities.sum()
         losses = [outcome.loss for outcome in outcomes[begin:end]]
         loss = float("nan") if np.isnan(losses).all() else float(np.nanmean(losses))
         (start, stop), score = best[0]
-        found.append(Best(start, stop, score, empty - score, float(chances[0]), float(chances[-1]), loss))
+        found.append(
+            Best(start, stop, score, empty - score, float(probabilities[0]), float(probabilities[-1]), loss)
+        )
     return found
 
 

@@ -1,7 +1,7 @@
-"""Entities as tags of words and as chunks, and what they are scored by: precision, recall and F1 as conlleval has them.
+"""Entities as tags of words and as chunks, and their precision, recall and F1 as computed by conlleval.
 
-A chunk is a run of words of one type: (first word, behind the last, type). Tags are those of BIO, IOB1, BIOES, BILOU or
-BMES; all of them say chunks, and chunks are written as BIO.
+A chunk is a run of words of one type: (start, end, type), end exclusive. Tags in the schemes BIO, IOB1, BIOES, BILOU and
+BMES are converted to chunks, and chunks to BIO.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCHEMES = {"E": "BIOES", "S": "BIOES", "M": "BMES", "L": "BILOU", "U": "BILOU"}
 
 @functools.lru_cache(maxsize=4096)
 def parse_tag(tag: str) -> tuple[str, str] | None:
-    """('B', 'person') of 'B-person', ('O', '') of 'O'; None for what is no tag of an entity."""
+    """Return ('B', 'person') for 'B-person', ('O', '') for 'O', and None for anything but an entity tag."""
     if tag == "O":
         return "O", ""
     prefix, dash, kind = tag.partition("-")
@@ -31,7 +31,7 @@ def parse_tag(tag: str) -> tuple[str, str] | None:
 
 
 def are_of_entities(tags: Sequence[str]) -> bool:
-    """Whether a set of tags says entities: some begin with B- or I-, or S- and U- stand beside O."""
+    """Return whether a set of tags marks entities: some begin with B- or I-, or S- and U- occur together with O."""
     named = [tag for tag in tags if tag[1:2] == "-" and len(tag) > 2]
     if any(tag[0] in "BI" for tag in named):
         return True
@@ -40,9 +40,9 @@ def are_of_entities(tags: Sequence[str]) -> bool:
 
 
 def chunks(tags: Sequence[str]) -> list[Chunk]:
-    """The entities that tags say, by the rules of conlleval: B begins one, and so does any other tag but O behind O, behind
-    an end, or behind another type. Source: Tjong Kim Sang and Buchholz, 2000, conlleval.pl, startOfChunk and endOfChunk;
-    E and S as in seqeval.
+    """Return the entities in a sequence of tags by the rules of conlleval: B begins one, and so does any other tag except
+    O after O, after an end, or after another type. Source: Tjong Kim Sang and Buchholz, 2000, conlleval.pl, startOfChunk
+    and endOfChunk; E and S as in seqeval.
     """
     found: list[Chunk] = []
     start, before, type_before = 0, "O", ""
@@ -60,7 +60,7 @@ def chunks(tags: Sequence[str]) -> list[Chunk]:
 
 
 def bio(found: Sequence[Chunk], words: int) -> list[str]:
-    """BIO tags of chunks that do not overlap."""
+    """Return the BIO tags of chunks that do not overlap."""
     tags = ["O"] * words
     for start, end, kind in found:
         tags[start] = join("B", kind)
@@ -73,12 +73,12 @@ def join(prefix: str, kind: str) -> str:
 
 
 def names_of(types: Sequence[str]) -> tuple[str, ...]:
-    """The BIO tags of types: what a model tells apart."""
+    """Return the BIO tags of these entity types, which are the classes of the model."""
     return ("O", *(join(prefix, kind) for kind in types for prefix in "BI"))
 
 
 def types_of(labels: Sequence[str]) -> tuple[str, ...]:
-    """The types of BIO tags; none where labels are no such tags."""
+    """Return the types of BIO tags; empty if the labels are not BIO tags."""
     if not labels or labels[0] != "O" or len(labels) % 2 == 0:
         return ()
     types = tuple("" if label == "B" else label[2:] for label in labels[1::2])
@@ -86,7 +86,8 @@ def types_of(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def by_tag(weights: Any, labels: Sequence[str]) -> Any:
-    """Weights by tag of weights by type or tag: that of a type is for its B- and I-, that of a tag goes before it."""
+    """Expand weights per type or tag to weights per tag: a type's weight applies to its B- and I- tags, unless these have
+    their own."""
     if not isinstance(weights, dict):
         return weights
     types = types_of(labels)
@@ -97,7 +98,7 @@ def by_tag(weights: Any, labels: Sequence[str]) -> Any:
 
 
 def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
-    """The scheme in which sentences are tagged, for people: 'BIO', 'IOB1', 'BIOES', 'BILOU' or 'BMES'."""
+    """Return the tagging scheme of sentences, for display: 'BIO', 'IOB1', 'BIOES', 'BILOU' or 'BMES'."""
     tags = {tag for sentence in sentences for tag in sentence}
     special = [SCHEMES[tag[0]] for tag in tags if tag != "O" and tag[:1] in SCHEMES]
     for scheme in ("BMES", "BILOU", "BIOES"):
@@ -122,8 +123,9 @@ def entity_scores(
     types: Sequence[str],
     intervals: bool = True,
 ) -> dict[str, Any]:
-    """Precision, recall and F1 over all entities (`f1`) and by type, the mean of F1 over types that occur (`macro_f1`), and
-    95% intervals over resamples of the sentences. An entity is right where first word, last word and type are.
+    """Compute precision, recall and F1 over all entities (`f1`) and by type, the mean F1 over types that occur
+    (`macro_f1`), and 95% intervals over resamples of the sentences. An entity is correct if its first word, last word and
+    type are.
     """
     places = {kind: i for i, kind in enumerate(types)}
     counts = np.zeros((len(wanted), 3, len(types)), dtype=np.int64)  # right, found, wanted
@@ -152,7 +154,7 @@ def entity_scores(
 def tag_scores(
     wanted: Sequence[np.ndarray], found: Sequence[np.ndarray], labels: Sequence[str], intervals: bool = True
 ) -> dict[str, Any]:
-    """The same for tags that stand each for themselves, numbers of `labels` for each sentence (words,)."""
+    """Compute the same for independent tags, given as indices into `labels` for each sentence (words,)."""
     counts = np.zeros((len(wanted), 3, len(labels)), dtype=np.int64)
     for i, (gold, guess) in enumerate(zip(wanted, found)):
         for row, group in enumerate((gold[gold == guess], guess, gold)):
@@ -167,7 +169,7 @@ def tag_scores(
 
 
 def accuracy_of(right: np.ndarray, words: np.ndarray, intervals: bool = True) -> dict[str, Any]:
-    """Share of the words that are right, with its interval; both (sentences,)."""
+    """Return the share of correct words with its interval; `right` and `words` are counts (sentences,)."""
     drawn = _resampled(np.stack([right, words], axis=1), intervals)
     return {
         "accuracy": float(right.sum() / words.sum()),
@@ -176,7 +178,7 @@ def accuracy_of(right: np.ndarray, words: np.ndarray, intervals: bool = True) ->
 
 
 def rates(right: Any, found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of counts; 0 where there is nothing to divide by."""
+    """Return precision, recall and F1 from counts; 0 where the denominator is 0."""
     right = np.asarray(right, dtype=np.float64)
     total = np.asarray(found) + np.asarray(wanted)
     return tuple(
@@ -186,7 +188,7 @@ def rates(right: Any, found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray, 
 
 
 def macro_f1(right: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Mean of F1 over the classes (..., classes) that were wanted or found; 0 where none was."""
+    """Return the mean F1 over the classes (..., classes) that occur in targets or predictions; 0 if none does."""
     there = (found + wanted) > 0
     return rates(right, found, wanted)[2].sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
 
@@ -207,9 +209,10 @@ def by_class(
 
 
 def _resampled(counts: np.ndarray, intervals: bool, seed: int = 0) -> np.ndarray:
-    """Sums of `counts` (sentences, numbers) over 1,000 resamples of the sentences, (1000, numbers); none without `intervals`.
+    """Return sums of `counts` (sentences, numbers) over 1,000 resamples of the sentences, (1000, numbers); (0, numbers)
+    without `intervals`.
 
-    Sentences with the same counts are one cell, of which as many are drawn as chance has it.
+    Sentences with the same counts form one cell of a multinomial draw.
     """
     if not intervals:
         return np.empty((0, counts.shape[1]), dtype=np.int64)

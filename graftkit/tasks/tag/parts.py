@@ -1,4 +1,4 @@
-"""What a model reads and says of tagged texts: their parts as rows, and the answers to parts put together again."""
+"""Tagged texts as rows of a dataset: their parts, and merging the answers to the parts of an example."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ IGNORED = -100
 
 
 class TagDataset(TextDataset):
-    """Parts of sentences, with a label at the first token of each word and -100 at all others.
+    """Parts of sentences, with a label at the first token of each word and -100 at all other tokens.
 
-    `spans`: where the words of each example are in its text; `parts`: a row each.
+    `spans`: character spans of the words of each example; `parts`: one row each.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class TagDataset(TextDataset):
         self.texts, self.spans, self.parts = texts, spans, parts
 
     def targets(self, rows: np.ndarray) -> Tensor | None:
-        """Label numbers (rows, length)."""
+        """Return label indices (rows, length)."""
         if self.labels is None:
             return None
         return torch.from_numpy(self.labels.padded(rows, IGNORED))
@@ -61,7 +61,7 @@ def _labelled(part: Part, labels: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says of one example: a label, its probability and the loss for each word, nan where there is none."""
+    """The answer to one example: a label, its probability and the loss for each word, nan if a word has none."""
 
     labels: np.ndarray
     probabilities: np.ndarray
@@ -69,9 +69,9 @@ class Answer:
 
 
 def rejoined(outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> list[Answer]:
-    """The answer to each example from those to its parts. What a model says of entities is made BIO.
+    """Merge the answers to the parts of each example. Entity tags are converted to valid BIO.
 
-    A word without a token of its own goes on with the entity around it, or has none.
+    A word without its own token continues the entity around it, or is outside of any entity.
     """
     assert isinstance(dataset, TagDataset)
     answers = [
@@ -95,7 +95,7 @@ def rejoined(outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -
 
 
 def _fill(numbers: np.ndarray, entities: bool) -> None:
-    """Labels for words without a token: I where an entity is on both sides, else O or the first label."""
+    """Fill in labels of words without a token: I within an entity, else O or the first label."""
     known = np.flatnonzero(numbers >= 0)
     for i in np.flatnonzero(numbers < 0):
         place = int(np.searchsorted(known, i))

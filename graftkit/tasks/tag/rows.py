@@ -1,4 +1,4 @@
-"""From the cells of a table to sentences with a tag for each word, whatever form they came in."""
+"""Read sentences with a tag for each word from the cells of a table, in any of the supported forms."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ KIND = ("label", "type", "entity", "entity_group", "tag")
 
 
 class Unfit(ValueError):
-    """What is wrong with a row; the place is not in it."""
+    """What is wrong with a row, without its position."""
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A text or its tokens as handed over, and a tag for each of its words, in the scheme they came in; those of spans are
-    BIO. `widened`: how many spans ended within a word."""
+    """A text or its tokens as given, and a tag for each word, in the original scheme; spans become BIO tags. `widened`:
+    number of spans that started or ended within a word."""
 
     value: str | list[str]
     tags: tuple[str, ...] = ()
@@ -33,17 +33,17 @@ class Sentence:
 
 
 def read_sentence(value: Any, tags: Any = None, tagged: bool = False) -> Sentence:
-    """A row. `tagged`: it must have tags, or spans of characters. Raises `Unfit`."""
+    """Read one row. `tagged`: it must have tags, or character spans. Raises `Unfit`."""
     value = _read_value(value)
     if not tagged:
         return Sentence(value)
     tags = _listed(tags)
     if tags is None:
-        raise Unfit("there are no tags for it")
+        raise Unfit("it has no tags")
     if any(isinstance(tag, dict | list | tuple) for tag in tags) or (not tags and isinstance(value, str)):
         if not isinstance(value, str):
             raise Unfit(
-                "its entities are places in a text, but it is a list of tokens; hand over the text, or a tag for each token"
+                "its entities are character spans, but it is a list of tokens; give the text, or a tag for each token"
             )
         found, widened = _words_of_spans(value, tags)
         return Sentence(value, found, widened)
@@ -87,7 +87,7 @@ def _read_value(value: Any) -> str | list[str]:
 
 
 def _listed(tags: Any) -> list[Any] | None:
-    """Tags in a cell of a CSV file stand apart by spaces, or are JSON."""
+    """Read a cell of tags; in a CSV file these are separated by spaces, or JSON."""
     if isinstance(tags, str):
         return _from_json(tags) if tags.lstrip().startswith("[") else tags.split() or None
     if hasattr(tags, "tolist"):
@@ -108,7 +108,7 @@ def _from_json(text: str) -> list[Any] | None:
 
 
 def _words_of_spans(text: str, entities: Sequence[Any]) -> tuple[tuple[str, ...], int]:
-    """BIO tags of the words that spans of characters touch."""
+    """Return BIO tags of the words that overlap with character spans, and how many spans were widened to whole words."""
     words = text_of(text)[1]
     begins, ends = [begin for begin, _ in words], [end for _, end in words]
     spans = sorted(
@@ -159,7 +159,7 @@ def _count(number: int, what: str) -> str:
 
 
 def types_in(sentences: Sequence[Sentence]) -> tuple[str, ...] | None:
-    """The types of entities in them, in order; None where their tags are no such tags, but parts of speech, say."""
+    """Return the sorted entity types in these sentences; None if their tags are not entity tags, but parts of speech, say."""
     tags = {tag for sentence in sentences for tag in sentence.tags}
     if tags == {"O"}:
         return ()
@@ -170,7 +170,7 @@ def types_in(sentences: Sequence[Sentence]) -> tuple[str, ...] | None:
 
 
 def numbers_of(sentence: Sentence, labels: Sequence[str], index: LabelIndex) -> list[int]:
-    """The label of each word. Raises `Unfit` for one that is not among them."""
+    """Return the label index of each word. Raises `Unfit` for a tag that is not among the labels."""
     types = types_of(labels)
     tags: Sequence[str] = sentence.tags
     if types:
@@ -199,7 +199,7 @@ def numbers_of(sentence: Sentence, labels: Sequence[str], index: LabelIndex) -> 
 
 
 def marked(text: str, entities: Sequence[dict[str, Any]]) -> str:
-    """The text with its entities marked: `[Ada](person) lives in [London](location)`."""
+    """Mark the entities in a text: `[Ada](person) lives in [London](location)`."""
     parts, at = [], 0
     for entity in entities:
         parts += [text[at : entity["start"]], f"[{text[entity['start'] : entity['end']]}]({entity['label']})"]
@@ -212,7 +212,7 @@ def label_of(kind: str) -> str:
 
 
 def entities_of(tags: Sequence[str], text: str, spans: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Entities of tagged words as places in the text, with their words' numbers."""
+    """Return the entities of tagged words as character spans, with the indices of their words."""
     return [
         {"start": spans[first][0], "end": spans[last - 1][1], "label": label_of(kind),
          "text": text[spans[first][0] : spans[last - 1][1]], "words": (first, last)}

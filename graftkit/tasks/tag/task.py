@@ -54,8 +54,8 @@ from graftkit.tasks.tag.words import split_all, text_of
 class Tag(Task):
     """A tag for each word of a text: named entities, or parts of speech.
 
-    A row is a list of tokens with their tags, or a text with the places of its entities (start, end, label). Files are
-    CoNLL, or tables. Tags that begin with B- and I- are those of entities.
+    A row is a list of tokens with their tags, or a text with character spans of its entities (start, end, label). Files
+    are CoNLL files or tables. Tags that begin with B- and I- mark entities.
     """
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -72,12 +72,12 @@ class Tag(Task):
     headline: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "accuracy", "macro_f1")
     families: ClassVar[tuple[str, ...]] = ("TOKEN_CLASSIFICATION",)
 
-    token_column: int = option(1, "of a CoNLL file: the column of the token, from 1; negative from the end")
-    tag_column: int = option(-1, "of a CoNLL file: the column of the tag")
+    token_column: int = option(1, "CoNLL files: column of the token, from 1; negative counts from the end")
+    tag_column: int = option(-1, "CoNLL files: column of the tag")
     class_weights: str | dict | None = option(
         None,
-        "'balanced' weighs each word by the rarity of its tag; or a weight for each, {tag: weight}, or {type: weight} of "
-        "entities",
+        "'balanced' weights words inversely to the frequency of their tag; or a weight per tag, {tag: weight}, or per "
+        "entity type, {type: weight}",
         choices=("balanced",),
     )
 
@@ -184,7 +184,7 @@ class Tag(Task):
         return TagDataset(examples, texts, spans, parts, tokenizer.pad_token_id or 0)
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
-        """Cross-entropy of logits (rows, length, labels) at the first token of each word."""
+        """Return the cross-entropy of logits (rows, length, labels) at the first token of each word."""
         assert isinstance(dataset, TagDataset) and dataset.labels is not None
         placed = np.concatenate(dataset.labels)
         counts = np.bincount(placed[placed != IGNORED], minlength=len(labels))
@@ -204,14 +204,14 @@ class Tag(Task):
         return one_term(scores)
 
     def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Any]:
-        """Of each word of a row: its likeliest label, the probability of that, and the loss; (words, 3) in fp32."""
-        chances = forward(batch).float().log_softmax(dim=-1).cpu().numpy()
+        """Return the most likely label of each word, its probability, and the loss, (words, 3) in fp32 for each row."""
+        log_probs = forward(batch).float().log_softmax(dim=-1).cpu().numpy()
         dataset = batch.source
         assert isinstance(dataset, TagDataset)
         found = []
         for i, row in enumerate(batch.rows):
             part = dataset.parts[row]
-            logs = chances[i, part.places]
+            logs = log_probs[i, part.places]
             outcome = np.full((len(logs), 3), np.nan, dtype=np.float32)
             outcome[:, 0] = logs.argmax(axis=1)
             outcome[:, 1] = np.exp(logs.max(axis=1))
@@ -224,7 +224,7 @@ class Tag(Task):
     def metrics(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
     ) -> dict[str, Any]:
-        """Of entities as conlleval has them; of other tags accuracy and macro F1. `rows` are sentences."""
+        """Compute entity metrics as conlleval does; for other tags accuracy and macro F1. `rows` are sentences."""
         answers, types = rejoined(outcomes, dataset, labels), types_of(labels)
         wanted: Any = dataset.examples.targets
         right = np.array([(answer.labels == gold).sum() for answer, gold in zip(answers, wanted)])
@@ -248,25 +248,25 @@ class Tag(Task):
         }
 
     def figures(self, labels: Sequence[str]) -> dict[str, str]:
-        """Of entities, or of tags that stand each for themselves."""
+        """Return the metrics of entities, or of independent tags."""
         names = ("f1", "precision", "recall", "accuracy") if types_of(labels) else ("accuracy", "macro_f1")
         return {**dict.fromkeys(names, "max"), "loss": "min"}
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Of a text its entities, or its words, with their places in characters; of tokens a tag for each.
+        """Return the entities or words of a text with their character spans; for a list of tokens a tag for each.
 
-        The probability of an entity is the mean of its words'.
+        The probability of an entity is the mean over its words.
         """
         assert isinstance(dataset, TagDataset)
         found, types = [], types_of(labels)
         for i, answer in enumerate(rejoined(outcomes, dataset, labels)):
             tags = [labels[number] for number in answer.labels]
-            chances = [round(float(chance), 4) for chance in answer.probabilities]
+            probabilities = [round(float(probability), 4) for probability in answer.probabilities]
             text, spans = dataset.texts[i], dataset.spans[i]
             if not isinstance(dataset.examples.values["tokens"][i], str):
-                found.append({"tags": tags, "probabilities": chances})
+                found.append({"tags": tags, "probabilities": probabilities})
             elif types:
                 entities = entities_of(tags, text, spans)
                 for entity in entities:
@@ -275,8 +275,8 @@ class Tag(Task):
                 found.append({"entities": entities})
             else:
                 found.append({"tags": [
-                    {"start": start, "end": end, "label": tag, "text": text[start:end], "probability": chance}
-                    for (start, end), tag, chance in zip(spans, tags, chances)
+                    {"start": start, "end": end, "label": tag, "text": text[start:end], "probability": probability}
+                    for (start, end), tag, probability in zip(spans, tags, probabilities)
                 ]})  # fmt: skip
         return found
 
@@ -285,7 +285,7 @@ class Tag(Task):
         return {"text" if isinstance(value, str) else "tokens": value}
 
     def line(self, answer: dict[str, Any]) -> str:
-        """The text with its entities marked, or with a tag behind each word."""
+        """Format the text with its entities marked, or with a tag after each word."""
         if "entities" in answer:
             return marked(answer["text"], answer["entities"])
         if "text" in answer:
@@ -295,7 +295,7 @@ class Tag(Task):
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:
-        """Sentences with a wrong tag, that with the largest loss first."""
+        """Return sentences with a wrong tag, largest loss first."""
         examples, answers = dataset.examples, rejoined(outcomes, dataset, labels)
         targets: Any = examples.targets
         losses = [float(np.nansum(answer.losses)) for answer in answers]
@@ -313,7 +313,7 @@ class Tag(Task):
         ]
 
     def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
-        """Beside rows and lengths: words, entities or words by label, and what was done to fit tags to words."""
+        """Add words, entities or words by label, and what was done to align tags with words."""
         found, examples = super().statistics(dataset, labels), dataset.examples
         assert isinstance(dataset, TagDataset)
         placed = sum(len(part.words) for part in dataset.parts)
@@ -354,7 +354,7 @@ class Tag(Task):
         return found
 
 
-MEND = "Mend it, or leave such rows out with data.skip_bad=true."
+MEND = "Fix the row, or skip bad rows with data.skip_bad=true."
 
 
 def _is_conll(source: Any) -> bool:
@@ -378,7 +378,7 @@ def _shown(tokens: Sequence[str], tags: Sequence[str]) -> str:
 
 
 def _said(dataset: TagDataset, i: int, numbers: np.ndarray, labels: Sequence[str], other: np.ndarray) -> str:
-    """The entities, or the tags of the words in which two answers differ."""
+    """Format the entities, or the tags of the words in which two answers differ."""
     text, spans, tags = dataset.texts[i], dataset.spans[i], [labels[number] for number in numbers]
     if types_of(labels):
         return (

@@ -1,8 +1,7 @@
-"""Words of texts, the tokens that a model reads them as, and long texts in parts.
+"""Align words of texts with a model's tokens, and split long texts into parts.
 
-A text is looked at as it stands, whether it came as one or as a list of tokens, which are then joined by spaces. Words
-and tokens are brought together by their places in the text, which every fast tokenizer tells, so that it does not matter
-how a tokenizer writes a space or the rest of a word.
+Lists of tokens are joined by spaces into a text. Words and tokens are aligned by their character offsets, which every
+fast tokenizer provides, so it does not matter how a tokenizer represents a space or the rest of a word.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ JOINERS = "\u200c\u200d\ufe0e\ufe0f"
 
 @functools.lru_cache(maxsize=65536)
 def _kind(character: str) -> str:
-    """'space'; 'letter', which goes on a word; 'mark', which goes on whatever it stands behind; 'single'."""
+    """Return 'space'; 'letter', which continues a word; 'mark', which continues whatever precedes it; or 'single'."""
     if character.isspace():
         return "space"
     category = unicodedata.category(character)
@@ -48,7 +47,7 @@ def _kind(character: str) -> str:
 
 
 def split_words(text: str) -> Spans:
-    """Where the words of a text are: runs of letters and digits, and each other character that is no space, by itself."""
+    """Return the spans of the words of a text: runs of letters and digits, and every other non-space character alone."""
     spans: list[list[int]] = []
     before = "space"
     for place, character in enumerate(text):
@@ -65,7 +64,7 @@ def split_words(text: str) -> Spans:
 
 
 def text_of(value: str | list[str]) -> tuple[str, Spans]:
-    """A text and the places of its words; `value` is the text, or its tokens."""
+    """Return a text and the spans of its words; `value` is the text, or its tokens."""
     if isinstance(value, str):
         return value, split_words(value)
     spans, at = [], 0
@@ -77,10 +76,10 @@ def text_of(value: str | list[str]) -> tuple[str, Spans]:
 
 @dataclass(frozen=True)
 class Part:
-    """What a model reads at once: all of an example, or a part of it that ends at a word.
+    """One input sequence: a whole example, or a part of it that ends at a word boundary.
 
-    `ids`: its tokens with the special ones. `words` (words,): which words of the example; `places` (words,): the first
-    token of each in `ids`. `own` (words,): whether that token is this word's alone, and not first that of the word before.
+    `ids`: its tokens, including special ones. `words` (words,): indices of the example's words; `places` (words,): the
+    first token of each in `ids`. `own` (words,): whether that token belongs to this word, not to the word before.
     """
 
     example: int
@@ -94,14 +93,14 @@ class Part:
 def split_all(
     tokenizer: Any, texts: Sequence[str], words: Sequence[Spans], max_length: int, source: str
 ) -> list[Part]:
-    """Every text in parts of at most `max_length` tokens, the special ones counted.
+    """Split every text into parts of at most `max_length` tokens, including special tokens.
 
-    Raises UserError where a tokenizer does not tell the places of its tokens, or nothing fits beside special tokens.
+    Raises UserError if a tokenizer does not provide offsets, or if special tokens leave no room.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"the tokenizer of {source} does not tell where its tokens are in a text, which tag() needs; use a model with "
-            "a fast tokenizer (tokenizer.json)."
+            f"the tokenizer of {source} does not provide character offsets of its tokens, which tag() needs; use a model "
+            "with a fast tokenizer (tokenizer.json)."
         )
     before, behind = special_tokens(tokenizer)
     room = max_length - len(before) - len(behind)
@@ -130,7 +129,7 @@ def split_all(
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer puts before and behind a text."""
+    """Return the tokens that a tokenizer adds before and after a text."""
     encoding = tokenizer("a", return_special_tokens_mask=True)
     ids, special = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
     first = special.index(0) if 0 in special else len(ids)
@@ -139,9 +138,9 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def align(text: str, spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The token of each word (words,), -1 where it vanished, and whether it is not that of a word before.
+    """Return the token of each word (words,), -1 if it has none, and whether no earlier word has the same token.
 
-    It is the first with a character of the word other than a space; a token over several words stands for each of them.
+    It is the first token with a non-space character of the word; a token that spans several words counts for each.
     """
     places, own = np.full(len(spans), -1), np.zeros(len(spans), dtype=bool)
     word = 0
@@ -162,13 +161,13 @@ def align(text: str, spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[
 
 
 def _ends(text: str, spans: Spans, kept: np.ndarray) -> np.ndarray:
-    """Whether a sentence may end before each of the words `kept`."""
-    before = (spans[word - 1][1] if word else 0 for word in kept)  # behind the word before
+    """Return whether a sentence may end before each of the words `kept`."""
+    before = (spans[word - 1][1] if word else 0 for word in kept)  # end of the word before
     return np.array([end > 0 and text[end - 1] in STOPS for end in before], dtype=bool)
 
 
 def _between(numbers: np.ndarray, low: int, high: int) -> slice:
-    """Which of the sorted `numbers` are at least `low` and below `high`."""
+    """Return the slice of the sorted `numbers` that are at least `low` and below `high`."""
     first, last = np.searchsorted(numbers, [low, high])
     return slice(int(first), int(last))
 
@@ -176,10 +175,10 @@ def _between(numbers: np.ndarray, low: int, high: int) -> slice:
 def _portions(
     places: np.ndarray, own: np.ndarray, ends: np.ndarray, tokens: int, room: int
 ) -> list[tuple[int, int, int, bool]]:
-    """Which tokens are read at once: (first, behind the last that is read, behind the last, whether some are left out).
+    """Return the tokens of each part: (start, end of those that are read, end, whether some are dropped).
 
-    A portion is as long as it can be, but ends with a sentence where one ends in its last quarter. A word of more than
-    `room` tokens loses those behind.
+    A part is as long as possible, but ends at a sentence boundary if there is one in its last quarter. A word of more than
+    `room` tokens is truncated.
     """
     if tokens <= room:
         return [(0, tokens, tokens, False)]
