@@ -323,7 +323,7 @@ def test_what_an_option_may_be_is_told(command):
 
 def test_rows_in_place_of_a_recipe(command, rows_folder):
     done = command("tune", rows_folder / "train.csv")
-    assert done.status == 1 and "holds rows and is no recipe; write --train" in done.err
+    assert done.status == 1 and "holds rows, not a recipe; write --train" in done.err
 
 
 @pytest.mark.parametrize(
