@@ -276,7 +276,7 @@ def test_predict_names_its_rows_and_those_left_out(command, finished, tmp_path):
     found = only_object(done.out)
     assert [row["row"] for row in found["predictions"]] == [2, 4]
     assert found["skipped"] == 1 and "line 3" in found["skipped_rows"][0]
-    assert "1 bad rows were left out" in done.err and "line 3" in done.err
+    assert "1 bad rows were skipped" in done.err and "line 3" in done.err
     assert "row" not in only_object(command("predict", run, "a plum", "--json").out)["predictions"][0]
     assert "text 2 of 2 is empty" in command("predict", run, "a plum", " ").err
 
