@@ -1,4 +1,4 @@
-"""Errors that are a user's to mend: each says what was wrong, where, and what to do."""
+"""Errors that a user can fix: each says what was wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class NotFoldable(UserError):
 
 
 class Interrupted(Exception):
-    """A run was stopped by Ctrl-C after its checkpoint was written; the message tells how to resume."""
+    """A run was stopped by Ctrl-C after its checkpoint was written; the message says how to resume."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'label'?"` for the entry of `known` closest to `word`, or an empty string."""
+    """Return `" Did you mean 'label'?"` for the entry of `known` closest to `word`, or an empty string."""
     names = list(known)
     matches = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if not matches:
@@ -37,13 +37,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:
-    """Names separated by commas, cut after `limit` with the number left out."""
+    """Join names with commas; after `limit`, give only the number of remaining ones."""
     names = list(names)
     shown = ", ".join(names[:limit])
     return f"{shown} ... and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its class where it says nothing."""
+    """Return the first line of an error's message, or its class if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Writing that is whole or not there: to a temporary name, synced, then renamed."""
+"""Atomic writing: to a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems tha
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; when the block ends well it is synced and takes the name `path`.
+    """Yield a temporary path to write; if the block succeeds, it is synced and renamed to `path`.
 
-    On any error what was written is removed and `path` stays as it was. A full disk is a `UserError`.
+    On any error the temporary file is removed and `path` is unchanged. A full disk raises `UserError`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. What was there before is untouched; "
+            f"{path} cannot be written: {error.strerror or error}. Any earlier content is untouched; "
             "make room or check the permissions and try again."
         ) from None
     except BaseException:
@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Put lines at the end of a text file (UTF-8): all of them, or none where the disk is full."""
+    """Append lines to a text file (UTF-8): all of them, or none if the disk is full."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -94,8 +94,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with a file as a whole, and the remedy: a Git LFS pointer in its place, nothing in it, or, of a
-    safetensors or JSON file, an end that is missing. None where nothing is.
+    """Return what is wrong with a file and how to fix it, or None: a Git LFS pointer, an empty file, or a truncated
+    safetensors or JSON file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -110,7 +110,7 @@ def fault(path: Path) -> str | None:
         if path.suffix == ".safetensors":
             whole = _whole_size(start, file.read(min(size, int.from_bytes(start, "little"))))
             if whole is None:
-                return "is cut short, or no safetensors file: download it again, or restore it from a copy"
+                return "is cut short, or not a safetensors file: download it again, or restore it from a copy"
             if whole > size:
                 return f"is cut short ({size:,} of {whole:,} bytes): download it again, or restore it from a copy"
         if path.suffix == ".json":
@@ -124,7 +124,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def _whole_size(start: bytes, header: bytes) -> int | None:
-    """The bytes of a safetensors file as its header has them, at least; None where there is no such header."""
+    """Return the minimum size in bytes of a safetensors file according to its header; None if that is invalid."""
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > 100_000_000:  # the format's own limit
         return None
@@ -140,7 +140,7 @@ def _whole_size(start: bytes, header: bytes) -> int | None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises `UserError` for a broken or missing one."""
+    """Read tensors and metadata of a safetensors file. Raises `UserError` if it is broken or missing."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -155,7 +155,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value. Raises `UserError` for a broken or missing one."""
+    """Read a JSON file. Raises `UserError` if it is broken or missing."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -173,7 +173,7 @@ def _fault(path: Path) -> str | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half-written."""
+    """Delete the temporary files of killed processes."""
     for path in folder.rglob(f"*{TEMPORARY}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -183,10 +183,10 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path, *, new: bool = False) -> Iterator[Path]:
-    """Hold a folder, which is made where it is absent, so that no other process writes to it meanwhile.
+    """Hold a folder, creating it if needed, so that no other process writes to it.
 
-    `new`: raise `FileExistsError` where it is there already. Raises `UserError` where another process holds it. A
-    process that is killed holds nothing any longer. Folders that were made here and are empty at the end are removed.
+    `new`: raise `FileExistsError` if it already exists. Raises `UserError` if another process holds it. A killed process
+    releases its folders. On exit, folders that were created here and are empty are removed.
     """
     made, descriptor = _take(folder, new)
     try:
@@ -199,7 +199,7 @@ def claimed(folder: Path, *, new: bool = False) -> Iterator[Path]:
 
 
 def holder(folder: Path) -> str | None:
-    """The process that holds a folder; None where none does."""
+    """Return the process that holds a folder, or None."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR)
     except OSError:
@@ -211,19 +211,19 @@ def holder(folder: Path) -> str | None:
 
 
 def _take(folder: Path, new: bool) -> tuple[list[Path], int]:
-    """Make and lock a folder; what was made, innermost first."""
+    """Create and lock a folder. Return the created folders, innermost first, and the lock's descriptor."""
     while True:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=not new)
         try:
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another process gave the folder up between the two calls
+        except FileNotFoundError:  # another process released the folder between the two calls
             continue
         if not _lock(descriptor):
             who = _named(descriptor)
             os.close(descriptor)
             raise UserError(
-                f"{folder} is in use by {who}, which is still writing to it. Wait until it has ended, or name another "
+                f"{folder} is in use by {who}, which is still writing to it. Wait until it has finished, or name another "
                 "folder."
             )
         if _is_there(folder, descriptor):  # and not a lock that its owner has just removed
@@ -241,7 +241,7 @@ def _release(folder: Path, descriptor: int) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file without waiting; False where another process has it."""
+    """Lock an open file without waiting. Return False if another process holds it."""
     import fcntl
 
     try:

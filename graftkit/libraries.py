@@ -1,8 +1,7 @@
-"""What differs between the versions of the libraries below, and which versions were tested.
+"""Differences between versions of the libraries below, and the tested versions.
 
-Each entry says for which versions it is. What is asked of a library here is found, or is an error that names the library
-and its version: a default in its place would change results without a word. No library is imported before it is needed,
-as the command line comes here first.
+Each entry says which versions it applies to. A lookup either succeeds or raises an error that names the library and its
+version: a silent default could change results. Libraries are imported lazily, as the command line loads this first.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ WATCHED = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 class UntestedVersion(UserWarning):
-    """A library is older or newer than those that the tests were run with."""
+    """A library is older or newer than the tested versions."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class Tested:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    """'2.13.0+cpu' as (2, 13); what stands behind the second place is taken for a repair."""
+    """'2.13.0+cpu' as (2, 13); anything after the second number is treated as a patch release."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def tested() -> dict[str, Tested]:
-    """By name, from what pyproject.toml said when GraftKit was installed; nothing where it was not installed."""
+    """Return the tested versions by library, from the installed package's metadata; empty if not installed."""
     try:
         lines = importlib.metadata.requires("graftkit") or []
     except importlib.metadata.PackageNotFoundError:
@@ -73,7 +72,7 @@ def tested() -> dict[str, Tested]:
 
 
 def installed(name: str) -> str | None:
-    """The version of a library; None where it is not installed."""
+    """Return the version of a library; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -82,7 +81,7 @@ def installed(name: str) -> str | None:
 
 @functools.cache
 def warn_of_untested() -> None:
-    """One warning of one line for a process, where a library is of a version that was not tested."""
+    """Warn once per process, in one line, of libraries in untested versions."""
     found = []
     for name, versions in tested().items():
         version = installed(name)
@@ -90,12 +89,12 @@ def warn_of_untested() -> None:
             found.append(f"{name} {version} (tested: {versions.oldest} up to below {versions.bound})")
     if found:
         message = f"GraftKit was not tested with {', '.join(found)}"
-        # without a file's name there is no line of source to show below it
+        # without a real file name, no source line is shown below the warning
         warnings.warn_explicit(message, UntestedVersion, "graftkit", 1, module="graftkit.libraries")
 
 
 def lacking(library: str, what: str) -> UserError:
-    """The error for a library that is not what this file knows."""
+    """Return the error for a library that lacks something GraftKit relies on."""
     versions = tested().get(library)
     known = f" GraftKit was tested with {versions}; install one of those." if versions else ""
     return UserError(f"{library} {installed(library) or ''} {what}, which graftkit relies on.{known}")
@@ -112,7 +111,7 @@ STATE = "state"
 
 @functools.cache
 def cache_name() -> str:
-    """What models call their cache: 'cache' (transformers 5.24) or 'past_key_values' (5.17 to 5.23)."""
+    """Return the name that models use for their cache: 'cache' (transformers 5.24) or 'past_key_values' (5.17 to 5.23)."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     names = inspect.signature(BaseModelOutputWithPast).parameters
@@ -123,19 +122,19 @@ def cache_name() -> str:
 
 
 def cache_names() -> tuple[str, ...]:
-    """All names that a cache may have in a call or an output of the installed version."""
+    """Return all names that a cache may have in a call or an output of the installed version."""
     return tuple(dict.fromkeys((cache_name(), *OLD_CACHES, STATE)))
 
 
 def takes_cache(model: Any) -> bool:
-    """Whether a model takes a cache of keys and values. Models of a user's own may keep to the older name."""
+    """Return whether a model accepts a cache of keys and values. Users' own models may use the older name."""
     return not {cache_name(), OLD_CACHES[0]}.isdisjoint(inspect.signature(model.forward).parameters)
 
 
 def tokens_seen(given: Mapping[str, Any]) -> int | None:
-    """How many tokens a model has read before, by the cache among the arguments of a call.
+    """Return how many tokens a model has already read, according to the cache in the arguments of a call.
 
-    None where the cache is the state of a recurrent model, such as Mamba, that has read something.
+    None if the cache is the non-empty state of a recurrent model, such as Mamba.
     """
     found = [(name, given[name]) for name in cache_names() if given.get(name) is not None]
     if not found:
@@ -156,8 +155,8 @@ def tokens_seen(given: Mapping[str, Any]) -> int | None:
 
 # ---- transformers: names that models have or have not
 
-# What stands for "this architecture has it", with one that has: where that one has lost it, the name has changed.
-# All are there from 5.17 to 5.24.
+# An architecture known to have each method: if it no longer does, the method has been renamed. All exist from 5.17 to
+# 5.24.
 WITNESSES = {
     "_shift_right": ("transformers.models.t5.modeling_t5", "T5PreTrainedModel"),
     "_get_feat_extract_output_lengths": (
@@ -170,7 +169,7 @@ WITNESSES = {
 
 
 def method_of(model: Any, name: str) -> Callable | None:
-    """A method that some architectures of transformers have, None for the others."""
+    """Return a method that some transformers architectures have; None for the others."""
     found = getattr(model, name, None)
     if found is None:
         _witness(name)
@@ -186,7 +185,7 @@ def _witness(name: str) -> None:
 
 @dataclass(frozen=True)
 class Rotary:
-    """A model's rotary positions: `angles(x, position_ids)` gives what `turn(q, k, *angles)` turns by."""
+    """A model's rotary positions: `angles(x, position_ids)` computes the rotation that `turn(q, k, *angles)` applies."""
 
     angles: Any
     turn: Callable
@@ -194,9 +193,9 @@ class Rotary:
 
 
 def rotary_of(model: Any, attention: Any) -> Rotary | None:
-    """The rotary positions of an attention module; None where the model has none, or some of a kind of its own.
+    """Return the rotary positions of an attention module; None if the model has none, or a kind of its own.
 
-    `inv_freq`, `rope_type` and `apply_rotary_pos_emb` beside the attention: transformers 5.17 to 5.24.
+    `inv_freq`, `rope_type` and `apply_rotary_pos_emb` in the attention's file: transformers 5.17 to 5.24.
     """
     _rotary_names()
     module = importlib.import_module(type(attention).__module__)
@@ -222,7 +221,7 @@ def _rotary_names() -> None:
 
 
 def attention_of(model: Any) -> str:
-    """The name of the attention function that a model of transformers calls (5.17 to 5.24)."""
+    """Return the name of the attention function that a transformers model calls (5.17 to 5.24)."""
     name = getattr(model.config, "_attn_implementation", None)
     if name is None:
         raise lacking(
@@ -232,10 +231,10 @@ def attention_of(model: Any) -> str:
 
 
 def set_attention(model: Any, name: str) -> None:
-    """Make a model of transformers call the attention function of that name in all its parts.
+    """Make all parts of a transformers model call the attention function of that name.
 
-    Up to 5.19 `set_attn_implementation` passes by the parts that have a copy of the model's config, as T5's encoder and
-    decoder do, so that keys and values added there would be trained and never read. From 5.20 on it is enough.
+    Up to 5.19 `set_attn_implementation` skips parts with a copy of the model's config, such as T5's encoder and decoder,
+    so keys and values added there would be trained but never read. From 5.20 on it is sufficient.
     """
     from transformers import PreTrainedModel
 
@@ -250,10 +249,10 @@ def set_attention(model: Any, name: str) -> None:
                 )
 
 
-# ---- PEFT: what is no part of its documented interface
+# ---- PEFT: outside its documented interface
 
-# Where these stand in PEFT 0.18 to 0.21. Which tuners there are differs: peft_tuners.py asks the mappings for those of the
-# installed version. Of tuners that are written about here, these came later than 0.18:
+# The locations of these in PEFT 0.18 to 0.21. The set of tuners differs: peft_tuners.py takes those of the installed
+# version from the mappings. Of the documented tuners, these were added after 0.18:
 TUNERS_SINCE = {"HIRA": "0.20"}
 PEFT_PARTS = {
     "configurations": ("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING"),
@@ -265,7 +264,7 @@ PEFT_PARTS = {
 
 
 def peft_part(what: str) -> Any:
-    """One of `PEFT_PARTS`. Raises `UserError` where PEFT is not installed, and where it has no such part."""
+    """Return one of `PEFT_PARTS`. Raises `UserError` if PEFT is not installed or has no such part."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("peft() needs PEFT, which is not installed: pip install peft")
     module, name = PEFT_PARTS[what]
@@ -274,12 +273,12 @@ def peft_part(what: str) -> Any:
     except (
         ImportError,
         AttributeError,
-    ) as error:  # also where PEFT cannot be imported beside this transformers
+    ) as error:  # also if PEFT cannot be imported with this transformers
         raise lacking("peft", f"has no {module}.{name} ({first_line(error)})") from error
 
 
 def cast_adapter(tuner: Any, adapter: str) -> None:
-    """Make an adapter's new parameters fp32, as PEFT does by default (0.18 to 0.21)."""
+    """Cast an adapter's new parameters to fp32, as PEFT does by default (0.18 to 0.21)."""
     cast = getattr(tuner, "_cast_adapter_dtype", None)
     if cast is None:
         raise lacking("peft", f"has no _cast_adapter_dtype in {type(tuner).__name__}")
@@ -290,7 +289,7 @@ def cast_adapter(tuner: Any, adapter: str) -> None:
 
 
 def leave_unpacked(module: Any) -> None:
-    """Tell a map of four bits not to pack its weight for products of bf16 on a CPU (bitsandbytes 0.49 and 0.50)."""
+    """Keep a 4-bit layer from packing its weight for bf16 products on a CPU (bitsandbytes 0.49 and 0.50)."""
     if all(kind.__name__ != "Linear4bit" for kind in type(module).__mro__):
         return
     if not hasattr(

@@ -20,12 +20,12 @@ from graftkit.cli.options import (
     recipe_values,
 )
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the data of a recipe.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check the data of a recipe.")
 
 
 @app.callback()
 def data() -> None:
-    """Look at the data of a recipe."""
+    """Check the data of a recipe."""
 
 
 @app.command()
@@ -33,9 +33,9 @@ def check(
     arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None,
     train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Read everything and tell all problems at once. Nothing is trained; 1 is the exit status where there are any.
+    """Read all data and report every problem in one pass. Nothing is trained; the exit status is 1 if there are problems.
 
-    A model need not be named; where one is, its tokenizer or processor is used for lengths, and no weights are read.
+    A model is optional; if given, its tokenizer or processor measures lengths, and no weights are read.
     """
     values = recipe_values(arguments, given_values(model, weights, task, train, eval, test, method, None))
     from graftkit.report.checked import show_check

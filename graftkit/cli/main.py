@@ -1,4 +1,4 @@
-"""The command line: argv to recipe to run. Torch is imported only when work begins."""
+"""The command line: from argv to a recipe to a run. Torch is imported only when work starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from graftkit.errors import Interrupted, UserError, first_line
 if TYPE_CHECKING:
     from graftkit.recipe.catalogue import Option
 
-# typer brings its own copy of click from 0.25 on, so its errors are told by their common base
+# typer bundles its own copy of click from 0.25 on, so find its errors by their common base
 UsageMistake: type[Exception] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
@@ -55,14 +55,14 @@ _HOW = {"method": ", joined by '+'"}
 
 
 def _help(family: str) -> str:
-    """A line for each entry of a family."""
+    """Return the list of a family's entries, one per line."""
     from graftkit.recipe.catalogue import FAMILIES, entries
 
     plural = FAMILIES[family].plural
     title = f"{plural.capitalize()}{_HOW.get(family, '')}"
     names = entries(family)
     width = max(map(len, names))
-    lines = [f"{title} (`graftkit {plural} NAME` says more):", "", "\b"]
+    lines = [f"{title} (`graftkit {plural} NAME` for details):", "", "\b"]
     lines += [f"{name:<{width}}  {entry.summary}" for name, entry in names.items()]
     return "\n".join(lines)
 
@@ -88,20 +88,20 @@ def common(
 def tune(
     arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None,
     train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, out: Out = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with an unfinished run")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="resume an unfinished run")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the run folder if it exists")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Fine-tune a model as a recipe says.
+    """Fine-tune a model according to a recipe.
 
-    The recipe is a YAML file, key=value settings, options, or all of them: later ones are put over earlier ones.
+    The recipe is a YAML file, options and key=value settings, each of which overrides those before it.
     """
     given = given_values(model, weights, task, train, eval, test, method, out)
     console = console_of(as_json)
     if resume is not None:
         if arguments or any(value is not None for value in given.values()) or overwrite:
             raise UserError(
-                "--resume goes on with an unfinished run as it is; give no other options or settings with it. To train a "
+                "--resume continues an unfinished run unchanged; it takes no other options or settings. To train a "
                 f"finished run further: graftkit tune {resume}/recipe.yaml train.from={resume} train.epochs=N --out NEW"
             )
         from graftkit.runs.tune import resume_run
@@ -121,7 +121,7 @@ def plan(
     arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None,
     train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, out: Out = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Say what a recipe will cost: parameters, bytes and steps. Nothing is trained."""
+    """Show what a recipe will cost: parameters, bytes and steps. Nothing is trained."""
     from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(
@@ -153,25 +153,25 @@ def inspect(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, in full")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a method to describe")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what methods there are, and what one of them does."""
+    """List the methods, or describe one of them."""
     _tell("method", name, as_json)
 
 
 @app.command()
 def tasks(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one task, in full")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a task to describe")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what tasks there are, and what one of them learns."""
+    """List the tasks, or describe one of them."""
     _tell("task", name, as_json)
 
 
 @app.command()
 def optimizers(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one optimizer, in full")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an optimizer to describe")] = None,
     as_json: Json = False,
 ) -> None:
     """List the optimizers, or describe one of them."""
@@ -179,7 +179,7 @@ def optimizers(
 
 
 def _tell(family: str, name: str | None, as_json: bool) -> None:
-    """All entries of a family, or one of them in full."""
+    """Print all entries of a family, or one of them in full."""
     from graftkit.recipe.catalogue import entries
     from graftkit.recipe.expressions import parse
 
@@ -215,7 +215,7 @@ def recipe(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what can stand in a recipe."""
+    """List all recipe keys."""
     from graftkit.recipe import schema as recipes
 
     if schema or as_json:
@@ -233,7 +233,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="replace the run folder if it exists")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a packaged MiniLM on 77 intents of bank customers, in about two minutes on two cores."""
+    """Fine-tune a packaged MiniLM on 77 banking intents, in about two minutes on two cores."""
     from graftkit.demo import run_demo
 
     emit(as_json, run_demo(console_of(as_json), out, overwrite))
@@ -277,7 +277,7 @@ def _usage(error: Any) -> str:
 
 
 def _stop(status: int, message: str, as_json: bool) -> None:
-    """Say why on standard error, with --json also as the one object on standard output."""
+    """Print the message to standard error, with --json also as the one object on standard output, and exit."""
     print(message, file=sys.stderr)
     emit(as_json, {"error": message.strip().removeprefix("error: ")})
     sys.exit(status)

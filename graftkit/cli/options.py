@@ -1,4 +1,4 @@
-"""What the commands share: their options, recipes from words, output. No torch here."""
+"""Shared by all commands: options, recipes from arguments, output. No torch here."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from graftkit.errors import UserError
 if TYPE_CHECKING:
     from graftkit.report.console import Console
 
-Json = Annotated[
-    bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")
-]
+Json = Annotated[bool, typer.Option("--json", help="print a single JSON object to standard output")]
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="a recipe, and settings put over it"),
+    typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="a recipe, and settings that override it"),
 ]
 Model = Annotated[str | None, typer.Option(help="model folder, hub id, or package.module:function")]
 Weights = Annotated[
-    str | None, typer.Option(help="safetensors file for the module that package.module:function makes")
+    str | None, typer.Option(help="safetensors file for the module that package.module:function returns")
 ]
-TaskName = Annotated[str | None, typer.Option("--task", help="what is learned, for example classify")]
+TaskName = Annotated[str | None, typer.Option("--task", help="the task, for example classify")]
 Train = Annotated[str | None, typer.Option(help="training rows")]
 Eval = Annotated[
-    str | None, typer.Option(help="rows to evaluate on, or the share of the training rows to hold out")
+    str | None, typer.Option(help="rows to evaluate on, or the fraction of the training rows to hold out")
 ]
-Test = Annotated[str | None, typer.Option(help="rows that are only looked at in the end")]
-MethodName = Annotated[str | None, typer.Option("--method", help="how, for example 'lora(rank=8) + head()'")]
+Test = Annotated[str | None, typer.Option(help="test rows, evaluated once after training")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="the method, for example 'lora(rank=8) + head()'")
+]
 Out = Annotated[str | None, typer.Option(help="run folder; default: a new one under runs/")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 

@@ -1,4 +1,4 @@
-"""Commands for what is done with finished runs and grafts."""
+"""Commands for finished runs and grafts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from graftkit.errors import UserError
 Options = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", metavar="KEY=VALUE", help="an option of the task, given anew, as temperature=0.7"
+        "--option", metavar="KEY=VALUE", help="override an option of the task, for example temperature=0.7"
     ),
 ]
 
 Moved = Annotated[
     str | None,
-    typer.Option("--model", help="where the run's model is now, if it has moved: a folder or hub id"),
+    typer.Option("--model", help="new location of the run's model, if it has moved: a folder or hub id"),
 ]
 
 
@@ -38,7 +38,7 @@ def evaluate(
     model: Moved = None,
     as_json: Json = False,
 ) -> None:
-    """Metrics of a run on labelled rows."""
+    """Evaluate a run on labelled rows."""
     _refuse_empty(data)
     from graftkit.runs.predict import evaluate as run_evaluate
 
@@ -53,25 +53,27 @@ def evaluate(
 
 def _refuse_empty(data: str | None) -> None:
     if data is not None and not data.strip():
-        raise UserError("--data is empty; name a file of rows.")
+        raise UserError("--data is empty; name a data file.")
 
 
 def predict(
     run: RunFolder,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT ...]", help="texts to answer")] = None,
-    data: Annotated[str | None, typer.Option(help="rows to answer, a file")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="write the answers into a file: .jsonl, .csv, .tsv or .parquet")
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT ...]", help="texts to predict for")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="replace the file of answers if it exists")] = False,
+    data: Annotated[str | None, typer.Option(help="a file of rows to predict for")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write the answers to a file: .jsonl, .csv, .tsv or .parquet")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace the output file if it exists")] = False,
     option: Options = None,
     model: Moved = None,
     stream: Annotated[
-        bool | None, typer.Option(help="show one answer while it is written; in a terminal that is so")
+        bool | None, typer.Option(help="show a single answer as it is generated; default: only in a terminal")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Answers of a run for texts or for the rows of a file, which may be larger than memory."""
+    """Predict for texts or for the rows of a file, which may be larger than memory."""
     if bool(texts) == (data is not None):
         raise UserError("give either texts or --data FILE to predict.")
     _refuse_empty(data)
@@ -112,7 +114,7 @@ def predict(
 def _tell_skipped(found: dict[str, Any]) -> None:
     if found["skipped"]:
         print(
-            f"{found['skipped']} bad rows were left out:",
+            f"{found['skipped']} bad rows were skipped:",
             *found["skipped_rows"][:20],
             sep="\n",
             file=sys.stderr,
@@ -120,7 +122,7 @@ def _tell_skipped(found: dict[str, Any]) -> None:
 
 
 def _progress(as_json: bool) -> Callable[[int], None] | None:
-    """Redraws the number of answers in a terminal."""
+    """Return a function that redraws the number of answers in a terminal."""
     if as_json or not sys.stderr.isatty():
         return None
     return lambda count: print(f"\r{count:,} answers", end="\r", file=sys.stderr, flush=True)
@@ -133,19 +135,19 @@ def _show(piece: str) -> None:
 def merge(
     grafts: Annotated[list[Path], typer.Argument(metavar="GRAFT", help="LoRA grafts: folders of grafts, runs or PEFT")],
     out: Annotated[Path, typer.Option(help="folder to write")],
-    weights: Annotated[str | None, typer.Option(help="one for each graft, as in 0.7,0.3; default: all the same")] = None,
-    how: Annotated[str, typer.Option(help="cat, svd, linear, ties, dare, magnitude; ties-svd and the like")] = "cat",
-    density: Annotated[float | None, typer.Option(help="share kept by ties, dare and magnitude")] = None,
+    weights: Annotated[str | None, typer.Option(help="one for each graft, as in 0.7,0.3; default: equal weights")] = None,
+    how: Annotated[str, typer.Option(help="cat, svd, linear, ties, dare, magnitude, or combinations such as ties-svd")] = "cat",
+    density: Annotated[float | None, typer.Option(help="fraction of values kept by ties, dare and magnitude")] = None,
     rank: Annotated[int | None, typer.Option(help="rank of the result of svd; default: the largest of the grafts")] = None,
     heads: Annotated[str, typer.Option(help="mean (by weight), first or none")] = "mean",
-    sign: Annotated[str, typer.Option(help="majority in ties: total (by sum) or frequency")] = "total",
+    sign: Annotated[str, typer.Option(help="how ties elects signs: total (by sum) or frequency")] = "total",
     seed: Annotated[int, typer.Option(help="seed of dare")] = 0,
     overwrite: Annotated[bool, typer.Option(help="replace the folder if it exists")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Make one LoRA graft of several, without loading their model.
+    """Merge several LoRA grafts into one, without loading their model.
 
-    cat is the weighted sum itself, with a rank as large as all together; svd comes nearest to it at a lower rank.
+    cat gives the exact weighted sum, with the sum of all ranks; svd gives its best approximation of a lower rank.
     """
     from graftkit.grafts.merge import merge as run_merge
 
@@ -165,7 +167,7 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--weights is {text!r}; write numbers with commas between them: 0.7,0.3.") from None
+        raise UserError(f"--weights is {text!r}; write numbers separated by commas: 0.7,0.3.") from None
 
 
 def export(

@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that needs them, in a thread."""
+"""Prepare batches ahead of time, in a thread."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Computes `make(step)` for the next steps while the present one runs.
+    """Compute `make(step)` for the next steps while the current one runs.
 
-    `make` is a pure function of the step, so that how far ahead it runs changes nothing but the time. What it raises
-    is raised by `take`.
+    `make` is a pure function of the step, so running ahead changes nothing but the timing. Its exceptions are raised by
+    `take`.
     """
 
     def __init__(self, make: Callable[[int], T], steps: int, depth: int = 2) -> None:
@@ -22,7 +22,7 @@ class Ahead(Generic[T]):
         self._coming: dict[int, Future[T]] = {}
 
     def take(self, step: int) -> T:
-        """The value for a step; those behind it are begun."""
+        """Return the value for a step, and start computing the next ones."""
         if self._pool is None:
             return self.make(step)
         present = self._coming.pop(step, None) or self._pool.submit(self.make, step)
@@ -32,7 +32,7 @@ class Ahead(Generic[T]):
         return present.result()
 
     def close(self) -> None:
-        """Begin no more; what is under way ends by itself."""
+        """Cancel pending work and wait for what is running."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._coming.clear()

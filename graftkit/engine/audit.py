@@ -1,11 +1,11 @@
-"""The gradient audit: what is labelled trains, and nothing else does.
+"""The gradient audit: every labelled parameter trains, and nothing else does.
 
 Training that silently changes nothing, or changes what should be frozen, is the worst bug of this field. In
 the first two steps of a run each labelled parameter must get a gradient and move, and no other parameter and
-no buffer may. Parts of a model beside its blocks that the output does not need are told, and no fault, where a
-method that reaches the blocks took them too: the pooler of an image encoder whose head reads the patches. So are
-parameters whose gradient was zero in all of the first epoch, where others of their method have one: the last block's
-local attention in a Longformer whose head reads the first token alone.
+no buffer may. Two cases are reported as notes, not errors. One is a part outside the blocks that the output does not
+need, if its method also trains in the blocks: the pooler of an image encoder whose head reads the patches. The other
+is a parameter whose gradient was zero throughout the first epoch while others of its method have one: the last
+block's local attention in a Longformer whose head reads only the first token.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ STEPS = 2  # the first factor of a low-rank pair has no gradient while the secon
 
 
 class Audit:
-    """Watches the first steps of a run: two, and longer only for what may yet turn out well.
+    """Watch the first two steps of a run, and longer only while a parameter is undecided.
 
-    `trained`: the labels of what is trained, or its names. `state`: tensors beside these that may move, such as running
-    statistics. `settled`: parameters that were trained before, and audited then. `spare`: parameters that may be
-    without a gradient; `unused` are those of them that are, `zero` those whose gradient was zero in a whole epoch.
+    `trained`: the labels or names of the trained parameters. `state`: other tensors that may move, such as running
+    statistics. `settled`: parameters trained and audited in an earlier phase. `spare`: parameters that may have no
+    gradient; `unused` are those that have none, `zero` those whose gradient was zero for a whole epoch.
     """
 
     def __init__(
@@ -44,16 +44,18 @@ class Audit:
         self.zero: tuple[str, ...] = ()
         self.methods = _methods(trained)
         self.labelled = {name for name, p in model.named_parameters() if name in trained and p.numel()}
-        self.age = {name: 0 for name in self.labelled if name not in settled}  # steps in which it was trained
+        self.age = {
+            name: 0 for name in self.labelled if name not in settled
+        }  # number of steps it was trained for
         self.steps = 0
-        self.reached: set[str] = set()  # had a gradient, be it zero
+        self.reached: set[str] = set()  # had a gradient, possibly zero
         self.with_gradient: set[str] = set()
         self.moved: set[str] = set()
         self.before = {name: digest(tensor) for name, tensor in self._tensors()}
-        self._gradients: dict[str, Tensor] = {}  # of the present step: whether it is not zero everywhere
+        self._gradients: dict[str, Tensor] = {}  # of the current step: whether any element is nonzero
 
     def free(self, trained: Container[str], state: Collection[str], spare: Collection[str] = ()) -> None:
-        """From the next step on other parameters are trained too, and looked at in their own first steps."""
+        """Start training further parameters, and audit them in their own first steps."""
         self.state, self.spare = set(state), set(spare)
         self.methods |= _methods(trained)
         new = {name for name, _ in self.model.named_parameters() if name in trained} - self.labelled
@@ -68,8 +70,10 @@ class Audit:
 
     @property
     def idle(self) -> set[str]:
-        """Biases whose gradient is exactly zero while that of their weight is not. Where only differences of outputs
-        count, as among the choices of a row, a bias has no part in the loss."""
+        """Biases whose gradient is exactly zero while that of their weight is not.
+
+        If only differences of outputs count, as between the choices of a row, a bias does not affect the loss.
+        """
         biases = (name for name in self.reached - self.with_gradient if name.endswith("bias"))
         return {name for name in biases if f"{name.removesuffix('bias')}weight" in self.with_gradient}
 
@@ -85,7 +89,7 @@ class Audit:
         return [*self.model.named_parameters(), *buffers]
 
     def _changed(self, names: set[str] | None) -> set[str]:
-        """Those of the tensors of these names, or of all, that are not what they were; read back at once."""
+        """Return the names, among these or all, of the tensors that have changed, read back in one transfer."""
         return _true({
             name: digest(tensor) != self.before[name]
             for name, tensor in self._tensors()
@@ -93,7 +97,7 @@ class Audit:
         })  # fmt: skip
 
     def after_backward(self) -> None:
-        """Note which parameters have a gradient, and ask of those that had none but zeros so far. Reads nothing back."""
+        """Record which parameters have a gradient, and check those with only zeros so far. Nothing is read back."""
         self._gradients = {}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None and parameter.numel() and name not in self.with_gradient:
@@ -101,12 +105,12 @@ class Audit:
                 self._gradients[name] = parameter.grad.any()
 
     def after_step(self, rising: bool = False, last: bool = True) -> None:
-        """From a parameter's second step on, raise `UserError` with the names of all that broke the rule.
+        """From a parameter's second step on, raise `UserError` with the names of all that break the rule.
 
-        `rising`: the learning rate has not reached its height. A first step of a long warm-up can be too small
-        to change a number near 1, so what has not moved is looked at again until the rate is full.
-        `last`: the first epoch with these parameters ends here. Until then a gradient of exact zeros may be due to the rows: with a
-        single token there is nothing for queries and keys to choose.
+        `rising`: the learning rate has not reached its peak. The first steps of a long warm-up can be too small to
+        change a number near 1, so unmoved parameters are checked again until the peak.
+        `last`: the first epoch with these parameters ends here. Until then a gradient of exact zeros may be due to the
+        rows: with a single token, attention has nothing for queries and keys to choose.
         """
         self.steps += 1
         self.with_gradient |= _true(self._gradients)
@@ -137,14 +141,14 @@ class Audit:
         ]
         if problems:
             raise UserError(
-                f"the gradient audit failed after {self.steps} steps: {'; '.join(problems)}. Take what has no part in "
-                "the output out of training (by a narrower selection of sites), and see that learning "
+                f"the gradient audit failed after {self.steps} steps: {'; '.join(problems)}. Exclude parameters that do not "
+                "affect the output from training (with a narrower selection of sites), and check that learning "
                 "rates are not too small."
             )
 
 
 def _true(flags: dict[str, Tensor]) -> set[str]:
-    """The names whose flag is set, read back at once for each device."""
+    """Return the names whose flag is set, with one transfer per device."""
     found: set[str] = set()
     for device in {flag.device for flag in flags.values()}:
         here = {name: flag for name, flag in flags.items() if flag.device == device}
@@ -153,21 +157,21 @@ def _true(flags: dict[str, Tensor]) -> set[str]:
 
 
 def _methods(trained: Container[str]) -> dict[str, str]:
-    """The method of each parameter, where labels say it."""
+    """Return the method of each parameter, if `trained` holds labels."""
     return {name: group.method for name, group in trained.items()} if isinstance(trained, dict) else {}
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A hash of a tensor's bits: a scalar on the tensor's device, in integers modulo 2**64, read back by nobody here.
+    """Hash a tensor's bits into a scalar on the tensor's device, in integers modulo 2**64, without reading it back.
 
-    Each element is multiplied by an odd weight that depends on its place, so one changed element always changes the
-    hash, and several cancel one another with a probability of about 2**-32. (In a plain sum -1 here and +1 there do.)
+    Each element is multiplied by an odd weight that depends on its position, so one changed element always changes the
+    hash, and several cancel out with a probability of about 2**-32. (In a plain sum, -1 and +1 would cancel.)
     """
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     if flat.dtype != torch.bool:
-        # 8 bytes as twice 4: an odd weight keeps the top bit of 64 as it is, and two top bits would cancel
+        # 8 bytes as twice 4: an odd weight preserves the top bit of 64, so two top bits would cancel
         flat = flat.view({1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32))
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     size = PIECE if flat.device.type == "cpu" else 64 * PIECE
@@ -177,12 +181,12 @@ def digest(tensor: Tensor) -> Tensor:
     return total
 
 
-PIECE = 1 << 16  # elements hashed at a time: what a CPU keeps in its cache
+PIECE = 1 << 16  # elements hashed at a time: fits into a CPU cache
 ODD = 0x1E3779B97F4A7C15  # between pieces, so that their order counts
 
 
 @functools.lru_cache(maxsize=2)
 def _weights(count: int, device: torch.device) -> Tensor:
-    """(count,) odd pseudo-random integers of 64 bits."""
+    """Return (count,) odd pseudo-random integers of 64 bits."""
     draw = np.random.default_rng(0x9E3779B9)
     return torch.from_numpy(draw.integers(-(2**62), 2**62, count) * 2 + 1).to(device)

@@ -30,7 +30,7 @@ FILL_BATCH = 64
 
 
 class PhasedForward(Forward):
-    """The forward pass where a method frees parameters one after another: the cache is that of the present frozen prefix."""
+    """The forward pass for gradual unfreezing: caches the activations of the current frozen prefix."""
 
     def __init__(
         self, graft: Graft, device: torch.device, precision: str, dataset: Dataset, per_epoch: int
@@ -48,7 +48,7 @@ class PhasedForward(Forward):
         return self.inner.reads_inputs
 
     def enter(self, phase: Phase) -> None:
-        self.inner = Forward(self.graft, self.device, self.precision)  # lets go of what was kept
+        self.inner = Forward(self.graft, self.device, self.precision)  # frees the old cache
         self.inner = make_forward(
             self.graft, self.device, self.precision, phase.depth, self.dataset,
             math.ceil((phase.end - phase.start) / self.per_epoch), phase.labels,
@@ -69,7 +69,7 @@ class CachedForward(Forward):
 
     @torch.no_grad()
     def _fill(self, dataset: Dataset) -> None:
-        """Compute what is kept: a share of the batches in each process, and all are given all."""
+        """Fill the cache: each process computes a share of the batches, and all exchange their results."""
         index, world = processes()
 
         def capture(rows: np.ndarray) -> Tensor:
@@ -99,9 +99,9 @@ def make_forward(
     passes: int,
     labels: Labels | None = None,
 ) -> Forward:
-    """A forward function for one dataset that is read `passes` times: cached where that is possible and pays.
+    """Return a forward function for a dataset that is read `passes` times: cached if that is possible and worthwhile.
 
-    `labels`: what is trained while it is used; all that the graft labels by default.
+    `labels`: the parameters trained while it is used; by default all that the graft labels.
     """
     plain = Forward(graft, device, precision)
     labels = graft.labels if labels is None else labels

@@ -1,10 +1,10 @@
 """Checkpoints: one safetensors file each, written to a temporary name, synced and renamed.
 
 A checkpoint holds the graft's tensors (`Graft.state`), the optimizer's state and the step. The order of the data and all
-randomness are functions of (seed, step), so the step is the whole position; the frozen base is never written.
+randomness are functions of (seed, step), so the step alone gives the position; the frozen base is never written.
 
-An optimizer's state may be tensors and numbers of Python, by parameter, and numbers in its groups. All come back as they
-were, with their types; the learning rates of groups are functions of the step.
+An optimizer's state may hold tensors and Python numbers for each parameter, and numbers in its groups. All are restored
+with their types; the learning rates of groups are functions of the step.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def save(folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torc
                 numbers[f"{key}/{name}"] = value
             elif value is not None:
                 raise UserError(
-                    f"{type(optimizer).__name__} keeps {key!r} of a parameter as a {type(value).__name__}, which a "
-                    "checkpoint cannot hold; let the optimizer keep tensors and numbers."
+                    f"{type(optimizer).__name__} stores {key!r} of a parameter as a {type(value).__name__}, which a "
+                    "checkpoint cannot hold; the optimizer state may only hold tensors and numbers."
                 )
     path = folder / f"step-{step:08d}.safetensors"
     metadata = {
@@ -50,14 +50,14 @@ def save(folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torc
 
 
 def existing(folder: Path) -> list[Path]:
-    """Checkpoints that are whole, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return sorted(folder.glob("step-????????.safetensors"))
 
 
 def restore(
     folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
-    """Load the newest checkpoint into parameters and optimizer; its position, or None where there is none."""
+    """Load the newest checkpoint into parameters and optimizer. Return its position, or None if there is none."""
     paths = existing(folder)
     if not paths:
         return None
@@ -83,25 +83,27 @@ def restore(
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, float]:
-    """What a group of parameters counts. Its learning rate is set anew in each step."""
+    """Return the numbers of a parameter group, without its learning rate, which is set in each step."""
     return {key: value for key, value in group.items() if isinstance(value, int | float) and key != "lr"}
 
 
 def save_best(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Keep the present values as the best so far."""
+    """Save the current values as the best so far."""
     write_tensors(folder / BEST, parameters)
 
 
 def load_best(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Put the best values back."""
+    """Restore the best values."""
     load_parameters(parameters, read_tensors(folder / BEST)[0], folder / BEST)
 
 
 def load_parameters(parameters: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
     if set(parameters) != set(tensors):
-        raise UserError(f"{path} holds other parameters than this run trains; it belongs to another recipe.")
+        raise UserError(
+            f"{path} holds different parameters from those that this run trains; it belongs to another recipe."
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
-                raise UserError(f"{path}: {name!r} has another shape than in this run.")
+                raise UserError(f"{path}: {name!r} has a different shape in this run.")
             parameter.copy_(tensors[name])

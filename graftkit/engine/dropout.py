@@ -3,7 +3,7 @@
 PyTorch draws dropout masks on the CPU one number at a time from one Mersenne Twister. Within `fast_dropout`,
 `torch.nn.functional.dropout` and the attention dropout of `scaled_dot_product_attention` take 16-bit numbers
 from NumPy's SFC64 instead (p is met to within 1/65,536). The generator is seeded by (seed, step), so a step's
-randomness does not depend on what ran before it. On other devices PyTorch's own dropout is left as it is.
+randomness does not depend on what ran before it. On other devices PyTorch's own dropout is used.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Source:
         self.bits = np.random.SFC64(list(seed))
 
     def keep(self, shape: torch.Size, p: float) -> Tensor:
-        """Booleans of that shape, each true with probability 1 - p."""
+        """Return booleans of the given shape, each true with probability 1 - p."""
         count = math.prod(shape)
         raw = self.bits.random_raw((count + 3) // 4).view(np.int16)[:count]
         threshold = round(p * LEVELS) - LEVELS // 2
         return torch.from_numpy(raw).view(shape) >= threshold
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """x with each element zero with probability p, the others divided by 1 - p."""
+        """Zero each element of x with probability p, and divide the others by 1 - p."""
         mask = self.keep(x.shape, p).to(x.dtype)
         return x * mask.mul_(1 / (1 - p))
 
@@ -78,7 +78,7 @@ def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
 def attention_weights(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
-    """softmax(q k^T scale + mask), (..., length, kv length), as `scaled_dot_product_attention` defines it."""
+    """Return softmax(q k^T scale + mask), (..., length, kv length), as `scaled_dot_product_attention` defines it."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * scale) @ key.transpose(-2, -1)
     if is_causal:
@@ -87,4 +87,4 @@ def attention_weights(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    return scores.float().softmax(dim=-1)  # in fp32: more exact than in bf16, and on CPUs twice as fast
+    return scores.float().softmax(dim=-1)  # in fp32: more accurate than in bf16, and twice as fast on CPUs

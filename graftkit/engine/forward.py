@@ -1,4 +1,4 @@
-"""The model called on a batch as it is: autocast, and the graft switched off where a loss asks for that."""
+"""The plain forward pass of a batch: with autocast, and with the graft disabled if a loss needs that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftkit.grafts.graft import Graft
 
 
 class Forward:
-    """What the task's loss and outcomes are computed from, of a batch: the model called as it is."""
+    """The plain forward pass: the model outputs from which a task computes its loss and outcomes."""
 
     def __init__(self, graft: Graft, device: torch.device, precision: str) -> None:
         self.graft = graft
@@ -28,22 +28,22 @@ class Forward:
 
     @property
     def reads_inputs(self) -> bool:
-        """Whether `Batch.inputs` are needed: they are not where a pass starts from cached activations."""
+        """Whether `Batch.inputs` are needed; they may not be if a pass starts from cached activations."""
         return True
 
     @torch.no_grad()
     def base(self, batch: Batch) -> Tensor:
-        """Outputs of the model with the graft switched off, in eval mode."""
+        """Return the outputs of the model with the graft disabled, in eval mode."""
         with evaluating(self.graft.model), self.graft.disabled(), autocast(self.device, self.precision):
             return batch.source.call(self.graft.model, batch)
 
     def enter(self, phase: Phase) -> None:
-        """Told by the loop where other parameters are trained from now on; for most methods there is one phase."""
+        """Called by the loop when the set of trained parameters changes; most methods have one phase."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode, and afterwards in the modes that they had."""
+    """Put all modules in eval mode; on exit their previous modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

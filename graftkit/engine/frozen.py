@@ -1,7 +1,7 @@
-"""What is frozen, and when.
+"""Find out what is frozen, and when.
 
 The longest prefix of the network that no trained parameter touches gives the same output for a row in every
-epoch, so that `engine.forward` computes it once. It runs in eval mode and without gradients.
+epoch, so `engine.cached` can compute it once. It runs in eval mode and without gradients.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from graftkit.optim.labels import Labels
 
 @dataclass(frozen=True)
 class Phase:
-    """The steps `start` to `end` (0-based, without `end`) in which the same parameters are trained.
+    """The steps `start` to `end` (0-based, exclusive) in which the same parameters are trained.
 
-    `labels`: these; `depth`: how many leading blocks are frozen.
+    `labels`: these parameters; `depth`: the number of leading frozen blocks.
     """
 
     start: int
@@ -29,7 +29,7 @@ class Phase:
 
 
 def phases(graft: Graft, steps: int, per_epoch: int) -> tuple[Phase, ...]:
-    """What is trained when, asked of the method: one phase for most, more where labels come one after another."""
+    """Return the phases of training: one for most methods, several for gradual unfreezing."""
 
     def at(step: int) -> Labels:
         return graft.labels_at(step, step / per_epoch)
@@ -38,7 +38,7 @@ def phases(graft: Graft, steps: int, per_epoch: int) -> tuple[Phase, ...]:
     start = 0
     while start < steps:
         labels = at(start)
-        # the last step with the same labels, by halving, as labels only ever grow
+        # binary search for the last step with the same labels, as labels only ever grow
         end = bisect_right(range(start, steps), len(labels), key=lambda step: len(at(step))) + start
         found.append(Phase(start, end, labels, frozen_depth(graft, labels)))
         start = end
@@ -46,10 +46,10 @@ def phases(graft: Graft, steps: int, per_epoch: int) -> tuple[Phase, ...]:
 
 
 def frozen_depth(graft: Graft, labels: Labels | None = None) -> int:
-    """How many leading blocks no trained parameter lies in or before; all of them for a head alone.
+    """Return the number of leading blocks with no trained parameter in or before them; all if only a head is trained.
 
-    `labels`: what is trained now; all that the graft labels by default. Order is that of definition, so a part
-    between two blocks, such as the downsampling between stages, lies behind the lower one.
+    `labels`: what is trained now; by default all that the graft labels. The order is that of definition, so a part
+    between two blocks, such as the downsampling between stages, comes after the lower one.
     """
     backbone = graft.backbone
     order = {name: i for i, (name, _) in enumerate(backbone.model.named_modules())}
@@ -67,7 +67,7 @@ def frozen_depth(graft: Graft, labels: Labels | None = None) -> int:
 
 
 def _site_of(parameter: str, additions: set[str]) -> str:
-    """The module that holds a parameter; for one of an addition, the module that this was placed on."""
+    """Return the module that holds a parameter; for an addition, the module that it was placed on."""
     parts = parameter.split(".")[:-1]
     for i in range(1, len(parts) + 1):
         if ".".join(parts[:i]) in additions:
@@ -80,10 +80,10 @@ def _block_of(name: str, blocks: tuple[str, ...]) -> int | None:
 
 
 def set_training(graft: Graft, depth: int, labels: Labels | None = None) -> None:
-    """Training mode for what lies behind the frozen prefix; eval mode for the prefix, and all below a head alone.
+    """Set training mode after the frozen prefix and eval mode in it, and in everything below a head trained alone.
 
-    The modules around frozen blocks belong to the prefix: what they do at random is done before the blocks.
-    `labels`: what is trained now. Running statistics that only move later stay still until then.
+    Modules before the first trained block belong to the prefix, even outside blocks: any randomness there comes before
+    the blocks. `labels`: what is trained now. Running statistics that are unfrozen later do not move until then.
     """
     backbone = graft.backbone
     model = backbone.model
@@ -105,12 +105,12 @@ def set_training(graft: Graft, depth: int, labels: Labels | None = None) -> None
 
 
 def head_of(graft: Graft) -> OutputHead | None:
-    """The head that the graft placed on the model, if it placed one."""
+    """Return the head that the graft placed on the model, or None."""
     return next((module for _, module in graft.additions() if isinstance(module, OutputHead)), None)
 
 
 def only_head_trains(graft: Graft, labels: Labels) -> bool:
-    """Whether all that is trained comes after the pooled features, which then never change."""
+    """Return whether everything trained comes after the pooled features, which then never change."""
     head = head_of(graft)
     if head is None or not head.steady:
         return False

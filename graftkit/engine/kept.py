@@ -1,4 +1,4 @@
-"""What a frozen prefix gave for each row of a dataset, kept in memory."""
+"""Cached activations of a frozen prefix for each row of a dataset, in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftkit.engine.parallel import add_up, gather
 
 
 class Kept:
-    """One value for each row, on the CPU: of one shape, or with `ragged` one vector for each of its tokens."""
+    """One value per row, on the CPU: all of one shape, or with `ragged` one vector per token."""
 
     def __init__(self, lengths: np.ndarray, ragged: bool) -> None:
         self.lengths = lengths
@@ -24,7 +24,7 @@ class Kept:
         return int(self.offsets[-1]) if self.ragged else len(self.lengths)
 
     def exchange(self) -> None:
-        """Give all processes what each of them has put: the values of the others are zero."""
+        """Share the values of each process with all: values that other processes computed are zero before."""
         mine = None if self.values is None else (self.values.shape[1:], self.values.dtype)
         shape, kind = next(found for found in gather(mine) if found is not None)
         if self.values is None:
@@ -32,7 +32,7 @@ class Kept:
         add_up(self.values)
 
     def put(self, rows: np.ndarray, values: Tensor) -> None:
-        """Keep `values` (rows, length, width), or (rows, ...) where all rows have one shape."""
+        """Store `values` (rows, length, width), or (rows, ...) if all rows have one shape."""
         if self.values is None:
             of_one = values.shape[2:] if self.ragged else values.shape[1:]
             self.values = values.new_zeros((self._places, *of_one), device="cpu")
@@ -43,7 +43,7 @@ class Kept:
         self.values[of_all] = values.flatten(0, 1)[of_batch.to(values.device)].cpu()
 
     def get(self, rows: np.ndarray) -> Tensor:
-        """What was kept of these rows, zero where there is padding."""
+        """Return the cached values of these rows, zero in the padding."""
         assert self.values is not None
         if not self.ragged:
             return self.values[torch.from_numpy(rows)]
@@ -54,7 +54,7 @@ class Kept:
         return states.unflatten(0, (len(rows), longest))
 
     def _indices(self, rows: np.ndarray, longest: int) -> tuple[Tensor, Tensor]:
-        """Where the tokens of these rows stand in a batch of (rows * longest) tokens, and where in all values."""
+        """Return the positions of these rows' tokens in a batch of (rows * longest) tokens, and in all values."""
         lengths = self.lengths[rows]
         of_batch = places(np.arange(len(rows)) * longest, lengths)
         return torch.from_numpy(of_batch), torch.from_numpy(places(self.offsets[rows], lengths))

@@ -32,12 +32,12 @@ from graftkit.optim.labels import Labels
 from graftkit.optim.schedule import factor
 from graftkit.tasks.base import Learn, Terms
 
-LOW = 0.01  # share of the learning rate below which a step may be too small to change a number
+LOW = 0.01  # fraction of the learning rate below which a step may be too small to change a number
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop needs to know of a recipe. `steps` is the whole number of optimizer steps."""
+    """The part of a recipe that the loop needs. `steps` is the total number of optimizer steps."""
 
     steps: int
     batch_size: int
@@ -53,8 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one term in one step: the mean loss over its `units`, and the share of them that were answered right, where the
-    task says so."""
+    """The figures of one loss term in one step: its mean loss over `units`, and the accuracy, if the task reports it."""
 
     loss: float
     units: float
@@ -63,9 +62,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its 1-based number, its loss (the weighted sum of the means of its terms), and the gradient's
-    norm. `unused`: parameters that turned out to have no part in the output; `zero`: those whose gradient was zero in
-    the whole first epoch."""
+    """One optimizer step: its 1-based number, its loss (the weighted sum of its terms' means) and the gradient norm.
+
+    `unused`: parameters that turned out not to affect the output; `zero`: those whose gradient was zero throughout the
+    first epoch.
+    """
 
     number: int
     epoch: float
@@ -80,7 +81,7 @@ class Step:
 
     @property
     def accuracy(self) -> float | None:
-        """That of the first term that has one."""
+        """The accuracy of the first term that has one."""
         return next((f.accuracy for f in self.terms.values() if f.accuracy is not None), None)
 
 
@@ -90,7 +91,7 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class Work:
-    """The batches of one step: the row numbers of all processes, the batches of this one, the units of each term in all."""
+    """The batches of one step: row numbers of all processes, this process's batches, and units of each term in total."""
 
     rows: list[np.ndarray]
     own: list[Batch]
@@ -99,9 +100,9 @@ class Work:
 
 
 class Loop:
-    """Iterating trains `graft` on a source from the present step to the last.
+    """Iterate to train `graft` on a source from the current step to the last.
 
-    `phases`: what is trained when. What is not yet trained has no gradient, and so no optimizer state and no decay.
+    `phases`: what is trained when. Parameters not yet trained have no gradient, so no optimizer state and no decay.
     """
 
     def __init__(self, graft: Graft, source: Source, forward: Forward, phases: Sequence[Phase],
@@ -112,13 +113,13 @@ class Loop:
         self.phases = phases
         self.learn = learn
         self.settings = settings
-        self.parameters = graft.parameters  # those that are trained now
+        self.parameters = graft.parameters  # the ones trained now
         self.step = 0
         self.optimizer = graft.optimizer(settings.lr, settings.weight_decay, settings.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.index, self.world = processes()
         self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
-        self.split = 1  # into how many parts a batch is cut since memory ran out
+        self.split = 1  # number of parts a batch is split into, after running out of memory
         self._order: tuple[int, Order] | None = None
         from_first(graft.state.values())
 
@@ -137,7 +138,7 @@ class Loop:
                     if audit is not None and audit.done:
                         audit = None
                     yield result
-                    if lively is not None and not lively.training:  # an evaluation came between
+                    if lively is not None and not lively.training:  # an evaluation came in between
                         set_training(self.graft, phase.depth, phase.labels)
             self.graft.model.eval()
         finally:
@@ -146,7 +147,7 @@ class Loop:
                 parameter.requires_grad_(True)  # as `attach` left it
 
     def _enter(self, phase: Phase, audit: Audit | None) -> Audit | None:
-        """Train what a phase trains, and nothing else; the audit of what is new in it."""
+        """Unfreeze exactly the parameters of a phase, and return the audit of the new ones."""
         graft = self.graft
         everything = graft.parameters
         for name, parameter in everything.items():
@@ -163,7 +164,7 @@ class Loop:
         return audit
 
     def batches(self, step: int) -> list[np.ndarray]:
-        """The row numbers of each batch of a step (0-based), over all processes."""
+        """Return the row numbers of each batch of a step (0-based), over all processes."""
         epoch, position = divmod(step, self.per_epoch)
         order = self._order
         if order is None or order[0] != epoch:
@@ -173,11 +174,11 @@ class Loop:
         return order[1].batches(position * width, (position + 1) * width)
 
     def work(self, step: int) -> Work:
-        """The batches of a step, made. A pure function of the step: it runs ahead, in another thread."""
+        """Make the batches of a step. A pure function of the step, as it runs ahead in another thread."""
         return self.made(self.batches(step), Pass(self.settings.seed, step // self.per_epoch))
 
     def made(self, rows: list[np.ndarray], at: Pass) -> Work:
-        """The same of the row numbers of the step's batches over all processes."""
+        """Make the batches of a step from the row numbers of all processes."""
         units: dict[str, float] = {}
         for part in rows:
             for name, count in self.source.count(part, at).items():
@@ -207,7 +208,7 @@ class Loop:
         if audit is not None:
             falling = (
                 phase.start > 0 and scale < LOW
-            )  # what is freed at the end may have next to no rate left
+            )  # parameters unfrozen at the end may have almost no learning rate left
             audit.after_step(
                 rising=self.step < settings.warmup * settings.steps or falling,
                 last=self.step >= min(phase.start + self.per_epoch, settings.steps),
@@ -219,7 +220,7 @@ class Loop:
         return Step(self.step, epoch, loss, norm, scale, rows, work.tokens, terms, *told)
 
     def _read(self, sums: Sums, norm: Tensor, work: Work) -> tuple[float, float, dict[str, Figures]]:
-        """Loss, norm and figures of a step, read back from the device at once."""
+        """Return loss, norm and figures of a step, read back from the device in one transfer."""
         found = sum_tensor(
             torch.stack([*sums.losses.values(), *sums.correct.values(), *sums.counted.values()])
         )
@@ -235,7 +236,7 @@ class Loop:
         return loss, read[-1], figures
 
     def _gradients(self, work: Work) -> Sums:
-        """Gradients of the loss of the step; memory that runs out halves the parts."""
+        """Compute the gradients of the step; if memory runs out, halve the parts and try again."""
         while True:
             try:
                 return self._accumulate(work)
@@ -245,7 +246,7 @@ class Loop:
                 largest = max(len(batch.rows) for batch in work.own)
                 if self.split >= largest:
                     raise UserError(
-                        "one row alone does not fit into the device's memory; lower data.max_length or choose "
+                        "a single row does not fit into the device's memory; lower data.max_length or choose "
                         "a method that trains fewer blocks."
                     ) from None
             self.split *= 2
@@ -271,17 +272,17 @@ class Loop:
         return sums
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch, or since memory ran out the parts of it."""
+        """Return the batch, or its parts if memory has run out before."""
         if self.split == 1 or len(batch.rows) == 1:
             return [batch]
         pieces = np.array_split(batch.rows, min(self.split, len(batch.rows)))
         return [self.source.batch(rows, batch.device, batch.at) for rows in pieces]
 
     def _total(self, terms: Terms, units: Mapping[str, float]) -> Tensor:
-        """The part that a batch has in the loss of the step."""
+        """Return the contribution of a batch to the loss of the step."""
         if terms.keys() != units.keys():
             raise ValueError(
-                f"the learner gives the terms {sorted(terms)}, but the source counts units of {sorted(units)}."
+                f"the learner returns the terms {sorted(terms)}, but the source counts units of {sorted(units)}."
             )
         parts = [
             (term.losses.sum() / units[name]) * term.weight
@@ -293,7 +294,7 @@ class Loop:
 
     @torch.no_grad()
     def _not_finite(self, loss: float, norm: float, work: Work) -> str:
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         rows, guilty = np.concatenate(work.rows), []
         at = work.own[0].at if work.own else Pass()
         for part in work.rows:
@@ -306,15 +307,15 @@ class Loop:
         which = "rows whose own loss is not finite" if guilty else "rows of the batch"
         return (
             f"{what} in step {self.step + 1}, so the weights were not changed and the run stopped. {which}: "
-            f"{places}{more}. Lower the learning rate (train.lr), look at these rows, or use train.precision=fp32."
+            f"{places}{more}. Lower the learning rate (train.lr), check these rows, or use train.precision=fp32."
         )
 
     def save(self, folder: Path, position: dict[str, Any]) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the current step."""
         checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position)
 
     def restore(self, folder: Path) -> dict[str, Any] | None:
-        """Go on from the newest checkpoint; its position, or None where there is none."""
+        """Load the newest checkpoint. Return its position, or None if there is none."""
         position = checkpoint.restore(folder, self.graft.state, self.optimizer)
         if position is not None:
             self.step = position["step"]
@@ -322,8 +323,8 @@ class Loop:
 
 
 class Sums:
-    """Of each term, added up on the device over the batches of a step: losses, correct units, and whether these are
-    counted. A process without a batch in a step has zeros."""
+    """Sums over the batches of a step, kept on the device: for each term, its losses, its correct units, and whether
+    these are counted. A process without a batch in a step has zeros."""
 
     def __init__(self, names: Iterable[str], device: torch.device) -> None:
         kind = torch.float32 if device.type == "mps" else torch.float64
@@ -345,8 +346,8 @@ class Sums:
 
 
 def moving_now(graft: Graft, labels: Labels) -> set[str]:
-    """What may move while the parameters of `labels` are trained: these, their running statistics, and what the
-    graft's additions remember.
+    """Return what may move while the parameters of `labels` are trained: these, their running statistics, and the
+    buffers of the graft's additions.
     """
     waiting = {name for name in graft.labels if name not in labels}
     owners = {name.rpartition(".")[0] for name in waiting}
@@ -355,7 +356,7 @@ def moving_now(graft: Graft, labels: Labels) -> set[str]:
 
 
 def spare_now(graft: Graft, labels: Labels) -> set[str]:
-    """Base parameters of `labels` beside the blocks and the head, of methods that train in the blocks too."""
+    """Return the base parameters of `labels` outside blocks and head, of methods that also train in the blocks."""
     backbone = graft.backbone
     sites = {site.name: site for site in backbone.sites}
     owners = {name: sites[name.rpartition(".")[0]] for name in labels if name in backbone.base_parameters}
@@ -369,7 +370,7 @@ def spare_now(graft: Graft, labels: Labels) -> set[str]:
 
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Some models draw masks from NumPy's global generator; it goes on afterwards as if nothing had been drawn."""
+    """Seed NumPy's global generator, which some models draw masks from; on exit its previous state is restored."""
     state = np.random.get_state()
     np.random.seed(seed % 2**32)
     try:

@@ -1,4 +1,4 @@
-"""How much memory there is, and what to do where it runs out: the same work in smaller parts."""
+"""Find out how much memory there is, and split work into smaller parts if it runs out."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or the limit of its cgroup, shared by the processes of a
-    run on this machine."""
+    """Return the bytes of memory that this process may use: the machine's, or its cgroup's limit, divided among the
+    processes of a run on this machine."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in LIMITS:
-        with suppress(OSError, ValueError):  # 'max' is no number: no limit
+        with suppress(OSError, ValueError):  # 'max' is not a number: no limit
             total = min(total, int(Path(path).read_text(encoding="ascii")))
     return total // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def release(device: torch.device) -> None:
-    """Give memory back that the allocator of a device holds for later."""
+    """Release the cached memory of a device's allocator."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -37,9 +37,9 @@ def release(device: torch.device) -> None:
 def in_parts(
     rows: np.ndarray, device: torch.device, work: Callable[[np.ndarray], T], advice: str
 ) -> Iterator[tuple[np.ndarray, T]]:
-    """Do `work` on row numbers, all at once or, where memory runs out, in halves; yield each part with its result.
+    """Do `work` on row numbers, all at once or, if memory runs out, in halves; yield each part with its result.
 
-    Raises `UserError` with `advice` where one row alone does not fit.
+    Raises `UserError` with `advice` if a single row does not fit.
     """
     waiting = [rows]
     while waiting:
@@ -50,10 +50,10 @@ def in_parts(
             if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
-                raise UserError(f"one row alone does not fit into the memory of {device}; {advice}") from None
+                raise UserError(f"a single row does not fit into the memory of {device}; {advice}") from None
         else:
             yield part, result
             continue
-        release(device)  # outside of `except`: the error holds the tensors of the pass that failed
+        release(device)  # outside of `except`: the error keeps the tensors of the failed pass alive
         middle = (len(part) + 1) // 2
         waiting += [part[middle:], part[:middle]]

@@ -1,4 +1,4 @@
-"""Devices and processes. The only file that imports accelerate, beside tracking.py."""
+"""Devices and processes. Besides tracking.py, the only file that imports accelerate."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 
 def _state() -> Any:
-    """accelerate's view of this process. On a machine without an accelerator it must be told to use the CPU:
-    else it takes each process that `torchrun` starts for the only one.
+    """Return accelerate's view of this process. On a machine without an accelerator it must be told to use the CPU:
+    otherwise it takes each process that `torchrun` starts for the only one.
     """
     from accelerate import PartialState
 
@@ -23,18 +23,18 @@ def _state() -> Any:
 
 
 def device() -> torch.device:
-    """The device of this process, as accelerate chooses it (ACCELERATE_USE_CPU=true keeps to the CPU)."""
+    """Return the device of this process, as chosen by accelerate (ACCELERATE_USE_CPU=true selects the CPU)."""
     return _state().device
 
 
 def processes() -> tuple[int, int]:
-    """(index of this process, number of processes)."""
+    """Return (index of this process, number of processes)."""
     state = _state()
     return state.process_index, state.num_processes
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all processes, in place; nothing to do for one process."""
+    """Sum the gradients of all processes, in place; a no-op for one process."""
     if processes()[1] == 1:
         return
     for parameter in parameters:
@@ -44,7 +44,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def sum_numbers(numbers: Sequence[float]) -> list[float]:
-    """Each number added up over all processes."""
+    """Sum each number over all processes."""
     if processes()[1] == 1:
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64, device=device())
@@ -53,14 +53,14 @@ def sum_numbers(numbers: Sequence[float]) -> list[float]:
 
 
 def sum_tensor(values: Tensor) -> Tensor:
-    """A tensor on this process's device added up over all processes, in place."""
+    """Sum a tensor on this process's device over all processes, in place."""
     if processes()[1] > 1:
         torch.distributed.all_reduce(values)
     return values
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in the order of these; any that can be pickled, exchanged within one run."""
+    """Return the values of all processes, in process order. Values must be picklable."""
     world = processes()[1]
     if world == 1:
         return [value]
@@ -70,12 +70,12 @@ def gather(value: T) -> list[T]:
 
 
 def all_agree(yes: bool) -> bool:
-    """Whether all processes say yes."""
+    """Return whether `yes` is true in all processes."""
     return all(gather(yes))
 
 
 def from_first(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the values of the first one, in place, so that they start from the same."""
+    """Broadcast the first process's values to all, in place, so that all start from the same values."""
     if processes()[1] == 1:
         return
     for tensor in tensors:
@@ -85,7 +85,7 @@ def from_first(tensors: Iterable[Tensor]) -> None:
 
 
 def add_up(values: Tensor, chunk: int = 1 << 24) -> None:
-    """Add up a tensor on the host over all processes, in place and piece by piece."""
+    """Sum a host tensor over all processes, in place and piece by piece."""
     if processes()[1] == 1:
         return
     flat = values.view(-1)
@@ -96,25 +96,25 @@ def add_up(values: Tensor, chunk: int = 1 << 24) -> None:
 
 
 def wait() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have reached this point."""
     if processes()[1] > 1:
         torch.distributed.barrier()
 
 
 def in_first(work: Callable[[], T]) -> T | None:
-    """Do `work` in the first process while the others wait; its result there, None in the others.
+    """Do `work` in the first process while the others wait. Return its result there, and None in the others.
 
-    Where it raises, all processes stop: the first with that error, the others with a `UserError`.
+    If it raises, all processes stop: the first with that error, the others with a `UserError`.
     """
     result, error = None, None
     if processes()[0] == 0:
         try:
             result = work()
-        except BaseException as raised:  # raised again below, when the others know
+        except BaseException as raised:  # raised again below, once the others know
             error = raised
     failed = sum_numbers([float(error is not None)])[0] > 0
     if error is not None:
         raise error
     if failed:
-        raise UserError("the first process could not begin; its own message says why.")
+        raise UserError("the first process failed to start; see its error message.")
     return result

@@ -1,4 +1,4 @@
-"""Which number type to compute in, chosen from what the machine does well."""
+"""Choose the number type to compute in by what is fast on the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 768
 
 
 def choose(wanted: str, device: torch.device) -> str:
-    """'fp32' or 'bf16'. 'auto' is measured once for a machine and kept in the user's cache folder."""
+    """Return 'fp32' or 'bf16'. On a CPU, 'auto' is measured once and cached in the user's cache folder."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -31,7 +31,7 @@ def choose(wanted: str, device: torch.device) -> str:
 
 
 def cpu_speedup() -> float:
-    """How many times faster this CPU multiplies bf16 matrices than fp32 ones."""
+    """Return how many times faster this CPU multiplies bf16 matrices than fp32 ones."""
     cache = Path(os.environ.get("GRAFTKIT_CACHE", Path.home() / ".cache" / "graftkit")) / "machine.json"
     key = f"{_cpu_name()} threads={torch.get_num_threads()} torch={torch.__version__}"
     try:
@@ -46,7 +46,7 @@ def cpu_speedup() -> float:
 
         write_json(cache, {**(known if isinstance(known, dict) else {}), key: round(ratio, 2)})
     except Exception:
-        pass  # a cache that cannot be written costs the next run one measurement
+        pass  # without the cache, the next run measures again
     return ratio
 
 
@@ -76,10 +76,10 @@ def _cpu_name() -> str:
 
 
 def full_precision_names(model: nn.Module, trained: Container[str]) -> set[str]:
-    """Parameters that are held in fp32: trained ones, what shares a norm with one, and those of BatchNorm.
+    """Return the parameters stored in fp32: trained ones, others in the same norm, and those of BatchNorm.
 
-    A normalization wants its gain and shift in one type, and BatchNorm in that of its running statistics, which stay
-    in fp32; linear maps and embeddings are cast by autocast.
+    A normalization needs its weight and bias in one type, and BatchNorm in that of its running statistics, which stay
+    in fp32; linear layers and embeddings are cast by autocast.
     """
     names = set()
     for prefix, module in model.named_modules(remove_duplicate=True):
@@ -91,7 +91,7 @@ def full_precision_names(model: nn.Module, trained: Container[str]) -> set[str]:
 
 
 def cast(model: nn.Module, trained: Container[str], precision: str) -> None:
-    """Hold frozen parameters in the compute type and trained ones in fp32, in place."""
+    """Convert frozen parameters to the compute type and trained ones to fp32, in place."""
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
     full = full_precision_names(model, trained)
     for name, parameter in model.named_parameters():
@@ -100,7 +100,7 @@ def cast(model: nn.Module, trained: Container[str], precision: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which the model is called."""
+    """Return the context in which to call the model."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

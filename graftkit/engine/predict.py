@@ -1,4 +1,4 @@
-"""Outcomes of all rows of a source, computed by all processes together."""
+"""Compute the outcomes of all rows of a dataset, in all processes together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ADVICE = "lower data.max_length, or use a device with more memory."
 
 @torch.no_grad()
 def predict(dataset: Dataset, forward: Calls, task: Task, batch_size: int) -> list[Any]:
-    """The task's outcome of every row, in the dataset's order.
+    """Return the task's outcome for every row, in the dataset's order.
 
-    Each process computes a share of the batches, and all are given all outcomes. A batch that does not fit into
-    memory is computed in halves.
+    Each process computes a share of the batches and receives all outcomes. A batch that does not fit into memory is
+    computed in halves.
     """
     forward.graft.model.eval()
     index, world = processes()

@@ -1,4 +1,4 @@
-"""Places in a network where a pass may begin, since all that comes in there is frozen; how they are found."""
+"""Find where in a network a forward pass may start, because all inputs to that point are frozen."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from graftkit.methods.base import OutputHead
 from graftkit.optim.labels import Labels
 from graftkit.tasks.base import Dataset
 
-SAME = 1e-3  # largest difference of a logit, as a share of the largest, that padding and bf16 may make
+SAME = 1e-3  # largest relative difference of logits that padding and bf16 may cause
 
 
 class Start(Protocol):
-    """A place in the network all of whose input is frozen. `per_token`: this is a state for each token of a row.
-    `reads_inputs`: going on from there needs the inputs of the batch, such as its mask."""
+    """A point in the network whose input is entirely frozen. `per_token`: that input is one state per token.
+    `reads_inputs`: resuming from there needs the inputs of the batch, such as its mask."""
 
     per_token: bool
     reads_inputs: bool
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
-        """What comes in there."""
+        """Return the input at this point."""
         ...
 
     def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
-        """The logits, computed from what was kept."""
+        """Return the logits, computed from the cached states."""
         ...
 
 
 class AtHead:
-    """At a head of ours: pooled features (rows, width), or the states of tokens."""
+    """Start at a head of GraftKit: from pooled features (rows, width), or token states."""
 
     reads_inputs = False
 
@@ -59,7 +59,7 @@ class AtHead:
 
 
 class AtBlock:
-    """At block `depth`, which is given (rows, length, width), or maps."""
+    """Start at block `depth`: from states (rows, length, width), or feature maps."""
 
     per_token = reads_inputs = True
 
@@ -75,7 +75,7 @@ class AtBlock:
 
 
 class AtOwnHead:
-    """At the last layers of the model itself, whose output is the logits, each row of `shape`."""
+    """Start at the model's own last layers, which output the logits, each row of `shape`."""
 
     per_token = reads_inputs = False
 
@@ -91,24 +91,24 @@ class AtOwnHead:
 
 
 def find_start(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> tuple[Start, int] | None:
-    """The last place where a pass over these rows may begin while `labels` are trained, and how many numbers come in
-    there for all rows; None where there is no such place. `depth`: of the frozen prefix, in blocks.
+    """Return the last point where a pass over these rows may start while `labels` are trained, and the number of values
+    to cache for all rows; None if there is no such point. `depth`: of the frozen prefix, in blocks.
     """
     if only_head_trains(plain.graft, labels):
         head = head_of(plain.graft)
         assert head is not None
         return AtHead(head), head.width * (int(dataset.lengths.sum()) if head.per_token else len(dataset))
-    blocks = min(depth, len(plain.graft.backbone.blocks) - 1)  # what follows the last block is computed again
+    blocks = min(depth, len(plain.graft.backbone.blocks) - 1)  # what follows the last block is recomputed
     own = _own_head(plain, depth, dataset, labels)
     return own or (_passed_on(plain, blocks, dataset) if blocks > 0 else None)
 
 
 def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> tuple[AtOwnHead, int] | None:
-    """The model's own last layers, where they alone are trained and the logits come from them, and the numbers in their
-    input for all rows; else None.
+    """Return the model's own last layers and the number of values to cache, if only they are trained and they compute the
+    logits; otherwise None.
 
-    Found by trying it on the longest and the shortest row: they are called once, with one tensor, from which they
-    alone compute the logits; and in training this tensor is the same, so that nothing random happens before them.
+    This is tested on the longest and the shortest row: the layers are called once, with one tensor, and compute the
+    logits from it alone; and in training this tensor is the same, so nothing random happens before them.
     """
     graft, model = plain.graft, plain.graft.model
     module = _trained_alone(graft, labels)
@@ -150,19 +150,19 @@ def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> t
 
 
 def _trained_alone(graft: Graft, labels: Labels) -> nn.Module | None:
-    """The largest part of the model all of whose parameters are trained, and no others."""
+    """Return the largest part of the model whose parameters are exactly the trained ones."""
     trained = {id(parameter) for name, parameter in graft.parameters.items() if name in labels}
     parts = (module for name, module in graft.model.named_modules() if name)
     return next((module for module in parts if {id(p) for p in module.parameters()} == trained), None)
 
 
 def _extremes(plain: Forward, dataset: Dataset) -> Batch:
-    """The longest and the shortest row."""
+    """Return a batch of the longest and the shortest row."""
     return dataset.batch(np.unique([dataset.lengths.argmax(), dataset.lengths.argmin()]), plain.device)
 
 
 def _without_padding(outputs: Tensor, batch: Batch, dataset: Dataset) -> Tensor:
-    """Outputs for each token with zeros where there is padding, whose values no loss reads; other outputs as they are."""
+    """Zero per-token outputs in the padding, which no loss reads; return other outputs unchanged."""
     longest = int(dataset.lengths[batch.rows].max())
     if dataset.uniform or outputs.dim() < 2 or outputs.shape[:2] != (len(batch.rows), longest):
         return outputs
@@ -181,12 +181,12 @@ def _copied(value: Any) -> Any:
 
 
 def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> tuple[AtBlock, int] | None:
-    """Block `depth` and the numbers in its input for all rows, where this is all that the blocks before it are for; else
-    None.
+    """Return block `depth` and the number of values to cache, if the blocks before it serve only to compute its input;
+    otherwise None.
 
-    Found by trying it on the longest and the shortest row: nothing trained lies before it, each of these blocks is
-    called once, gives its states alone, and these are what the next is given; without them the result is the same.
-    It is not so where a decoder looks at all of an encoder, or where something lies between the blocks.
+    This is tested on the longest and the shortest row: nothing before the block is trained, each earlier block is
+    called once and returns only its states, which are the next block's input, and skipping them gives the same result.
+    That fails if a decoder attends to all of an encoder, or if something lies between the blocks.
     """
     lengths, batch = dataset.lengths, _extremes(plain, dataset)
     blocks = [plain.graft.backbone.module(name) for name in plain.graft.backbone.blocks]
@@ -226,12 +226,12 @@ def _passed_on(plain: Forward, depth: int, dataset: Dataset) -> tuple[AtBlock, i
 
 
 def _entering(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The states that a block is given, first in its arguments or by their usual name."""
+    """Return the states passed to a block, as first argument or by their usual name."""
     return args[0] if args else kwargs.get("hidden_states")
 
 
 def _captured(module: nn.Module, plain: Forward, batch: Batch) -> Tensor:
-    """What the module is given; the pass ends there."""
+    """Return the input of a module, and stop the forward pass there."""
     got: list[Tensor] = []
     handle = module.register_forward_pre_hook(_stop_with(got), with_kwargs=True)
     try:
@@ -245,7 +245,7 @@ def _captured(module: nn.Module, plain: Forward, batch: Batch) -> Tensor:
 
 @contextmanager
 def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards the model's buffers, such as running statistics, and the random numbers go on as before."""
+    """On exit the model's buffers, such as running statistics, and the random state are restored."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
@@ -284,7 +284,7 @@ def _grabbing(head: OutputHead, got: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _skipping(blocks: list[nn.Module], depth: int, states: Tensor) -> Iterator[None]:
-    """Blocks before `depth` return what they are given; block `depth` starts from `states`."""
+    """Make blocks before `depth` return their input, and block `depth` start from `states`."""
 
     def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:

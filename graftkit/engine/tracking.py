@@ -1,4 +1,4 @@
-"""Experiment trackers by name (TensorBoard, Weights & Biases, MLflow, Trackio ...), through accelerate's classes for them."""
+"""Experiment trackers by name (TensorBoard, Weights & Biases, MLflow, Trackio ...), using accelerate's classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftkit.errors import UserError, first_line, listing, nearest
 PLACES = {
     "step": "train",
     "evaluation": "eval",
-}  # kinds of lines in metrics.jsonl, and the prefix of their figures
+}  # prefix of the metrics in each kind of line of metrics.jsonl
 
 
 def refuse_missing(names: Sequence[str]) -> None:
@@ -25,7 +25,7 @@ def refuse_missing(names: Sequence[str]) -> None:
     for name in names:
         if name not in classes:
             raise UserError(
-                f"train.trackers: there is no tracker {name!r} (there are: {listing(classes)}).{nearest(name, classes)}"
+                f"train.trackers: there is no tracker {name!r} (known: {listing(classes)}).{nearest(name, classes)}"
             )
         if name not in available:
             raise UserError(
@@ -40,7 +40,7 @@ def _classes() -> dict[str, Any]:
 
 
 class Trackers:
-    """The trackers of one run. One that fails is reported once and used no more: it never costs the run."""
+    """The trackers of one run. A tracker that fails is reported once and then disabled; it never stops the run."""
 
     def __init__(
         self, names: Sequence[str], folder: Path, config: Mapping[str, Any], report: Callable[[str], None]
@@ -55,12 +55,12 @@ class Trackers:
         given = (folder.name, str(folder / "trackers")) if kind.requires_logging_directory else (folder.name,)
         tracker = kind(*given)
         self.active[name] = tracker
-        if hasattr(tracker, "start"):  # older ones of accelerate start when they are made
+        if hasattr(tracker, "start"):  # older versions of accelerate start in the constructor
             tracker.start()
         tracker.store_init_configuration(flat(config))
 
     def log(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Hand over lines of metrics.jsonl: their numbers, as train/loss, eval/accuracy, test/loss ..."""
+        """Log the numbers in lines of metrics.jsonl, as train/loss, eval/accuracy, test/loss ..."""
         for line in lines if self.active else ():
             place = PLACES.get(line["kind"]) or line.get("data", line["kind"])
             aside = ("kind", "data", "step")
@@ -83,12 +83,12 @@ class Trackers:
         except Exception as error:
             self.active.pop(name, None)
             self.report(
-                f"the tracker {name!r} failed and is used no more: {type(error).__name__}: {first_line(error)}"
+                f"the tracker {name!r} failed and is now disabled: {type(error).__name__}: {first_line(error)}"
             )
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted keys, as numbers, texts and truth values, which all trackers take."""
+    """Flatten nested values to dotted keys with numbers, strings and booleans, which all trackers accept."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

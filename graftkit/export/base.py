@@ -1,4 +1,4 @@
-"""What an exporter is: it writes a run as something else, and another tool gives the run's answers with what it wrote."""
+"""The exporter interface: write a run in another format, and check that the other tool gives the same answers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TOLERANCE = 1e-4  # of the largest logit
 
 @dataclass(frozen=True)
 class Exportable:
-    """What an exporter is given: a run in memory, in fp32 and in eval mode, on `device`.
+    """A run in memory, in fp32 and eval mode, on `device`: the input of an exporter.
 
-    `model`: the backbone as the recipe names it; `base`: its folder, None for a module of a user's own; `quantize`: how its
-    frozen weights are stored, where they are quantized. `columns`: those of the task that rows have.
+    `model`: the backbone as written in the recipe; `base`: its folder, None for a user's own module; `quantize`: how its
+    frozen weights are quantized, if they are. `columns`: the task's columns that the rows have.
     """
 
     graft: Graft
@@ -42,44 +42,44 @@ class Exportable:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows to compare answers on; `real`: they are the run's, not made up."""
+    """Rows to compare answers on; `real`: they come from the run's data, and are not made up."""
 
     dataset: Dataset
     real: bool
 
     @property
     def rows(self) -> np.ndarray:
-        """The numbers of the first rows, 64 at most."""
+        """The numbers of the first rows, at most 64."""
         return np.arange(min(ROWS, len(self.dataset)))
 
 
 class Exporter(Protocol):
-    """Writes runs in one format. Nothing is written where `refuse` raises an error."""
+    """A writer of runs in one format. Nothing is written if `refuse` raises an error."""
 
     def refuse(self, run: Exportable) -> None:
-        """Raise `UserError` for a run that the format has no place for, before any row is read."""
+        """Raise `UserError` for a run that the format cannot represent, before any row is read."""
         ...
 
     def write(self, run: Exportable, folder: Path) -> None:
-        """Write the run, whose graft is folded, into `folder`; the card and the list of files come beside."""
+        """Write the run, whose graft is folded, into `folder`; the caller adds the card and the file list."""
         ...
 
     def outputs(self, run: Exportable, folder: Path, sample: Sample) -> list[Tensor]:
-        """Load what was written with the other tool; its logits for each row of the sample alone, in fp32."""
+        """Load the export with the other tool. Return its logits for each sample row on its own, in fp32."""
         ...
 
     def how(self, run: Exportable, to: Path) -> str:
-        """How a person loads what is in `to`: a line of Python or a command."""
+        """Return how to load the export in `to`: a line of Python or a command."""
         ...
 
     def native(self, run: Exportable) -> bool:
-        """Whether the other tool needs no code beside its own."""
+        """Return whether the other tool needs no extra code."""
         ...
 
 
 @torch.no_grad()
 def logits(model: nn.Module, sample: Sample, device: torch.device) -> list[Tensor]:
-    """The logits of a model on `device` for each row of the sample alone, in fp32."""
+    """Return the logits of a model on `device` for each sample row on its own, in fp32."""
     dataset = sample.dataset
     batches = (dataset.batch(sample.rows[i : i + 1], device) for i in range(len(sample.rows)))
     return [dataset.call(model, batch).float().cpu() for batch in batches]
@@ -87,19 +87,19 @@ def logits(model: nn.Module, sample: Sample, device: torch.device) -> list[Tenso
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of the run and of the other tool: the largest difference, and whether their largest are at one place."""
+    """The largest difference between the logits of run and export, and whether the argmax is always the same."""
 
     difference: float
     same_answers: bool
 
 
 def compare(run: Sequence[Tensor], exported: Sequence[Tensor]) -> Comparison:
-    """Raises `UserError` where a logit differs by more than 1e-4 of the largest one."""
+    """Compare logits. Raises `UserError` if any differs by more than 1e-4 of the largest one."""
     difference = max(float((a - b).abs().max()) for a, b in zip(exported, run, strict=True))
     if not difference <= TOLERANCE * max(1.0, *(float(b.abs().max()) for b in run)):
         raise UserError(
             f"the exported model differs from the run by {difference:.2g} in its logits on {len(run)} rows, "
-            "so nothing was written. Please report this with the recipe."
+            "so nothing was written. Please report this together with the recipe."
         )
     same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in zip(exported, run))
     return Comparison(difference, same)

@@ -1,4 +1,4 @@
-"""A run as a plain model of transformers: the graft is folded into the weights.
+"""Export a run as a plain transformers model, with the graft folded into the weights.
 
 With the architecture's own head it is a folder that `pipeline` or `from_pretrained` loads. With a head that pools, the
 backbone is an `AutoModel` folder; `head.safetensors` and `classifier.py` beside it are the head and the code that loads
@@ -36,25 +36,25 @@ PIPELINES = {
 
 @dataclass(frozen=True)
 class Transformers:
-    """Exports to a folder of transformers."""
+    """An exporter to a transformers model folder."""
 
     def refuse(self, run: Exportable) -> None:
         if run.base is None:
             raise UserError(
-                f"export writes models of transformers, and {run.backbone.source!r} is a module of your own. Load the run's "
-                "graft on it with graftkit.load(module, RUN/graft); graft.fold() gives the module with the graft melted in."
+                f"export writes transformers models, but {run.backbone.source!r} is your own module. Load the run's graft "
+                "onto it with graftkit.load(module, RUN/graft); graft.fold() then folds the graft into the module."
             )
         if run.quantize is not None:
             raise UserError(
-                f"the run's maps are stored as {run.quantize}, into which nothing can be folded. Put its graft on the "
-                "model as it was: graftkit.load(model, RUN/graft).fold(), or read the graft as the adapter that it is."
+                f"the run's weights are quantized as {run.quantize}, and nothing can be folded into them. Load its graft onto "
+                "the original model: graftkit.load(model, RUN/graft).fold(), or use the graft as an adapter."
             )
         head = head_of(run.graft)
         if head is not None and ("kind" not in run.task.plain(run.labels) or head.pooling == "tokens"):
             raise UserError(
                 f"the head of this run, head(pooling={head.pooling!r}), has no place in a plain model for {run.task.name}; "
-                "train it with head(pooling='own') where the architecture has such a head. graftkit.load(model, RUN/graft) "
-                "loads it as it is."
+                "train it with head(pooling='own') if the architecture has a head, or load it as a graft with "
+                "graftkit.load(model, RUN/graft)."
             )
         if not run.task.trains:
             raise UserError(
@@ -102,7 +102,7 @@ class Transformers:
 
 
 def _describe_outputs(config: Any, run: Exportable) -> None:
-    """Put into a model's configuration what its outputs are."""
+    """Describe the outputs in a model's configuration."""
     names = run.task.output_names(run.labels) if run.task.head else ()
     if names:
         config.id2label = dict(enumerate(names))
@@ -114,7 +114,7 @@ def _describe_outputs(config: Any, run: Exportable) -> None:
 
 
 def _write_head(run: Exportable, folder: Path) -> None:
-    """The head, what it is, and the script that puts it on the model."""
+    """Write the head, its description, and the script that applies it."""
     head = head_of(run.graft)
     assert head is not None
     tensors = dict(head.state_dict())
@@ -133,7 +133,7 @@ def _write_head(run: Exportable, folder: Path) -> None:
 
 
 def _pipeline(name: str) -> str | None:
-    """The pipeline of transformers for a class of models, where it has one."""
+    """Return the transformers pipeline for a model class, or None."""
     if name in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values():
-        return PIPELINES["AudioClassification"]  # wav2vec2 and its kin have classes "for sequences"
+        return PIPELINES["AudioClassification"]  # wav2vec2 and similar models have classes "for sequences"
     return next((pipeline for ending, pipeline in PIPELINES.items() if name.endswith(ending)), None)

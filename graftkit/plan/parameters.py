@@ -1,4 +1,4 @@
-"""What a run will cost, counted from labels and shapes before the first step."""
+"""The cost of a run, counted from labels and shapes before the first step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from graftkit.optim.base import Optimizer
 
 @dataclass(frozen=True)
 class Plan:
-    """Exact counts of one run; bytes are of tensors that stay for the whole run, without activations.
+    """Exact counts of one run; bytes include all tensors that stay for the whole run, but no activations.
 
-    `schedule`: where a method frees parameters one after another, how many are trained from which step on (from 1);
-    `never_trained_parameters` are those for which the run ends too early. `trained_parameters` counts these too.
-    `warnings` are of methods that add more than what they stand beside, and of grafts that cannot be exported.
+    `schedule`: if a method unfreezes parameters gradually, how many are trained from which 1-based step on;
+    `never_trained_parameters` are those that the run ends too early to unfreeze. `trained_parameters` includes these.
+    `warnings` concern methods that add more parameters than the modules they adapt, and grafts that cannot be exported.
     """
 
     method: str
@@ -50,9 +50,9 @@ class Plan:
 
 def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
               frozen_blocks: int, phases: Sequence[Phase] = ()) -> Plan:  # fmt: skip
-    """Count parameters and bytes of a graft, on real weights or on the `meta` device alike.
+    """Count parameters and bytes of a graft, on real weights or on the `meta` device.
 
-    Frozen floating-point parameters are held in the compute type, trained ones and all buffers as they are used.
+    Frozen floating-point parameters are stored in the compute type, trained ones in fp32.
     """
     frozen_size = 2 if precision == "bf16" else 4
     trained = total = weights = 0
@@ -88,7 +88,7 @@ def _unexportable(graft: Graft) -> list[str]:
 
 
 def _oversized(graft: Graft) -> list[str]:
-    """What is said of methods that add more parameters than the modules at their sites, or the backbone, have."""
+    """Warn of methods that add more parameters than the modules at their sites, or the backbone, have."""
     added: dict[str, dict[str, int]] = {}  # method -> name of the module -> parameters
     for addition, module in graft.additions():
         for name, parameter in module.named_parameters(prefix=addition):
@@ -107,7 +107,7 @@ def _oversized(graft: Graft) -> list[str]:
         total, base = sum(at.values()), sum(own.values())
         if total > base:
             found.append(
-                f"{method}() adds {total:,} parameters, more than the {base:,} of the whole backbone; lower its size, or "
+                f"{method}() adds {total:,} parameters, more than the {base:,} of the whole backbone; reduce its size, or "
                 f"use {covering()}, which trains fewer"
             )
             continue
@@ -116,14 +116,14 @@ def _oversized(graft: Graft) -> list[str]:
             site = next(iter(large))
             found.append(
                 f"{method}() adds more parameters than the module itself has at {len(large):,} of {len(at):,} modules, "
-                f"such as {large[site]:,} beside the {own[site]:,} of {site!r}; lower its size, or use {selecting()} there, "
+                f"such as {large[site]:,} next to the {own[site]:,} of {site!r}; reduce its size, or use {selecting()} there, "
                 "which trains fewer"
             )
     return found
 
 
 def _optimizer_bytes(graft: Graft, optimizer: Optimizer, phases: Sequence[Phase]) -> int:
-    """What the optimizer keeps of what is trained in the last phase, where trained parameters are fp32."""
+    """Return the bytes of optimizer state for the parameters trained in the last phase, in fp32."""
     labels = phases[-1].labels if phases else graft.labels
     reached = {id(p) for name, p in graft.parameters.items() if name in labels}
     groups = [

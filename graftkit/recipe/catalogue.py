@@ -1,12 +1,11 @@
-"""What methods, tasks and optimizers there are, read from their source files without importing torch.
+"""The catalogue of methods, tasks and optimizers, read from their source files without importing torch.
 
 Each is one file whose name is its registration: `methods/lora.py` holds the frozen dataclass that a recipe writes as
 `lora(rank=8)`. Its fields are declared with `option`, there or in a base class, so that names, types, bounds and help
-can be read here from the syntax tree: a recipe is checked, and `--help` answers, before anything heavy is loaded.
+can be read here from the syntax tree: recipes are checked and `--help` is printed before anything heavy is loaded.
 
-What makes a class an entry is its chain of bases, which ends in the family's own: `Method`, `Task` or `Optimizer`.
-Files of one's own are read alike, from the folders that GRAFTKIT_METHODS, GRAFTKIT_TASKS and GRAFTKIT_OPTIMIZERS name,
-separated as in PATH. See docs/new-method.md, docs/new-task.md and docs/new-optimizer.md.
+A class is an entry if it derives from the base class of its family: `Method`, `Task` or `Optimizer`. Your own files are
+read in the same way, from the folders in GRAFTKIT_METHODS, GRAFTKIT_TASKS and GRAFTKIT_OPTIMIZERS, separated as in PATH. See docs/new-method.md, docs/new-task.md and docs/new-optimizer.md.
 """
 
 from __future__ import annotations
@@ -27,9 +26,10 @@ from graftkit.recipe.options import Option, check_fields, option  # noqa: F401  
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of thing that a recipe names.
+    """A kind of entry in the catalogue.
 
-    `folder`: of this package. `key`: of the recipe. `example`: an expression with an option, `plain`: one without.
+    `folder`: its folder in this package. `key`: its recipe key. `example`: an expression with an option; `plain`: one
+    without.
     """
 
     name: str
@@ -70,7 +70,7 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One method, task or optimizer as its file declares it. `constants`: plain values that the class assigns."""
+    """One method, task or optimizer as declared in its file. `constants`: the literal values that the class assigns."""
 
     name: str
     class_name: str
@@ -86,7 +86,7 @@ class Entry:
         return self.docstring.split("\n\n")[0].replace("\n", " ")
 
     def load(self) -> type:
-        """The class itself; this is where torch is imported."""
+        """Import and return the class; this is where torch is imported."""
         if self.module not in sys.modules and not self.module.startswith("graftkit."):
             self._load_own()
         return getattr(importlib.import_module(self.module), self.class_name)
@@ -97,29 +97,29 @@ class Entry:
         module = sys.modules[self.module] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever the user's file runs into
+        except Exception as error:  # the user's file may raise anything
             del sys.modules[self.module]
             raise UserError(f"{self.path} cannot be imported ({type(error).__name__}: {error}).") from error
 
 
 def entry_name(module: str) -> str:
-    """The name in recipes of what a module declares: that of its file, or of its folder where the file is `task.py`."""
+    """Return the recipe name of a module's entry: its file's name, or its folder's if the file is `task.py`."""
     *_, folder, file = ["", *module.split(".")]
     return folder if file in FAMILIES else file
 
 
 def check_values(value: Any) -> None:
-    """Check the options of an entry that is made in Python, from its `__post_init__`."""
+    """Check the options of an entry constructed in Python, from its `__post_init__`."""
     check_fields(value, f"{entry_name(type(value).__module__)}()")
 
 
 def entries(family: str) -> dict[str, Entry]:
-    """All entries of a family ('method', 'task' or 'optimizer') by name; those in the user's own folders come last."""
+    """Return all entries of a family ('method', 'task' or 'optimizer') by name; the user's own come last."""
     return _entries(family, os.environ.get(FAMILIES[family].variable, ""))
 
 
 def elsewhere(name: str, family: str) -> Family | None:
-    """Another family that has an entry of this name."""
+    """Return another family that has an entry of this name, or None."""
     others = (other for other in FAMILIES.values() if other.name != family)
     return next((other for other in others if name in entries(other.name)), None)
 
@@ -130,12 +130,12 @@ def _entries(family: str, own: str) -> dict[str, Entry]:
     about = FAMILIES[family]
     for folder in filter(None, own.split(os.pathsep)):
         if not Path(folder).is_dir():
-            raise UserError(f"{about.variable} names {folder!r}, which is no folder.")
+            raise UserError(f"{about.variable} names {folder!r}, which is not a folder.")
         for path in sorted(Path(folder).glob("*.py")):
             entry = _read_own(path, about)
             if entry is not None and entry.name in found:
                 raise UserError(
-                    f"{path}: there is {about.a} {entry.name!r} already ({found[entry.name].path}); rename the file."
+                    f"{path}: {about.a} {entry.name!r} already exists ({found[entry.name].path}); rename the file."
                 )
             if entry is not None:
                 found[entry.name] = entry
@@ -144,7 +144,7 @@ def _entries(family: str, own: str) -> dict[str, Entry]:
 
 @functools.cache
 def _packaged(family: str) -> dict[str, Entry]:
-    """The entries that come with graftkit: files of the family's folder, and NAME/task.py below it."""
+    """Return the built-in entries: the files of the family's folder, and NAME/task.py below it."""
     about = FAMILIES[family]
     folder = declared.PACKAGE / about.folder
     found = {}
@@ -157,7 +157,7 @@ def _packaged(family: str) -> dict[str, Entry]:
 
 
 def _public(name: str) -> tuple[Path, str] | None:
-    """File and class of what `graftkit.NAME` is."""
+    """Return the file and class that `graftkit.NAME` refers to."""
     known = (entry for family in FAMILIES for entry in _packaged(family).values())
     return next(((entry.path, name) for entry in known if entry.class_name == name), None)
 
@@ -166,7 +166,7 @@ def _read_own(path: Path, family: Family) -> Entry | None:
     try:
         entry = _read(path, f"graftkit_own_{family.plural}.{path.stem}", family, _public)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no Python file that can be read ({error}).") from None
+        raise UserError(f"{path} cannot be read as a Python file ({error}).") from None
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         raise UserError(f"{path}{line}: {error.msg}.") from None
@@ -174,13 +174,13 @@ def _read_own(path: Path, family: Family) -> Entry | None:
         raise UserError(f"{path}, {error}.") from None
     if entry is not None and not entry.name.isidentifier():
         raise UserError(
-            f"{path}: the file's name is the {family.name}'s, and {entry.name!r} is no name; use letters, digits and '_'."
+            f"{path}: the file names the {family.name}, and {entry.name!r} is not a valid name; use letters, digits and '_'."
         )
     return entry
 
 
 def _read(path: Path, module: str, family: Family, public: declared.Public | None = None) -> Entry | None:
-    """The entry that a file declares: the class of the family from which no other class of the file derives."""
+    """Return the entry that a file declares: the class of the family that no other class in the file derives from."""
     kin = [one for one in declared.read(path, public) if one.derives_from(*family.base)]
     last = [one for one in kin if not any(other.derives_from(path, one.own.name) for other in kin)]
     if not last:
@@ -188,12 +188,12 @@ def _read(path: Path, module: str, family: Family, public: declared.Public | Non
     if len(last) > 1:
         names = " and ".join(one.own.name for one in last)
         raise ValueError(
-            f"line {last[1].own.line}: {names} are two {family.plural}; give each a file of its own"
+            f"line {last[1].own.line}: {names} are two {family.plural}; put each in its own file"
         )
     found, own = last[0], last[0].own
     if not own.is_dataclass:
         raise ValueError(
-            f"line {own.line}: {own.name} is no {family.name} yet; write @dataclass(frozen=True) above it, or move the "
+            f"line {own.line}: {own.name} is not {family.a} yet; write @dataclass(frozen=True) above it, or move the "
             "file elsewhere"
         )
     return Entry(entry_name(module), own.name, module, path, own.docstring, found.options, found.constants)

@@ -1,7 +1,7 @@
-"""Classes as their source files declare them, with all that they inherit. Nothing is imported.
+"""Classes as declared in their source files, with everything they inherit. Nothing is imported.
 
-A base class is found by following the import statement that brings its name, as far as that leads to a file of this
-package. Classes of other packages end the chain.
+A base class is found by following the import statement of its name, as long as that leads to a file of this package.
+Classes of other packages end the chain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Public = Callable[[str], tuple[Path, str] | None]
 
 @dataclass(frozen=True)
 class OwnPart:
-    """What the body of one class says, without its bases. `constants`: plain values that it assigns."""
+    """The contents of one class body, without its bases. `constants`: the literal values that it assigns."""
 
     path: Path
     name: str
@@ -36,7 +36,7 @@ class OwnPart:
 
 @dataclass(frozen=True)
 class Declared:
-    """A class and its bases in the order in which Python looks names up, the class itself first."""
+    """A class and its bases in method resolution order, the class itself first."""
 
     parts: tuple[OwnPart, ...]
 
@@ -51,20 +51,20 @@ class Declared:
     def options(self) -> dict[str, Option]:
         """The fields in the order of the dataclass's signature.
 
-        A class that declares an inherited option anew changes it in its place. Raises `ValueError` where the body of
-        a class declares options that Python would not make fields of.
+        A class that redeclares an inherited option changes it in place. Raises `ValueError` if a class body declares
+        options that Python would not turn into fields.
         """
         found: dict[str, Option] = {}
         for part in reversed(self.parts):
             if part.options and not part.is_dataclass:
                 raise ValueError(
-                    f"line {part.line}: {part.name} declares options and is no dataclass; write "
+                    f"line {part.line}: {part.name} declares options but is not a dataclass; write "
                     "@dataclass(frozen=True) above it"
                 )
             hidden = next((name for name in part.constants if name in found), None)
             if hidden is not None:
                 raise ValueError(
-                    f"line {part.line}: {part.name} assigns {hidden!r}, an option of a base class; declare it anew, as "
+                    f"line {part.line}: {part.name} assigns {hidden!r}, an option of a base class; redeclare it as "
                     f"{hidden}: {found[hidden].type} = option(...)"
                 )
             found |= part.options
@@ -72,7 +72,7 @@ class Declared:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Plain values that the class or a base assigns."""
+        """The literal values that the class or a base assigns."""
         found: dict[str, Any] = {}
         for part in reversed(self.parts):
             found |= part.constants
@@ -80,10 +80,10 @@ class Declared:
 
 
 def read(path: Path, public: Public | None = None) -> list[Declared]:
-    """The classes at the top level of a file, in order.
+    """Return the classes at the top level of a file, in order.
 
-    `public` finds what the package's front names, as in `from graftkit import LoRA`. Raises `ValueError` for a class
-    that cannot be read, and what opening and parsing a file raises.
+    `public` resolves the names that the package exports, as in `from graftkit import LoRA`. Raises `ValueError` for a
+    class that cannot be read, and whatever opening and parsing the file raises.
     """
     source = _open(path)
     return [_declared(source, node, public) for node in source.classes.values()]
@@ -91,9 +91,9 @@ def read(path: Path, public: Public | None = None) -> list[Declared]:
 
 @dataclass
 class _Source:
-    """A Python file: the classes at its top level, and where imported names come from, as dotted names.
+    """A Python file: the classes at its top level, and the origin of its imported names, as dotted names.
 
-    `starred`: modules of which all names are imported. `bound`: every name that anything in the file gives a value.
+    `starred`: modules imported with `*`. `bound`: every name that the file assigns.
     """
 
     path: Path
@@ -134,9 +134,9 @@ _open_once = functools.cache(_parse)
 def _find(
     source: _Source, dotted: str, public: Public | None, before: int | None = None
 ) -> tuple[_Source, ast.ClassDef] | None:
-    """The class that a name means in a file, at a line of it; None for one of another package, or an expression.
+    """Return the class that a name refers to at a line of a file; None for another package's, or an expression.
 
-    Raises `ValueError` for a name that the file does not have.
+    Raises `ValueError` for a name that the file does not define.
     """
     head, _, rest = dotted.partition(".")
     node = source.classes.get(head)
@@ -153,7 +153,7 @@ def _find(
 
 
 def _locate(dotted: str, public: Public | None) -> tuple[_Source, ast.ClassDef] | None:
-    """The class of a full dotted name, such as graftkit.methods.base.Method."""
+    """Return the class with a full dotted name, such as graftkit.methods.base.Method."""
     first, *parts = dotted.split(".")
     if first != PACKAGE.name:
         return None
@@ -176,7 +176,7 @@ def _declared(source: _Source, node: ast.ClassDef, public: Public | None) -> Dec
 
 
 def _shadow(source: _Source, node: ast.ClassDef, public: Public | None) -> type:
-    """An empty class with the same bases, so that Python itself works out their order."""
+    """Return an empty class with the same bases, so that Python itself works out their order."""
     if node.name not in source.shadows:
         found = [_find(source, ast.unparse(base), public, before=node.lineno) for base in node.bases]
         bases = tuple(_shadow(*each, public) for each in found if each is not None)
@@ -234,7 +234,7 @@ def _option(item: ast.AnnAssign) -> Option:
             values[key] = ast.literal_eval(value)
         except (ValueError, TypeError):
             raise ValueError(
-                f"line {value.lineno}: {ast.unparse(value)!r} in option(...) is no plain value, such as 8, 0.1 or 'q,v'"
+                f"line {value.lineno}: {ast.unparse(value)!r} in option(...) is not a plain value, such as 8, 0.1 or 'q,v'"
             ) from None
     bounds = {key: values.get(key) for key in BOUNDS}
     return Option(

@@ -1,4 +1,4 @@
-"""Expressions such as `lora(rank=8) + head()`: read, checked against the catalogue, and written. No torch here."""
+"""Parse, check and write expressions such as `lora(rank=8) + head()`. No torch here."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Call:
 
 
 def parse(expression: str, family: str, *, stored: bool = False) -> tuple[Call, ...]:
-    """Read `lora(rank=8) + unfreeze('blocks[-2:]') + head()` into checked calls.
+    """Parse `lora(rank=8) + unfreeze('blocks[-2:]') + head()` into checked calls.
 
-    Raises `UserError` for a syntax error, an unknown name or option (the nearest known one is named) and
-    for a value of the wrong type or out of bounds. `stored`: it was saved, maybe when options had other names.
+    Raises `UserError` for a syntax error, for an unknown name or option (suggesting the nearest known one) and for a
+    value of the wrong type or out of bounds. `stored`: the expression was saved, possibly before an option was renamed.
     """
     try:
         with warnings.catch_warnings():
@@ -40,7 +40,7 @@ def parse(expression: str, family: str, *, stored: bool = False) -> tuple[Call, 
     except (SyntaxError, ValueError) as error:
         if "positional argument follows keyword" in str(error):
             raise UserError(
-                f"{family} {expression!r} cannot be read: a value with a comma stands in quotes, "
+                f"{family} {expression!r} cannot be read: put a value with a comma in quotes, "
                 "for example lora(sites='q,v')."
             ) from None
         example = FAMILIES[family].example
@@ -53,7 +53,7 @@ def _terms(node: ast.expr, family: str, expression: str) -> list[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _terms(node.left, family, expression) + _terms(node.right, family, expression)
     if isinstance(node, ast.BinOp):
-        raise UserError(f"{family} {expression!r}: parts are joined by '+' only.")
+        raise UserError(f"{family} {expression!r}: parts can only be joined by '+'.")
     return [node]
 
 
@@ -84,7 +84,7 @@ def _call(node: ast.expr, family: str, expression: str, stored: bool) -> Call:
 
 
 def _option_of(entry: Entry, written: str, stored: bool) -> str:
-    """The name of an option as it is today. Raises `UserError` for one that there is not, or no longer is."""
+    """Return the current name of an option. Raises `UserError` if it does not exist, or has been renamed."""
     if written in entry.options:
         return written
     renamed = next((name for name, option in entry.options.items() if option.formerly == written), None)
@@ -94,12 +94,12 @@ def _option_of(entry: Entry, written: str, stored: bool) -> str:
             f"{nearest(written, entry.options)}"
         )
     if not stored:
-        raise UserError(f"{entry.name}(): {written} is called {renamed} now.")
+        raise UserError(f"{entry.name}(): {written} is now called {renamed}.")
     return renamed
 
 
 def renewed(expression: str, family: str) -> str:
-    """An expression that was saved, with options under the names that they have today."""
+    """Return a saved expression with options under their current names."""
     old = (option.formerly for entry in entries(family).values() for option in entry.options.values())
     if not any(name is not None and f"{name}=" in expression for name in old):
         return expression
@@ -107,7 +107,7 @@ def renewed(expression: str, family: str) -> str:
 
 
 def _unknown(name: str, written: str, family: str) -> str:
-    """What to say of a name that a family does not have."""
+    """Return the error message for a name that a family does not have."""
     other, known = elsewhere(name, family), entries(family)
     if other is not None:
         return (
@@ -117,9 +117,7 @@ def _unknown(name: str, written: str, family: str) -> str:
     hint = nearest(name, known)
     if not hint:
         a = FAMILIES[family].a
-        hint = (
-            f" {a[0].upper()}{a[1:]} of your own is found where {FAMILIES[family].variable} names its folder."
-        )
+        hint = f" To use {a} of your own, set {FAMILIES[family].variable} to its folder."
     return f"there is no {family} {name!r} (known: {listing(known, 30)}).{hint}"
 
 
@@ -133,7 +131,7 @@ def _value(node: ast.expr, name: str) -> Any:
 
 
 def parse_one(expression: str, family: str) -> Call:
-    """The same where one call is wanted, as a run has one task and one optimizer."""
+    """Parse an expression that must be a single call: a run has one task and one optimizer."""
     calls = parse(expression, family)
     if len(calls) != 1:
         raise UserError(f"{FAMILIES[family].key} {expression!r}: a run has one {family}.")
@@ -141,12 +139,12 @@ def parse_one(expression: str, family: str) -> Call:
 
 
 def build(calls: tuple[Call, ...], family: str) -> list[Any]:
-    """The values that checked calls describe; imports the files that define them, and so torch."""
+    """Construct the values that checked calls describe; this imports their files, and so torch."""
     return [entries(family)[call.name].load()(**call.arguments) for call in calls]
 
 
 def as_expression(value: Any) -> str:
-    """`lora(rank=16)`: the expression that makes `value`; fields at their defaults are left out."""
+    """Return the expression that makes `value`, such as `lora(rank=16)`; fields at their defaults are omitted."""
     name = entry_name(type(value).__module__)
     given = {
         field.name: getattr(value, field.name)

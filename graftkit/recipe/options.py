@@ -22,9 +22,9 @@ def option(
     choices: tuple[str, ...] | None = None,
     formerly: str | None = None,
 ) -> Any:
-    """A dataclass field with what the command line, the recipe and the documentation need to know of it.
+    """Declare a dataclass field with what the command line, the recipe and the documentation need to know about it.
 
-    `formerly`: a name that it once had. Who writes that is told the new one; what was saved with it is still read.
+    `formerly`: its previous name. Writing that raises an error with the new name; saved runs that use it still load.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, "formerly": formerly, **bounds})
@@ -32,7 +32,7 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One hyperparameter: its type as written, default, help and bounds, and the name that it once had."""
+    """One hyperparameter: its type as written, default, help and bounds, and its previous name."""
 
     name: str
     type: str
@@ -42,7 +42,7 @@ class Option:
     formerly: str | None = None
 
     def check(self, value: Any, owner: str) -> None:
-        """Raise `UserError` unless `value` has the type and lies within the bounds."""
+        """Raise `UserError` unless `value` has the right type and lies within the bounds."""
         types = [part.strip() for part in self.type.split("|")]
         accepted = {
             "int": isinstance(value, int) and not isinstance(value, bool),
@@ -81,7 +81,7 @@ class Option:
 
 
 def check_fields(value: Any, owner: str) -> None:
-    """The same checks for a dataclass made in Python."""
+    """Check the fields of a dataclass constructed in Python."""
     for field in dataclasses.fields(value):
         bounds = {key: field.metadata.get(key) for key in BOUNDS}
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "object")

@@ -1,4 +1,4 @@
-"""The whole description of a run, validated before anything is loaded. No torch here."""
+"""The recipe: a complete description of a run, validated before anything is loaded. No torch here."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class Section(BaseModel):
 
 
 class DataRecipe(Section):
-    """Where the rows are and how they are read."""
+    """Where the rows come from and how to read them."""
 
     train: str = Field(description="training rows: a CSV, TSV, JSON lines, Parquet or Arrow file")
     eval: str | float | None = Field(
-        default=0.1, description="a file, or the share of the training rows to hold out; null for none"
+        default=0.1,
+        description="a file, or the fraction of the training rows to hold out; null: no evaluation",
     )
-    test: str | None = Field(default=None, description="a file that is only looked at when training is over")
+    test: str | None = Field(default=None, description="a file of test rows, evaluated once after training")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="which column is what: {text: ..., text_pair: ..., label: ...}"
+        default_factory=dict,
+        description="the column that holds each input: {text: ..., text_pair: ..., label: ...}",
     )
     encoding: str = Field(default="utf-8", description="encoding of text files, for example gb18030")
-    skip_bad: bool = Field(
-        default=False, description="leave bad rows out and count them, instead of stopping"
-    )
+    skip_bad: bool = Field(default=False, description="skip bad rows and count them instead of stopping")
     max_length: int | None = Field(
-        default=None, ge=2, description="tokens of a row at most; null: what the model takes"
+        default=None, ge=2, description="maximum number of tokens per row; null: the model's limit"
     )
 
     @field_validator("eval")
@@ -66,23 +66,25 @@ class TrainRecipe(Section):
     batch_size: int = Field(default=32, ge=1, description="rows in one forward pass")
     accumulate: int = Field(default=1, ge=1, description="forward passes before one optimizer step")
     optimizer: str = Field(
-        default=DEFAULT_OPTIMIZER, description="what takes the steps, for example galore(rank=128)"
+        default=DEFAULT_OPTIMIZER, description="the optimizer, for example galore(rank=128)"
     )
     lr: float | None = Field(
         default=None,
         gt=0,
-        description="learning rate of every method that does not name its own; null: their defaults",
+        description="learning rate of each method that does not set its own; null: the methods' defaults",
     )
     weight_decay: float = Field(
-        default=0.01, ge=0, description="decay of trained matrices; norms and biases are not decayed"
+        default=0.01, ge=0, description="weight decay of trained matrices; norms and biases are not decayed"
     )
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="fraction of the steps over which the learning rate warms up"
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="how the learning rate falls after the warm-up"
+        default="linear", description="how the learning rate decays after the warm-up"
     )
-    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for no clipping")
+    clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="share of a row's target spread over all classes"
+        default=0.0, ge=0, lt=1, description="probability mass of each target that is spread over all classes"
     )
     evaluate_every: int | str = Field(
         default="epoch", description="steps between evaluations, or 'epoch', '2 epochs' and so on, or 'end'"
@@ -90,15 +92,14 @@ class TrainRecipe(Section):
     start: str | None = Field(
         default=None,
         alias="from",
-        description="a run, or the folder of a graft, whose values the new graft begins with; null: new ones",
+        description="a run, or the folder of a graft, to initialize the new graft from; null: a fresh initialization",
     )
     best: str | None = Field(
         default=None,
-        description="the figure of the evaluation by which weights are kept, such as macro_f1 or loss; null: the task's "
-        "first",
+        description="the evaluation metric that selects the best weights, such as macro_f1 or loss; null: the task's first",
     )
     early_stopping: int | None = Field(
-        default=None, ge=1, description="stop after so many evaluations without a better one"
+        default=None, ge=1, description="stop after this many evaluations without improvement"
     )
     checkpoint_every: int | None = Field(
         default=None,
@@ -107,10 +108,10 @@ class TrainRecipe(Section):
     )
     trackers: list[str] = Field(
         default_factory=list,
-        description="experiment trackers that are given every line of metrics.jsonl, such as [tensorboard] or [wandb]",
+        description="experiment trackers to log every line of metrics.jsonl to, such as [tensorboard] or [wandb]",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="type of the matrix products"
+        default="auto", description="number type of the matrix products"
     )
 
     @field_validator("optimizer", mode="before")
@@ -132,7 +133,7 @@ class TrainRecipe(Section):
 
 
 def _one_call(value: Any, family: str) -> Any:
-    """The one call of a key, checked, as text; in YAML it may be a mapping, `{tag: {scheme: bio}}`."""
+    """Check the one call of a key and return it as text; YAML may hold a mapping instead, `{tag: {scheme: bio}}`."""
     if isinstance(value, dict) and len(value) == 1:
         (name, options), *_ = value.items()
         value = str(expressions.Call(str(name).replace("-", "_"), options or {}))
@@ -144,25 +145,28 @@ def _one_call(value: Any, family: str) -> Any:
 
 
 class Recipe(Section):
-    """What a run is."""
+    """A complete description of a run."""
 
     model: str = Field(description="a folder in transformers format, a hub id, or package.module:function")
     weights: str | None = Field(
-        default=None, description="a safetensors file for the module that package.module:function makes"
+        default=None, description="a safetensors file for the module that package.module:function returns"
     )
     quantize: Literal["nf4", "int8"] | None = Field(
-        default=None, description="hold the frozen maps in 4 or 8 bits; needs bitsandbytes"
+        default=None, description="store the frozen linear layers in 4 or 8 bits; requires bitsandbytes"
     )
     task: str = Field(
-        default="classify", description="what is learned, for example classify(class_weights='balanced')"
+        default="classify", description="the task, for example classify(class_weights='balanced')"
     )
     method: str | None = Field(
-        default=None, description="how, for example lora(rank=8) + head(); null: what suits the task"
+        default=None, description="the method, for example lora(rank=8) + head(); null: the task's default"
     )
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     seed: int = Field(
-        default=0, ge=0, lt=2**32, description="of initial values, held-out rows, order of rows and dropout"
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="random seed of initial values, held-out rows, row order and dropout",
     )
     out: str | None = Field(default=None, description="the run folder; null: a new one under runs/")
 
@@ -171,7 +175,7 @@ class Recipe(Section):
     def _method(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
-        stored = bool(info.context)  # what a run was trained with stays readable
+        stored = bool(info.context)  # the recipe of an existing run stays readable
         value = expressions.renewed(value, "method") if stored else value
         calls = expressions.parse(value, "method")
         for call in calls:
@@ -195,12 +199,14 @@ class Recipe(Section):
         return self
 
     def _fit_method(self) -> None:
-        """Give the method what the task says: its default, and a head unless the model brings it."""
+        """Complete the method from the task: fill in its default, and add a head unless the model brings one."""
         task = expressions.parse(self.task, "task")[0].name
         constants = catalogue.entries("task")[task].constants
         if not constants.get("trains", True):
             if self.method is not None:
-                raise UserError(f"{task}() asks the model as it is and trains nothing; leave the method out.")
+                raise UserError(
+                    f"{task}() uses the model unchanged and trains nothing; leave the method out."
+                )
             return
         self.method = self.method or constants["method"]
         methods = catalogue.entries("method")
@@ -215,14 +221,14 @@ class Recipe(Section):
             self.method = f"{self.method} + {heads[0]}()"
 
     def dump(self) -> str:
-        """The recipe as YAML; read again it describes the same run."""
+        """Return the recipe as YAML that describes the same run when it is read again."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool = False) -> Recipe:
-    """A recipe from nested values. Raises `UserError` for the first thing that is wrong, named with its key.
+    """Make a recipe from nested values. Raises `UserError` for the first mistake, with its key.
 
-    `stored`: a run was started with it, maybe when options had other names.
+    `stored`: the values come from an existing run, possibly from before an option was renamed.
     """
     try:
         return Recipe.model_validate(dict(values), context={"stored": True} if stored else None)
@@ -231,15 +237,15 @@ def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool 
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The values in a recipe file. Raises `UserError` where there is none or it is not YAML."""
+    """Return the values in a recipe file. Raises `UserError` if it does not exist or is not YAML."""
     if path.is_dir():
-        hint = " To go on with a run, use --resume." if (path / "recipe.yaml").is_file() else ""
+        hint = " To resume a run, use --resume." if (path / "recipe.yaml").is_file() else ""
         raise UserError(f"recipe {str(path)!r} is a folder; name a YAML file.{hint}")
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UserError(f"recipe {str(path)!r} does not exist.{nearest(path.name, siblings)}")
     if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".conll"):
-        raise UserError(f"{str(path)!r} holds rows and is no recipe; write --train {path}.")
+        raise UserError(f"{str(path)!r} holds rows, not a recipe; write --train {path}.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -263,7 +269,7 @@ _Loader.add_implicit_resolver(
 
 
 def override(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """`key=value` settings put over nested values; keys are dotted, values are YAML."""
+    """Apply `key=value` settings to nested values; keys are dotted, values are YAML."""
     result = dict(values)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -278,7 +284,7 @@ def override(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
 
 
 def place(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a dotted key in nested values, in copies of the inner dictionaries."""
+    """Set a dotted key in nested values, copying the inner dictionaries."""
     *outer, last = dotted.split(".")
     inside = values
     for i, part in enumerate(outer):
@@ -293,10 +299,10 @@ def place(values: dict[str, Any], dotted: str, value: Any) -> None:
 def gather(
     recipe: Any, given: Mapping[str, Any], named: Mapping[str, Any], settings: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values of a recipe that was handed over in Python, with others put over it, and the tables in memory.
+    """Return the values of a recipe passed in Python, with overrides applied, and the tables in memory.
 
-    `recipe`: a `Recipe`, nested values, a YAML file or None. `given`: train, eval and test, where None (for eval: ...)
-    leaves the recipe's. `named`: other keys, where they are not None. `settings`: dotted keys.
+    `recipe`: a `Recipe`, nested values, a YAML file or None. `given`: train, eval and test; None (for eval: ...) keeps
+    the recipe's value. `named`: other keys; None is ignored. `settings`: dotted keys.
     """
     if isinstance(recipe, Recipe):
         values: dict[str, Any] = recipe.model_dump()
@@ -321,7 +327,7 @@ def gather(
 
 
 def keys() -> dict[str, str]:
-    """Every key of a recipe, dotted, with its description."""
+    """Return every recipe key, dotted, with its description."""
     found = {}
     for name, field in Recipe.model_fields.items():
         sections: dict[str, type[BaseModel]] = {"data": DataRecipe, "train": TrainRecipe}
@@ -350,7 +356,7 @@ def _message(error: ValidationError, origin: str) -> str:
         )
         return f"{origin}: unknown key {key!r} (keys: {listing(known, 30)}).{suggestion}"
     if first["type"] == "missing":
-        key = "data.train" if key == "data" else key  # the one thing in this section that has no default
+        key = "data.train" if key == "data" else key  # the only key of this section without a default
         return f"{origin}: {key!r} is missing: {known.get(key, '') or 'it is needed'}."
     given = first.get("input")
     if first["type"] == "model_type":
@@ -375,7 +381,7 @@ def _message(error: ValidationError, origin: str) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for editors; methods, tasks and optimizers are listed in the descriptions."""
+    """Return the JSON Schema of a recipe, for editors; descriptions list the methods, tasks and optimizers."""
     result = Recipe.model_json_schema()
     result["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for family in catalogue.FAMILIES.values():

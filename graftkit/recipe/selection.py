@@ -1,14 +1,14 @@
-"""The small language that says which parts of a model are meant. No torch here.
+"""The small language that selects parts of a model. No torch here.
 
 attention   ffn   norms   embeddings   all-linear   head   pooler      a kind of part, everywhere
 convs   experts                                                        convolutions; experts kept as one parameter
-q   k   v   o   up   gate   down                                       one map of every block
+q   k   v   o   up   gate   down                                       one linear layer of every block
 blocks   blocks[-2:]   blocks[0]   blocks[-4:].attention               whole blocks, or parts of them
 re:.*\\.dense                                                          module names, full match
 q_proj   output.dense                                                  a part of a module's name
 q,v                                                                    several, by commas
 
-`all-linear` means the linear maps of the body; in a network that has none, its convolutions.
+`all-linear` means the linear layers of the body, or its convolutions if it has none.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _INDEX = re.compile(r"^\s*(-?\d+)?\s*(:\s*(-?\d+)?\s*)?$")
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a selection; `None` in a field means that it does not narrow the choice."""
+    """One part of a selection; a field that is `None` does not restrict it."""
 
     text: str
     blocks: slice | int | None = None
@@ -54,14 +54,14 @@ class Term:
 
 
 def parse(selection: str) -> tuple[Term, ...]:
-    """Read a selection. Raises `UserError` for what cannot be read."""
+    """Parse a selection. Raises `UserError` if it cannot be read."""
     if not isinstance(selection, str) or not selection.strip():
-        raise UserError(f"selection {selection!r} is empty; use for example 'q,v' or 'blocks[-2:]'.")
+        raise UserError(f"selection {selection!r} is empty; use, for example, 'q,v' or 'blocks[-2:]'.")
     if selection.startswith("re:"):
         try:
             return (Term(selection, pattern=re.compile(selection[3:])),)
         except re.error as error:
-            raise UserError(f"selection {selection!r}: the regular expression is wrong: {error}.") from None
+            raise UserError(f"selection {selection!r}: the regular expression is invalid: {error}.") from None
     return tuple(_term(part.strip(), selection) for part in selection.split(","))
 
 
@@ -73,7 +73,7 @@ def _term(text: str, selection: str) -> Term:
         if any(character in text for character in "[]():*"):
             raise UserError(
                 f"selection {selection!r}: {text!r} cannot be read. Write blocks[-2:] for blocks, "
-                "re:PATTERN for a regular expression, or a word of attention, ffn, q, v, norms ..."
+                "re:PATTERN for a regular expression, or a word such as attention, ffn, q, v or norms."
             )
         return _named(text, None, False, text)
     index, rest = match["index"], match["rest"]

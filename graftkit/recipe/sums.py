@@ -1,7 +1,7 @@
-"""Sums of methods that mean nothing, refused before a model is loaded. No torch here.
+"""Refuse meaningless sums of methods before a model is loaded. No torch here.
 
-What is known of a method are the constants of its class: see `Method` in graftkit/methods/base.py. Only what holds for
-every model is refused here; attaching looks at the parameters themselves.
+Only the class constants of a method are known here: see `Method` in graftkit/methods/base.py. Refuse only what is wrong
+for every model; attaching checks the parameters themselves.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from graftkit.recipe.expressions import Call
 
 
 def check(calls: Sequence[Call]) -> None:
-    """Raise `UserError` for a sum of methods that cannot be meant."""
+    """Raise `UserError` for a sum of methods that makes no sense."""
     methods = [(call, entries("method")[call.name]) for call in calls]
     heads = [f"{entry.name}()" for _, entry in methods if entry.constants.get("gives_outputs")]
     if len(heads) > 1:
-        raise UserError(
-            f"{' and '.join(heads)} both give the outputs that a task asks for; leave one of them out."
-        )
+        raise UserError(f"{' and '.join(heads)} both compute the outputs of the task; leave one of them out.")
     for _, whole in methods:
         if whole.constants.get("covers"):
             for call, part in methods:
@@ -33,12 +31,12 @@ def check(calls: Sequence[Call]) -> None:
 
 
 def _refuse_beside(whole: Entry, call: Call, part: Entry, is_partly_frozen: bool) -> None:
-    """What another method already trains from the first step: parts of the backbone, or weights with an update."""
+    """Refuse a part that has no effect because `whole` already trains the same weights from the first step."""
     if part.constants.get("frees_base") is True:
         has_use = part.constants.get("yields", 0) < whole.constants.get("yields", 0)
         if not has_use or call.arguments.get("lr") is None:
             rate = (
-                f", or give {part.name}() a learning rate of its own, lr=..., for what it selects"
+                f", or give {part.name}() its own learning rate, lr=..., for what it selects"
                 if has_use
                 else ""
             )
@@ -47,13 +45,13 @@ def _refuse_beside(whole: Entry, call: Call, part: Entry, is_partly_frozen: bool
             )
     if part.constants.get("updates_weights") and not is_partly_frozen:
         raise UserError(
-            f"{part.name}() adds an update to weights that {whole.name}() trains themselves, which makes nothing possible "
-            "that was not; leave one of them out."
+            f"{part.name}() adds an update to weights that {whole.name}() already trains, which gains nothing; "
+            "leave one of them out."
         )
 
 
 def _frees(call: Call, entry: Entry) -> bool:
-    """Whether a call may train parameters of the backbone itself."""
+    """Return whether a call may train parameters of the backbone itself."""
     frees: Any = entry.constants.get("frees_base", False)
     if not isinstance(frees, dict):
         return bool(frees)
@@ -65,5 +63,5 @@ def _idle(call: Call, entry: Entry) -> str:
     freeing = [e.name for e in entries("method").values() if e.constants.get("frees_base") is True]
     names = listing((f"{name}()" for name in freeing), 8)
     if entry.constants.get("takes_out"):
-        return f"{call.name}() takes out of training what another method frees ({names}); beside none of them everything is frozen anyway."
-    return f"{call.name}() needs a method beside it that trains the backbone itself ({names}); nothing here does."
+        return f"{call.name}() excludes parameters that another method trains ({names}); without one of them, everything is frozen anyway."
+    return f"{call.name}() must be combined with a method that trains the backbone itself ({names}); none here does."

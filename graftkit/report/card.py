@@ -10,7 +10,7 @@ from graftkit.report.console import count, duration, size
 from graftkit.report.summary import mistake, statistics_lines, title
 from graftkit.report.values import Subject
 
-SHOWN = 10  # examples that went most wrong
+SHOWN = 10  # worst examples
 DATA = {"rows": ("rows",), "sizes": ("sizes", "truncated"), "labels": ("labels",), "more": ("also", "note")}
 
 
@@ -18,8 +18,8 @@ def model_card(
     subject: Subject, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]],
     statistics: dict[str, Any],
 ) -> str:  # fmt: skip
-    """Markdown: what was trained on what, how well it does, and how to load it. `statistics` of each part of the data."""
-    return f"""# {subject.task} with {subject.method or "the model as it is"}
+    """Return the model card in Markdown. `statistics`: the task's, for each data split."""
+    return f"""# {subject.task} with {subject.method or "the unmodified model"}
 
 A graft on `{subject.model}`: {count(result["trained_parameters"])} trained parameters of {count(result["total_parameters"])}.
 
@@ -36,7 +36,7 @@ A graft on `{subject.model}`: {count(result["trained_parameters"])} trained para
 ```
 graftkit predict {result["run"]} {subject.predict}
 graftkit evaluate {result["run"]} --data FILE
-{_export(subject, result["run"])}graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # the same run once more
+{_export(subject, result["run"])}graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # repeat the run
 ```
 
 In Python:
@@ -50,9 +50,9 @@ graft = graftkit.load(model, {result["run"] + "/graft"!r})
 
 
 def _facts(subject: Subject, result: dict[str, Any]) -> str:
-    """The list of what was trained on what, and how."""
+    """List the data, labels and training setup."""
     columns = ", ".join(f"{name} in column `{column}`" for name, column in subject.columns.items())
-    skipped = f" {subject.skipped} bad rows were left out." if subject.skipped else ""
+    skipped = f" {subject.skipped} bad rows were skipped." if subject.skipped else ""
     labels = ", ".join(map(_plain, subject.labels[:20])) + (" ..." if len(subject.labels) > 20 else "")
     return f"""- data: {subject.rows:,} training rows of `{subject.data}`{f"; {columns}" if columns else ""}.{skipped}
 {f"- labels ({len(subject.labels)}): {labels}" if labels else f"- task: {subject.task_name}"}
@@ -63,7 +63,7 @@ def _facts(subject: Subject, result: dict[str, Any]) -> str:
 def _figures(
     subject: Subject, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]
 ) -> str:
-    """The tables of what came out, for each part of the data that was evaluated."""
+    """Return the tables of metrics, for each data split that was evaluated."""
     if not found:
         return "\nThe run had no rows to evaluate on.\n"
     names = list(dict.fromkeys([*subject.headline, "loss"]))
@@ -103,9 +103,9 @@ def _by_class(metrics: dict[str, Any]) -> str:
 
 
 _MOST_WRONG = """
-## Most wrong
+## Worst examples
 
-Examples whose answers were furthest from what was expected.
+The examples with the largest errors.
 
 | where | example | expected | answer | loss |
 | --- | --- | --- | --- | --- |
@@ -114,8 +114,8 @@ Examples whose answers were furthest from what was expected.
 
 def _unused(result: dict[str, Any]) -> str:
     told = {
-        "without a part in the output, and as they were": result["unused_parameters"],
-        "with a gradient of zero in the whole first epoch": result["zero_gradient_parameters"],
+        "parameters that do not affect the output and stayed unchanged": result["unused_parameters"],
+        "parameters whose gradient was zero throughout the first epoch": result["zero_gradient_parameters"],
     }
     return "".join(f"\n- {what}: {listing(names, 4)}" for what, names in told.items() if names)
 
@@ -126,7 +126,7 @@ def _mistake(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _data_rows(statistics: dict[str, Any]) -> str:
-    """A row for each part of the data, from what its task says of it."""
+    """Return a table row of statistics for each data split."""
     lines = []
     for name, part in statistics.items():
         told = statistics_lines(part)
@@ -148,11 +148,11 @@ def _figure(metrics: dict[str, Any], name: str) -> str:
 def _export(subject: Subject, run: str) -> str:
     if not subject.exports:
         return ""
-    return f"graftkit export {run} --to FOLDER    # a plain model, where the method can be folded\n"
+    return f"graftkit export {run} --to FOLDER    # a plain model, if the method can be folded\n"
 
 
 def _base(subject: Subject) -> str:
-    """The lines that make the plain model."""
+    """Return the Python lines that load the plain model."""
     package, _, function = subject.model.partition(":")
     called = bool(function) and not Path(subject.model).exists()
     lines = [f"from {package} import {function}"] if called else []
@@ -170,10 +170,10 @@ def _in_peft(result: dict[str, Any]) -> str:
         return ""
     return """
 The folder `graft` is also an adapter that PEFT loads on the same base: `PeftModel.from_pretrained(model, FOLDER)`.
-A head that pools is not among what PEFT knows; it is in `graft.safetensors`.
+PEFT does not support a head that pools; it is in `graft.safetensors`.
 """
 
 
 def _plain(text: str) -> str:
-    """A label within one cell of a table."""
+    """Escape a label for one cell of a table."""
     return " ".join(text.splitlines()).replace("|", "\\|")

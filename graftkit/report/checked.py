@@ -1,4 +1,4 @@
-"""What `data check` found, for the terminal."""
+"""Print what `data check` found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN = 20  # findings of each file
 
 
 def show_check(console: Console, found: Check) -> None:
-    """Problems, warnings and statistics, by file; all of them are in the JSON."""
+    """Print problems, warnings and statistics, by file; the JSON has all of them."""
     console.heading("Data")
     for name, part in found.rows.items():
         bad = f", {count(part['bad'])} bad" if part["bad"] else ""

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal. No torch here; with `--json` all of it goes to standard error."""
+"""Terminal output. No torch here; with `--json` all of it goes to standard error."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-LINE_SECONDS = 10.0  # between progress lines where there is no terminal to redraw one
+LINE_SECONDS = 10.0  # between progress lines if there is no terminal to redraw one
 
 
 def count(number: float) -> str:
-    """73728 -> '73,728'."""
+    """Format a count: 73728 -> '73,728'."""
     return f"{number:,.0f}"
 
 
 def size(number: float) -> str:
-    """Bytes with a unit: 1234567 -> '1.2 MB'."""
+    """Format bytes with a unit: 1234567 -> '1.2 MB'."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000 or unit == "GB":
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
@@ -29,7 +29,7 @@ def size(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as '8 s', '2 min 5 s' or '1 h 4 min'."""
+    """Format seconds as '8 s', '2 min 5 s' or '1 h 4 min'."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -46,7 +46,7 @@ class Console:
         terminal = stream.isatty()
         self.rich = RichConsole(
             file=stream, quiet=quiet, highlight=False, soft_wrap=True, width=None if terminal else 110,
-            markup=False, emoji=False,  # labels and paths are shown as they are
+            markup=False, emoji=False,  # labels and paths are shown verbatim
         )  # fmt: skip
         self._progress: Progress | None = None
         self._task: Any = None
@@ -54,7 +54,7 @@ class Console:
         self._rows = 0
 
     def quiet_unless(self, speaks: bool) -> None:
-        """Print nothing from here on unless `speaks`: of several processes one is enough."""
+        """Print nothing from here on unless `speaks`: only one of several processes should print."""
         self.rich.quiet = self.rich.quiet or not speaks
 
     def line(self, text: str = "") -> None:
@@ -64,7 +64,7 @@ class Console:
         self.rich.print(f"\n{text}", style="bold")
 
     def pairs(self, rows: list[tuple[str, str]]) -> None:
-        """Names on the left, values on the right."""
+        """Print names on the left and values on the right."""
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             self.rich.print(f"  {name:<{width}}  {value}")
@@ -81,7 +81,7 @@ class Console:
         self.rich.print(table)
 
     def start(self, total: int, done: int) -> None:
-        """Begin the progress line of a training run."""
+        """Start the progress line of a training run."""
         self._started = self._last = time.monotonic()
         self._rows, self._first = 0, done
         if self.rich.is_terminal:
@@ -93,7 +93,7 @@ class Console:
     def step(
         self, number: int, total: int, epoch: float, loss: float, accuracy: float | None, rows: int
     ) -> None:
-        """One optimizer step: smoothed loss and accuracy on training rows, rows per second, time left."""
+        """Update the progress line after an optimizer step; loss and accuracy are smoothed."""
         self._rows += rows
         now = time.monotonic()
         elapsed = max(now - self._started, 1e-9)

@@ -1,4 +1,4 @@
-"""What a run found, will cost, and gave, for the terminal. No torch here: it reads plain values."""
+"""Print what a run found, its plan and its result. No torch here: everything is plain values."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from graftkit.report.console import Console, count, duration, size
 from graftkit.report.values import Found, Sizes
 
-HARDEST = 3  # classes, and examples that went most wrong, that are shown
+HARDEST = 3  # classes and examples to show
 
 
 def title(name: str) -> str:
-    """How the name of a figure is written for people."""
+    """Return the display name of a metric."""
     return {"macro_f1": "macro F1", "f1": "F1", "exact_match": "exact match"}.get(
         name, name.replace("_", " ")
     )
 
 
 def show_found(console: Console, found: Found) -> None:
-    """Backbone, sites, rows and labels, before the first step."""
+    """Print backbone, sites, rows and labels, before the first step."""
     width = "" if found.width is None else f", width {found.width}"
     parts = [f"{number:,} {name}" for name, number in found.rows.items()]
     columns = ", ".join(f"{name} = {column!r}" for name, column in found.columns.items())
@@ -35,23 +35,31 @@ def show_found(console: Console, found: Found) -> None:
         lines.append(("labels", text + _spread(train.get("labels"), train.get("counted", "training rows"))))
     lines += [("warning", text) for text in found.warnings]
     if found.skipped:
-        lines.append(("left out", f"{len(found.skipped)} bad rows, the first: {found.skipped[0]}"))
+        lines.append(("skipped", f"{len(found.skipped)} bad rows, the first: {found.skipped[0]}"))
     lines.append(("sizes", _sizes(found.sizes)))
     if also := ", ".join(_also(train)):
         lines.append(("also", also))
     lines += [("note", text) for text in train.get("notes", ())]
     if found.chosen_by is not None and found.chosen_by < FEW:
-        few = f"{found.chosen_by} rows are few to choose the best weights by"
+        few = f"{found.chosen_by} rows are too few to select the best weights reliably"
         lines.append(("note", f"{few}; data.eval=null keeps the last ones instead"))
     console.pairs(lines)
 
 
-FEW = 50  # evaluation rows; with as many, the 95% interval of an accuracy of 0.9 is 17 points wide
-TOLD = {"rows", "lengths", "truncated", "labels", "counted", "notes", "example"}  # in words of their own
+FEW = 50  # evaluation rows; with this many, the 95% interval of an accuracy of 0.9 is 17 points wide
+TOLD = {
+    "rows",
+    "lengths",
+    "truncated",
+    "labels",
+    "counted",
+    "notes",
+    "example",
+}  # printed on lines of their own
 
 
 def statistics_lines(part: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a task says of one part of the data, in words."""
+    """Format the statistics of one data split."""
     lengths = part["lengths"]
     unit = lengths["unit"]
     text = f"{count(lengths['sum'])} {unit}"
@@ -69,7 +77,7 @@ def statistics_lines(part: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _also(part: Mapping[str, Any]) -> Iterator[str]:
-    """Figures that only some tasks have; zeros and what is nested deeper are left to the JSON."""
+    """Yield the statistics that only some tasks have; zeros and deeper nesting are left to the JSON."""
     for name, value in part.items():
         if name in TOLD:
             continue
@@ -99,7 +107,7 @@ def _figure(value: float) -> str:
 
 
 def _spread(counts: dict[str, int] | None, what: str) -> str:
-    """How many rows, or what else a task counts, the rarest and the commonest label have."""
+    """Format the counts of the rarest and the most common label."""
     if not counts:
         return ""
     (rare, fewest), (common, most) = (pick(counts.items(), key=lambda item: item[1]) for pick in (min, max))
@@ -109,7 +117,7 @@ def _spread(counts: dict[str, int] | None, what: str) -> str:
 
 
 def _sizes(sizes: Sizes) -> str:
-    """How long rows are, how much of the batches is padding, and how many rows were cut."""
+    """Format row lengths, the fraction of padding, and the number of truncated rows."""
     if sizes.padding is None:
         text = f"{count(sizes.rows)} rows of one size"
     else:
@@ -126,13 +134,13 @@ def _sizes(sizes: Sizes) -> str:
 
 
 def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
-    """Exact counts before the first step. `plan`: what plan.json holds."""
+    """Print exact counts before the first step. `plan`: the content of plan.json."""
     trained, total = plan["trained_parameters"], plan["total_parameters"]
     groups = ", ".join(f"{name} {count(number)}" for name, number in plan["groups"].items())
     console.heading("Plan")
     console.pairs(
         [
-            ("method", plan["method"] or "none: the model as it is"),
+            ("method", plan["method"] or "none: the model is unchanged"),
             ("trained", f"{count(trained)} of {count(total)} parameters ({trained / total:.2%}){': ' if groups else ''}{groups}"),
             *(("schedule", text) for text in _schedule(plan)),
             *(("warning", text) for text in plan["warnings"]),
@@ -152,7 +160,7 @@ def _frozen(frozen: int, blocks: int) -> str:
 
 
 def show_rendered(console: Console, text: str) -> None:
-    """A row as the model reads it, where its task has one to show."""
+    """Print a row as the model reads it, if its task can show one."""
     if text:
         console.heading("A row as the model reads it")
         for line in text.splitlines():
@@ -160,7 +168,7 @@ def show_rendered(console: Console, text: str) -> None:
 
 
 def _schedule(plan: Mapping[str, Any]) -> Iterator[str]:
-    """What is trained from which step on, and whether the run ends before all of it is."""
+    """Yield how many parameters are trained from which step on, and whether the run ends too early."""
     if not plan["schedule"]:
         return
     parts = [
@@ -180,7 +188,7 @@ def show_end(
     console: Console, headline: Sequence[str], result: dict[str, Any], found: dict[str, Any],
     worst: list[dict[str, Any]],
 ) -> None:  # fmt: skip
-    """Figures with their intervals, what went most wrong, time, memory, and where the run is."""
+    """Print the metrics with intervals, the worst examples, time, memory and the run folder."""
     console.heading("Result")
     lines = [line for name, metrics in found.items() for line in _metric_lines(name, metrics, headline)]
     lines.append(("time", duration(result["seconds"])))
@@ -191,9 +199,9 @@ def show_end(
 
 
 def show_worst(console: Console, worst: list[dict[str, Any]]) -> None:
-    """The examples that the model got most wrong."""
+    """Print the worst examples."""
     if worst:
-        console.heading("Most wrong")
+        console.heading("Worst examples")
         for row in worst[:HARDEST]:
             where, asked, expected, answer = mistake(row)
             console.line(f"  {asked}" if where == asked else f"  {where.rpartition('/')[2]}: {asked}")
@@ -201,7 +209,7 @@ def show_worst(console: Console, worst: list[dict[str, Any]]) -> None:
 
 
 def mistake(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Where an example stands, what was asked, what should have come, and what came."""
+    """Return where an example is, its input, the expected answer and the answer."""
     aside = ("where", "id", "expected", "answer", "loss")
     asked = [_said(value) for key, value in row.items() if key not in aside and not isinstance(value, float)]
     return (
@@ -213,7 +221,7 @@ def mistake(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _said(value: Any) -> str:
-    """A value of an example for people."""
+    """Format a value of an example for display."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_said, value)) or "nothing"
     if isinstance(value, dict):
@@ -227,13 +235,13 @@ def _short(text: str, most: int = 80) -> str:
 
 
 def show_metrics(console: Console, found: dict[str, Any], headline: Sequence[str]) -> None:
-    """What `evaluate` found, with the table by class where there is one."""
+    """Print the result of `evaluate`, with the table by class if there is one."""
     metrics = found["metrics"]
     lines = _metric_lines("", metrics, headline)
     if found["truncated"]:
-        lines.append(("truncated", f"{count(found['truncated'])} rows are longer than the model takes"))
+        lines.append(("truncated", f"{count(found['truncated'])} rows are longer than the model's limit"))
     if found["skipped"]:
-        lines.append(("left out", f"{count(found['skipped'])} bad rows"))
+        lines.append(("skipped", f"{count(found['skipped'])} bad rows"))
     console.pairs(lines)
     rows = [
         [label, f"{m['precision']:.3f}", f"{m['recall']:.3f}", f"{m['f1']:.3f}", str(m["rows"])]

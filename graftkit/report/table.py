@@ -1,4 +1,4 @@
-"""Answers as files."""
+"""Write answers to files."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def check_path(path: Path, source: str | None, overwrite: bool) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """Yield a function that writes rows, as often as there are more of them, as CSV (.csv), TSV (.tsv), Parquet
-    (.parquet) or JSON lines (.jsonl): the file is there as a whole when the block ends well, or not at all.
+    """Yield a function that appends rows to a CSV (.csv), TSV (.tsv), Parquet (.parquet) or JSON lines (.jsonl) file.
 
-    Lists and dictionaries in a cell of CSV and TSV are JSON. The columns are those of the first rows; see `check_path`.
+    The file is complete if the block succeeds, and absent otherwise. In CSV and TSV, cells with lists and dictionaries
+    are JSON. The first rows determine the columns; see `check_path`.
     """
     kind = path.suffix.lower()
     with replacing(path) as temporary:
@@ -55,7 +55,7 @@ def writing(path: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
 
 
 class _Cells:
-    """Writes CSV or TSV."""
+    """A writer of CSV or TSV."""
 
     def __init__(self, path: Path, file: TextIO, delimiter: str) -> None:
         self.path = path
@@ -69,8 +69,8 @@ class _Cells:
             self.writer.writerow(names)
         if other := set(names) - set(self.columns):
             raise UserError(
-                f"{self.path}: an answer has {sorted(other)[0]!r}, which the first ones had not, so it has no "
-                "column; write JSON lines (.jsonl)."
+                f"{self.path}: an answer has {sorted(other)[0]!r}, which the first answers do not, so there is no column "
+                "for it; write JSON lines (.jsonl)."
             )
         self.writer.writerows([_cell(row.get(name)) for name in self.columns] for row in rows)
 
@@ -81,7 +81,7 @@ def _cell(value: Any) -> Any:
 
 @contextmanager
 def _parquet(path: Path, temporary: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """Types of the columns are those of the first rows; one that is all null is text."""
+    """Yield a writer of Parquet. The first rows determine the column types; an all-null column is text."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""What reports are made of: plain values, which `graftkit/runs` fills in."""
+"""The plain values that reports are made of; `graftkit/runs` fills them in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long the training rows are, in `unit`, and how many rows of all parts of the data were cut.
+    """Lengths of the training rows, in `unit`, and the number of truncated rows over all data splits.
 
-    `padding`: the share of the batches that is padding; None where all rows have one shape.
+    `padding`: the fraction of the batches that is padding; None if all rows have the same shape.
     """
 
     rows: int
@@ -29,9 +29,10 @@ class Sizes:
 class Found:
     """What a run found before its first step.
 
-    `width`: of the states, where the model tells it. `sites`: how many of each role. `rows`: of each part of the data.
-    `skipped`: a message for each bad row that was left out. `warnings`: what does not stop a run. `statistics`: of the
-    training rows, as the task gives them. `chosen_by`: how many evaluation rows choose the best weights; None where nothing is chosen.
+    `width`: the hidden size, if the model declares it. `sites`: the number of each role. `rows`: the number in each data
+    split. `skipped`: a message for each bad row that was skipped. `warnings`: problems that do not stop a run.
+    `statistics`: the task's, of the training rows. `chosen_by`: the number of evaluation rows that select the best
+    weights; None if no selection takes place.
     """
 
     model: str
@@ -51,7 +52,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem or a warning. `data`: train, eval, test or recipe; `place`: 'line 17' of the file, where it has one."""
+    """A problem or a warning. `data`: train, eval, test or recipe; `place`: 'line 17' of the file, if there is one."""
 
     data: str
     file: str
@@ -61,7 +62,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """What `data check` found. `rows`: of each part of the data, how many are good, and how many are bad."""
+    """What `data check` found. `rows`: the number of good and bad rows in each data split."""
 
     problems: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
@@ -84,11 +85,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a model card is about, beside the run's result and figures.
+    """The contents of a model card, besides the run's result and metrics.
 
-    `task` and `method` are expressions, `model` and `data` as the recipe names them. `model_class` is a class of
-    transformers where `plain` says so; `exports`: `graftkit export` has something to write. `predict`: what
-    `graftkit predict RUN` takes. `skipped`: how many bad training rows were left out.
+    `task` and `method` are expressions; `model` and `data` are as written in the recipe. `model_class` is a class of
+    transformers if `plain`; `exports`: whether the run can be exported. `predict`: the arguments of
+    `graftkit predict RUN`. `skipped`: the number of bad training rows skipped.
     """
 
     model: str
@@ -106,5 +107,5 @@ class Subject:
     columns: Mapping[str, str]
     labels: tuple[str, ...]
     batch_size: int
-    optimizer: str  # empty where nothing is trained
+    optimizer: str  # empty if nothing is trained
     seed: int

@@ -1,4 +1,4 @@
-"""Which weights of a run are kept: those of the evaluation that is best by one figure."""
+"""Select which weights of a run to keep: those with the best value of one metric."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from graftkit.tasks.base import Task
 
 @dataclass(frozen=True)
 class Best:
-    """The figure that decides, and whether the larger ("max") or the smaller ("min") of it is better."""
+    """The metric that decides, and whether a larger ("max") or a smaller ("min") value is better."""
 
     figure: str
     direction: str
 
     def better(self, metrics: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
-        """Whether weights with these metrics are to be kept instead of the best so far. Where the figure is the same, the
-        smaller loss decides; one that is no number is never better."""
+        """Return whether these metrics are better than the best so far.
+
+        Ties are broken by the smaller loss; NaN is never better.
+        """
         if self.figure not in metrics:
             known = [name for name, value in metrics.items() if isinstance(value, float)]
             raise UserError(
-                f"train.best is {self.figure!r}, but the evaluation of these rows does not report it (it reports "
+                f"train.best is {self.figure!r}, but the evaluation of these rows does not report it (reported: "
                 f"{listing(known, 12)})."
             )
         if best is None or math.isnan(best[self.figure]):
@@ -37,14 +39,14 @@ class Best:
 
 
 def best_of(task: Task, labels: Sequence[str], asked: str | None) -> Best:
-    """What chooses the weights: the figure that the recipe names, else the task's first one.
+    """Return the metric that selects the weights: the one in the recipe, or the task's first.
 
-    Raises `UserError` for one that the task does not have.
+    Raises `UserError` if the task does not have it.
     """
     figures = task.figures(labels)
     if asked is not None and asked not in figures:
         raise UserError(
-            f"train.best is {asked!r}, which is no figure that {task.name}() could choose weights by (there are: "
+            f"train.best is {asked!r}, but {task.name}() cannot select weights by it (available: "
             f"{listing(figures)}).{nearest(asked, figures)}"
         )
     name = asked or next(iter(figures))

@@ -1,4 +1,4 @@
-"""Everything that is wrong with the data of a recipe, told at once; nothing is trained."""
+"""Report every problem with the data of a recipe in one pass; nothing is trained."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from graftkit.tasks.base import Examples
 from graftkit.tasks.shared.alike import alike
 
 ORDER = ("train", "eval", "test", "recipe")
-NO_MODEL = "none"  # stands in a recipe that names no model
-RARE, COMMON = 20, 0.9  # a class 20 times as frequent as another, or with 90% of the rows, is told of
+NO_MODEL = "none"  # placeholder in a recipe that names no model
+RARE, COMMON = 20, 0.9  # warn of a class 20 times as frequent as another, or with 90% of the rows
 
 
 def check(
@@ -48,7 +48,7 @@ def check(
 
 
 def check_values(values: Mapping[str, Any], tables: Mapping[str, Any]) -> Check:
-    """`check` of the nested values of a recipe and of tables in memory by name."""
+    """Check nested recipe values, with tables in memory by name."""
     recipe = recipes.make({"model": NO_MODEL, **values})
     return _Checker(recipe, tables, "model" in values).check()
 
@@ -64,7 +64,7 @@ class _Checker:
         self.statistics: dict[str, Any] = {}
         self.files = {name: self._file(name) for name in ("train", "eval", "test") if self._is_given(name)}
         self.columns: dict[str, str] | None = None
-        self.known = False  # whether the labels are
+        self.known = False  # whether the labels are known
         self.examples: dict[str, Examples] = {}
         self.seen: set[Finding] = set()
         self.bad: dict[str, set[str]] = {name: set() for name in self.files}  # messages of bad rows
@@ -101,7 +101,7 @@ class _Checker:
         )
 
     def _columns(self, table: Table | None) -> None:
-        """Columns and labels of the training rows, by which all others are judged."""
+        """Find columns and labels in the training rows; all other rows are checked against them."""
         if table is None:
             return
         named, task = self.recipe.data.columns, self.task
@@ -131,7 +131,7 @@ class _Checker:
             self._add_rows(name, examples.skipped)
 
     def _share(self) -> tuple[Examples, Examples | None] | None:
-        """Training rows with those to learn from and those to be held out; None where that cannot be done."""
+        """Split the training rows into rows to train on and held-out rows; return None if that is impossible."""
         examples, share = self.examples["train"], self.recipe.data.eval
         if not self.known:
             return None
@@ -141,7 +141,7 @@ class _Checker:
         return None if parts is None else (examples.take(parts[0]), examples.take(parts[1]))
 
     def _measure(self, share: tuple[Examples, Examples | None] | None) -> None:
-        """Statistics of rows as the model takes them: its tokenizer or processor is loaded, its weights are not."""
+        """Collect statistics of the encoded rows: load the model's tokenizer or processor, but not its weights."""
         if share is None:
             return
         train, held = share
@@ -163,13 +163,13 @@ class _Checker:
             if dataset.truncated:
                 limit = f"{prepared.max_length:,} {dataset.unit}"
                 self._warn(
-                    name, f"{dataset.truncated:,} of {len(examples):,} rows are longer than {limit} and would be cut."
+                    name, f"{dataset.truncated:,} of {len(examples):,} rows are longer than {limit} and would be truncated."
                 )  # fmt: skip
 
-    # what is no problem, but should be known
+    # warnings
 
     def _repeated(self) -> None:
-        """Rows that were in the training rows before."""
+        """Warn of rows that repeat a training row."""
         if "train" not in self.examples:
             return
         train = self.examples["train"]
@@ -193,14 +193,14 @@ class _Checker:
                     self._warn(name, f"{examples.where(row)}: also in the training rows ({where}){other}.")
 
     def _inputs(self, examples: Examples) -> list[bytes]:
-        """A digest of what is asked in each row."""
+        """Return a digest of the inputs of each row."""
         names = [column.name for column in self.task.columns]
         names = [name for name in names if name in examples.values and name not in self.task.labelled]
         columns = [examples.values[name] for name in names]
         return [_digest([column[row] for column in columns]) for row in range(len(examples))]
 
     def _answers(self, examples: Examples) -> list[Any]:
-        """What is to be learned from each row: a label, or a digest of something longer; None where nothing is known."""
+        """Return the target of each row: a label, or a digest of anything longer; None if it is unknown."""
         targets, labels = examples.targets, self.labels
         if targets is not None:
             if _are_labels(targets) and labels:
@@ -216,7 +216,7 @@ class _Checker:
             return ""
         if isinstance(now, str):
             return f", but here the label is {now!r}, and there {before!r}"
-        return ", but with another answer"
+        return ", but with a different answer"
 
     def _classes(self) -> None:
         examples, labels = self.examples.get("train"), self.labels
@@ -242,10 +242,10 @@ class _Checker:
                 "train", f"{common!r} has {most:,} rows and {rare!r} has {fewest:,}; look at macro F1 too."
             )
 
-    # what is told
+    # collecting the findings
 
     def _try(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work` gives, or None where it raises a `UserError`, which is a problem."""
+        """Return the result of `work`; if it raises a `UserError`, report that as a problem and return None."""
         try:
             return work()
         except NoGoodRows as error:
@@ -275,7 +275,7 @@ class _Checker:
 
 
 def _in_order(finding: Finding) -> tuple[int, int]:
-    """By file, then by row; what is of no row comes last."""
+    """Sort by file, then by row; findings without a row come last."""
     number = finding.place.rpartition(" ")[2]
     return ORDER.index(finding.data), int(number) if number.isdecimal() else sys.maxsize
 

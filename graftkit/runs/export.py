@@ -1,4 +1,4 @@
-"""A finished run as something else: claim the folder, let an exporter write beside it, compare, and swap it in."""
+"""Export a finished run: claim the folder, let an exporter write next to it, compare, and swap it in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from graftkit.runs.folder import CARD
 from graftkit.runs.predict import Loaded, load_run
 from graftkit.runs.prepare import reading_of
 
-MARKER = "graftkit_export.json"  # the files that an export wrote: no others may be overwritten
+MARKER = "graftkit_export.json"  # lists the files of an export: no others may be overwritten
 
 
 def export(
@@ -33,10 +33,10 @@ def export(
 ) -> dict[str, Any]:
     """Write a run to the folder `to`, by default as a plain model of transformers with the graft folded in.
 
-    `model`: where the run's backbone is now, if it has moved. The answers are compared with the run's before the folder
-    gets its place. `README.md` is the run's card. `overwrite` replaces an earlier export, and never a folder with other
-    files. Raises `NotFoldable` where the method cannot be folded, `UserError` where the exporter cannot write the run or
-    `to` is something else.
+    `model`: the new location of the run's backbone, if it has moved. The outputs are compared with the run's before the
+    folder is moved into place. `README.md` is the run's card. `overwrite` replaces an earlier export, but never a folder
+    with other files. Raises `NotFoldable` if the method cannot be folded, and `UserError` if the exporter cannot write
+    the run or `to` cannot be used.
     """
     exporter, folder = exporter or Transformers(), Path(folder)
     with _claim(folder, to, overwrite) as (place, new):
@@ -81,9 +81,9 @@ def _exportable(loaded: Loaded) -> Exportable:
 
 @contextmanager
 def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[tuple[Path, bool]]:
-    """Hold the folder to write. Yield its whole path, and whether it was made for this.
+    """Hold the output folder. Yield its full path, and whether it was created here.
 
-    Raises `UserError` where it may not be written to.
+    Raises `UserError` if it may not be written to.
     """
     with ExitStack() as stack:
         try:
@@ -92,7 +92,7 @@ def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[tuple[Path, bool]]:
             _refuse_others(to, overwrite)
             new = not to.exists()
             stack.enter_context(claimed(to))
-            _refuse_others(to, overwrite)  # another export may have ended there in between
+            _refuse_others(to, overwrite)  # another export may have finished there in between
         except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
             raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
         yield to, new
@@ -105,7 +105,7 @@ def _refuse(to: Path, what: str, kept: Path) -> None:
 
 
 def _refuse_others(to: Path, overwrite: bool) -> None:
-    """Raise `UserError` where `to` is in use by anything, with `overwrite` by anything but an export."""
+    """Raise `UserError` if `to` holds anything, or with `overwrite` anything but an export."""
     file = next((path for path in (to, *to.parents) if path.exists() and not path.is_dir()), None)
     if file is not None:
         raise UserError(f"{str(file)!r} is a file; name a folder to write the model to.")
@@ -120,7 +120,7 @@ def _refuse_others(to: Path, overwrite: bool) -> None:
     ]  # fmt: skip
     if others:
         raise UserError(
-            f"{str(to)!r} holds something other than an exported model ({listing(others, 4)}), so it is not "
+            f"{str(to)!r} holds files that are not part of an exported model ({listing(others, 4)}), so it is not "
             "overwritten; name another folder."
         )
     if not overwrite:
@@ -128,7 +128,7 @@ def _refuse_others(to: Path, overwrite: bool) -> None:
 
 
 def _written_before(to: Path) -> set[str]:
-    """The files that exports wrote to a folder, as they noted there."""
+    """Return the files that earlier exports wrote to a folder, as listed in its marker file."""
     try:
         return {str(name) for name in read_json(to / MARKER)["files"]}
     except (UserError, KeyError, TypeError):
@@ -136,11 +136,11 @@ def _written_before(to: Path) -> set[str]:
 
 
 def _put(temporary: Path, to: Path, written: list[str], new: bool) -> None:
-    """Give a whole export its place. In a folder that was there, be it empty, the files are exchanged one by one: it may be
-    someone's working folder. All of them are noted first, so that a half-done exchange can be done again.
+    """Move a finished export into place. In an existing folder, even an empty one, replace the files one by one: it may be
+    someone's working folder. List all of them first, so that an interrupted replacement can be repeated.
     """
     if new and all(path.name == LOCK for path in to.iterdir()):
-        (to / LOCK).unlink()  # a folder takes the place of an empty one only
+        (to / LOCK).unlink()  # a folder can only replace an empty one
         temporary.replace(to)
         return
     old = _written_before(to)
@@ -155,7 +155,7 @@ def _put(temporary: Path, to: Path, written: list[str], new: bool) -> None:
 
 
 def _sample(loaded: Loaded) -> Sample:
-    """Rows of the first data file of the run that can be read, else made-up ones."""
+    """Return rows of the first data file of the run that can be read, or else made-up rows."""
     data, task, reading = loaded.recipe.data, loaded.task, reading_of(loaded.recipe)
     for source in (data.train, data.eval, data.test):
         if not isinstance(source, str):
@@ -172,8 +172,8 @@ def _sample(loaded: Loaded) -> Sample:
     given = None if items is None else task.given(items[:ROWS], loaded.columns)
     if given is None:
         raise UserError(
-            "no data file of the run can be read, and export compares the plain model with the run on real rows; put "
-            "the files back where recipe.yaml says."
+            "none of the run's data files can be read, but export compares the plain model with the run on real rows; put "
+            "the files back where recipe.yaml expects them."
         )
     table = task.read(given, reading, "rows")
     columns = find_again(table, task.columns, loaded.columns, leave_out=task.labelled)
@@ -182,7 +182,7 @@ def _sample(loaded: Loaded) -> Sample:
 
 
 def _card(run: Path, how: str) -> str:
-    """The run's card, with how the plain model is loaded in the place of how the graft is used."""
+    """Return the run's card with instructions for the plain model instead of the graft."""
     card = run / CARD
     about = (
         card.read_text(encoding="utf-8").partition("\n## Use\n")[0] if card.is_file() else f"# {run.name}\n"
@@ -191,7 +191,7 @@ def _card(run: Path, how: str) -> str:
 
 
 def _note_files(folder: Path) -> list[str]:
-    """Note in an export which files it consists of."""
+    """List the files of an export in its marker file."""
     written = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     files = sorted([*written, MARKER])
     write_json(folder / MARKER, {"files": files})

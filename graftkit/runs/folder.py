@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, what is a run's in it, and whether its rows are still the same."""
+"""The folder of a run: choose and hold it, recognize its files, and check that the rows are unchanged."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
 )
 ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
-ROWS = "rows_sha256"  # in the plan: a digest of each part of the data
+ROWS = "rows_sha256"  # in the plan: a digest of each data split
 
 
 @contextmanager
 def claimed(recipe: Recipe, overwrite: bool) -> Iterator[Path]:
-    """Choose the folder of a new run, and hold it: no other process can start or resume a run there meanwhile.
+    """Choose the folder of a new run, and hold it: no other process can start or resume a run there.
 
-    Raises `UserError` where a run is there already, or anything else. A run that wrote nothing leaves no folder behind.
+    Raises `UserError` if the folder already holds a run or other files. A run that wrote nothing leaves no folder behind.
     """
     with ExitStack() as stack:
         if recipe.out is None:
@@ -49,13 +49,13 @@ def claimed(recipe: Recipe, overwrite: bool) -> Iterator[Path]:
         folder = named(recipe.out)
         _refuse_used(folder, recipe.out, overwrite, files.holder(folder))
         stack.enter_context(held(folder))
-        _refuse_used(folder, recipe.out, overwrite)  # another run may have ended there in between
+        _refuse_used(folder, recipe.out, overwrite)  # another run may have finished there in between
         yield folder
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[Path]:
-    """Hold the folder of a run. Raises `UserError` where another process is at work in it."""
+    """Hold the folder of a run. Raises `UserError` if another process is using it."""
     with ExitStack() as stack:
         try:
             stack.enter_context(files.claimed(folder))
@@ -65,16 +65,16 @@ def held(folder: Path) -> Iterator[Path]:
 
 
 def named(out: str) -> Path:
-    """The folder that a recipe names, with links followed. Raises `UserError` for one that cannot be."""
+    """Return the folder that a recipe names, with links resolved. Raises `UserError` if that is impossible."""
     try:
         return Path(out).expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a link that leads to itself
+    except (OSError, RuntimeError) as error:  # a symbolic link to itself
         raise UserError(f"run folder {out!r} cannot be used: {error}.") from None
 
 
 @contextmanager
 def _numbered(recipe: Recipe) -> Iterator[Path]:
-    """A new folder under runs/, called after the task and the time."""
+    """Create a new folder under runs/, named after the task and the time."""
     name = "-".join([recipe.task.partition("(")[0], time.strftime("%Y%m%d-%H%M%S")])
     for number in itertools.count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}").absolute()
@@ -108,13 +108,13 @@ def _refuse_used(folder: Path, out: str, overwrite: bool, holder: str | None = N
     if not overwrite:
         at_work = "" if holder is None else f", and {holder} is writing to it"
         raise UserError(
-            f"run folder {out!r} exists{at_work}. Go on with it by `graftkit tune --resume {out}`, "
+            f"run folder {out!r} exists{at_work}. Resume it with `graftkit tune --resume {out}`, "
             "replace it with --overwrite, or name another with --out."
         )
 
 
 def _foreign(folder: Path, names: list[str]) -> list[str]:
-    """The entries that no run wrote; all of them where what a run writes first is not there."""
+    """Return the entries that no run wrote: all of them if the files that a run writes first are missing."""
     foreign = sorted(name for name in names if name not in ENTRIES and not LEFTOVER.fullmatch(name))
     if foreign or PLAN in names:
         return foreign
@@ -123,7 +123,7 @@ def _foreign(folder: Path, names: list[str]) -> list[str]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether the only file is the recipe that a run saved before it was killed, not one that a person wrote."""
+    """Return whether the recipe was saved by a run that was then killed, not written by a person."""
     try:
         return recipes.read(folder / RECIPE).get("out") == str(folder)
     except UserError:
@@ -131,7 +131,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run wrote, and nothing else. Raises `UserError` where that is not allowed."""
+    """Delete the files of a run, and nothing else. Raises `UserError` if that is not permitted."""
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if path.name not in ENTRIES and not LEFTOVER.fullmatch(path.name):
             continue
@@ -145,7 +145,7 @@ def clear(folder: Path) -> None:
 
 
 def how_to_resume(recipe: Recipe, folder: Path) -> str:
-    """The command, or the call where rows were in memory, that goes on with a run."""
+    """Return the command that resumes a run, or the Python call if its rows were in memory."""
     names = [name for name in ("train", "eval", "test") if getattr(recipe.data, name) == IN_MEMORY]
     if not names:
         return f"graftkit tune --resume {shlex.quote(str(folder))}"
@@ -154,8 +154,10 @@ def how_to_resume(recipe: Recipe, folder: Path) -> str:
 
 
 def go_on(folder: Path) -> str:
-    """How a finished run is trained further: its optimizer's state is gone, and its learning rate has come to its end, so
-    that is a new run which begins with its graft."""
+    """Return how to train a finished run further.
+
+    Its optimizer state is gone and its learning rate has decayed, so start a new run from its graft.
+    """
     run = shlex.quote(str(folder))
     return (
         f"To train it further, start a new run from its graft: graftkit tune {run}/recipe.yaml train.from={run} "
@@ -164,7 +166,7 @@ def go_on(folder: Path) -> str:
 
 
 def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[str, str]:
-    """A digest of labels and rows for each part of the data."""
+    """Return a digest of labels and rows for each data split."""
     names = "\0".join(labels)
     return {
         name: hashlib.sha256(f"{names}\n{dataset.digest()}".encode()).hexdigest()
@@ -173,19 +175,19 @@ def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[st
 
 
 def changed_weights(folder: Path, backbone: Backbone, trained: Collection[str]) -> list[str]:
-    """The frozen parameters whose values are not those that the run began with."""
+    """Return the frozen parameters whose values have changed since the run started."""
     plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
     return values.changed(backbone, plan.get(values.KEY), trained)
 
 
 def refuse_other_rows(folder: Path, recipe: Recipe, found: Mapping[str, str]) -> None:
-    """Raise `UserError` where rows are not those that the run began with."""
+    """Raise `UserError` if the rows are not those that the run started with."""
     plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
     for name, digest in plan.get(ROWS, {}).items():
         if found.get(name) != digest:
             source = getattr(recipe.data, name)
             source = source if isinstance(source, str) else recipe.data.train  # a held-out share of it
             raise UserError(
-                f"{source}: the {name} rows are not those that the run in {folder} began with (their texts, labels, "
-                "order or tokens differ), so it cannot go on with them. Put the file back as it was, or start a new run."
+                f"{source}: the {name} rows are not those that the run in {folder} started with (their texts, labels, "
+                "order or tokens differ), so it cannot be resumed. Restore the original file, or start a new run."
             )

@@ -1,4 +1,4 @@
-"""What `graftkit inspect` shows: a model's parts, what selections match, what a method would train."""
+"""`graftkit inspect`: show a model's parts, what selections match and what a method would train."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ EXAMPLE_CLASSES = 2  # a head needs a number of classes before the data is known
 
 
 class AnyTask(Task):
-    """Stands for a task that chooses a label, of whatever the model takes."""
+    """A placeholder for a classification task over any input of the model."""
 
     families = CLASSES
 
 
 def inspect_model(model: str, method: str | None, weights: str | None = None) -> dict[str, Any]:
-    """The anatomy as plain values; with a method also the modules it uses and what it trains. No weights are read."""
+    """Return the anatomy as plain values; with a method, also what it trains. No weights are read."""
     chain = read(method) if method else read("head(pooling='auto')")
     given = (getattr(m, "classes", None) for m in chain.methods if m.gives_outputs)
     classes = next(given, None) or EXAMPLE_CLASSES
@@ -75,7 +75,7 @@ def _selections(backbone: Backbone) -> dict[str, dict[str, int]]:
 
 
 def show(console: Console, found: dict[str, Any]) -> None:
-    """The same for a person."""
+    """Print what `inspect_model` found."""
     console.heading(f"{found['model']} ({found['class']}, {count(found['total_parameters'])} parameters)")
     for line in _tree(found):
         console.line(line)
@@ -99,12 +99,12 @@ def show(console: Console, found: dict[str, Any]) -> None:
 
 
 def _generic(name: str) -> str:
-    """Parameter names of all blocks as one: layer.0 and layer.5 are layer.*."""
+    """Replace block numbers in a parameter name: layer.0 and layer.5 become layer.*."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _tree(found: dict[str, Any]) -> list[str]:
-    """Sites by block; blocks that are alike are drawn once."""
+    """Draw the sites by block; identical blocks are drawn once."""
     lines: list[str] = []
     drawn: dict[tuple, list[int]] = {}
     for block in range(len(found["blocks"])):

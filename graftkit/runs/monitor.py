@@ -47,14 +47,14 @@ class Watch:
         self.last_checkpoint = time.monotonic()
         self.best: dict[str, Any] | None = None
         self.waited = 0
-        self.worst: list[dict[str, Any]] = []  # of the rows looked at last
-        self.best_worst: list[dict[str, Any]] = []  # of the evaluation rows, by the best weights
-        self.unused: set[str] = set()  # trained parameters that turned out to have no part in the output
-        self.zero: list[str] = []  # those whose gradient was zero in the whole first epoch
+        self.worst: list[dict[str, Any]] = []  # of the rows evaluated last
+        self.best_worst: list[dict[str, Any]] = []  # of the evaluation rows, with the best weights
+        self.unused: set[str] = set()  # trained parameters that do not affect the output
+        self.zero: list[str] = []  # parameters whose gradient was zero throughout the first epoch
         self.pending: list[dict[str, Any]] = []
         rows = prepared.rows
         self.choice = best_of(rows.task, rows.labels, prepared.recipe.train.best)
-        self.problems: list[str] = []  # what failed without costing the run
+        self.problems: list[str] = []  # failures that did not stop the run
         self.trackers: Trackers | None = None
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
@@ -84,21 +84,21 @@ class Watch:
         })  # fmt: skip
 
     def tell(self, step: Step, console: Console) -> None:
-        """What the audit found that is no fault."""
+        """Print the findings of the audit that are not errors."""
         new = set(step.unused) - self.unused
         if new:
             self.unused |= new
             console.line(
-                f"note: {len(new)} parameters have no part in the output and stay as they are: {listing(sorted(new), 4)}"
+                f"note: {len(new)} parameters do not affect the output and stay unchanged: {listing(sorted(new), 4)}"
             )
         if step.zero and not self.zero:
             self.zero = list(step.zero)
             console.line(
-                f"note: the gradient of {len(step.zero)} parameters was zero in the whole first epoch: {listing(step.zero, 4)}"
+                f"note: the gradient of {len(step.zero)} parameters was zero throughout the first epoch: {listing(step.zero, 4)}"
             )
 
     def track(self, console: Console) -> None:
-        """Start the trackers that the recipe names, in the first process alone."""
+        """Start the trackers that the recipe names, in the first process only."""
         recipe = self.prepared.recipe
         if self.main and recipe.train.trackers:
             self.trackers = Trackers(
@@ -109,7 +109,7 @@ class Watch:
             )
 
     def untrack(self) -> None:
-        """End the trackers: what is still in their memory is written."""
+        """Finish the trackers, which flushes their buffers."""
         if self.trackers is not None:
             self.trackers.finish()
 
@@ -118,7 +118,7 @@ class Watch:
         console.line(f"warning: {problem}")
 
     def flush(self) -> None:
-        """Write the lines that wait. Raises `UserError` where that fails; they wait on then."""
+        """Write the pending lines. Raises `UserError` if that fails; they stay pending."""
         if self.main and self.pending:
             append_lines(self.folder / METRICS, map(json.dumps, self.pending))
             if self.trackers is not None:
@@ -128,7 +128,7 @@ class Watch:
     def metrics(
         self, name: str, interesting: Callable[[dict[str, Any]], bool] = lambda metrics: True
     ) -> dict[str, Any]:
-        """Metrics of the rows of a dataset, with intervals where the figures without them are `interesting`."""
+        """Return the metrics on a dataset, with intervals if the metrics without them are `interesting`."""
         rows, dataset = self.prepared.rows, self.datasets[name]
         size = 2 * self.prepared.settings.batch_size
         outcomes = predict(dataset, self.forwards[name], rows.task, size)
@@ -136,12 +136,12 @@ class Watch:
         metrics = rows.task.metrics(outcomes, dataset, rows.labels, intervals=False)
         if interesting(metrics):
             metrics = rows.task.metrics(outcomes, dataset, rows.labels)
-        with self._reporting(f"looking for the worst {name} rows"):
+        with self._reporting(f"finding the worst {name} rows"):
             self.worst = rows.task.worst(outcomes, dataset, rows.labels, WORST_ROWS)
         return metrics
 
     def evaluate(self, step: int, console: Console) -> None:
-        """Metrics of the evaluation rows; the best weights so far are kept in a file of their own."""
+        """Evaluate on the evaluation rows, and save the weights if they are the best so far."""
         if "eval" not in self.datasets:
             return
         metrics = self.metrics("eval", lambda found: self.choice.better(found, self.best))
@@ -172,7 +172,7 @@ class Watch:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Write the lines that wait and the state of this step. Raises `UserError` where the disk is full."""
+        """Write the pending lines and the state of this step. Raises `UserError` if the disk is full."""
         with self._telling_how_to_go_on():
             self.flush()
             if self.main:
@@ -189,7 +189,7 @@ class Watch:
             yield
         except UserError as error:
             raise UserError(
-                f"{error} The run goes on from its last checkpoint with: "
+                f"{error} Resume the run from its last checkpoint with: "
                 f"{how_to_resume(self.prepared.recipe, self.folder)}"
             ) from None
 
@@ -207,9 +207,9 @@ class Watch:
             write_text(path, "".join(f"{line}\n" for line in lines if _stays(line, step)))
 
     def finish(self, console: Console) -> dict[str, Any]:
-        """Put the best weights back, look at the test rows, and write graft, card and result."""
+        """Restore the best weights, evaluate on the test rows, and write graft, card and result."""
         prepared, folder = self.prepared, self.folder
-        wait()  # for the best weights to be written
+        wait()  # until the best weights are written
         if self.best is not None:
             checkpoint.load_best(folder / CHECKPOINTS, self.loop.graft.tensors)
         seconds = self.seconds
@@ -237,7 +237,7 @@ class Watch:
                 path.unlink()
             self._describe(result, found, worst)
             self.untrack()
-        wait()  # for the folder to be whole
+        wait()  # until the folder is complete
         with self._reporting("showing the result"):
             show_end(console, task.headline, result, found, worst)
         for problem in self.problems:
@@ -250,7 +250,7 @@ class Watch:
         return result
 
     def _result(self, found: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """What result.json holds."""
+        """Return the content of result.json."""
         return {
             "run": str(self.folder),
             "metrics": found.get("test") or found.get("eval") or {},
@@ -275,7 +275,7 @@ class Watch:
         }
 
     def _describe(self, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]) -> None:
-        """Write what is for people alone. The graft is saved already, and no failure here may cost the run."""
+        """Write the files for human readers. The graft is already saved; no failure here may cost the run."""
         prepared = self.prepared
         if found:
             with self._reporting(f"writing {WORST}"):
@@ -299,7 +299,7 @@ class Watch:
 
 
 def _stays(line: str, step: int) -> bool:
-    """Whether a line of the log is of the run up to that step; what the end of a run wrote comes again."""
+    """Return whether a log line belongs to the run up to `step`; the final lines are written again."""
     try:
         value = json.loads(line)
         return value["step"] <= step and value["kind"] != "final"
@@ -308,7 +308,7 @@ def _stays(line: str, step: int) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory of the device, or of this process on a CPU, in bytes."""
+    """Return the peak memory of the device, or of this process on a CPU, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024

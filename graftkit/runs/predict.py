@@ -1,4 +1,4 @@
-"""What is done with a finished run: load it, evaluate it, let it answer."""
+"""Load a finished run, evaluate it and predict with it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from graftkit.tasks.shared.items import check_items
 
 BATCH = 64
 WORST_ROWS = 20
-MESSAGES = 1000  # of bad rows, that are kept
+MESSAGES = 1000  # about bad rows, at most
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,19 @@ class Loaded:
 def load_run(
     folder: Path, *, exact: bool = False, options: Mapping[str, Any] | None = None, model: str | None = None
 ) -> Loaded:
-    """Load backbone and graft of a run. `exact`: in fp32 throughout, instead of the run's number types. `options`: of
-    the task, given anew. `model`: where the backbone is now, if it has moved."""
+    """Load the backbone and graft of a run.
+
+    `exact`: use fp32 throughout, instead of the run's number types. `options`: task options to override. `model`: the new
+    location of the backbone, if it has moved.
+    """
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{str(folder)!r} is not a run folder (it has no recipe.yaml).")
     if not (folder / "result.json").is_file():
-        raise UserError(f"the run in {folder} is not finished; go on with `graftkit tune --resume {folder}`.")
+        raise UserError(
+            f"the run in {folder} is not finished; resume it with `graftkit tune --resume {folder}`."
+        )
     recipe = recipes.make(recipes.read(folder / "recipe.yaml"), str(folder / "recipe.yaml"), stored=True)
     about = graft_files.read(folder / "graft").about
     if not {"labels", "precision", "task", "columns", "max_length"} <= set(about):
@@ -90,14 +95,14 @@ def load_run(
 
 @contextmanager
 def _telling_of_moves(model: str, named: bool) -> Iterator[None]:
-    """Say what can be done where the backbone of a run is not where it was."""
+    """Add advice to the error if the backbone of a run has moved."""
     try:
         yield
     except UserError as error:
         if named or ":" in model or Path(model).expanduser().is_dir():
             raise
         raise UserError(
-            f"{error} If the model of this run has moved, say where it is: --model FOLDER, or model=... in Python."
+            f"{error} If the model of this run has moved, give its new location: --model FOLDER, or model=... in Python."
         ) from None
 
 
@@ -105,7 +110,7 @@ def _with_options(task: Task, options: Mapping[str, Any]) -> Task:
     for name in options:
         if name not in task.using:
             raise UserError(
-                f"{task.name}() has no option {name!r} that a finished run could be used with (there are: "
+                f"{task.name}() has no option {name!r} that can be changed in a finished run (available: "
                 f"{listing(task.using, 12) or 'none'}).{nearest(name, task.using)}"
             )
     return replace(task, **options) if options else task  # type: ignore[type-var]
@@ -114,8 +119,10 @@ def _with_options(task: Task, options: Mapping[str, Any]) -> Task:
 def evaluate(
     folder: str | Path, data: Any, options: Mapping[str, Any] | None = None, *, model: str | None = None
 ) -> dict[str, Any]:
-    """Metrics of a run on labelled rows: a file, or a table in memory. `options`: of the task, given anew. `model`: where
-    its backbone is now, if it has moved."""
+    """Return the metrics of a run on labelled rows: a file, or a table in memory.
+
+    `options`: task options to override. `model`: the new location of the backbone, if it has moved.
+    """
     loaded = load_run(Path(folder), options=options, model=model)
     reading, task = reading_of(loaded.recipe), loaded.task
     with _settings_of(folder):
@@ -139,10 +146,10 @@ def evaluate(
 def predict(
     folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, model: str | None = None
 ) -> list[dict[str, Any]]:
-    """Answers for texts (a list of strings, or of pairs), a file, or a table in memory.
+    """Predict for texts (a list of strings, or of pairs), a file, or a table in memory.
 
-    Those for a file or a table have their `row` in it: the line of a text file, else the place, from 1. `options`: of
-    the task, given anew. `model`: where the run's backbone is now, if it has moved.
+    Answers for a file or a table include their `row`: the line of a text file, otherwise the 1-based position.
+    `options`: task options to override. `model`: the new location of the run's backbone, if it has moved.
     """
     return answer(folder, given, options, model=model)["predictions"]
 
@@ -154,9 +161,10 @@ def answer(
     show: Callable[[str], None] | None = None,
     model: str | None = None,
 ) -> dict[str, Any]:
-    """What `predict` gives, and how many bad rows were left out, with a message for each of the first 1,000.
+    """Return the predictions and the number of bad rows skipped, with messages for the first 1,000.
 
-    `show`: is given a single answer piece by piece, where the task writes it so; `streamed` says whether it did.
+    `show`: called with the pieces of a single answer as it is generated, if the task supports that; `streamed` in the
+    result says whether it did.
     """
     answers = Answers(folder, given, options, show=show, model=model)
     predictions = list(answers)
@@ -173,7 +181,7 @@ def stream(
     folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, rows: int = ROWS,
     model: str | None = None,
 ) -> Answers:  # fmt: skip
-    """What `predict` gives, one after another while a file of any size is read, `rows` rows at a time."""
+    """Yield the answers of `predict` one by one while reading a file of any size, `rows` rows at a time."""
     return Answers(folder, given, options, rows, model=model)
 
 
@@ -181,10 +189,10 @@ def predict_into(
     folder: str | Path, given: Any, out: str | Path, options: Mapping[str, Any] | None = None, *, overwrite: bool = False,
     rows: int = ROWS, tell: Callable[[int], None] | None = None, model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write what `predict` gives into a file (.jsonl, .csv, .tsv, .parquet), whole or not at all, `rows` rows at a time.
+    """Write the answers of `predict` to a file (.jsonl, .csv, .tsv, .parquet) atomically, `rows` rows at a time.
 
-    The result counts: `rows` answered and `skipped`, with `skipped_rows` a message for each of the first 1,000 bad rows.
-    `tell`: is called with the number of answers so far.
+    The result counts the `rows` answered and `skipped`; `skipped_rows` has a message for each of the first 1,000 bad rows.
+    `tell`: called with the number of answers so far.
     """
     path = Path(out).expanduser()
     check_path(path, str(given) if isinstance(given, str | Path) else None, overwrite)
@@ -201,10 +209,10 @@ def predict_into(
 
 
 class Answers:
-    """The answers of a run, computed while somebody iterates over them; what is iterated over again is read again.
+    """The answers of a run, computed lazily; each iteration reads the rows again.
 
-    `skipped`: how many bad rows were left out so far; `skipped_rows`: a message for each of the first 1,000.
-    `streamed`: whether a single answer was shown while it was written.
+    `skipped`: the number of bad rows skipped so far; `skipped_rows`: a message for each of the first 1,000. `streamed`:
+    whether a single answer was shown as it was generated.
     """
 
     def __init__(
@@ -234,11 +242,11 @@ class Answers:
             yield from piece
 
     def line(self, answer: dict[str, Any]) -> str:
-        """One answer for the terminal."""
+        """Format one answer for the terminal."""
         return self.loaded.task.line(answer)
 
     def pieces(self) -> Iterator[list[dict[str, Any]]]:
-        """Lists of answers, none of them empty. Raises `UserError` for a bad row, or where all rows are bad."""
+        """Yield non-empty lists of answers. Raises `UserError` for a bad row, or if all rows are bad."""
         self._begin()
         none_good: NoGoodRows | None = None
         answered = False
@@ -292,15 +300,15 @@ class Answers:
 
 def _refuse_text(given: str) -> None:
     if not given.strip():
-        raise UserError("the name of the file of rows is empty.")
+        raise UserError("the name of the data file is empty.")
     if os.path.splitext(given)[1].lower() not in SUFFIXES:
         shown = given if len(given) <= 60 else given[:60] + " ..."
-        raise UserError(f"{shown!r} is not a file. To answer texts, give a list of them: [{shown!r}].")
+        raise UserError(f"{shown!r} is not a file. To predict for texts, pass a list: [{shown!r}].")
 
 
 @contextmanager
 def _settings_of(folder: str | Path) -> Iterator[None]:
-    """A message that advises a setting says where it stands: a finished run is given none."""
+    """Add to a message that suggests a setting where to change it: a finished run takes no settings."""
     try:
         yield
     except UserError as error:

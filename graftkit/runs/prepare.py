@@ -1,4 +1,4 @@
-"""From a recipe to everything that a run works with: rows, backbone, graft, plan."""
+"""Turn a recipe into everything that a run needs: rows, backbone, graft, plan."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from graftkit.runs.best import best_of
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 from graftkit.tasks.shared.alike import alike
 
-# what torch says of a shape that no memory could hold
+# torch's messages for shapes too large for any memory
 TOO_LARGE = re.compile(r"size calculation overflowed|Overflow when unpacking|without overflow")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The checked rows of a run, and what was found in them."""
+    """The checked rows of a run, with their columns and labels."""
 
     task: Task
     columns: dict[str, str]
@@ -54,19 +54,19 @@ class Rows:
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """A message for each bad row that was left out, in all files."""
+        """A message for each bad row that was skipped, in all files."""
         parts = [part.skipped for part in (self.train, self.eval, self.test) if part is not None]
         return tuple(dict.fromkeys(message for part in parts for message in part))
 
     @property
     def warnings(self) -> list[str]:
-        """What does not stop a run, but should be known."""
+        """Warnings that do not stop a run."""
         return alike(self.labels)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that could start: its backbone is grafted, on its device, in its number types."""
+    """A run that is ready to start: its grafted backbone is on its device, in its number types."""
 
     recipe: Recipe
     rows: Rows
@@ -83,7 +83,7 @@ class Prepared:
 
     @property
     def depth(self) -> int:
-        """How many leading blocks are frozen for the whole run."""
+        """The number of leading blocks that stay frozen for the whole run."""
         return self.phases[-1].depth
 
 
@@ -92,12 +92,12 @@ def make_task(expression: str) -> Task:
 
 
 def method_of(recipe: Recipe) -> Chain:
-    """The method of a recipe; an empty one where the task trains nothing."""
+    """Return the method of a recipe; an empty one if the task trains nothing."""
     return read_method(recipe.method) if recipe.method else Chain()
 
 
 def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test: Any = None) -> Rows:
-    """Read and check every row before a model is loaded. `train` ... are tables in memory, from Python."""
+    """Read and check every row before a model is loaded. `train` etc. are tables in memory, from Python."""
     task = make_task(recipe.task)
     data = recipe.data
     reading = reading_of(recipe)
@@ -116,7 +116,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
         kept, out = task.hold_out(examples, data.eval, recipe.seed)
         held, examples = examples.take(out), examples.take(kept)
     task = task.resolve(examples, labels, recipe.seed)
-    best_of(task, labels, recipe.train.best)  # a wrong one is told before a model is loaded
+    best_of(task, labels, recipe.train.best)  # raises for an unknown one before a model is loaded
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
@@ -130,7 +130,7 @@ def _examples(
 
 
 def reading_of(recipe: Recipe) -> Reading:
-    """How the files of a run are read."""
+    """Return how to read the files of a run."""
     return Reading(recipe.data.encoding, recipe.data.skip_bad, recipe.data.columns)
 
 
@@ -145,12 +145,12 @@ def prepare_backbone(
     meta: bool = False,
     seed: int = 0,
 ) -> tuple[Backbone, Chain]:
-    """Load the backbone as the task and the method's head need it; the method with its classes and pooling filled in."""
+    """Load the backbone that the task and the method's head need; fill in the method's classes and pooling."""
     source = find_source(model, weights, quantize)
     native = auto_class(source, task.families)
     if not task.head:
         if native is None and source.made is None and task.families:
-            raise UserError(f"model {model!r} is no language model that {task.name}() could use.")
+            raise UserError(f"model {model!r} is not a language model that {task.name}() can use.")
         backbone = load_backbone(source, native, complete=native is not None, meta=meta, seed=seed)
         task.settle(backbone)
         return backbone, method
@@ -171,7 +171,7 @@ def prepare_backbone(
 
 
 def attach_new(backbone: Backbone, method: Chain, *, meta: bool, keep_base: bool = False) -> Graft:
-    """Attach a method to train it. `meta`: shapes only, nothing is allocated. Raises `UserError` for want of memory."""
+    """Attach a method for training. `meta`: shapes only, nothing is allocated. Raises `UserError` if out of memory."""
     try:
         if not meta:
             return attach(backbone, method, keep_base=keep_base)
@@ -181,13 +181,13 @@ def attach_new(backbone: Backbone, method: Chain, *, meta: bool, keep_base: bool
     except (RuntimeError, MemoryError, TypeError) as error:
         if is_out_of_memory(error) or TOO_LARGE.search(str(error)):
             raise UserError(
-                f"{method} does not fit into memory; lower its sizes, such as rank, bottleneck, tokens or hidden."
+                f"{method} does not fit into memory; reduce its size, for example rank, bottleneck, tokens or hidden."
             ) from None
         raise
 
 
 def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
-    """Load, graft, and count. `meta`: shapes only, for the plan."""
+    """Load the backbone, attach the graft and make the plan. `meta`: shapes only."""
     backbone, method = prepare_backbone(
         recipe.model, method_of(recipe), rows.task, rows.labels, weights=recipe.weights,
         quantize=recipe.quantize, meta=meta, seed=recipe.seed,

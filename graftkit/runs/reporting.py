@@ -1,4 +1,4 @@
-"""What reports are given of a run: from its live objects to the plain values of `graftkit/report`."""
+"""Convert the live objects of a run to the plain values that `graftkit/report` takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftkit.tasks.base import Dataset
 
 
 def found_in(prepared: Prepared, datasets: Mapping[str, Dataset], statistics: Mapping[str, Any]) -> Found:
-    """What is shown before the first step. `statistics` of each part of the data, as tasks give them."""
+    """Return what is shown before the first step. `statistics`: the task's, for each data split."""
     backbone, rows = prepared.backbone, prepared.rows
     chooses = rows.task.trains and prepared.recipe.train.evaluate_every != "end"
     parts = {"train": rows.train, "eval": rows.eval, "test": rows.test}
@@ -56,7 +56,7 @@ def _sizes(prepared: Prepared, datasets: Mapping[str, Dataset]) -> Sizes:
 
 
 def width_of(backbone: Backbone) -> int | None:
-    """Width of the states; None where a user's own module does not tell it."""
+    """Return the hidden size; None if a user's own module does not declare it."""
     try:
         return backbone.hidden_size
     except UserError:
@@ -64,7 +64,7 @@ def width_of(backbone: Backbone) -> int | None:
 
 
 def subject_of(prepared: Prepared) -> Subject:
-    """What the model card of a run is about."""
+    """Return the subject of a run's model card."""
     rows, recipe, model = prepared.rows, prepared.recipe, prepared.backbone.model
     plain = hasattr(model, "config")
     return Subject(

@@ -1,4 +1,4 @@
-"""The spine: one readable function for each command."""
+"""One readable function for each training command: tune, resume and plan."""
 
 from __future__ import annotations
 
@@ -111,14 +111,14 @@ def tune(
 def run_recipe(
     recipe: Recipe, console: Console, *, tables: Mapping[str, Any] | None = None, overwrite: bool = False
 ) -> Run:
-    """Train what a recipe says, from the start, into its run folder.
+    """Train a recipe from the start into its run folder.
 
-    Started by `torchrun` or `accelerate launch`, all processes train together: the batches of
-    `train.accumulate` times the number of processes make one step.
+    Under `torchrun` or `accelerate launch`, all processes train together: one step accumulates
+    `train.accumulate` batches in each process.
     """
     console.quiet_unless(processes()[0] == 0)
     if recipe.out is None and processes()[1] > 1:
-        raise UserError("several processes need to know their run folder beforehand: name it with --out.")
+        raise UserError("several processes need a run folder in advance: name it with --out.")
     tables = tables or {}
     refuse_missing(recipe.train.trackers)
     with ExitStack() as stack:
@@ -150,7 +150,7 @@ def resume(
 
 
 def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None) -> Run:
-    """Resume an unfinished run. Raises `UserError` if its rows are not those that it began with."""
+    """Resume an unfinished run. Raises `UserError` if its rows are not those that it started with."""
     console.quiet_unless(processes()[0] == 0)
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
@@ -160,14 +160,14 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE), stored=True)
     if (folder / RESULT).is_file():
         console.line(
-            f"{folder} is finished already; {RESULT} and README.md there have its figures. {go_on(folder)}"
+            f"{folder} is already finished; its metrics are in {RESULT} and README.md there. {go_on(folder)}"
         )
         return Run(folder, read_json(folder / RESULT))
     tables = tables or {}
     for name in ("train", "eval", "test"):
         if getattr(recipe.data, name) == IN_MEMORY and name not in tables:
             raise UserError(
-                f"{folder}: the {name} rows were in memory. Go on with: {how_to_resume(recipe, folder)}."
+                f"{folder}: the {name} rows were in memory. Resume with: {how_to_resume(recipe, folder)}."
             )
     with ExitStack() as stack:
         in_first(lambda: stack.enter_context(run_folder.held(folder)))
@@ -181,12 +181,12 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
             console.line(f"warning: {values.told(prepared.backbone.source, f'the run in {folder}', names)}")
         if processes()[0] == 0:
             remove_leftovers(folder)
-            write_json(folder / PLAN, planned)  # it may have been killed before
+            write_json(folder / PLAN, planned)  # the run may have been killed before writing it
         return _train(prepared, datasets, folder, console, resumed=True)
 
 
 def plan(recipe: Recipe, console: Console) -> Plan:
-    """What `tune` would print before its first step; no weights are read and nothing is trained."""
+    """Print what `tune` prints before its first step; no weights are read and nothing is trained."""
     refuse_missing(recipe.train.trackers)
     rows = prepare_rows(recipe)
     prepared = prepare(recipe, rows, meta=True)
@@ -198,16 +198,16 @@ def plan(recipe: Recipe, console: Console) -> Plan:
 
 def _train(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console, *,
            resumed: bool) -> Run:  # fmt: skip
-    """The run itself. Raises `Interrupted` for Ctrl-C, at whatever moment it comes."""
+    """Train. Raises `Interrupted` on Ctrl-C at any moment."""
     try:
         return Run(folder, _steps(prepared, datasets, folder, console, resumed))
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped. Go on with: {how_to_resume(prepared.recipe, folder)}") from None
+        raise Interrupted(f"stopped. Resume with: {how_to_resume(prepared.recipe, folder)}") from None
 
 
 def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console,
            resumed: bool) -> dict[str, Any]:  # fmt: skip
-    """The steps, and around them logging, evaluation and checkpoints; the result."""
+    """Run the steps with logging, evaluation and checkpoints, and return the result."""
     train, rows = prepared.recipe.train, prepared.rows
     show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
     show_plan(console, prepared.plan.as_dict())
@@ -236,13 +236,13 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                 if _due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
                     watch.evaluate(step.number, console)
                 stop = bool(stopped)
-                if loop.world > 1:  # all stop where one of them is told to
+                if loop.world > 1:  # if one process is signalled, all stop
                     stop = sum_numbers([float(stop)])[0] > 0
                 watch.maybe_checkpoint(train.checkpoint_every, force=stop)
                 if stop:
                     raise Interrupted(
                         f"stopped after step {step.number}; the checkpoint is written. "
-                        f"Go on with: {how_to_resume(prepared.recipe, folder)}"
+                        f"Resume with: {how_to_resume(prepared.recipe, folder)}"
                     )
                 if watch.ended:
                     break
@@ -255,9 +255,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
         raise
     finally:
         console.stop()
-        with suppress(
-            UserError
-        ):  # `finish` tries again; where the run stops, a resumed one writes these lines anew
+        with suppress(UserError):  # `finish` tries again; if the run stops, resuming writes these lines again
             watch.flush()
     return watch.finish(console)
 
@@ -272,7 +270,7 @@ def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:
 
 
 def _encode(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
-    """The rows as the model takes them, less those that turn out to be bad then."""
+    """Encode the rows for the model, and drop those that turn out to be bad."""
     rows = prepared.rows
     others = {"eval": rows.eval, "test": rows.test}
     found = {
@@ -286,7 +284,7 @@ def _encode(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
 
 
 def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]:
-    """The plan as it is written, with digests by which other rows are known when the run is resumed."""
+    """Return the content of plan.json, with digests that detect changed rows when the run is resumed."""
     return {
         **prepared.plan.as_dict(),
         "statistics": statistics(prepared, datasets),
@@ -297,7 +295,7 @@ def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]
 
 
 def statistics(prepared: Prepared, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
-    """What each part of the data is like."""
+    """Return the statistics of each data split."""
     rows = prepared.rows
     return {name: rows.task.statistics(dataset, rows.labels) for name, dataset in datasets.items()}
 
@@ -313,7 +311,7 @@ def _due(every: int | str, step: Step, per_epoch: int, total: int) -> bool:
 
 
 class _Smooth:
-    """Running means for the progress line; no accuracy where the task has none in training."""
+    """Running means for the progress line; no accuracy if the task has none in training."""
 
     def __init__(self) -> None:
         self.loss = self.weight = 0.0
@@ -330,7 +328,7 @@ class _Smooth:
 
 
 def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
-    """The recipe with what was chosen filled in and with absolute paths, so that it runs again anywhere."""
+    """Return the recipe with defaults resolved and absolute paths, so that it can be run from anywhere."""
 
     def absolute(path: Any) -> Any:
         return (

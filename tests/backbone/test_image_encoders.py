@@ -99,7 +99,7 @@ def test_what_has_no_part_in_the_output_is_told(folder, colours, tmp_path, comma
     ]  # fmt: skip
     done = command("tune", *words)
     assert done.status == 0, done.err
-    assert "11 parameters have no part in the output and stay as they are: vision_model.head." in done.out
+    assert "11 parameters do not affect the output and stay unchanged: vision_model.head." in done.out
     result, plan = (
         json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("result", "plan")
     )
@@ -107,4 +107,4 @@ def test_what_has_no_part_in_the_output_is_told(folder, colours, tmp_path, comma
         p.numel() for name, p in hf.SiglipForImageClassification.from_pretrained(folder("siglip")).named_parameters()
         if name in UNUSED["siglip"]
     )  # fmt: skip
-    assert "without a part in the output" in (tmp_path / "run" / "README.md").read_text()
+    assert "do not affect the output" in (tmp_path / "run" / "README.md").read_text()

@@ -87,7 +87,7 @@ def test_a_probe_that_runs_out_of_memory_says_nothing_about_packing():
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (torch.OutOfMemoryError("no room"), "does not fit into memory; lower its sizes"),
+        (torch.OutOfMemoryError("no room"), "does not fit into memory; reduce its size"),
         (RuntimeError("Storage size calculation overflowed with sizes=[3]"), "does not fit into memory"),
         (RuntimeError("more than one element refers to a single memory location"), None),
         (RuntimeError("a hook was allocated twice"), None),

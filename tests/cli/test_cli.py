@@ -276,7 +276,7 @@ def test_predict_names_its_rows_and_those_left_out(command, finished, tmp_path):
     found = only_object(done.out)
     assert [row["row"] for row in found["predictions"]] == [2, 4]
     assert found["skipped"] == 1 and "line 3" in found["skipped_rows"][0]
-    assert "1 bad rows were left out" in done.err and "line 3" in done.err
+    assert "1 bad rows were skipped" in done.err and "line 3" in done.err
     assert "row" not in only_object(command("predict", run, "a plum", "--json").out)["predictions"][0]
     assert "text 2 of 2 is empty" in command("predict", run, "a plum", " ").err
 
@@ -323,7 +323,7 @@ def test_what_an_option_may_be_is_told(command):
 
 def test_rows_in_place_of_a_recipe(command, rows_folder):
     done = command("tune", rows_folder / "train.csv")
-    assert done.status == 1 and "holds rows and is no recipe; write --train" in done.err
+    assert done.status == 1 and "holds rows, not a recipe; write --train" in done.err
 
 
 @pytest.mark.parametrize(

@@ -83,16 +83,20 @@ def test_in_python(folder):
         ("lora", f"{IMPORTS}@dataclass\nclass LoRA(Method):\n    pass\n", "a method 'lora' already"),
         ("broken", "class (:\n", "line 1"),
         ("empty_byte", "a = 1\0\n", "null byte"),
-        ("my-method", f"{IMPORTS}@dataclass\nclass M(Method):\n    pass\n", "'my-method' is no name"),
+        (
+            "my-method",
+            f"{IMPORTS}@dataclass\nclass M(Method):\n    pass\n",
+            "'my-method' is not a valid name",
+        ),
         (
             "clever",
             f"{IMPORTS}@dataclass\nclass C(Method):\n    x: int = option(1 + f(), 'h')\n",
-            "line 4: '1 + f()' in option(...) is no plain value",
+            "line 4: '1 + f()' in option(...) is not a plain value",
         ),
         (
             "plain",
             f"{IMPORTS}class P(Method):\n    pass\n",
-            "line 2: P is no method yet; write @dataclass(frozen=True)",
+            "line 2: P is not a method yet; write @dataclass(frozen=True)",
         ),
         (
             "forgotten",
@@ -102,17 +106,17 @@ def test_in_python(folder):
         (
             "two",
             f"{IMPORTS}@dataclass\nclass A(Method):\n    pass\n@dataclass\nclass B(Method):\n    pass\n",
-            "line 6: A and B are two methods; give each a file of its own",
+            "line 6: A and B are two methods; put each in its own file",
         ),
         (
             "half",
             f"{IMPORTS}class A(Method):\n    x: int = option(1, 'h')\n@dataclass\nclass B(A):\n    pass\n",
-            "line 2: A declares options and is no dataclass",
+            "line 2: A declares options but is not a dataclass",
         ),
         (
             "assigned",
             "from graftkit import LoRA\n@dataclass\nclass A(LoRA):\n    rank = 4\n",
-            "line 3: A assigns 'rank', an option of a base class; declare it anew, as rank: int = option(...)",
+            "line 3: A assigns 'rank', an option of a base class; redeclare it as rank: int = option(...)",
         ),
         (
             "twisted",
@@ -131,11 +135,11 @@ def test_files_that_cannot_be(folder, name, text, told):
 def test_files_that_cannot_be_read(folder):
     (folder / "latin.py").write_bytes("# Größe\n".encode("latin-1"))
     done = run("methods")
-    assert done.returncode == 1 and "latin.py is no Python file that can be read" in done.stderr
+    assert done.returncode == 1 and "latin.py cannot be read as a Python file" in done.stderr
     (folder / "latin.py").unlink()
     (folder / "folder.py").mkdir()
     done = run("methods")
-    assert done.returncode == 1 and "folder.py is no Python file that can be read" in done.stderr
+    assert done.returncode == 1 and "folder.py cannot be read as a Python file" in done.stderr
 
 
 def test_a_file_that_fails_when_it_is_imported(folder):
@@ -148,4 +152,4 @@ def test_a_file_that_fails_when_it_is_imported(folder):
 def test_a_folder_that_is_none(monkeypatch):
     monkeypatch.setenv("GRAFTKIT_METHODS", "/nowhere/at/all")
     done = run("methods")
-    assert done.returncode == 1 and "'/nowhere/at/all', which is no folder" in done.stderr
+    assert done.returncode == 1 and "'/nowhere/at/all', which is not a folder" in done.stderr

@@ -100,4 +100,6 @@ def test_methods_that_are_optimizers_are_refused_with_what_to_write(folder, comm
 def test_a_folder_that_is_none(monkeypatch, command):
     monkeypatch.setenv("GRAFTKIT_OPTIMIZERS", "/nowhere/at/all")
     done = command("optimizers")
-    assert done.status == 1 and "GRAFTKIT_OPTIMIZERS names '/nowhere/at/all', which is no folder" in done.err
+    assert (
+        done.status == 1 and "GRAFTKIT_OPTIMIZERS names '/nowhere/at/all', which is not a folder" in done.err
+    )

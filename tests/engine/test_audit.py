@@ -189,7 +189,7 @@ def test_a_gradient_that_is_not_finite(ready):
         lambda g: g * math.inf
     )
     with pytest.raises(
-        NotFinite, match=r"the gradient's norm is (inf|nan) in step 1.*rows of the batch: .*line"
+        NotFinite, match=r"the gradient norm is (inf|nan) in step 1.*rows of the batch: .*line"
     ):
         next(iter(run.loop))
 

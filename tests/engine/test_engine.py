@@ -143,7 +143,7 @@ def test_memory_that_runs_out_halves_the_parts_and_changes_nothing_else(ready):
         },
     )
     small.loop.forward = never()
-    with pytest.raises(UserError, match="one row alone does not fit"):
+    with pytest.raises(UserError, match="a single row does not fit"):
         step_of(small.loop, [np.arange(16)])
 
 

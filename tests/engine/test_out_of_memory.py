@@ -36,7 +36,7 @@ def test_one_row_that_does_not_fit_is_an_error_with_advice_and_other_errors_are_
     def never(rows: np.ndarray) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    with pytest.raises(UserError, match="one row alone does not fit into the memory of cpu; take less"):
+    with pytest.raises(UserError, match="a single row does not fit into the memory of cpu; take less"):
         list(in_parts(np.arange(4), CPU, never, "take less"))
 
     def wrong(rows: np.ndarray) -> None:

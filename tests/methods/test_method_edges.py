@@ -72,7 +72,7 @@ def test_methods_larger_than_the_model_are_told(text):
 
 def test_methods_larger_than_their_modules_are_told():
     (told,) = warned(tiny.bare("bert"), "lora(rank=9, sites='q')")
-    assert "at 3 of 3 modules, such as 288 beside the 272 of 'encoder.layer.0.attention.self.query'" in told
+    assert "at 3 of 3 modules, such as 288 next to the 272 of 'encoder.layer.0.attention.self.query'" in told
     for text in ("lora(rank=4)", "ia3()", "prefix(tokens=2)", "adapter(bottleneck=2)", "full()"):
         assert warned(tiny.bare("bert"), text) == []
 

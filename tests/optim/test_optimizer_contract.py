@@ -116,7 +116,7 @@ def test_numbers_come_back_with_their_types(tmp_path):
     assert after.param_groups[0]["total"] == 2.5 and after.state[members["weight"]] == {"taken": 2}
     assert type(after.state[members["weight"]]["taken"]) is int
     before.state[members["weight"]]["history"] = [torch.ones(2)]
-    with pytest.raises(UserError, match="Counting keeps 'history' of a parameter as a list"):
+    with pytest.raises(UserError, match="Counting stores 'history' of a parameter as a list"):
         checkpoint.save(tmp_path, 3, dict(members), before, {})
 
 

@@ -108,7 +108,7 @@ def test_what_expressions_mean(text, calls):
         ("adapter(norms=1)", "must be bool"),
         ("lora(rank=f())", "not a plain value"),
         ("lora(rank={[]: 1})", "not a plain value"),
-        ("lora() - head()", "joined by '+' only"),
+        ("lora() - head()", "can only be joined by '+'"),
         ("lora().x", "is not a method's name"),
         ("__import__('os')", "there is no method"),
         ("3", "is not a method's name"),
@@ -224,7 +224,7 @@ def test_constants_of_base_classes_are_inherited():
         ("lora()", "task", "lora() is a method, not a task"),
         ("galore()", "task", "galore() is an optimizer, not a task"),
         ("galor()", "optimizer", "there is no optimizer 'galor' (known: adamw, galore). Did you mean 'galore'?"),
-        ("sgd()", "optimizer", "An optimizer of your own is found where GRAFTKIT_OPTIMIZERS names its folder."),
+        ("sgd()", "optimizer", "To use an optimizer of your own, set GRAFTKIT_OPTIMIZERS to its folder."),
         ("galore(rang=8)", "optimizer", "galore() has no option 'rang' (options: rank, interval, scale, beta1, beta2, eps). Did you mean 'rank'?"),
         ("galore(rank=0)", "optimizer", "rank is 0, but must be at least 1"),
         ("adamw(beta1=1.0)", "optimizer", "beta1 is 1.0, but must be below 1"),
@@ -254,7 +254,7 @@ def test_an_option_with_another_name_than_before(old, new):
     was, now = (re.findall(r"(\w+)=", text) for text in (old, new))
     with pytest.raises(UserError) as caught:
         parse(old, "method")
-    assert f"{was[0]} is called {now[0]} now." in str(caught.value)
+    assert f"{was[0]} is now called {now[0]}." in str(caught.value)
     assert parse(old, "method", stored=True) == parse(new, "method")
     assert renewed(f"{old} + head()", "method") == f"{new} + head()"
     assert read(new)

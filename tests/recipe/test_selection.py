@@ -117,7 +117,7 @@ def test_parameters_of_a_selection():
         ("blocks[1:2:3]", "cannot be read"),
         ("blocks[1", "cannot be read"),
         ("layers[1]", "cannot be read"),
-        ("re:(", "regular expression is wrong"),
+        ("re:(", "regular expression is invalid"),
         ("*", "cannot be read"),
     ],
 )

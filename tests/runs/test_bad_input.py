@@ -90,7 +90,7 @@ def test_an_empty_text_or_label(refused, command, tiny_bert, rows_folder, tmp_pa
     assert done.status == 0 and "1 bad rows" in done.err and "line 11" in done.err
     assert json.loads(done.out)["rows_skipped"] == 1
     assert "20 training rows" in (tmp_path / "ok" / "README.md").read_text()
-    assert "1 bad rows were left out" in (tmp_path / "ok" / "README.md").read_text()
+    assert "1 bad rows were skipped" in (tmp_path / "ok" / "README.md").read_text()
 
 
 def test_one_class_only(refused, tmp_path):

@@ -27,7 +27,7 @@ def test_the_direction_is_that_of_the_figure():
     assert not Best("f1", "max").better(high, high)
     nan = {"loss": 0.1, "f1": math.nan}
     assert not Best("f1", "max").better(nan, low) and Best("f1", "max").better(low, nan)
-    with pytest.raises(UserError, match=r"does not report it \(it reports loss, f1, perplexity\)"):
+    with pytest.raises(UserError, match=r"does not report it \(reported: loss, f1, perplexity\)"):
         Best("macro_f1", "max").better(high, None)
 
 
@@ -50,7 +50,7 @@ def test_tags_that_are_no_entities_have_other_figures():
     task = make_task("tag")
     assert next(iter(task.figures(("O", "B-x", "I-x")))) == "f1"
     assert next(iter(task.figures(("NOUN", "VERB")))) == "accuracy"
-    with pytest.raises(UserError, match=r"there are: accuracy, macro_f1, loss"):
+    with pytest.raises(UserError, match=r"available: accuracy, macro_f1, loss"):
         best_of(task, ("NOUN", "VERB"), "f1")
 
 

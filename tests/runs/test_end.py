@@ -27,7 +27,7 @@ def fails_on_test_rows(self, outcomes, dataset, labels, plain=Classify.metrics):
     [
         (monitor, "model_card", broken, "writing the model card (README.md) failed: KeyError: 'graph'"),
         (monitor, "show_end", broken, "showing the result failed"),
-        (Classify, "worst", broken, "looking for the worst eval rows failed"),
+        (Classify, "worst", broken, "finding the worst eval rows failed"),
         (Classify, "metrics", fails_on_test_rows, "evaluating the test rows failed"),
     ],
 )

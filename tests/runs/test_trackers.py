@@ -75,7 +75,7 @@ def test_a_tracker_that_fails_is_reported_once_and_dropped(
     monkeypatch.setattr(recorder, "fails_at", moment)
     done = tuned(command, tiny_bert, rows_folder, tmp_path / "run")
     assert done.status == 0
-    told = "the tracker 'recorder' failed and is used no more: ConnectionError: no network"
+    told = "the tracker 'recorder' failed and is now disabled: ConnectionError: no network"
     assert f"warning: {told}" in done.out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["problems"] == [told] and result["steps"] == 3

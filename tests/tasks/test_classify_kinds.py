@@ -248,7 +248,7 @@ def test_a_run_learns_answers_and_is_evaluated(tiny_bert, tmp_path, command, kin
     printed = command("predict", run.path, "the old plum")
     assert printed.status == 0 and printed.out.rstrip().endswith("the old plum")
     evaluated = command("evaluate", run.path, "--data", tmp_path / "eval.csv")
-    assert evaluated.status == 0 and "Most wrong" in evaluated.out
+    assert evaluated.status == 0 and "Worst examples" in evaluated.out
     planned = command("plan", run.path / "recipe.yaml")
     assert planned.status == 0, planned.err
     statistics = json.loads((run.path / "plan.json").read_text())["statistics"]["train"]

@@ -81,7 +81,7 @@ def test_runs(llama, tmp_path, quantize, command):
     assert again["rows"] == 5 and isinstance(run.predict(["snow?"])[0]["completion"], str)
     plain = graftkit.load(load(llama, None), run.path / "graft")  # the graft fits the model as it was
     assert set(plain.labels) and graft_tensors(run.path)
-    with pytest.raises(UserError, match=f"stored as {quantize}, into which nothing can be folded"):
+    with pytest.raises(UserError, match=f"quantized as {quantize}, and nothing can be folded into them"):
         run.export(tmp_path / "plain")
     plan = json.loads((run.path / "plan.json").read_text())
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(24)))

@@ -362,7 +362,7 @@ def test_a_run_trains_nothing_and_can_be_used(folders, tmp_path, command, kind):
     refused = command("export", out, "--to", tmp_path / "plain")
     assert refused.status == 1 and "nothing to export" in refused.err
     card = (out / "README.md").read_text()
-    assert card.splitlines()[0].endswith(" with the model as it is") and "graftkit export" not in card
+    assert card.splitlines()[0].endswith(" with the unmodified model") and "graftkit export" not in card
     again = command("tune", "--resume", out)
     assert again.status == 0 and "finished already" in again.out
     (out / "result.json").unlink()

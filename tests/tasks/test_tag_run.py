@@ -153,7 +153,7 @@ def test_the_terminal_tells_what_was_read(command, tiny_bert, files, tmp_path):
     assert done.status == 0, done.err
     assert "tags are IOB1 and are read as BIO" in done.out and "further parts of sentences" in done.out
     assert "entities each" in done.out and "F1" in done.out
-    assert "Most wrong" in done.out
+    assert "Worst examples" in done.out
 
 
 def test_plan(command, tiny_bert, files, tmp_path):
