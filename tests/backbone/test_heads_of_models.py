@@ -339,12 +339,12 @@ def test_a_stacked_head_keeps_all_promises(name, tmp_path):
 
 def test_nothing_is_stacked_on_a_random_head(tiny_bert, tmp_path, rows_folder, command):
     backbone = Backbone(tiny.with_head("bert"), missing=("classifier.weight", "classifier.bias"))
-    assert "hold no trained 'classifier'" in message(backbone, "head(classes=2, pooling='stacked')")
+    assert "contain no trained 'classifier'" in message(backbone, "head(classes=2, pooling='stacked')")
     words = tune_words(tiny_bert, rows_folder, tmp_path / "run", method="head(pooling='stacked')")
     done = command(*words)
     assert (
         done.status == 1
-        and "hold no trained head (classifier.bias, classifier.weight are missing)" in done.err
+        and "contain no trained head (classifier.bias, classifier.weight are missing)" in done.err
     )
 
 
