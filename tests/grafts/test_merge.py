@@ -242,7 +242,9 @@ def test_nothing_is_lost_by_overwriting(tmp_path):
     assert "is a file" in refused([a, b], tmp_path / "file", overwrite=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("task: classify")
-    assert "files that do not belong to a graft (recipe.yaml)" in refused([a, b], tmp_path / "run", overwrite=True)
+    assert "files that do not belong to a graft (recipe.yaml)" in refused(
+        [a, b], tmp_path / "run", overwrite=True
+    )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
 
 
