@@ -19,9 +19,7 @@ def check(calls: Sequence[Call]) -> None:
     methods = [(call, entries("method")[call.name]) for call in calls]
     heads = [f"{entry.name}()" for _, entry in methods if entry.constants.get("gives_outputs")]
     if len(heads) > 1:
-        raise UserError(
-            f"{' and '.join(heads)} both give the outputs that a task asks for; leave one of them out."
-        )
+        raise UserError(f"{' and '.join(heads)} both compute the outputs of the task; leave one of them out.")
     for _, whole in methods:
         if whole.constants.get("covers"):
             for call, part in methods:
@@ -38,7 +36,7 @@ def _refuse_beside(whole: Entry, call: Call, part: Entry, is_partly_frozen: bool
         has_use = part.constants.get("yields", 0) < whole.constants.get("yields", 0)
         if not has_use or call.arguments.get("lr") is None:
             rate = (
-                f", or give {part.name}() a learning rate of its own, lr=..., for what it selects"
+                f", or give {part.name}() its own learning rate, lr=..., for what it selects"
                 if has_use
                 else ""
             )
@@ -47,8 +45,8 @@ def _refuse_beside(whole: Entry, call: Call, part: Entry, is_partly_frozen: bool
             )
     if part.constants.get("updates_weights") and not is_partly_frozen:
         raise UserError(
-            f"{part.name}() adds an update to weights that {whole.name}() trains themselves, which makes nothing possible "
-            "that was not; leave one of them out."
+            f"{part.name}() adds an update to weights that {whole.name}() already trains, which gains nothing; "
+            "leave one of them out."
         )
 
 
