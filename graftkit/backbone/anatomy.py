@@ -1,4 +1,4 @@
-"""What a module is: a map, a norm, something that a method added. See `graftkit.backbone.parts` for its role."""
+"""Kinds of modules: linear layers, convolutions, norms, additions. See `graftkit.backbone.parts` for their roles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Q_NAMES = {"q", "query", "q_proj", "q_lin", "to_q", "wq", "query_proj", "q_linear"}
-BY_WEIGHT = {"WavLMAttention"}  # use their maps by `multi_head_attention_forward`
+BY_WEIGHT = {"WavLMAttention"}  # pass the weights of their linear layers to `multi_head_attention_forward`
 QKV_NAMES = {"qkv", "qkv_proj", "c_attn", "query_key_value", "in_proj", "wqkv", "attn_qkv"}
 
 
@@ -34,15 +34,15 @@ class Added(nn.Module):
 
 @dataclass(frozen=True)
 class Site:
-    """One module that holds parameters of its own: where a method may attach."""
+    """One module with its own parameters, where a method may attach."""
 
     name: str
     module: nn.Module
     role: (
         str  # q, k, v, o, qkv, up, gate, down, linear, conv, experts, norm, embedding, head, pooler or other
     )
-    block: int | None  # index of its block; None outside of the blocks
-    called: bool = True  # or its parent multiplies by its weight itself
+    block: int | None  # index of its block; None outside the blocks
+    called: bool = True  # False if its parent multiplies by its weight instead
 
     @property
     def parameters(self) -> int:
@@ -50,10 +50,10 @@ class Site:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a map x W + b: `nn.Linear`, or the `Conv1D` of GPT-2 with W transposed.
+    """Return whether a module is a linear layer: `nn.Linear`, or the `Conv1D` of GPT-2 with W transposed.
 
-    The output map of `nn.MultiheadAttention` is none: its weight is used, but it is never called. Nor is a router of
-    experts, which gives more than the product.
+    The output projection of `nn.MultiheadAttention` does not count: its weight is used, but it is never called. Nor does
+    a router of experts, which returns more than the product.
     """
     if isinstance(module, NonDynamicallyQuantizableLinear) or "router" in type(module).__name__.lower():
         return False
@@ -61,20 +61,20 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_uncalled(parent: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether the module `parent.name` is never called, since its parent multiplies by its weight itself: the output map
-    of `nn.MultiheadAttention`, and the maps of those that hand all of their weights to torch's function for it."""
+    """Return whether the module `parent.name` is never called because its parent multiplies by its weight: the output
+    projection of `nn.MultiheadAttention`, and projections of classes that pass all weights to torch's function."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return True
     return type(parent).__name__ in BY_WEIGHT and is_linear(module) and name.endswith("_proj")
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored (in, out), as the `Conv1D` of GPT-2 does."""
+    """Return whether the weight is stored (in, out), as in the `Conv1D` of GPT-2."""
     return type(module).__name__ == "Conv1D"
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear map."""
+    """Return (in, out) of a linear layer."""
     if isinstance(module, nn.Linear):  # not the shape of its weight, which may be packed
         return module.in_features, module.out_features
     rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
@@ -82,35 +82,35 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution, in one to three dimensions."""
+    """Return whether a module is a convolution in one to three dimensions."""
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def is_map(module: nn.Module) -> bool:
-    """A linear map, a convolution, or the joint map of `nn.MultiheadAttention`."""
+    """Return whether a module is a linear layer, a convolution, or an `nn.MultiheadAttention`."""
     return is_linear(module) or is_conv(module) or isinstance(module, nn.MultiheadAttention)
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether the matrices of several experts are kept as one parameter (experts, out, in)."""
+    """Return whether a module stores the matrices of several experts as one parameter (experts, out, in)."""
     return "expert" in type(module).__name__.lower() and any(
         parameter.dim() == 3 for parameter in module.parameters(recurse=False)
     )
 
 
 def holds_query(name: str, module: nn.Module) -> bool:
-    """Whether a module of that name makes the queries of an attention."""
+    """Return whether a module with this name computes the queries of an attention."""
     named = name.rpartition(".")[2].lower() in Q_NAMES | QKV_NAMES
     return isinstance(module, nn.MultiheadAttention) or (named and (is_linear(module) or is_conv(module)))
 
 
 def is_norm(module: nn.Module) -> bool:
-    """LayerNorm, RMSNorm of any model, BatchNorm, GroupNorm: told by the class name, as models bring their own."""
+    """Return whether a module is a norm, by its class name, as many models have their own classes."""
     return "norm" in type(module).__name__.lower()
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of each module that no method added."""
+    """Yield (name, module) for each module that no method added."""
     added: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, Added):
@@ -120,5 +120,5 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether a module keeps running statistics of what passes through it, as BatchNorm does."""
+    """Return whether a module keeps running statistics of its input, as BatchNorm does."""
     return getattr(module, "running_mean", None) is not None

@@ -1,8 +1,8 @@
-"""Attention of our own for transformers models: the place where keys and values can be added.
+"""An attention function for transformers models to which keys and values can be added.
 
 Models of transformers 5 call an attention function by name. `adopt` gives a model ours, which is theirs
-(`sdpa`) plus the keys and values that additions on the attention module offer. This is sturdier than
-handing prefixes in as a cache: it works for encoders, grouped-query heads, rotary positions and generation.
+(`sdpa`) plus the keys and values of additions on the attention module. This is more robust than
+passing prefixes as a cache: it works for encoders, grouped-query heads, rotary positions and generation.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def attention_forward(
 
 
 class AddedKeysValues(Added):
-    """An addition on an attention module that offers keys and values; each (kv heads, tokens, d)."""
+    """An addition on an attention module that provides keys and values, each (kv heads, tokens, d)."""
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
 class ShiftedPositions(Added):
-    """Lets a model count its text's positions from `positions` on, those of its padding excepted.
+    """Shifts the positions of the text, except those of padding, by `positions`.
 
-    It stands at the tables of learned positions and at the maps that turn queries and keys by their position.
+    It hooks tables of learned positions and rotary embeddings.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -67,8 +67,8 @@ class ShiftedPositions(Added):
             room = module.num_embeddings - (0 if padding is None else padding + 1) - self.positions
             if positions.shape[-1] > room:
                 raise UserError(
-                    f"a text of {positions.shape[-1]} tokens does not fit behind the {self.positions} of the prefix: cut "
-                    f"texts to {room} tokens (data.max_length), or use fewer tokens, or shift=False."
+                    f"a text of {positions.shape[-1]} tokens does not fit after the {self.positions} of the prefix: cut "
+                    f"texts to {room} tokens (data.max_length), use fewer prefix tokens, or set shift=False."
                 )
             if padding is not None:
                 given[name] = torch.where(positions == padding, positions, given[name])
@@ -76,7 +76,7 @@ class ShiftedPositions(Added):
 
 
 def shift_positions(backbone: Backbone, tokens: int, name: str) -> None:
-    """Add `ShiftedPositions` to a model. Raises `UserError` where its positions are not numbers."""
+    """Add `ShiftedPositions` to a model. Raises `UserError` if its positions cannot be shifted."""
     model = backbone.model
     reads_text = "input_ids" in parameters_of(model.base_model)  # type: ignore[arg-type]
     places: list[nn.Module] = [table for table in position_tables(model) if type(table) is nn.Embedding]
@@ -87,7 +87,7 @@ def shift_positions(backbone: Backbone, tokens: int, name: str) -> None:
     ]
     if not places or not reads_text:
         raise UserError(
-            f"prefix(shift=True): {type(model).__name__} has no positions of a text that could be shifted; use "
+            f"prefix(shift=True): {type(model).__name__} has no text positions that could be shifted; use "
             "prefix(shift=False), or lora()."
         )
     shifted = ShiftedPositions(tokens)
@@ -101,7 +101,7 @@ def extend(
     module: nn.Module, added: AddedKeysValues, query: Tensor, key: Tensor, value: Tensor,
     mask: Tensor | None, kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Put the added keys and values in front; every query may attend to them."""
+    """Prepend the added keys and values; every query may attend to them."""
     batch, _, length, _ = query.shape
     new_key, new_value = added.keys_values()
     tokens = new_key.shape[1]
@@ -113,7 +113,7 @@ def extend(
     if mask is not None:
         front = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
         mask = torch.cat([front.expand(*mask.shape[:-1], tokens), mask], dim=-1)
-    if kwargs.get("position_bias") is not None:  # T5: none towards what is added
+    if kwargs.get("position_bias") is not None:  # T5: no bias towards added keys
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (tokens, 0))
     key = torch.cat([new_key.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([new_value.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
@@ -121,7 +121,7 @@ def extend(
 
 
 def adopt(backbone: Backbone) -> None:
-    """Make a transformers model call `attention_forward`. Raises `UserError` where it cannot."""
+    """Make a transformers model call `attention_forward`. Raises `UserError` if that is impossible."""
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
@@ -135,7 +135,7 @@ def adopt(backbone: Backbone) -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
         set_attention(model, NAME)
-    except ValueError as error:  # attention that sdpa has no equal for, such as soft-capped scores
+    except ValueError as error:  # attention that sdpa does not support, such as soft-capped scores
         raise UserError(
             f"{type(model).__name__} cannot compute its attention as sdpa ({str(error).split('.')[0]}), so keys and "
             "values cannot be added to it. Use lora or adapter instead."
@@ -143,7 +143,7 @@ def adopt(backbone: Backbone) -> None:
 
 
 def release(model: nn.Module, implementation: str | None) -> None:
-    """Give a model its own attention back, unless an addition still needs ours."""
+    """Restore a model's own attention, unless an addition still needs ours."""
     config = getattr(model, "config", None)
     if implementation is None or getattr(config, "_attn_implementation", None) != NAME:
         return
@@ -152,7 +152,7 @@ def release(model: nn.Module, implementation: str | None) -> None:
 
 
 def attention_modules(backbone: Backbone) -> list[tuple[int, str, nn.Module]]:
-    """(block, name, module) of the module in each block that calls the attention function: the parent of q."""
+    """Return (block, name, module) of the module in each block that calls the attention function: the parent of q."""
     found = []
     for site in backbone.sites:
         if site.block is not None and site.role in ("q", "qkv"):

@@ -22,9 +22,9 @@ WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim", "num_features", "embed
 class Backbone:
     """A pre-trained model with its processor and anatomy.
 
-    `source` is what messages call the model: the path, hub id or class name it came from.
-    `pooling` is what the folder says of sentence pooling ('mean', 'cls', ...), if it says anything.
-    `missing` names the parameters that the weights lacked, which are random: parts of a head.
+    `source`: the path, hub id or class name of the model, for messages.
+    `pooling`: the sentence pooling that the folder specifies ('mean', 'cls', ...), if any.
+    `missing`: names of parameters that the weights lacked, which are random: parts of a head.
     """
 
     model: nn.Module
@@ -54,8 +54,8 @@ class Backbone:
 
     @property
     def idle(self) -> set[str]:
-        """Base parameters without a part in the output: what stands for masked sound where the config masks none, and in
-        models of transformers for the masked patches and words of their pre-training."""
+        """Base parameters that do not affect the output: embeddings of masked audio if the config masks none, and in
+        transformers models those of masked patches and words, used only in pre-training."""
         config = getattr(self.model, "config", None)
         masking = getattr(config, "apply_spec_augment", True) and getattr(config, "mask_time_prob", 1) > 0
         masks = set() if masking else {"masked_spec_embed"}
@@ -79,12 +79,14 @@ class Backbone:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the states that the model gives: channels of a convolutional one.
+        """Width of the states that the model returns; for a convolutional one, channels.
 
-        Raises `UserError` for a user's own module that does not tell.
+        Raises `UserError` for a user's own module of unknown width.
         """
         pooled = getattr(getattr(self.model, "timm_model", None), "head_hidden_size", None)
-        if isinstance(pooled, int):  # some of timm's have a map between their feature maps and the classifier
+        if isinstance(
+            pooled, int
+        ):  # some timm models have a layer between their feature maps and the classifier
             return pooled
         config = getattr(self.model, "config", None)
         sizes = getattr(config, "hidden_sizes", None)
@@ -97,12 +99,12 @@ class Backbone:
         width = self._last_width()
         if width is None:
             raise UserError(
-                f"{self.source} does not tell the width of its states; give the module an attribute hidden_size."
+                f"the width of the states of {self.source} is unknown; give the module an attribute hidden_size."
             )
         return width
 
     def _last_width(self) -> int | None:
-        """What comes into a module's own head, else what its last part with a known width gives."""
+        """Return the input width of a module's own head, else the output width of its last part with a known one."""
         for site in self.sites:
             if site.role == "head" and is_map(site.module):
                 return widths(site.module)[0]
@@ -117,9 +119,9 @@ class Backbone:
 
     @cached_property
     def heights(self) -> dict[str, int]:
-        """For each base parameter the block it lies in or directly above, counted from 0; -1 below all blocks.
+        """For each base parameter, the index of its block, or of the block directly below it; -1 below all blocks.
 
-        Parts between two blocks belong to the lower one. Order is that of definition.
+        Parts between two blocks belong to the lower one. The order is that of definition.
         """
         height = -1
         found: dict[str, int] = {}
@@ -142,12 +144,12 @@ class Backbone:
         return causal and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     def module(self, name: str) -> nn.Module:
-        """The module of that dotted name."""
+        """Return the module with this dotted name."""
         return self.model.get_submodule(name) if name else self.model
 
 
 def widths(module: Any) -> tuple[int, int]:
-    """(in, out) of a map: features of a linear one, channels of a convolution."""
+    """Return (in, out): features of a linear layer, channels of a convolution, width of an attention."""
     if is_linear(module):
         return features(module)
     if is_conv(module):

@@ -8,16 +8,16 @@ from graftkit.backbone.anatomy import base_modules, holds_query, is_map
 
 Members = list[tuple[str, nn.Module]]
 LISTS = (nn.ModuleList, nn.Sequential)
-SHARE = 1 / 3  # of the largest class: an encoder's blocks beside a decoder's
+SHARE = 1 / 3  # of the largest class, for example for an encoder's blocks beside a decoder's
 
 
 def find_blocks(model: nn.Module) -> Members:
-    """(name, module) of each block in order.
+    """Return (name, module) of each block in order.
 
-    Of the classes of modules that stand in lists (`nn.ModuleList`, `nn.Sequential`) and hold at least two maps, the
-    one with most parameters is that of the blocks; another beside it of a like size (encoder and decoder) is too.
-    Where such modules are stages, which only hold lists of their own and no attention outside of these, the blocks
-    are the members of those lists.
+    Blocks are members of lists (`nn.ModuleList`, `nn.Sequential`) with at least two linear layers or convolutions. Their
+    class is the one with the most parameters in total; another class of similar size beside it (encoder and decoder)
+    counts too. If such modules are stages, which hold lists and no attention outside these, the blocks are the members
+    of those lists.
     """
     classes = _listed(model)
     if not classes:
@@ -35,9 +35,9 @@ def find_blocks(model: nn.Module) -> Members:
 
 
 def _listed(model: nn.Module) -> dict[type, Members]:
-    """Modules of at least two maps that stand in lists, by class; one inside another of its class is left out.
+    """Return list members with at least two layers, by class, without those inside another member of their class.
 
-    One alone in a sequence is no block: sequences also hold parts that do not repeat.
+    A single member of an `nn.Sequential` is not a block: sequences also hold parts that do not repeat.
     """
     found: dict[type, Members] = {}
     repeats: set[type] = set()
@@ -57,7 +57,7 @@ def _listed(model: nn.Module) -> dict[type, Members]:
 
 
 def _within(name: str, block: nn.Module) -> Members:
-    """The block itself, or the blocks of the list in it where it is a stage."""
+    """Return the block itself, or the blocks of the list in it if it is a stage."""
     for list_name, container in block.named_modules():
         children = list(container.named_children()) if isinstance(container, LISTS) else []
         alike = len({type(child) for _, child in children}) == 1
@@ -79,7 +79,7 @@ def _is_composite(module: nn.Module) -> bool:
 
 
 def _nested(name: str, other: str) -> bool:
-    """Whether one of two modules is the other, or lies in it."""
+    """Return whether two modules are the same or one contains the other."""
     return name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.")
 
 

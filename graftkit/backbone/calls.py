@@ -1,4 +1,4 @@
-"""What the `forward` of a module takes, found out once for each class."""
+"""The arguments of modules' `forward`, inspected once for each class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-# by function, not by module: a class has one for all its modules, and a module whose forward is replaced has another
+# by function, not by module: modules of a class share one, and a module whose forward is replaced has another
 _Signatures = WeakKeyDictionary[Callable[..., Any], inspect.Signature]
 _of_methods: _Signatures = WeakKeyDictionary()
 _of_functions: _Signatures = WeakKeyDictionary()
@@ -19,7 +19,7 @@ _of_functions: _Signatures = WeakKeyDictionary()
 def signature_of(module: nn.Module) -> inspect.Signature:
     """Return `inspect.signature(module.forward)`, computed once for each function that is some module's `forward`.
 
-    `inspect.signature` takes as long as a small layer, and hooks ask at every call.
+    `inspect.signature` takes as long as a small layer, and hooks need it at every call.
     """
     forward = module.forward
     function, known = forward, _of_functions

@@ -1,4 +1,4 @@
-"""Whether what a tokenizer or processor gives fits the model: checked before training, with or without its weights."""
+"""Check that the output of a tokenizer or processor fits the model, before training, with or without weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftkit.backbone.memory import is_out_of_memory
 from graftkit.errors import UserError, listing
 
 NAMED = ("pad_token", "bos_token", "eos_token", "unk_token", "cls_token", "sep_token", "mask_token")
-CHUNK = 4096  # rows whose ids are looked at together
+CHUNK = 4096  # rows whose ids are checked together
 
 
 def token_rows(model: nn.Module) -> int | None:
@@ -35,8 +35,8 @@ def token_rows(model: nn.Module) -> int | None:
 def refuse_tokens_without_rows(model: nn.Module, tokenizer: Any, source: str) -> None:
     """Raise `UserError` for a tokenizer with tokens beyond the rows of the embedding.
 
-    Those that only stand for images and the like (special, and none of the seven that a tokenizer names) are no fault
-    until a text holds one: published folders have them.
+    Special tokens other than the seven that a tokenizer names, such as placeholders for images, are accepted until a
+    text contains one: published folders have them.
     """
     rows = token_rows(model)
     if rows is None or len(tokenizer) <= rows:
@@ -53,7 +53,7 @@ def refuse_tokens_without_rows(model: nn.Module, tokenizer: Any, source: str) ->
 
 
 def refuse_misfit_tokenizer(backbone: Backbone, tokenizer: Any, config: Any, pools: bool) -> None:
-    """Raise `UserError` for tokens without a row, or where a head that pools does not find the end of a row."""
+    """Raise `UserError` for tokens without an embedding, or if a pooling head cannot find the end of a row."""
     refuse_tokens_without_rows(backbone.model, tokenizer, backbone.source)
     if not pools:
         return
@@ -65,7 +65,7 @@ def refuse_misfit_tokenizer(backbone: Backbone, tokenizer: Any, config: Any, poo
     end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
     if isinstance(end, int) and end not in tokenizer("a")["input_ids"]:
         raise UserError(
-            f"the tokenizer of {backbone.source!r} puts no end token behind a text, and the model's own head reads the state "
+            f"the tokenizer of {backbone.source!r} puts no end token after a text, and the model's own head reads the state "
             "there; use head(pooling='mean'), or save the tokenizer with one."
         )
 
@@ -82,7 +82,7 @@ def _without_row(tokens: Sequence[str], size: int, rows: int, source: str) -> st
 def check_token_ids(
     backbone: Backbone, rows: Iterable[np.ndarray | Sequence[int]], where: Callable[[int], str]
 ) -> None:
-    """Raise `UserError` where a row holds an id beyond the embedding's rows. `where` says where a row stands."""
+    """Raise `UserError` if a row contains an id beyond the embedding's rows. `where` describes the place of a row."""
     known = token_rows(backbone.model)
     if known is None:
         return
@@ -97,7 +97,7 @@ def check_token_ids(
 
 
 def check_token_types(backbone: Backbone, rows: Iterable[np.ndarray]) -> None:
-    """Raise `UserError` where a tokenizer gives token types that the model has no embedding for."""
+    """Raise `UserError` if a tokenizer returns token types that the model has no embedding for."""
     tables = (
         module.num_embeddings
         for name, module in backbone.model.named_modules()
@@ -107,7 +107,7 @@ def check_token_types(backbone: Backbone, rows: Iterable[np.ndarray]) -> None:
     most = max((int(row.max()) for row in rows if len(row)), default=0) if known is not None else 0
     if known is not None and most >= known:
         raise UserError(
-            f"model {backbone.source!r}: its tokenizer gives token types up to {most}, but the model has {known} "
+            f"model {backbone.source!r}: its tokenizer returns token types up to {most}, but the model has {known} "
             f"token type{'s' * (known != 1)}. Save the tokenizer without them: tokenizer.model_input_names = "
             "['input_ids', 'attention_mask'], then tokenizer.save_pretrained(FOLDER)."
         )
@@ -115,10 +115,10 @@ def check_token_types(backbone: Backbone, rows: Iterable[np.ndarray]) -> None:
 
 @torch.no_grad()
 def misfit(model: nn.Module, run: Callable[[torch.device], Any]) -> Exception | None:
-    """What goes wrong when `run` calls the model with a row on its device, if anything does.
+    """Return the error raised when `run` calls the model with a row on its device, or None.
 
-    Modes and random state stay as they are. On the meta device only shapes are tried, and what a model cannot do there
-    is no misfit.
+    Modes and random state are restored. On the meta device only shapes are checked, and operations that it does not
+    support are not reported.
     """
     modes = [(module, module.training) for module in model.modules()]
     some = next(model.parameters())

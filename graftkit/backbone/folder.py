@@ -1,4 +1,4 @@
-"""Whether the folder of a model is whole: its files are what their names say, and none is lost."""
+"""Check that the folder of a model is complete and its files are intact."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROCESSOR_FILES = (
 
 
 def refuse_faults(folder: Path, names: Sequence[str]) -> None:
-    """Raise `UserError` for a file that is not the one that its name says: a Git LFS pointer, an empty or cut one."""
+    """Raise `UserError` for a file that is a Git LFS pointer, empty or truncated."""
     for name in names:
         wrong = fault(folder / name)
         if wrong is not None:
@@ -30,7 +30,7 @@ def refuse_faults(folder: Path, names: Sequence[str]) -> None:
 
 
 def refuse_lost_parts(folder: Path, weights: Sequence[str]) -> None:
-    """Raise `UserError` where weights are in several files and some of them are not there."""
+    """Raise `UserError` if weights are split into several files and some of them are missing."""
     for index in folder.glob("*.safetensors.index.json"):
         refuse_faults(folder, [index.name])
         try:
@@ -42,12 +42,12 @@ def refuse_lost_parts(folder: Path, weights: Sequence[str]) -> None:
         lost = sorted(map(str, named - set(weights)))
         if lost and "model.safetensors" not in weights:
             raise UserError(
-                f"{folder} lacks {listing(lost, 4)}, which {index.name} names: download what is missing."
+                f"{folder} lacks {listing(lost, 4)}, which {index.name} names: download the missing files."
             )
 
 
 def processor_kind(folder: Path) -> tuple[str, str]:
-    """What turns rows into inputs of a model of this kind, with its file, and the class that saves it."""
+    """Return the kind of processor that a model needs, with its file name, and the class that saves it."""
     from transformers.models.auto import modeling_auto
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")

@@ -1,6 +1,6 @@
 """Load a model and its processor into a `Backbone`.
 
-Weights are safetensors only, no remote code runs, and nothing is fetched unless a hub id is named.
+Weights must be safetensors, no remote code runs, and nothing is downloaded unless a hub id is named.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def load_backbone(
 ) -> Backbone:
     """Load the model and its processor.
 
-    `native`: the auto class of transformers that builds the architecture with a head of its own (see `auto_class`);
-    without it the bare encoder or decoder. `labels`: that head is made for these outputs. `complete`: it must be in
-    the folder as it is. `meta`: shapes only, no weights are read; for the plan and for `inspect`.
+    `native`: the auto class of transformers that builds the architecture with its own head (see `auto_class`);
+    without it, the bare encoder or decoder is loaded. `labels`: outputs of that head. `complete`: the folder must
+    contain the trained head. `meta`: shapes only, no weights are read; for the plan and for `inspect`.
     """
     if source.made is not None:
         if source.weights is not None:
@@ -71,7 +71,7 @@ def load_backbone(
 
 
 def _described(source: Source) -> tuple[Any, Any]:
-    """The configuration and the processor in the folder of a model."""
+    """Return the configuration and the processor in a model's folder."""
     import transformers
     from transformers.utils import logging
 
@@ -90,7 +90,7 @@ def _described(source: Source) -> tuple[Any, Any]:
 def _built(
     source: Source, kind: str, config: Any, new_head: bool, meta: bool, seed: int
 ) -> tuple[Any, tuple[str, ...]]:
-    """The model of an auto class, and the names of the parameters that its folder does not hold."""
+    """Return the model of an auto class, and the names of the parameters that its folder lacks."""
     import transformers
 
     assert source.folder is not None
@@ -116,7 +116,7 @@ def _built(
 
 
 def _never_quantized(auto: Any, folder: Path, config: Any) -> tuple[str, ...]:
-    """Names of the head's maps, and of those that the weights lack: they are new, or of another size."""
+    """Return the names of the head's layers, and of layers that are new or have another size in the weights."""
     with torch.device("meta"):
         model = auto.from_config(config)
     heads = [site.name for site in find_sites(model)[0] if site.role == "head"]
@@ -126,7 +126,7 @@ def _never_quantized(auto: Any, folder: Path, config: Any) -> tuple[str, ...]:
 def _read_model(
     auto: Any, folder: Path, config: Any, seed: int, ignore_sizes: bool, more: dict[str, Any]
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model, and the parameters that were drawn at random because the weights lack them."""
+    """Return the model, and the parameters that were randomly initialised because the weights lack them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = auto.from_pretrained(
@@ -140,7 +140,7 @@ def _read_model(
 
 
 def _reorder_head(backbone: Backbone, known: Sequence[str], labels: Sequence[str]) -> None:
-    """Where the trained head knows the same labels in another order, put its outputs into the order of `labels`."""
+    """Reorder the outputs of the trained head to the order of `labels`, if it has the same labels in another order."""
     if list(known) == list(labels) or sorted(known) != sorted(labels) or len(set(known)) != len(known):
         return
     maps = [site for site in backbone.sites if site.role == "head" and is_map(site.module)]
@@ -153,7 +153,7 @@ def _reorder_head(backbone: Backbone, known: Sequence[str], labels: Sequence[str
 
 
 def _processor(folder: Path) -> Any:
-    """The tokenizer of a folder, or its image processor or feature extractor where it is no text model's."""
+    """Return the tokenizer of a folder, or its image processor or feature extractor if it is not a text model."""
     import transformers
 
     path = folder / PREPROCESSOR_FILE
@@ -179,9 +179,9 @@ def _agree_on_padding(tokenizer: Any, config: Any) -> None:
 
 
 def _missing(model: nn.Module, folder: Path) -> tuple[str, ...]:
-    """Parameters of a model that no weights file names, read from the files' headers alone.
+    """Return the parameters of a model that are in no weights file, from the files' headers.
 
-    Names in a file may lack the prefix of the bare model (`bert.`), or have it where the model has none.
+    Names in a file may lack the prefix of the bare model (`bert.`), or have it although the model does not.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names: set[str] = set()
@@ -199,12 +199,12 @@ def _missing(model: nn.Module, folder: Path) -> tuple[str, ...]:
 
 
 def _refuse_holes(backbone: Backbone, complete: bool) -> None:
-    """A base parameter that the weights lack would be random, and another one after each load."""
+    """Raise `UserError` if the weights lack base parameters, which would be random and differ after each load."""
     if complete and backbone.missing:
         raise UserError(
-            f"the weights of {backbone.source!r} hold no trained head ({listing(backbone.missing, 4)} are missing), so "
-            "there is nothing to stack a head on or to ask for answers. Name a model that has one; where "
-            "head(pooling='stacked') was asked for, head() makes a new one."
+            f"the weights of {backbone.source!r} contain no trained head ({listing(backbone.missing, 4)} are missing), so "
+            "there is no head to stack another one on or to predict with. Name a model that has one, or replace "
+            "head(pooling='stacked') by head(), which makes a new one."
         )
     roles = {site.name: site.role for site in backbone.sites}
     holes = [
@@ -212,13 +212,13 @@ def _refuse_holes(backbone: Backbone, complete: bool) -> None:
     ]
     if holes:
         raise UserError(
-            f"the weights of {backbone.source!r} lack {len(holes)} parameters of its architecture, or have them in another shape "
+            f"the weights of {backbone.source!r} lack {len(holes)} parameters of its architecture, or have them in other shapes "
             f"({listing(holes, 4)}); the file is incomplete or belongs to another config.json."
         )
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many tokens have a position; models in the manner of RoBERTa begin to count behind the padding's."""
+    """Return how many tokens have a position; models like RoBERTa start counting after the padding position."""
     for name, module in model.named_modules():
         table = module if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) else None
         if table is not None and table.padding_idx is not None:

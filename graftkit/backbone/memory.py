@@ -1,4 +1,4 @@
-"""Tell an error for want of memory from other errors."""
+"""Recognise out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import torch
 
-# what allocators say in errors of other classes than torch.OutOfMemoryError
+# messages of allocators in errors other than torch.OutOfMemoryError
 NO_MEMORY = re.compile(
     r"""
     out\ of\ memory                             # CUDA, HIP, XPU and MPS, drivers included
@@ -21,10 +21,10 @@ NO_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether this error, or one that it was raised from, is for want of memory of the host or a device.
+    """Return whether this error, or one that it was raised from, means that the host or a device is out of memory.
 
-    `torch.OutOfMemoryError` is a `RuntimeError`, so a handler of `RuntimeError` meets it too. Code that reads a
-    meaning into a `RuntimeError` asks this first, and raises the error again where it is for want of memory.
+    `torch.OutOfMemoryError` is a `RuntimeError`, so a handler of `RuntimeError` catches it too. Code that interprets a
+    `RuntimeError` must check this first, and re-raise out-of-memory errors.
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -1,4 +1,4 @@
-"""Users' own modules: a function that makes one, and a safetensors file of its weights."""
+"""Users' own modules: a function that returns one, and a safetensors file of its weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from graftkit.errors import UserError, first_line, listing, nearest
 from graftkit.files import fault
 
 PICKLE_MARKS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-COUNTER = "num_batches_tracked"  # of BatchNorm: old files lack it, and nothing is computed from it
+COUNTER = "num_batches_tracked"  # of BatchNorm: old files lack it, and it does not affect outputs
 
 
 def call(name: str) -> Backbone | Path:
-    """What the function `package.module:function` makes: a module, as a backbone, or the path of a model folder.
+    """Call `package.module:function` and return its module, as a backbone, or its path of a model folder.
 
-    Modules are also found in the current folder. What the function draws at random is the same in each call.
-    Raises `UserError` where there is no such function, or it makes something else.
+    Modules are also found in the current folder. The function runs with a fixed random seed.
+    Raises `UserError` if there is no such function, or it returns something else.
     """
     module_name, _, function = name.partition(":")
     with _current_folder():
@@ -39,8 +39,8 @@ def call(name: str) -> Backbone | Path:
         return made
     if not isinstance(made, str | Path):
         raise UserError(
-            f"model {name!r} gave a {type(made).__name__}; it must return an nn.Module, a graftkit.Backbone (a module "
-            "with its tokenizer), or a model folder's path."
+            f"model {name!r} returned a {type(made).__name__}; it must return an nn.Module, a graftkit.Backbone (a module "
+            "with its tokenizer), or the path of a model folder."
         )
     return Path(made)
 
@@ -48,17 +48,17 @@ def call(name: str) -> Backbone | Path:
 def _made(name: str, module_name: str, function: str) -> Any:
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # what a module runs into when it is imported can be anything
+    except Exception as error:  # importing a module can raise anything
         raise UserError(
             f"model {name!r}: module {module_name!r} cannot be imported ({first_line(error)}). Install the package "
-            "that holds it, put its folder on PYTHONPATH, or run from the folder that it is in."
+            "that contains it, put its folder on PYTHONPATH, or run from the folder that it is in."
         ) from None
     if not hasattr(module, function):
         raise UserError(f"model {name!r}: {module_name} has no {function!r}.{nearest(function, dir(module))}")
     called = getattr(module, function)
     if not callable(called):
         raise UserError(
-            f"model {name!r}: {function} is a {type(called).__name__}, not a function that makes a model."
+            f"model {name!r}: {function} is a {type(called).__name__}, not a function that returns a model."
         )
     try:
         with torch.random.fork_rng(devices=[]):
@@ -77,7 +77,7 @@ def _made(name: str, module_name: str, function: str) -> Any:
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
-    """Look for modules in the current folder too, behind all other places, so that it hides none of them."""
+    """Also look for modules in the current folder, after all other places, so that it shadows none of them."""
     folder = os.getcwd()
     sys.path.append(folder)
     try:
@@ -87,10 +87,10 @@ def _current_folder() -> Iterator[None]:
 
 
 def load_weights(module: nn.Module, path: Path, name: str, *, meta: bool = False) -> None:
-    """Copy every tensor of a safetensors file into the module that the function `name` made.
+    """Copy every tensor of a safetensors file into the module that the function `name` returned.
 
-    Parameters and buffers must be those of the file, by name and shape. `meta`: compare these, and copy nothing.
-    Raises `UserError` for a file that does not fit, is broken, or is a pickle; the module is then as it was.
+    Parameters and buffers must match the file by name and shape. `meta`: only compare, and copy nothing.
+    Raises `UserError` for a file that does not fit, is broken, or is a pickle; the module is then unchanged.
     """
     _refuse_file(path)
     try:
@@ -108,7 +108,7 @@ def load_weights(module: nn.Module, path: Path, name: str, *, meta: bool = False
                         state[key].copy_(file.get_tensor(key))
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"weights {str(path)!r} are broken or cut short ({error}); restore them from a copy."
+            f"weights {str(path)!r} are broken or cut short ({error}); restore them from a backup."
         ) from None
 
 
@@ -122,7 +122,7 @@ def _refuse_file(path: Path) -> None:
         if file.read(4).startswith(PICKLE_MARKS):
             raise UserError(
                 f"weights {str(path)!r} are a pickle, which can run any code when it is opened, so graftkit does not "
-                "open it. Convert it once where you trust it: safetensors.torch.save_file(torch.load(FILE), "
+                "open it. If you trust it, convert it once: safetensors.torch.save_file(torch.load(FILE), "
                 "'weights.safetensors')."
             )
     wrong = fault(path)
@@ -133,7 +133,7 @@ def _refuse_file(path: Path) -> None:
 def _refuse_misfits(
     state: dict[str, Tensor], shapes: dict[str, tuple[tuple[int, ...], str]], path: Path, name: str
 ) -> None:
-    """Raise `UserError` that names missing, unexpected and misshapen tensors."""
+    """Raise `UserError` for missing, unexpected and misshapen tensors, naming all of them."""
     there = {_place(state[key]) for key in shapes if key in state}
     missing = [
         key for key, tensor in state.items()
@@ -157,12 +157,12 @@ def _refuse_misfits(
     if problems:
         raise UserError(
             f"weights {str(path)!r} do not fit the module of {name!r}: {'; '.join(problems)}. Name the file that "
-            "belongs to it, or mend the function."
+            "belongs to it, or fix the function."
         )
 
 
 def _refuse_values(file: Any, parameters: set[str], path: Path) -> None:
-    """Raise `UserError` for values that are no numbers, and for infinite parameters (a buffer may be a mask)."""
+    """Raise `UserError` for NaN values, and for infinite parameters (an infinite buffer may be a mask)."""
     for key in file.keys():  # noqa: SIM118
         tensor = file.get_tensor(key)
         if (
@@ -170,13 +170,13 @@ def _refuse_values(file: Any, parameters: set[str], path: Path) -> None:
             and not (tensor.isfinite() if key in parameters else ~tensor.isnan()).all()
         ):
             raise UserError(
-                f"weights {str(path)!r}: {key!r} holds values that are not finite numbers (NaN or infinity), so the model "
-                "gives none; restore the file from a copy."
+                f"weights {str(path)!r}: {key!r} contains values that are not finite numbers (NaN or infinity), so neither "
+                "are the model's outputs; restore the file from a backup."
             )
 
 
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Where a tensor lies: tied ones, of which a file holds one, lie in one place."""
+    """Return where a tensor lies in memory: tied tensors, which a file stores once, have one place."""
     return tensor.data_ptr() or id(tensor), tuple(tensor.shape)
 
 

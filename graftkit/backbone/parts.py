@@ -1,7 +1,7 @@
-"""What the parts of a model are, found from its modules rather than from a table of model names.
+"""Find the parts of a model from its modules instead of a table of model names.
 
-Inside a block (see `graftkit.backbone.blocks`) an attention part is the child that holds a query map; what else
-is linear there is feed-forward. Names of maps (`query`, `q_proj`, `c_attn` ...) are the vocabulary of the field,
+Inside a block (see `graftkit.backbone.blocks`) the attention is the child that holds a query projection; other linear
+layers are feed-forward. Names of layers (`query`, `q_proj`, `c_attn`, ...) are those common in the field,
 not of one model.
 """
 
@@ -34,7 +34,7 @@ HEAD_NAMES = {"classifier", "score", "lm_head", "qa_outputs", "head", "fc", "cls
 
 
 def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
-    """All sites of a model in definition order, and the names of its blocks."""
+    """Return all sites of a model in definition order, and the names of its blocks."""
     blocks, base = find_blocks(model), _base_of(model)
     classifiers = _classifiers_of_timm(model)
     poolers = tuple(f"{name}." for name, module in model.named_modules() if _is_pooler(name, module))
@@ -59,7 +59,7 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
 
 
 def _with_last_as_head(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """In a user's own module the last map behind the blocks is its head."""
+    """Mark the last layer after the blocks of a user's own module as its head."""
     if any(site.role == "head" for site in sites) or hasattr(model, "base_model_prefix"):
         return sites
     maps = [i for i, site in enumerate(sites) if is_map(site.module)]
@@ -70,7 +70,7 @@ def _with_last_as_head(model: nn.Module, sites: list[Site]) -> list[Site]:
 
 
 def _classifiers_of_timm(model: nn.Module) -> tuple[str, ...]:
-    """What timm calls a model's classifier, which lies inside of the base that a wrapper of transformers holds."""
+    """Return timm's names for a model's classifier, which lies inside the base that transformers' wrapper holds."""
     prefix = getattr(model, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else model
     about = getattr(base, "pretrained_cfg", None)
@@ -80,7 +80,7 @@ def _classifiers_of_timm(model: nn.Module) -> tuple[str, ...]:
 
 
 def _attention_parts(block: nn.Module) -> tuple[str, ...]:
-    """Relative names of the attention in a block: the outermost such module around each query map."""
+    """Return the relative names of attention modules in a block: the outermost one around each query projection."""
     modules = dict(block.named_modules())
     parts: list[str] = []
     for name, module in modules.items():
@@ -126,8 +126,8 @@ def _inside_role(relative: str, module: nn.Module, attention: tuple[str, ...]) -
 
 
 def _base_of(model: nn.Module) -> str:
-    """The name of the bare model inside of one with a head; '' where there is none. A bare model, one that `AutoModel`
-    makes, may have its encoder under that name."""
+    """Return the name of the bare model inside one with a head, or ''. A bare model, as `AutoModel` makes it, may have
+    its encoder under that name."""
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not hasattr(model, prefix):
         return ""
@@ -138,7 +138,7 @@ def _base_of(model: nn.Module) -> str:
 
 
 def _is_pooler(name: str, module: nn.Module) -> bool:
-    """What makes one vector of the states: by its name, or a class such as `SiglipMultiheadAttentionPoolingHead`."""
+    """Return whether a module pools states, by its name or a class such as `SiglipMultiheadAttentionPoolingHead`."""
     kind = type(module).__name__.lower()
     return name.rpartition(".")[2] == "pooler" or kind.endswith(("pooler", "poolinghead"))
 

@@ -1,7 +1,7 @@
 """Virtual tokens: trained positions that a transformers model reads beside its input.
 
-They stand in front of the embeddings of a text, or behind those of a picture's patches or a sound's frames. Hooks make
-the model's input longer, and its output as long as before, so that heads, losses and poolings see the text alone.
+They are placed before the embeddings of a text, or after those of an image's patches or a recording's frames. Hooks
+lengthen the model's input and cut its output to the original length, so that heads, losses and pooling see only the text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from graftkit.backbone.tokens import (
 from graftkit.errors import UserError
 from graftkit.libraries import tokens_seen
 
-# models of patches or frames whose blocks know no order and no grid, so that they take more tokens
+# models of patches or frames whose blocks use no order and no grid, so that they accept more tokens
 PATCHED = (
     "audio-spectrogram-transformer",
     "deit",
@@ -44,10 +44,10 @@ PATCHED = (
 
 @dataclass(frozen=True)
 class Entrance:
-    """Where virtual tokens come into a model.
+    """Where virtual tokens enter a model.
 
-    `module` reads them; `bare` is the model without its head. `table`: the embeddings of the vocabulary, None where
-    patches or frames are read. `cut`: whether `module` gives what it reads back as long as it came.
+    `module` reads them; `bare` is the model without its head. `table`: the embeddings of the vocabulary, None for
+    patches or frames. `cut`: whether the output of `module` is cut to the length of its original input.
     """
 
     module: nn.Module
@@ -58,7 +58,7 @@ class Entrance:
 
 
 def find_entrance(backbone: Backbone, method: str) -> Entrance:
-    """Raises `UserError`, naming the method, where a model takes no virtual tokens."""
+    """Return where virtual tokens enter a model. Raises `UserError`, naming the method, if it takes none."""
     from transformers import PreTrainedModel
 
     model = backbone.model
@@ -83,16 +83,16 @@ def find_entrance(backbone: Backbone, method: str) -> Entrance:
     if isinstance(attention, nn.MultiheadAttention):
         return Entrance(encoders[0], model, attention.embed_dim)
     raise UserError(
-        f"{method}() puts trained tokens beside those that a model reads, and {type(model).__name__} has no place for "
-        "them: it takes no token embeddings (inputs_embeds), and is not known to have blocks that read any number of "
+        f"{method}() adds trained tokens to those that a model reads, but {type(model).__name__} has no place for them: "
+        "it takes no token embeddings (inputs_embeds), and is not known to have blocks that read any number of "
         "tokens. Use lora() or adapter() instead."
     )
 
 
 def _reader(backbone: Backbone) -> nn.Module:
-    """The bare model; an encoder with its classification head as a whole, as that pools on the first position.
+    """Return the bare model, or an encoder with its classification head, as that pools on the first position.
 
-    The heads of decoders pool on a row's last token, which they find in ids of the text's length.
+    The heads of decoders pool on a row's last token, which they find in the ids of the original text.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES,
@@ -104,7 +104,7 @@ def _reader(backbone: Backbone) -> nn.Module:
 
 
 def insert(backbone: Backbone, entrance: Entrance, added: VirtualTokens, method: str) -> None:
-    """Let the model read the virtual tokens, which are a child of it already. Their handles remove all hooks."""
+    """Let the model read the virtual tokens, which are already its child. Their handles remove all hooks."""
     hooks: list[tuple[nn.Module, Callable | None, Callable | None]]
     if isinstance(entrance.module, nn.TransformerEncoder):
         behind = BehindTokens(added)
@@ -131,7 +131,7 @@ def insert(backbone: Backbone, entrance: Entrance, added: VirtualTokens, method:
 
 
 def refuse_crowd(backbone: Backbone, tokens: int, method: str) -> None:
-    """Raise `UserError` where so many virtual tokens leave none of the model's positions to a text."""
+    """Raise `UserError` if the virtual tokens leave none of the model's positions for a text."""
     limit = positions_of(backbone.model)
     if limit is not None and tokens + positions_taken(backbone.model) >= limit:
         raise UserError(
@@ -141,16 +141,16 @@ def refuse_crowd(backbone: Backbone, tokens: int, method: str) -> None:
 
 
 def positions_taken(model: nn.Module) -> int:
-    """How many of a model's positions its grafts take from the text."""
+    """Return how many of a model's positions its grafts take from the text."""
     return sum(getattr(module, "positions", 0) for module in model.modules() if isinstance(module, Added))
 
 
 class InFront:
     """Virtual tokens in front of a text.
 
-    The attention mask gets ones, token types zeros, and positions given by the caller are those of the text alone. With
-    a cache, the tokens are read in the first pass only, and are part of the cache from then on. The output (last and all
-    hidden states, logits of routers) is cut to the text; attentions and pooled outputs stay as the model made them.
+    The attention mask is extended by ones, token types by zeros; positions passed by the caller are those of the text. With
+    a cache, the tokens are read only in the first pass and are then part of the cache. The output (last and all hidden
+    states, router logits) is cut to the text; attentions and pooled outputs are unchanged.
     """
 
     def __init__(self, added: VirtualTokens, backbone: Backbone, cut: bool) -> None:
@@ -158,11 +158,11 @@ class InFront:
         self.source = backbone.source
         self.cut = cut
         self.given: dict[str, Any] | None = None  # the caller's arguments, while the model runs
-        self.length = 0  # of what the model reads, virtual tokens included
+        self.length = 0  # of the model's input, including virtual tokens
         tables = position_tables(backbone.model)
         self.limit = positions_of(backbone.model) if tables else None
         padding = tables[0].padding_idx if tables else None
-        self.first = 0 if padding is None else padding + 1  # RoBERTa counts from behind its padding
+        self.first = 0 if padding is None else padding + 1  # RoBERTa counts from after its padding
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self.given = None
@@ -184,8 +184,8 @@ class InFront:
             return (), new
         if self.limit is not None and length + tokens > self.limit:
             raise UserError(
-                f"a text of {length} tokens and {tokens} virtual ones do not fit into the {self.limit} positions of "
-                f"{self.source}. Cut texts to {self.limit - tokens} tokens (data.max_length), or use fewer virtual ones."
+                f"a text of {length} tokens and {tokens} virtual tokens do not fit into the {self.limit} positions of "
+                f"{self.source}. Cut texts to {self.limit - tokens} tokens (data.max_length), or use fewer virtual tokens."
             )
         if positions is not None:
             first = torch.arange(self.first, self.first + tokens, device=positions.device)
@@ -205,13 +205,13 @@ class InFront:
     def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if self.given is None:
             return output
-        kwargs.clear()  # the dictionary that all hooks are given: those that follow see the caller's mask again
+        kwargs.clear()  # all hooks get this dictionary: later ones see the caller's mask again
         kwargs.update(self.given)
         self.given = None
         return shorten(output, slice(self.added.tokens, None), self.length)
 
     def widen(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """The mask of an encoder and a decoder as one: cross-attention sees the virtual tokens too."""
+        """Extend the mask of an encoder-decoder, so that cross-attention sees the virtual tokens too."""
         given = by_name(module, args, kwargs)
         mask, encoded = given.get("attention_mask"), given.get("encoder_outputs")
         if not self.added.active or mask is None:
@@ -221,13 +221,13 @@ class InFront:
         return (), {**given, "attention_mask": _ones_before(mask, self.added.tokens)}
 
     def narrow(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """What an encoder and a decoder give of the encoder, cut to the text."""
+        """Cut the encoder's outputs in those of an encoder-decoder to the text."""
         if not self.added.active or not isinstance(output, dict):
             return output
         return shorten(output, slice(self.added.tokens, None), self.length, "encoder_")
 
     def _mask(self, mask: Any, length: int, seen: int) -> Tensor:
-        """The mask with ones for the virtual tokens, where it lacks them."""
+        """Return the mask with ones for the virtual tokens, if it lacks them."""
         tokens = self.added.tokens
         whole = seen + length if seen else tokens + length
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] + tokens == whole:
@@ -236,7 +236,7 @@ class InFront:
             return mask
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UserError(
-            f"beside {tokens} virtual tokens, {self.source} takes an attention_mask of (rows, {whole - tokens}), not "
+            f"with {tokens} virtual tokens, {self.source} needs an attention_mask of (rows, {whole - tokens}), not "
             f"{shape}. Leave cache_implementation out, and do not use a cache that was made without the virtual tokens."
         )
 

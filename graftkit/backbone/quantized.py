@@ -1,4 +1,4 @@
-"""Backbones whose frozen maps are stored in four or eight bits (NF4, int8), by bitsandbytes."""
+"""Backbones whose frozen linear layers are stored in four or eight bits (NF4, int8), by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LIBRARY = "bitsandbytes"
 
 
 def loading(kind: str, name: str, kept: Sequence[str] = ()) -> dict[str, Any]:
-    """What `from_pretrained` is given to quantize a model while it is loaded. Raises `UserError` where it cannot be.
+    """Return arguments of `from_pretrained` that quantize a model while loading. Raises `UserError` if impossible.
 
-    NF4: Dettmers et al. (2023), QLoRA; int8: Dettmers et al. (2022), LLM.int8(). Embeddings, norms, the output map
-    and the modules of `kept` stay as they are.
+    NF4: Dettmers et al. (2023), QLoRA; int8: Dettmers et al. (2022), LLM.int8(). Embeddings, norms, the output layer
+    and the modules in `kept` are not quantized.
     """
     cuda = torch.cuda.is_available()
     if importlib.util.find_spec(LIBRARY) is None:
@@ -33,8 +33,8 @@ def loading(kind: str, name: str, kept: Sequence[str] = ()) -> dict[str, Any]:
     if not cuda and "cpu" not in getattr(library, "supported_torch_devices", ()):
         version = getattr(library, "__version__", "")
         raise UserError(
-            f"quantize={kind!r}: {LIBRARY} {version} cannot compute on a CPU, and there is no CUDA device; take a newer "
-            "one, or leave quantize out."
+            f"quantize={kind!r}: {LIBRARY} {version} cannot compute on a CPU, and there is no CUDA device; install a "
+            "newer version, or leave quantize out."
         )
     import transformers
 
@@ -59,10 +59,10 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def keep_biases(model: nn.Module) -> None:
-    """Keep bitsandbytes from casting biases in place in its forward pass, be they trained or frozen.
+    """Keep bitsandbytes from casting biases, trained or frozen, in place in its forward pass.
 
-    It does so where a bias has another type than the input (int8), or than the layer computes in (NF4). Instead the
-    layer computes in the type that its bias is held in, as autocast has an `nn.Linear` compute in one type.
+    It does so if a bias has another dtype than the input (int8), or than the layer computes in (NF4). Instead, the
+    layer computes in the dtype of its bias, as an `nn.Linear` under autocast computes in one dtype.
     """
     for module in model.modules():
         if (
@@ -81,7 +81,7 @@ def _in_type_of_bias(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch
 
 
 def with_shapes(model: nn.Module, kind: str, kept: Sequence[str] = ()) -> None:
-    """Give the maps of a model without values the shapes and types that they have once they are quantized."""
+    """Give the linear layers of a model on the meta device the shapes and dtypes that they have when quantized."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and is_linear(module) and module is not output and name not in kept:
@@ -92,13 +92,13 @@ def with_shapes(model: nn.Module, kind: str, kept: Sequence[str] = ()) -> None:
 
 
 def shape_of(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, of a quantized map that of the weight that it stands for."""
+    """Return the shape of a parameter; for a quantized layer, that of the original weight."""
     if name == "weight" and isinstance(module, nn.Linear) and not parameter.dtype.is_floating_point:
         return module.out_features, module.in_features
     return tuple(parameter.shape)
 
 
 def move(model: nn.Module, device: torch.device) -> None:
-    """Put a model on a device; a quantized one is where it was loaded."""
+    """Move a model to a device; a quantized one stays where it was loaded."""
     if not getattr(model, "is_quantized", False):
         model.to(device)

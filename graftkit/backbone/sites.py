@@ -1,4 +1,4 @@
-"""From a selection (see `graftkit.recipe.selection`) to the sites and parameters it means on one model."""
+"""Resolve a selection (see `graftkit.recipe.selection`) to the sites and parameters of one model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from graftkit.recipe import selection as language
 def select(
     backbone: Backbone, selection: str, accepts: Callable[[Site], bool] | None = None, wanted: str = "modules"
 ) -> list[Site]:
-    """The sites that a selection means, in model order.
+    """Return the sites that a selection matches, in model order.
 
-    `accepts` narrows them to those a method can work on (`wanted` is what messages call these).
-    Raises `UserError` if any term of the selection is left with none, listing what there is.
+    `accepts` narrows them to those a method supports (`wanted` describes these in messages).
+    Raises `UserError` if any term of the selection has no site left, listing what the model has.
     """
     chosen: dict[str, Site] = {}
     for term in language.parse(selection):
@@ -39,7 +39,7 @@ def select(
 
 
 def select_parameters(backbone: Backbone, selection: str) -> list[str]:
-    """Names of the parameters that the selected sites hold themselves, in model order."""
+    """Return the names of the parameters that the selected sites hold directly, in model order."""
     names = {id(parameter): name for name, parameter in backbone.model.named_parameters()}
     found = []
     for site in select(backbone, selection):

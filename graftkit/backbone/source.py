@@ -1,4 +1,4 @@
-"""Which model a recipe means: a folder, a hub id or `package.module:function`, and the classes that can build it."""
+"""Find the model that a recipe names: a folder, a hub id or `package.module:function`, and classes that can build it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pyt
 class Source:
     """Where a model comes from, checked before any weight is read.
 
-    `folder`: in transformers format; or `made`: what a function of the user's made, with the file of its weights.
-    `quantize`: how its frozen maps are to be stored, 'nf4' or 'int8'; None for as they are.
+    `folder`: in transformers format; or `made`: the model that a user's function returned, with its weights file.
+    `quantize`: format of its frozen linear layers, 'nf4' or 'int8'; None to leave them unchanged.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Source:
 
 
 def find_source(name: str, weights: str | None = None, quantize: str | None = None) -> Source:
-    """Find the model that a recipe names. Raises `UserError` where it cannot be had, and says why.
+    """Find the model that a recipe names. Raises `UserError`, with the reason, if it is not available.
 
-    `weights`: a safetensors file for the module that `package.module:function` makes.
+    `weights`: a safetensors file for the module that `package.module:function` returns.
     """
     if ":" in name and not Path(name).exists():
         made = call(name)
         if isinstance(made, Backbone):
             if quantize is not None:
                 raise UserError(
-                    f"quantize={quantize!r} is for models of transformers, and {name!r} makes a module of its own."
+                    f"quantize={quantize!r} is for transformers models, but {name!r} returns a custom module."
                 )
             return Source(name, made=made, weights=None if weights is None else Path(weights).expanduser())
         source = _folder(name, made)
@@ -60,8 +60,8 @@ def find_source(name: str, weights: str | None = None, quantize: str | None = No
         source = _named(name)
     if weights is not None:
         raise UserError(
-            f"weights {weights!r} go with a module that package.module:function makes, but model {name!r} is a folder "
-            "with weights of its own; leave weights out."
+            f"weights {weights!r} are for a module that package.module:function returns, but model {name!r} is a folder "
+            "with its own weights; leave weights out."
         )
     return replace(source, quantize=quantize)
 
@@ -84,7 +84,7 @@ def _folder(name: str, folder: Path) -> Source:
         if (folder / "recipe.yaml").is_file():
             hint = " This is a run of graftkit: use `graftkit predict` or `graftkit evaluate` with it."
         elif (folder / "adapter_config.json").is_file():
-            hint = " This is an adapter, not a model: name the model that it was trained on."
+            hint = " This is an adapter, not a model: name the model it was trained on."
         raise UserError(f"model folder {name!r} has no config.json, so it is not a transformers model.{hint}")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def _folder(name: str, folder: Path) -> Source:
         if pickles:
             raise UserError(
                 f"model folder {name!r} has its weights as a pickle ({pickles[0]}), which can run any code when "
-                "it is opened, so graftkit does not open it. Convert it once where you trust it: "
+                "it is opened, so graftkit does not open it. If you trust it, convert it once: "
                 "AutoModel.from_pretrained(folder).save_pretrained(folder) writes model.safetensors."
             )
         raise UserError(f"model folder {name!r} has no weights (*.safetensors).")
@@ -135,7 +135,7 @@ def _hub(name: str) -> Source:
 
 
 def pooling_of(folder: Path | None) -> str | None:
-    """What a sentence-transformers folder says about pooling: 'mean', 'cls', 'last', or None."""
+    """Return the pooling that a sentence-transformers folder specifies: 'mean', 'cls', 'last', or None."""
     path = folder / "1_Pooling" / "config.json" if folder is not None else None
     if path is None or not path.is_file():
         return None
@@ -162,7 +162,7 @@ AUTO_CLASSES = {
 
 
 def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
-    """The auto class of transformers that builds this architecture with a head of one of these families, if it has one."""
+    """Return the auto class of transformers that builds this architecture with a head of one of these families, or None."""
     if source.folder is None:
         return None
     from transformers.models.auto import modeling_auto
@@ -175,7 +175,7 @@ def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
 
 
 def has_two_towers(source: Source) -> bool:
-    """Whether the bare architecture reads images and texts together, as CLIP and SigLIP do."""
+    """Return whether the bare architecture reads images and texts together, as CLIP and SigLIP do."""
     return source.folder is not None and {"text_config", "vision_config"} <= _config(source.folder).keys()
 
 

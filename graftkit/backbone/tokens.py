@@ -1,4 +1,4 @@
-"""Virtual tokens behind what a model has embedded: a picture's patches, a sound's frames, a user's own tokens."""
+"""Virtual tokens after the embedded input of a model: an image's patches, a recording's frames, a user's own tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
 
 class VirtualTokens(Added):
-    """`tokens` trained positions of a model's input; a child of the model, which `insert` opens for them.
+    """`tokens` trained positions of a model's input; a child of the model, whose hooks `insert` registers.
 
     `positions`: how many of the model's positions they take from the text.
     """
@@ -24,12 +24,12 @@ class VirtualTokens(Added):
     positions = 0
 
     def embeddings(self) -> Tensor:
-        """What the model reads, (tokens, width)."""
+        """Return the embeddings that the model reads, (tokens, width)."""
         raise NotImplementedError
 
 
 def position_tables(model: nn.Module) -> list[nn.Embedding]:
-    """The embeddings of positions that a model looks up by number."""
+    """Return the tables of learned positions, which a model looks up by number."""
     return [
         module
         for name, module in base_modules(model)
@@ -38,15 +38,14 @@ def position_tables(model: nn.Module) -> list[nn.Embedding]:
 
 
 class BehindPatches:
-    """Virtual tokens behind the patches of a picture or the frames of a sound, from the first block to the last.
+    """Virtual tokens after the patches of an image or the frames of a recording, from the first block to the last.
 
-    The first block that runs takes them in, which is not always the same one where a model drops layers. Behind the
-    last, they are cut off.
+    They enter at the first block that runs, which may vary if the model drops layers, and are cut off after the last.
     """
 
     def __init__(self, added: VirtualTokens) -> None:
         self.added = added
-        self.length: int | None = None  # of what the model itself reads
+        self.length: int | None = None  # of the model's original input
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.length = None
@@ -57,15 +56,17 @@ class BehindPatches:
         given = by_name(module, args, kwargs)
         states, mask, tokens = given["hidden_states"], given.get("attention_mask"), self.added.tokens
         self.length = states.shape[1] if self.length is None else self.length
-        if states.shape[1] == self.length:  # also where a block is computed again for its gradients
+        if states.shape[1] == self.length:  # also if a block is recomputed for its gradients
             behind = self.added.embeddings().to(states.dtype).expand(len(states), -1, -1)
             given["hidden_states"] = torch.cat([states, behind], dim=1)
-        if mask is not None and mask.shape[-1] == self.length:  # (rows, 1, length, length), its lines alike
+        if mask is not None and mask.shape[-1] == self.length:  # (rows, 1, length, length), with equal rows
             mask = nn.functional.pad(mask, (0, tokens), value=mask.dtype == torch.bool)
             if mask.shape[2] == self.length:
                 mask = torch.cat([mask, mask[:, :, :1].expand(-1, -1, tokens, -1)], dim=2)
             given["attention_mask"] = mask
-        names = list(given)[: len(args)]  # what came by position stays there: transformers looks for it there
+        names = list(given)[
+            : len(args)
+        ]  # positional arguments stay positional: transformers expects them there
         return tuple(given.pop(name) for name in names), given
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -75,15 +76,15 @@ class BehindPatches:
 
 
 class BehindTokens:
-    """Virtual tokens behind those that an `nn.TransformerEncoder` is given.
+    """Virtual tokens after the input tokens of an `nn.TransformerEncoder`.
 
-    All tokens attend to them. Where there is an attention mask, which may be causal, they attend to themselves alone, so
-    that nothing of the text passes through them.
+    All tokens attend to them. If there is an attention mask, which may be causal, they attend only to themselves, so
+    that no information about the text passes through them.
     """
 
     def __init__(self, added: VirtualTokens) -> None:
         self.added = added
-        self.axis: int | None = None  # of the positions, in a batch
+        self.axis: int | None = None  # dimension of the positions in a batch
 
     def enter(
         self, module: nn.TransformerEncoder, args: tuple, kwargs: dict[str, Any]
@@ -119,16 +120,16 @@ class BehindTokens:
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by the names of `forward`."""
+    """Return all arguments of a call by the parameter names of `forward`."""
     if not args:
         return dict(kwargs)
     return dict(zip(parameters_of(module), args)) | kwargs
 
 
 def shorten(output: Any, kept: slice, length: int, start: str = "") -> Any:
-    """The output with all states (rows, length, width) in it cut to the positions kept.
+    """Return the output with all states (rows, length, width) in it cut to the positions `kept`.
 
-    `start`: how the names of the entries that are cut begin.
+    `start`: prefix of the names of entries to cut.
     """
     if isinstance(output, Tensor):
         return output[:, kept] if output.dim() == 3 and output.shape[1] == length else output

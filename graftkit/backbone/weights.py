@@ -1,4 +1,4 @@
-"""The weight matrices of a model, whatever kind of module holds them, as maps W (out, in)."""
+"""The weight matrices W (out, in) of a model, whatever kind of module holds them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.function
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: the parameter of that dotted name below `module`, which is the module that is called.
+    """One weight: the parameter with this dotted name below `module`, which is the module that is called.
 
     `kind`: 'linear' (out, in), 'transposed' (Conv1D of GPT-2, stored (in, out)), 'conv' (out, in / groups, *kernel),
-    'embedding' (a map of one-hot rows, stored (in, out)), 'packed' (in a `nn.MultiheadAttention` or the like, which
-    multiplies by it without calling a module) or 'experts' (experts, out, in), in some models stored (experts, in,
-    out). The last two can only be replaced.
+    'embedding' (a linear layer on one-hot rows, stored (in, out)), 'packed' (in an `nn.MultiheadAttention` or similar,
+    which multiplies by it without calling a module) or 'experts' (experts, out, in), in some models stored
+    (experts, in, out). The last two can only be replaced.
     """
 
     module: nn.Module
@@ -32,7 +32,7 @@ class Weight:
     @property
     def value(self) -> Tensor:
         name = self.parameter.rpartition(".")[2]
-        parameter = self.owner._parameters[name]  # also while something stands in for it
+        parameter = self.owner._parameters[name]  # even while something replaces it as an attribute
         assert parameter is not None
         return parameter
 
@@ -47,7 +47,7 @@ class Weight:
     @property
     def is_transposed(self) -> bool:
         """Whether the parameter is stored (in, out)."""
-        if self.kind == "experts":  # a mark of transformers' classes of experts
+        if self.kind == "experts":  # an attribute of transformers' expert classes
             return bool(getattr(self.module, "is_transposed", False))
         return self.kind in ("transposed", "embedding")
 
@@ -58,7 +58,7 @@ class Weight:
 
     @property
     def replaced(self) -> bool:
-        """Whether an update has to stand in for the parameter, as no module multiplies by it alone."""
+        """Whether an update has to replace the parameter, as no module multiplies by it alone."""
         return self.kind in ("packed", "experts")
 
     @property
@@ -66,12 +66,12 @@ class Weight:
         return not self.value.dtype.is_floating_point
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix in the layout of W as the parameter is stored; its own inverse."""
+        """Return a matrix in the layout of W in the layout of the stored parameter, and vice versa."""
         return matrix.transpose(-2, -1) if self.is_transposed else matrix
 
 
 def weights_at(backbone: Backbone, site: Site) -> list[Weight]:
-    """The weights that a site holds; none where a method has nothing to multiply with."""
+    """Return the weights that a site holds; an empty list if it multiplies by none."""
     module = site.module
     if isinstance(module, nn.MultiheadAttention):
         names = [name for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
@@ -173,7 +173,7 @@ class AddProduct(torch.autograd.Function):
 def scale_product(
     y: Tensor, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
-    """gain (y - bias + scale x W^T) + bias for y (..., out), gain and bias (out); in the type of y."""
+    """Return gain (y - bias + scale x W^T) + bias for y (..., out), gain and bias (out), in the dtype of y."""
     same = {y.dtype, x.dtype, weight.dtype, gain.dtype} == {y.dtype}
     if same and not y.is_nested and not _autocasts(x) and torch.is_grad_enabled():
         rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -187,8 +187,8 @@ def scale_product(
 class ScaleProduct(torch.autograd.Function):
     """gain (y - bias + scale x W^T) + bias for y (rows, out), x (rows, r) and W (out, r) with a small r.
 
-    Few passes over what is as large as y: two forward, with W scaled in the place of the sum, and none but y is kept;
-    two backward, as the gradient of the gain comes from that of W, and from g y in pieces that stay in the cache.
+    It makes few passes over tensors as large as y: two forward, scaling W instead of the sum and saving only y; two
+    backward, as the gradient of the gain comes from that of W and from g y, in pieces that stay in the cache.
     """
 
     generate_vmap_rule = True
@@ -211,7 +211,7 @@ class ScaleProduct(torch.autograd.Function):
         scaled = weight * gain[:, None] * ctx.scale
         of_y = gradient * gain if ctx.needs_input_grad[0] else None
         of_x = _times(gradient, scaled) if ctx.needs_input_grad[1] else None
-        plain = ctx.scale * (x.T @ gradient).T  # of W, but for the gain
+        plain = ctx.scale * (x.T @ gradient).T  # gradient of W, without the gain
         of_gain = (plain * weight).sum(1) + _column_products(y, gradient)
         of_bias = None
         if bias is not None:
@@ -222,7 +222,7 @@ class ScaleProduct(torch.autograd.Function):
 
 
 def scale_columns(x: Tensor, gain: Tensor) -> Tensor:
-    """gain x for x (..., width) and gain (width), in the type of x."""
+    """Return gain x for x (..., width) and gain (width), in the dtype of x."""
     if x.dtype != gain.dtype or x.is_nested or not torch.is_grad_enabled():
         return (x * gain).to(x.dtype)
     return ScaleColumns.apply(x.reshape(-1, x.shape[-1]), gain).view(x.shape)  # type: ignore[no-untyped-call]
@@ -249,12 +249,12 @@ class ScaleColumns(torch.autograd.Function):
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a b for b (k, r); where r is less than a register of a CPU holds, b stands on the left, in a third of the time."""
+    """Return a b for b (k, r); if r is smaller than a CPU register, putting b on the left takes a third of the time."""
     return (b.T @ a.T).T if b.shape[1] < 16 else a @ b
 
 
 def _column_products(a: Tensor, b: Tensor, rows: int = 256) -> Tensor:
-    """Product of each column of a with that of b, (rows, width) both; on a CPU summed in a piece that stays in its cache."""
+    """Return the dot product of each column of a and b, both (rows, width); on a CPU, summed in cache-sized pieces."""
     if not a.is_cpu or len(a) <= rows:
         return (a * b).sum(0)
     total = a[:rows] * b[:rows]
@@ -266,14 +266,14 @@ def _column_products(a: Tensor, b: Tensor, rows: int = 256) -> Tensor:
 def correlate(
     x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
-    """A convolution without bias, in the type that autocast chooses; without autocast, in that of the weight."""
+    """Convolve without bias, in the dtype that autocast chooses; without autocast, in that of the weight."""
     if x.dtype != weight.dtype and not _autocasts(x):
         x = x.to(weight.dtype)
     return CONVOLUTIONS[weight.dim() - 2](x, weight, None, stride, padding, dilation, groups)
 
 
 def convolve(module: Any, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
-    """The convolution of a module with another weight, without bias: same stride, padding and dilation."""
+    """Apply a module's convolution with another weight, without bias: same stride, padding and dilation."""
     padding = module.padding
     if module.padding_mode != "zeros":
         x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
@@ -282,21 +282,21 @@ def convolve(module: Any, x: Tensor, weight: Tensor, groups: int | None = None) 
 
 
 def mix_channels(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-    """A convolution with a kernel of one place."""
+    """Apply a convolution with kernel size 1."""
     return correlate(x, weight, groups=groups)
 
 
 def look_up(module: Any, ids: Tensor, table: Tensor) -> Tensor:
-    """The rows of a table (vocabulary, features) as the embedding `module` takes them from its own."""
+    """Look up rows of a table (vocabulary, features) as the embedding `module` does in its own."""
     found = nn.functional.embedding(
         ids, table, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq
     )
-    scale = getattr(module, "embed_scale", None)  # of embeddings that multiply what they found
+    scale = getattr(module, "embed_scale", None)  # of embeddings that scale their output
     return found if scale is None else found * scale
 
 
 def apply(weight: Weight, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-    """What `module`, which holds `weight`, would give for x with `matrix` (in the layout of W) and no bias."""
+    """Apply `module`, which holds `weight`, to x with `matrix` (in the layout of W) instead and no bias."""
     if weight.kind == "conv":
         return convolve(module, x, matrix)
     if weight.kind == "embedding":

@@ -1,4 +1,4 @@
-"""Adding a method's parameters to a model, in place, and taking them off again."""
+"""Add a method's parameters to a model, in place, and remove them again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def attach(
 def attach_chain(
     model: nn.Module | Backbone, chain: Chain, name: str, *, keep_base: bool = True, stored: bool = False
 ) -> Graft:
-    """Attach methods in the order that they have. `stored`: as they were trained once, though refused today."""
+    """Attach methods in the given order. `stored`: they come from a saved graft, so skip newer checks of sums."""
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"graft name {name!r} must be a plain word (letters, digits, hyphens, underscores).")
@@ -40,7 +40,7 @@ def attach_chain(
     others = grafts_of(backbone.model)
     if name in others:
         raise UserError(
-            f"a graft named {name!r} is attached to {backbone.source} already; give this one another name, "
+            f"a graft named {name!r} is already attached to {backbone.source}; give this one another name, "
             "or detach that one first."
         )
     if folded_on(backbone.model):
@@ -48,7 +48,7 @@ def attach_chain(
             f"the graft {folded_on(backbone.model)[-1].name!r} is folded into {backbone.source}; unfold it first."
         )
     chain = Chain(tuple(m.resolve(backbone) for m in chain.methods))
-    backbone.base_parameters  # noqa: B018  (the names as they are before anything is added)
+    backbone.base_parameters  # noqa: B018  (cache the names before anything is added)
     snapshot = Snapshot(backbone)
     try:
         labels = chain.attach(backbone, name, stored)

@@ -1,4 +1,4 @@
-"""A graft as the values that its folder holds."""
+"""The contents of a graft's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def contents_of(graft: Graft, about: dict[str, Any]) -> Contents:
-    """What is written of an active graft that is not folded; `about` goes into the description."""
+    """Return the contents to write for an active graft that is not folded; `about` is added to the description."""
     with torch.no_grad():
         form = _peft_form(graft)
     description = {
@@ -34,7 +34,7 @@ def contents_of(graft: Graft, about: dict[str, Any]) -> Contents:
 
 
 def stored_name(graft: Graft, parameter: str) -> str:
-    """The name under which a parameter is kept: as if the graft were called 'default'."""
+    """Return the name under which a parameter is saved: as if the graft were called 'default'."""
     for addition, _ in graft.additions():
         if parameter.startswith(f"{addition}."):
             base = addition[: -len(graft.name)]
@@ -43,9 +43,9 @@ def stored_name(graft: Graft, parameter: str) -> str:
 
 
 def _peft_form(graft: Graft) -> PeftForm | None:
-    """The graft as PEFT would write it; None where PEFT cannot express the whole of it, but for a pooled head.
+    """Return the graft in PEFT's form; None if PEFT cannot express all of it, apart from a pooled head.
 
-    Beside one adapter these are modules that are trained as a whole (`modules_to_save`).
+    PEFT can express one adapter, plus modules that are trained as a whole (`modules_to_save`).
     """
     forms = {
         method.name: form
@@ -61,7 +61,7 @@ def _peft_form(graft: Graft) -> PeftForm | None:
     form = next(iter(forms.values()))
     tensors = dict(form.tensors)
     if others and not _savable(graft, set(others), tensors):
-        return None  # a part alone would load without a word and give other outputs
+        return None  # a part alone would load silently and give different outputs
     head = {n: p for n, p in graft.parameters.items() if n in graft.backbone.base_parameters}
     head = {n: p for n, p in head.items() if graft.labels[n].role == "head"}
     config = {
@@ -72,14 +72,14 @@ def _peft_form(graft: Graft) -> PeftForm | None:
     }
     if head or others:
         config["modules_to_save"] = sorted({*_wholes(graft, set(head)), *_wholes(graft, set(others))})
-    # PEFT wraps the model once for what sits on modules, and not at all for what stands before the text
+    # PEFT wraps the model once for adapters on modules, and not at all for virtual tokens
     wrapper = "base_model" if "prompt_embeddings" in tensors else "base_model.model"
     tensors |= {f"{wrapper}.{name}": parameter for name, parameter in (head | others).items()}
     return PeftForm(config, tensors)
 
 
 def _savable(graft: Graft, names: set[str], adapter: dict[str, Tensor]) -> bool:
-    """Whether PEFT can keep these base parameters beside an adapter: as copies of whole modules, which it finds by name."""
+    """Return whether PEFT can save these base parameters beside an adapter, as copies of whole modules found by name."""
     if "prompt_embeddings" in adapter or graft.statistics or not names <= set(graft.backbone.base_parameters):
         return False
     wholes = _wholes(graft, names)
@@ -91,14 +91,14 @@ def _savable(graft: Graft, names: set[str], adapter: dict[str, Tensor]) -> bool:
     return (
         all(wholes)
         and {name for name in graft.backbone.base_parameters if name.startswith(inside)} == names
-        and all(owners[id(graft.parameters[name])] == 1 for name in names)  # a copy would part tied weights
+        and all(owners[id(graft.parameters[name])] == 1 for name in names)  # a copy would untie weights
         and not any(module.endswith(f".{name}") for module in modules for name in wholes)
         and not any(f"{name.removeprefix('base_model.model.')}.".startswith(inside) for name in adapter)
     )
 
 
 def _wholes(graft: Graft, names: set[str]) -> list[str]:
-    """The outermost modules all of whose base parameters are among these: PEFT saves a head of several maps as one."""
+    """Return the outermost modules whose base parameters are all in `names`: PEFT saves a head of several layers as one."""
     found = set()
     for name in names:
         owner = name.rpartition(".")[0]
@@ -111,7 +111,7 @@ def _wholes(graft: Graft, names: set[str]) -> list[str]:
 
 
 def _task_type(graft: Graft, head: bool) -> str | None:
-    """The wrapper class that PEFT is to use; none for a user's own module, which takes what it takes."""
+    """Return the task type that selects PEFT's wrapper class; None for a user's own module."""
     if not hasattr(graft.model, "config"):
         return None
     if head:

@@ -1,4 +1,4 @@
-"""Folding: a graft's update added to the plain weights, and taken out again."""
+"""Fold a graft's update into the plain weights, and take it out again."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def fold(graft: Graft) -> None:
-    """Melt an active graft into the plain weights.
+    """Merge an active graft into the plain weights.
 
-    Raises `NotFoldable`, before anything is changed, where a method cannot be folded.
+    Raises `NotFoldable`, before anything is changed, if a method cannot be folded.
     """
     values: dict[str, Tensor] = {}
     model = graft.model
@@ -30,7 +30,7 @@ def fold(graft: Graft) -> None:
             folded = method.fold(graft.backbone, graft.name)
         for name, value in folded.items():
             if not torch.isfinite(value).all():
-                raise UserError(f"folding gives values in {name!r} that are not finite; nothing was changed.")
+                raise UserError(f"folding gives non-finite values in {name!r}; nothing was changed.")
             values[name] = values[name] + (value - parameters[name].data) if name in values else value
     refuse_shared(model, graft.method, values)
     refuse_entangled(model, graft.name)
@@ -44,8 +44,8 @@ def fold(graft: Graft) -> None:
 
 
 def why_not(graft: Graft) -> str | None:
-    """Why the graft cannot be folded, as far as its places tell before anything is trained: where it changes one of
-    several modules that share a weight. None where nothing of the kind is in the way.
+    """Return why the graft cannot be folded, as far as that is known before training: if it changes one of several
+    modules that share a weight. None if no such reason is found.
     """
     owners = {name.rpartition(".")[0] for name, module in graft.additions() if not module.survives_fold}
     names = [name for name, _ in graft.model.named_parameters(remove_duplicate=False)]
@@ -59,7 +59,7 @@ def why_not(graft: Graft) -> str | None:
 
 
 def unfold(graft: Graft) -> None:
-    """Undo `fold`; what was folded later stays folded. Raises `NotFoldable`, with nothing changed, where it cannot."""
+    """Undo `fold`; grafts folded later stay folded. Raises `NotFoldable`, with nothing changed, if that is impossible."""
     order = folded_on(graft.model)
     later = order[order.index(graft) + 1 :]
     with _or_as_folded(graft.model):
@@ -70,7 +70,7 @@ def unfold(graft: Graft) -> None:
 
 
 def _unfold(graft: Graft) -> None:
-    """Put the plain values back, on the device and in the type that the model has now."""
+    """Restore the plain values, on the model's current device and in its current dtype."""
     assert graft.plain is not None
     folded_on(graft.model).remove(graft)
     parameters = dict(graft.model.named_parameters(remove_duplicate=False))
@@ -83,7 +83,7 @@ def _unfold(graft: Graft) -> None:
 
 @contextmanager
 def unfolded(model: nn.Module, but: Graft | None = None) -> Iterator[None]:
-    """The plain weights are in their places inside; what was folded, but for one graft, is folded again afterwards."""
+    """Restore the plain weights inside a `with` block; on exit all grafts but one are folded again."""
     order = list(folded_on(model))
     for graft in reversed(order):
         _unfold(graft)
@@ -97,7 +97,7 @@ def unfolded(model: nn.Module, but: Graft | None = None) -> Iterator[None]:
 
 @contextmanager
 def _or_as_folded(model: nn.Module) -> Iterator[None]:
-    """Fold the grafts of a model again, to the same values, where what is done inside fails."""
+    """Restore the folded state of a model, with the same values, if the code inside fails."""
     order = list(folded_on(model))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     values = {name: parameters[name].data for graft in order for name in graft.plain or ()}

@@ -1,9 +1,9 @@
 """The graft folder.
 
-adapter_config.json, adapter_model.safetensors   a PEFT adapter, where PEFT can express a part of the graft
+adapter_config.json, adapter_model.safetensors   a PEFT adapter, if PEFT can express a part of the graft
 graft.safetensors                                 every tensor of the graft that is not in the PEFT file
 graft.json                                        the method, the backbone's fingerprint, and for each
-                                                  tensor of it the file and key that hold it
+                                                  of its tensors the file and key
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def write(folder: Path, contents: Contents) -> Path:
         write_json(folder / DESCRIPTION, {"format": FORMAT, **description, "tensors": where})
     used = ((PEFT_CONFIG, form), (PEFT_TENSORS, form), (OWN_TENSORS, own), (DESCRIPTION, description))
     for name, is_used in used:
-        if not is_used:  # of an earlier graft in this folder
+        if not is_used:  # left by an earlier graft in this folder
             (folder / name).unlink(missing_ok=True)
     return folder
 
 
 def _description(path: Path) -> dict[str, Any]:
-    """The description, its shape checked: what it says is used to open files."""
+    """Read the description and check its structure: it names files to open."""
     description = read_json(path)
     if not isinstance(description, dict) or "format" not in description:
-        raise UserError(f"{path} is not the description of a graft; restore it from a copy.")
+        raise UserError(f"{path} is not the description of a graft; restore it from a backup.")
     if description["format"] != FORMAT:
         raise UserError(
-            f"{path} has format {description['format']!r}; this graftkit reads {FORMAT}. Update graftkit."
+            f"{path} has format {description['format']!r}, but this graftkit reads {FORMAT}. Update graftkit."
         )
     kinds = {"method": str, "backbone": str, "fingerprint": str, "tensors": dict, "missing": list}
     wrong = [key for key, kind in kinds.items() if not isinstance(description.get(key), kind)]
@@ -68,13 +68,13 @@ def _description(path: Path) -> dict[str, Any]:
         wrong = ["tensors"]
     if wrong:
         raise UserError(
-            f"{path}: the entry {listing(map(repr, wrong))} is absent or not as written; restore it from a copy."
+            f"{path}: the entry {listing(map(repr, wrong))} is missing or invalid; restore it from a backup."
         )
     return description
 
 
 def read(folder: Path) -> Stored:
-    """Read a folder written by `write`, or by PEFT. Raises `UserError` for what is missing or broken."""
+    """Read a folder written by `write`, or by PEFT. Raises `UserError` for missing or broken files."""
     if not folder.is_dir():
         raise UserError(f"graft folder {str(folder)!r} does not exist.")
     if not (folder / DESCRIPTION).is_file():
@@ -94,8 +94,8 @@ def read(folder: Path) -> Stored:
     strange = set(contents.get(OWN_TENSORS, ())) - {entry["key"] for entry in description["tensors"].values()}
     if strange:
         raise UserError(
-            f"{folder / OWN_TENSORS} holds {listing(map(repr, sorted(strange)), 4)}, which {DESCRIPTION} does not name; "
-            "the two files are not of one graft."
+            f"{folder / OWN_TENSORS} contains {listing(map(repr, sorted(strange)), 4)}, which {DESCRIPTION} does not name; "
+            "the two files belong to different grafts."
         )
     return Stored(
         folder,

@@ -120,7 +120,7 @@ class Graft:
         weight_decay: float = 0.01,
         optimizer: Optimizer | str = DEFAULT_OPTIMIZER,
     ) -> torch.optim.Optimizer:
-        """Return an optimizer over `param_groups`: AdamW, or what `optimizer` says, as in 'galore(rank=8)'."""
+        """Return an optimizer over `param_groups`: AdamW, or the one given by `optimizer`, such as 'galore(rank=8)'."""
         groups = self.param_groups(lr, weight_decay)
         chosen = as_optimizer(optimizer)
         chosen.check(groups)
@@ -138,11 +138,11 @@ class Graft:
         return self.method.extra_loss(self.backbone, self.name)
 
     def after_step(self, step: int, steps: int) -> None:
-        """Update methods with a schedule of their own, such as adalora. Call it after each optimizer step of your own
+        """Update methods with their own schedule, such as adalora. Call it after each optimizer step of your own
         loop, before gradients are set to zero.
 
-        `step` counts from 1 to `steps`, the length of the whole training. Without the call, such methods stay as they
-        began.
+        `step` counts from 1 to `steps`, the length of the whole training. Without the call, such methods keep their
+        initial state.
         """
         self.method.after_step(self.backbone, self.name, step, steps)
 
@@ -211,7 +211,7 @@ class Graft:
 
     @property
     def put_away(self) -> PutAway:
-        """What a disabled graft would replace in the base."""
+        """The saved values, modules and settings that a disabled graft would put into the base."""
         assert not self.active
         return PutAway(dict(self.originals or {}), dict(self.replaced), dict(self.settings))
 

@@ -1,4 +1,4 @@
-"""What grafts on one model would do to one another, refused before anything is changed."""
+"""Refuse conflicts between grafts on one model, before anything is changed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def refuse_mixed(model: nn.Module) -> None:
-    """Raise `UserError` where grafts are mixed at the moment."""
+    """Raise `UserError` while grafts are mixed."""
     if vars(model).get(MIXED) is not None:
         raise UserError(
-            f"the grafts of {type(model).__name__} are mixed by graftkit.using at the moment; leave the with block before "
+            f"the grafts of {type(model).__name__} are currently mixed by graftkit.using; leave the with block before "
             "you attach, detach, enable, fold or save one."
         )
 
 
 def refuse_conflict(backbone: Backbone, name: str, changes: set[str], replaced: dict[str, nn.Module]) -> None:
-    """Raise `UserError` where another active graft puts its own in place of the same part of the base."""
+    """Raise `UserError` if another active graft replaces the same part of the base."""
     others = [graft for graft in grafts_of(backbone.model).values() if graft.active and graft.name != name]
     for other in others:
         shared = sorted(changes & other.changes)
@@ -42,7 +42,7 @@ def refuse_conflict(backbone: Backbone, name: str, changes: set[str], replaced: 
 
 
 def refuse_lost(model: nn.Module, name: str, replaced: dict[str, nn.Module], others: Iterable[Graft]) -> None:
-    """Raise `UserError` where a graft adds to a module that another one replaces: the addition would not be called."""
+    """Raise `UserError` if a graft adds to a module that another one replaces: the addition would not be called."""
     for other in others:
         pairs = [(other.name, name, *item) for item in replaced.items()]
         pairs += [(name, other.name, *item) for item in other.replaced.items()]
@@ -52,16 +52,16 @@ def refuse_lost(model: nn.Module, name: str, replaced: dict[str, nn.Module], oth
                 isinstance(part, Added) and part.graft == adding and part.changes_outputs for part in parts
             ):
                 raise UserError(
-                    f"the graft {adding!r} adds to {place!r}, in the place of which the graft {replacing!r} puts a module of "
-                    f"its own, so only one of them can be active: disable {other.name!r} first, or detach it."
+                    f"the graft {adding!r} adds to {place!r}, which the graft {replacing!r} replaces by its own module, so "
+                    f"only one of them can be active: disable {other.name!r} first, or detach it."
                 )
 
 
 def refuse_entangled(model: nn.Module, graft: str) -> None:
-    """Raise `NotFoldable` where a graft cannot be melted into a module apart from what else acts there.
+    """Raise `NotFoldable` if a graft cannot be folded into a module independently of other additions there.
 
-    Sums can be taken apart, and what was added later goes on acting on the module's new output. What was added before
-    acted on the old one, and what acts beside a change of the input saw that too.
+    Sums are independent, and an addition attached later still acts on the module's new output. One attached earlier
+    acted on the old output, and one beside a change of the input read the changed input.
     """
     for name, site in model.named_modules():
         acting = [
@@ -82,14 +82,14 @@ def refuse_entangled(model: nn.Module, graft: str) -> None:
                 if not (same or behind or (own.adds and other.adds)):
                     owner = "the same graft" if other.graft == graft else f"the graft {other.graft!r}"
                     raise NotFoldable(
-                        f"{type(own).__name__} of the graft {graft!r} cannot be folded into {name!r} apart from "
-                        f"{type(other).__name__} of {owner}, which acts there too. Keep the graft folder, or fold what "
-                        "was attached first before the other is attached."
+                        f"{type(own).__name__} of the graft {graft!r} cannot be folded into {name!r} without "
+                        f"{type(other).__name__} of {owner}, which acts there too. Keep the graft folder, or fold the "
+                        "first graft before the other is attached."
                     )
 
 
 def own_trained(backbone: Backbone, labels: Labels, replaced: dict[str, nn.Module]) -> set[str]:
-    """The base's own parameters that are trained in place, its own head's among them."""
+    """Return the base's own parameters that are trained in place, including those of its own head."""
     return {
         name
         for name in labels
@@ -98,7 +98,7 @@ def own_trained(backbone: Backbone, labels: Labels, replaced: dict[str, nn.Modul
 
 
 def lone_places(model: nn.Module, graft: str) -> set[str]:
-    """What messages call the places where a graft has an addition beside which there can be no other."""
+    """Return names, for messages, of the places where a graft has an addition that allows no other beside it."""
     return {
         f"the output of {name.rpartition('.')[0] or type(model).__name__}"
         for name, module in model.named_modules()
@@ -107,7 +107,7 @@ def lone_places(model: nn.Module, graft: str) -> set[str]:
 
 
 def refuse_shared(model: nn.Module, method: Method, changed: Collection[str]) -> None:
-    """A weight that two modules share cannot take an update that belongs to one of them."""
+    """Raise `NotFoldable` for an update of one of several modules that share a weight."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)

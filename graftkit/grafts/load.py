@@ -1,4 +1,4 @@
-"""Attaching a graft that was saved."""
+"""Attach a saved graft."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def load(model: nn.Module | Backbone, path: str | Path, *, name: str = "default"
 
 
 def begin_with(graft: Graft, path: Path, labels: Sequence[str]) -> None:
-    """Give a new graft the values of the one in `path`, the folder of a graft or of a run, to be trained further.
+    """Initialise a new graft with the values of the one in `path`, a graft or run folder, to train it further.
 
-    `labels`: those that the new graft is to answer. Raises `UserError` for another backbone, other labels, or a method
-    that adds something else; learning rates and dropout may be others.
+    `labels`: the labels of the new graft. Raises `UserError` for another backbone, other labels, or a different
+    method; learning rates and dropout may differ.
     """
     inside = path / "graft"
     folder = inside if inside.is_dir() else path
@@ -71,8 +71,8 @@ def begin_with(graft: Graft, path: Path, labels: Sequence[str]) -> None:
     known = tuple(stored.about.get("labels", labels))
     if known != tuple(labels):
         raise UserError(
-            f"train.from: the graft in {folder} answers {listing(map(repr, known), 8) or 'without labels'}, but the "
-            f"training rows have {listing(map(repr, labels), 8) or 'no labels'}. Train on rows with the same labels, or "
+            f"train.from: the graft in {folder} has the labels {listing(map(repr, known), 8) or '(none)'}, but the "
+            f"training rows have {listing(map(repr, labels), 8) or 'none'}. Train on rows with the same labels, or "
             "start without train.from."
         )
     there, here = method_for(stored, graft.backbone), graft.method.stored()
@@ -89,7 +89,7 @@ def begin_with(graft: Graft, path: Path, labels: Sequence[str]) -> None:
 
 
 def _as_attached(chain: Chain) -> list[str]:
-    """The methods without the options that only training heeds, in any order."""
+    """Return the methods, sorted, with the options that matter only for training set to their defaults."""
     plain = []
     method: Any
     for method in chain.methods:
@@ -123,22 +123,20 @@ def _refuse_misfits(
         if tensors[name].shape != parameter.shape:
             raise UserError(
                 f"the graft in {path}: {name!r} has shape {tuple(tensors[name].shape)}, "
-                f"but {tuple(parameter.shape)} is needed."
+                f"but should have {tuple(parameter.shape)}."
             )
         kinds = [(t.dtype.is_floating_point, t.dtype.is_complex) for t in (tensors[name], parameter)]
         if kinds[0] != kinds[1]:
             raise UserError(
-                f"the graft in {path}: {name!r} is stored as {tensors[name].dtype}, but {parameter.dtype} is needed."
+                f"the graft in {path}: {name!r} is stored as {tensors[name].dtype}, but should be {parameter.dtype}."
             )
         if tensors[name].isnan().any():
-            raise UserError(
-                f"the graft in {path}: {name!r} holds values that are no numbers (NaN); restore it from a copy."
-            )
+            raise UserError(f"the graft in {path}: {name!r} contains NaN values; restore it from a backup.")
 
 
 def method_for(stored: Stored, backbone: Backbone) -> Chain:
-    """The method; modules that PEFT saved are the backbone's own head, or are unfrozen."""
-    chain = read_method(stored.method) if stored.method else Chain()  # of a task that trains nothing
+    """Return the method; modules that PEFT saved become the backbone's own head, or are unfrozen."""
+    chain = read_method(stored.method) if stored.method else Chain()  # empty for a task that trains nothing
     saved = {name: stored.tensors[name] for name in stored.saved}
     kinds = [entry.load() for entry in entries("method").values()] if saved else []
     for kind in sorted(kinds, key=lambda kind: not kind.gives_outputs):  # type: ignore[attr-defined]
@@ -148,7 +146,7 @@ def method_for(stored: Stored, backbone: Backbone) -> Chain:
 
 
 def tensors_for(stored: Stored, graft: Graft) -> dict[str, Tensor]:
-    """Tensors by the parameter names that the graft has on its backbone. Raises `UserError` for misfits."""
+    """Return the tensors by the graft's parameter names on its backbone. Raises `UserError` if they do not fit."""
     names = {stored_name(graft, name): name for name in graft.tensors}
     tensors = graft.method.unpack(graft.backbone, dict(stored.tensors))
     return {names.get(kept, kept): tensor for kept, tensor in tensors.items()}

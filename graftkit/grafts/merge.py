@@ -1,4 +1,4 @@
-"""One graft of several: LoRA folders, ours or PEFT's, merged without their backbone."""
+"""Merge several LoRA folders, ours or PEFT's, into one graft without loading their backbone."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ OUT_PROJ = "out_proj_"
 
 @dataclass(frozen=True)
 class Member:
-    """One graft that is merged.
+    """One of the grafts to merge.
 
     `factors`: the update of each weight, by the name of its addition. `keys`: PEFT's key of each tensor, by our name;
-    empty where PEFT cannot express the graft. `method` makes such updates. `head`: the parameters of its head, `form` the
-    method that made it.
+    empty if PEFT cannot express the graft. `method`: the method of the updates. `head`: the parameters of its head,
+    `form`: the method of the head.
     """
 
     folder: Path
@@ -78,14 +78,14 @@ def merge(
     """
     combination = Combination(how, density, rank, sign, seed)
     if heads not in HEADS:
-        raise UserError(f"heads is {heads!r}; there is {listing(HEADS)}.")
+        raise UserError(f"heads is {heads!r}; choose one of {listing(HEADS)}.")
     folders = [_folder(Path(graft)) for graft in grafts]
     factors = _weights(folders, weights)
     target = Path(out)
     _check_target(target, folders, overwrite)
     try:
         with claimed(target):
-            _check_target(target, folders, overwrite)  # another merge may have ended there in between
+            _check_target(target, folders, overwrite)  # another merge may have written there in between
             return _merge(folders, factors, target, combination, heads)
     except OSError as error:
         raise UserError(f"{target} cannot be written to: {error}.") from None
@@ -106,7 +106,7 @@ def _merge(
 
 
 def _folder(path: Path) -> Path:
-    """The graft's own folder, where that of a run is given."""
+    """Return the graft's folder; `path` may be that of its run."""
     names = (DESCRIPTION, PEFT_CONFIG)
     if not any((path / name).is_file() for name in names) and (path / "graft" / DESCRIPTION).is_file():
         return path / "graft"
@@ -115,9 +115,7 @@ def _folder(path: Path) -> Path:
 
 def _weights(folders: list[Path], weights: Sequence[float] | None) -> list[float]:
     if len(folders) < 2:
-        raise UserError(
-            f"merging takes at least two grafts, but {len(folders)} is given; name another folder."
-        )
+        raise UserError(f"merging needs at least two grafts, but got {len(folders)}; name another folder.")
     if weights is None:
         return [1 / len(folders)] * len(folders)
     if len(weights) != len(folders):
@@ -139,16 +137,16 @@ def _check_target(target: Path, folders: list[Path], overwrite: bool) -> None:
     others = names - OF_A_GRAFT
     if others:
         raise UserError(
-            f"{target} holds other files than a graft's ({listing(sorted(others))}); name another folder."
+            f"{target} contains files that do not belong to a graft ({listing(sorted(others))}); name another folder."
         )
     if names and not overwrite:
-        raise UserError(f"{target} exists already; name another folder, or replace it with --overwrite.")
+        raise UserError(f"{target} already exists; name another folder, or replace it with --overwrite.")
 
 
 def _read(folder: Path) -> Member:
-    """Raises `UserError` for a graft that is not a LoRA, with or without a head.
+    """Read a graft. Raises `UserError` for one that is not a LoRA, with or without a head.
 
-    What PEFT is given counts: of another method, its form there may be a LoRA.
+    Its PEFT form decides: that of another method may be a LoRA.
     """
     stored = graft_files.read(folder)
     chain = read_method(stored.method).methods
@@ -160,15 +158,15 @@ def _read(folder: Path) -> Member:
     if len(own) != 1 or not found[0].is_product:
         mergeable = recommended("is_product")
         raise UserError(
-            f"{folder} is a graft of {' + '.join(f'{m.name}()' for m in chain)}; only those of {mergeable}, and others of "
-            "which PEFT has the form of one, can be merged, with or without a head. To use it beside others, load them "
+            f"{folder} is a graft of {' + '.join(f'{m.name}()' for m in chain)}; only grafts of {mergeable}, or of methods "
+            "that PEFT stores as one, can be merged, with or without a head. To use it together with others, load them "
             "all and see graftkit.using."
         )
     method: Any = found[0]
     if method.bias != "none":
         raise UserError(
-            f"{folder} trains biases of the backbone too ({method}), which cannot be merged without it; merge grafts that "
-            "were trained with bias='none'."
+            f"{folder} also trains biases of the backbone ({method}), which cannot be merged without loading it; merge "
+            "grafts that were trained with bias='none'."
         )
     factors = {}
     for name in peft.tensors:
@@ -192,20 +190,20 @@ def _factors(folder: Path, method: Any, addition: str, tensors: dict[str, Tensor
     alpha = _at(folder, method.alpha_pattern, site, method.alpha_at(rank))
     if A is None or B is None or len(A) % rank:
         raise UserError(
-            f"{folder}: the update of {site!r} has not the rank {rank} that its description says."
+            f"{folder}: the update of {site!r} does not have the rank {rank} given in its description."
         )
     scale = alpha / math.sqrt(rank) if method.use_rslora else alpha / rank
     return Factors(A, B, scale, rank, b)
 
 
 def _at(folder: Path, values: dict[str, float] | None, site: str, default: float) -> float:
-    """What rank_pattern or alpha_pattern say of a site; only names can be looked up where there is no model."""
+    """Return the value of rank_pattern or alpha_pattern for a site; without a model, only names can be matched."""
     found = default
     for selection, value in (values or {}).items():
         if not selection.startswith("re:"):
             raise UserError(
-                f"{folder} has rank_pattern or alpha_pattern for {selection!r}, which only its backbone tells the meaning of, and PEFT cannot "
-                "express it; it cannot be merged."
+                f"{folder} has rank_pattern or alpha_pattern for {selection!r}, which cannot be resolved without its "
+                "backbone, and PEFT cannot express it; it cannot be merged."
             )
         if re.fullmatch(selection[3:], site):
             found = value
@@ -213,7 +211,7 @@ def _at(folder: Path, values: dict[str, float] | None, site: str, default: float
 
 
 def _site(addition: str) -> str:
-    """The site that an addition belongs to: the module it is below, or the map inside an attention."""
+    """Return the site of an addition: the module it is below, or the output projection of an attention."""
     module, _, child = addition.rpartition(".")
     return f"{module}.out_proj" if f"_{OUT_PROJ}" in child else module
 
@@ -241,21 +239,19 @@ def _refuse_strangers(members: list[Member]) -> None:
     convolutions = [m for m in members if any(u.A.dim() > 2 for u in m.factors.values())]
     if len({member.method.peft_conv for member in convolutions}) > 1:
         raise UserError(
-            "some of the grafts pad convolutions with zeros (peft_conv) and some do not; merge them apart."
+            "some of the grafts pad convolutions with zeros (peft_conv) and some do not; merge them separately."
         )
 
 
 def _merged(members: list[Member], weights: list[float], combination: Combination) -> dict[str, Factors]:
-    """The merged update of each weight that a graft updates; a graft that does not has no part in it."""
+    """Return the merged update of each weight, over the grafts that update it."""
     rank = combination.rank or max(u.rank for member in members for u in member.factors.values())
     merged = {}
     for name in dict.fromkeys(name for member in members for name in member.factors):
         having = [(m.factors[name], w) for m, w in zip(members, weights) if name in m.factors]
         update = combination.of(_site(name), [u for u, _ in having], [w for _, w in having], rank)
         if not all(torch.isfinite(tensor).all() for tensor in (update.A, update.B)):
-            raise UserError(
-                f"merging gives values for {_site(name)!r} that are not finite; nothing was written."
-            )
+            raise UserError(f"merging gives non-finite values for {_site(name)!r}; nothing was written.")
         merged[name] = update
     return merged
 
@@ -263,7 +259,7 @@ def _merged(members: list[Member], weights: list[float], combination: Combinatio
 def _head(
     members: list[Member], weights: list[float], heads: str
 ) -> tuple[dict[str, Tensor], Method | None, dict[str, Any]]:
-    """The merged head, the method that made it, and what the description says of its classes."""
+    """Return the merged head, its method, and the entries of the description about its classes."""
     having = [(member, weight) for member, weight in zip(members, weights) if member.head]
     if heads == "none" or not having:
         return {}, None, {}
@@ -289,12 +285,12 @@ def _head(
         if shapes[0] != shapes[1] or not same_form or (all(labels) and labels[0] != labels[1]):
             raise UserError(
                 f"the heads in {first.folder} and {member.folder} are for different classes or of different forms, so they "
-                "have no mean; keep one with --heads first, or leave them out with --heads none."
+                "cannot be averaged; keep one with --heads first, or leave them out with --heads none."
             )
     total = sum(weight for _, weight in having)
     if total == 0:
         raise UserError(
-            "the weights of the grafts with a head add up to 0, so heads have no mean; use --heads first or none."
+            "the weights of the grafts with a head add up to 0, so heads cannot be averaged; use --heads first or none."
         )
     mean = {name: sum(w / total * m.head[name].float() for m, w in having) for name in first.head}
     return mean, form, about  # type: ignore[return-value]
@@ -310,7 +306,7 @@ def _write(
     for name, update in updates.items():
         parts = {"A": update.A, "B": update.B, "b": update.b}
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
-    # an alpha as large as the rank is a scale of 1
+    # an alpha equal to the rank is a scale of 1
     arguments: dict[str, Any] = {"rank": rank, "alpha": float(rank), "sites": exactly(map(_site, updates))}
     if ranks:
         by_rank = {r: exactly(_site(name) for name in ranks if ranks[name] == r) for r in set(ranks.values())}
@@ -337,7 +333,7 @@ def _write(
         }
     if description is None and peft is None:
         raise UserError(
-            "the merged graft can be written neither as PEFT's nor as graftkit's; save the grafts with graftkit."
+            "the merged graft can be written neither in PEFT's format nor in graftkit's; save the grafts with graftkit."
         )
     return graft_files.write(target, Contents(tensors | head, peft, description))
 
@@ -346,7 +342,7 @@ def _peft_form(
     members: list[Member], arguments: dict[str, Any], ranks: dict[str, int], tensors: dict[str, Tensor],
     head: dict[str, Tensor],
 ) -> PeftForm | None:  # fmt: skip
-    """The merged graft as PEFT writes it; None where PEFT has no form for one of them, or it is of experts."""
+    """Return the merged graft in PEFT's form; None if PEFT cannot express one of them, or it updates experts."""
     keys = {name: key for member in members for name, key in member.keys.items()}
     if not all(member.keys for member in members) or any(m.config.get("target_parameters") for m in members):
         return None
@@ -366,7 +362,7 @@ def _peft_form(
         "r": arguments["rank"],
         "lora_alpha": arguments["rank"],
         "lora_dropout": 0.0,
-        # as an expression: names in a list would also mean modules whose names end with them
+        # a regular expression: names in a list would also match modules whose names end with them
         "target_modules": "|".join(re.escape(module) for module in dict.fromkeys(modules.values())),
         "fan_in_fan_out": any(member.config.get("fan_in_fan_out") for member in members),
         "bias": "none",

@@ -1,4 +1,4 @@
-"""Ways to make one low-rank update of several: the arithmetic of `graftkit merge`, as in PEFT's `add_weighted_adapter`."""
+"""Rules that combine low-rank updates into one: the arithmetic of `graftkit merge`, as in PEFT's `add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from graftkit.errors import UserError, listing, nearest
 
 @dataclass(frozen=True)
 class Factors:
-    """One update s B A, with `rank` columns in B for each expert and a bias s b beside it where there is one.
+    """One update s B A, with `rank` columns in B for each expert, and a bias s b if there is one.
 
-    A (rank, in, *kernel), B (out, rank, ...); of n experts A is (n rank, in) and B (out, rank n), as PEFT keeps them.
+    A (rank, in, *kernel), B (out, rank, ...); for n experts A is (n rank, in) and B (out, rank n), as in PEFT.
     """
 
     A: Tensor
@@ -27,16 +27,16 @@ class Factors:
 
     @property
     def count(self) -> int:
-        """How many matrices there are: experts, or one."""
+        """The number of matrices: that of experts, or 1."""
         return len(self.A) // self.rank
 
     @property
     def is_grouped(self) -> bool:
-        """Whether B is that of a convolution with groups, each of which reads a part of A x."""
+        """Whether B is of a convolution with groups, each of which reads a part of A x."""
         return self.A.dim() > 2 and self.B.shape[1] != self.rank
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """A (n, rank, in) and B (n, out, rank), in fp32 and without the scale."""
+        """Return A (n, rank, in) and B (n, out, rank), in fp32 and without the scale."""
         A = self.A.float().flatten(1).unflatten(0, (self.count, self.rank))
         B = self.B.float().flatten(1).unflatten(1, (self.rank, self.count)).permute(2, 0, 1)
         return A, B
@@ -44,10 +44,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Rule:
-    """`whole`: on the products B A, brought back to a rank by SVD; else on A and B apart, or side by side.
+    """How updates are combined.
 
-    `keeps`: which share of the elements is kept: the largest, or ones drawn at random and enlarged. `elects`: whether
-    elements whose sign is not that of the majority are left out.
+    `whole`: combine the products B A and reduce the rank by SVD; otherwise combine A and B separately, or concatenate
+    them. `keeps`: which elements are kept: the 'largest', or 'random' ones, rescaled. `elects`: drop elements whose sign
+    differs from that of the majority.
     """
 
     whole: bool = False
@@ -74,10 +75,10 @@ SIGNS = ("total", "frequency")
 
 @dataclass(frozen=True)
 class Combination:
-    """How updates are combined. Raises `UserError` for what does not go together.
+    """A rule and its options. Raises `UserError` for options that do not fit the rule.
 
-    `how`: one of `RULES`. `density`: share of the elements that is kept, for ties, dare and magnitude. `rank`: of the
-    result, for svd. `sign`: the majority of an element by its sum ('total') or by its count ('frequency').
+    `how`: one of `RULES`. `density`: share of elements to keep, for ties, dare and magnitude. `rank`: rank of the
+    result, for svd. `sign`: elect the sign of an element by sum ('total') or by count ('frequency').
     """
 
     how: str = "cat"
@@ -90,36 +91,35 @@ class Combination:
         name = self.how.lower().replace("_", "-")
         object.__setattr__(self, "how", OTHER_NAMES.get(name, name))
         if self.how not in RULES:
-            raise UserError(f"how is {self.how!r}; there is {listing(RULES)}.{nearest(self.how, RULES)}")
+            raise UserError(f"how is {self.how!r}; choose one of {listing(RULES)}.{nearest(self.how, RULES)}")
         if self.rule.keeps is None and self.density is not None:
-            raise UserError(f"{self.how} keeps every element, so density has no part in it; leave it out.")
+            raise UserError(f"{self.how} keeps every element, so density has no effect; leave it out.")
         if self.rule.keeps is not None and (self.density is None or not 0 < self.density <= 1):
             raise UserError(
-                f"{self.how} keeps a share of the elements of each update, and density is {self.density}; give one above 0 "
+                f"{self.how} keeps a share of the elements of each update, but density is {self.density}; set it above 0 "
                 "and at most 1, for example 0.2 for ties and 0.5 for dare."
             )
         if not self.rule.whole and self.rank is not None:
-            raise UserError(
-                f"the rank of the result follows from how={self.how!r}; give a rank with svd only."
-            )
+            raise UserError(f"how={self.how!r} determines the rank of the result; set rank only with svd.")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank is {self.rank}, but must be at least 1.")
         if self.sign not in SIGNS:
-            raise UserError(f"sign is {self.sign!r}; there is {listing(SIGNS)}.")
+            raise UserError(f"sign is {self.sign!r}; choose one of {listing(SIGNS)}.")
 
     @property
     def rule(self) -> Rule:
         return RULES[self.how]
 
     def of(self, name: str, updates: Sequence[Factors], weights: Sequence[float], rank: int) -> Factors:
-        """One update of several of the weight of that name; `rank`: of an SVD. The scale of the result is 1.
+        """Combine several updates of the weight `name`; `rank`: rank of an SVD. The scale of the result is 1.
 
-        cat is the weighted sum itself, its rank the sum of ranks; svd the nearest to it of the rank. The others follow
-        PEFT: factors are combined with sqrt(|w s|) each, the sign of w at A, which is no weighted sum of the products.
+        cat is the exact weighted sum, whose rank is the sum of ranks; svd its best approximation of the given rank. The
+        others follow PEFT: A and B are each weighted by sqrt(|w s|), with the sign of w in A, which does not give the
+        weighted sum of the products.
         """
         biases = [w * u.scale * u.b.float() for u, w in zip(updates, weights) if u.b is not None]
         b = torch.stack(biases).sum(0) if biases else None
-        # a mask depends on nothing but the seed and the weight that it is for
+        # a mask depends only on the seed and the name of its weight
         generator = torch.Generator().manual_seed(seed_of(self.seed, name))
         grouped = [update for update in updates if update.is_grouped]
         if grouped and (self.how == "cat" or self.rule.whole):
@@ -154,19 +154,19 @@ class Combination:
         return (parts * factors * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
 
     def _kept(self, tensor: Tensor, generator: torch.Generator) -> Tensor:
-        """Yadav et al. 2023, 'TIES-Merging', section 3, or Yu et al. 2024, 'DARE', equation 3."""
+        """Drop elements: Yadav et al. 2023, 'TIES-Merging', section 3, or Yu et al. 2024, 'DARE', equation 3."""
         if self.density is None or self.density == 1:
             return tensor
         if self.rule.keeps == "random":
-            chance = torch.full_like(tensor, self.density)
-            return tensor * torch.bernoulli(chance, generator=generator) / self.density
+            probability = torch.full_like(tensor, self.density)
+            return tensor * torch.bernoulli(probability, generator=generator) / self.density
         mask = torch.zeros(tensor.numel())
         mask[tensor.abs().flatten().topk(int(self.density * tensor.numel())).indices] = 1
         return tensor * mask.view_as(tensor)
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of the random masks for one weight."""
+    """Return the seed of the random masks for one weight."""
     import hashlib
 
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
@@ -186,7 +186,7 @@ def _of_rank(products: Tensor, like: Factors, rank: int, b: Tensor | None) -> Fa
 
 
 def _stored(A: Tensor, B: Tensor, like: Factors, b: Tensor | None) -> Factors:
-    """Matrices A (n, rank, in) and B (n, out, rank) in the shapes in which they are kept."""
+    """Return matrices A (n, rank, in) and B (n, out, rank) in the shapes in which they are stored."""
     rank = A.shape[1]
     kept_A = A.flatten(0, 1).view(-1, *like.A.shape[1:])
     kept_B = B.permute(1, 2, 0).flatten(1).view(len(like.B), -1, *like.B.shape[2:])

@@ -1,4 +1,4 @@
-"""Several grafts on one model: which of them are active, how much of each, and which row of a batch gets which."""
+"""Several grafts on one model: which are active, with which weights, and which one each row of a batch uses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from graftkit.grafts.snapshot import set_settings, settings_of
 from graftkit.methods.base import Addition
 
 TIME_FIRST = ("xlnet",)
-Key = tuple[
-    str, str, type[Addition], Any
-]  # module, name without that of the graft, class, what has to be alike
+Key = tuple[str, str, type[Addition], Any]  # module, name without that of the graft, class, `alike`
 
 
 @contextmanager
@@ -78,7 +76,7 @@ def using(
 
 
 def _known(model: nn.Module, names: Iterable[Any]) -> list[str]:
-    """The names, each once. Raises `UserError` for one that no graft of the model has."""
+    """Return the names without duplicates. Raises `UserError` if no graft of the model has one of them."""
     grafts = grafts_of(model)
     names = list(dict.fromkeys(names))
     for name in names:
@@ -118,7 +116,7 @@ def _activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 class _State:
-    """Which grafts of a model are active, folded or mixed, to be made so again."""
+    """Which grafts of a model are active, folded or mixed, so that this can be restored."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -135,7 +133,7 @@ class _State:
         grafts = grafts_of(self.model)
         wanted = [
             name
-            for name, graft in grafts.items()  # one that was attached meanwhile stays as it is
+            for name, graft in grafts.items()  # one that was attached meanwhile is unchanged
             if (name in self.active if self.known.get(name) is graft else graft.active)
         ]
         _activate(self.model, wanted)
@@ -160,7 +158,7 @@ class _Mixed:
         self._computed: dict[str, Any] = {}  # modules whose own parameters differ by row
 
     def start(self) -> None:
-        """Let the additions of the first graft at each site do what those of all do."""
+        """Let the additions of the first graft at each site compute those of all."""
         grafts = [grafts_of(self.model)[name] for name in self.names]
         kind = next((p.device.type for p in self.model.parameters()), "cpu")
         for graft in grafts:
@@ -182,7 +180,7 @@ class _Mixed:
             raise
 
     def stop(self) -> None:
-        """Put everything back as `start` found it."""
+        """Restore the state before `start`."""
         vars(self.model).pop(MIXED, None)
         self._undo.close()
 
@@ -204,22 +202,22 @@ class _Mixed:
         self, grafts: list[Graft], key: Key, leader: Addition, members: list[Addition], weights: Tensor,
         site: nn.Module,
     ) -> None:  # fmt: skip
-        """Let one addition do what all members do."""
+        """Let one addition compute all members."""
         name = key[0] or type(self.model).__name__
         device = next((t.device for t in (*leader.parameters(), *leader.buffers())), None)
         try:
             if self.rows is not None and takes_all_rows(name):
-                raise NotImplementedError("it is not given the rows of a batch one by one")
+                raise NotImplementedError("its input is not split by the rows of a batch")
             mixture = type(leader).mix(members, weights.to(device), site)
             if key[0] in self._computed and getattr(mixture, "has_gains", False):
-                raise NotImplementedError("it rescales a map whose weight or bias the grafts train too")
+                raise NotImplementedError("it rescales a layer whose weight or bias the grafts train too")
         except NotImplementedError as reason:
             graft = next(graft for graft in grafts if graft.name == leader.graft)
             method = _method_of(graft, key[1])
             what = "weighted in a sum" if self.rows is None else "mixed with others in one batch"
             alone = f"using(model, {graft.name!r})"
             instead = (
-                f"use {alone} for it alone" if self.rows is None else f"run its rows apart, with {alone}"
+                f"use {alone} for it alone" if self.rows is None else f"run its rows separately, with {alone}"
             )
             because = f": {reason}" if str(reason) else ""
             raise UserError(
@@ -233,28 +231,28 @@ class _Mixed:
         lone = [key for key in groups if key[2].lone]
         if len(lone) > 1:
             raise UserError(
-                f"the heads of the grafts {listing(map(repr, self.names))} do not stand on the same states, so they cannot "
-                "be computed together. Run their rows apart, or give them heads with the same pooling."
+                f"the heads of the grafts {listing(map(repr, self.names))} do not read the same states, so they cannot "
+                "be computed together. Run their rows separately, or give them heads with the same pooling."
             )
 
     def _refuse_order(self) -> None:
         """Raise `UserError` for a model that does not keep the rows of a batch in the first dimension."""
         if getattr(getattr(self.model, "config", None), "model_type", "") in TIME_FIRST:
             raise UserError(
-                f"{type(self.model).__name__} puts the length of a text before its rows, so that they cannot have grafts of "
-                "their own. Run the rows of each graft apart."
+                f"{type(self.model).__name__} has the text length as its first dimension instead of the rows, so rows cannot "
+                "have different grafts. Run the rows of each graft separately."
             )
         for name, module in self.model.named_modules():
             if getattr(module, "batch_first", True) is False:
                 raise UserError(
-                    f"{name or type(module).__name__!r} is made with batch_first=False, so that rows come second. Make it "
-                    "with batch_first=True, or run the rows of each graft apart."
+                    f"{name or type(module).__name__!r} was created with batch_first=False, so rows are the second dimension. "
+                    "Create it with batch_first=True, or run the rows of each graft separately."
                 )
 
     def _check_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training:
             raise UserError(
-                f"{type(module).__name__} computes with several grafts at once, which is for outputs alone: call "
+                f"{type(module).__name__} computes with several grafts at once, which works in eval mode only: call "
                 "model.eval() first. To train a graft, leave graftkit.using and call graft.requires_grad_()."
             )
         if self.rows is None:
@@ -272,11 +270,11 @@ class _Mixed:
         if missed:
             raise UserError(
                 f"the grafts train {listing(map(repr, missed), 3)}, which {type(module).__name__} does not call as modules, so "
-                "that all rows had the values of the base. Run the rows of each graft apart."
+                "all rows used the values of the base. Run the rows of each graft separately."
             )
 
     def _mix_base(self, grafts: list[Graft]) -> None:
-        """Put base + sum of weight * (trained - base) in the place of what the grafts train of the base."""
+        """Replace the base's tensors that the grafts train by base + sum of weight * (trained - base)."""
         weights = self.weights[0].tolist()
         changes: dict[str, list[tuple[float, Tensor]]] = {}
         modules: dict[str, list[tuple[float, nn.Module]]] = {}
@@ -313,7 +311,7 @@ class _Mixed:
         set_settings(self.model, settings)
 
     def _averaged(self, name: str, parts: list[tuple[float, nn.Module]]) -> nn.Module:
-        """A copy of modules that replaced one of the base, which are heads: the weighted mean of them."""
+        """Return the weighted mean of modules that replaced one of the base, which are heads."""
         total = sum(weight for weight, _ in parts)
         if total == 0:
             raise UserError(
@@ -329,16 +327,16 @@ class _Mixed:
 
     def _heads_differ(self, name: str) -> UserError:
         return UserError(
-            f"{name!r} has another shape in one of the grafts {listing(map(repr, self.names))} than in the others: they "
-            "have heads for different classes, which cannot be weighted in a sum. Use one of them at a time."
+            f"the grafts {listing(map(repr, self.names))} have {name!r} in different shapes: their heads are for "
+            "different classes, which cannot be weighted in a sum. Use one of them at a time."
         )
 
 
 def _groups(modules: dict[str, nn.Module], grafts: list[Graft]) -> dict[Key, dict[int, Addition]]:
-    """The additions that can be computed together, each with the column of its graft."""
+    """Return groups of additions that can be computed together, each with the column of its graft."""
     columns = {graft.name: column for column, graft in enumerate(grafts)}
     groups: dict[Key, dict[int, Addition]] = {}
-    inside = "\0"  # what an addition has below it is its own affair
+    inside = "\0"  # skip additions below another addition, which handles them itself
     for name, module in modules.items():
         if not isinstance(module, Added) or module.graft not in columns or not module.changes_outputs:
             continue
@@ -350,14 +348,14 @@ def _groups(modules: dict[str, nn.Module], grafts: list[Graft]) -> dict[Key, dic
         if not isinstance(module, Addition):
             raise UserError(
                 f"{_method_of(grafts[column], stem)}() of the graft {module.graft!r} cannot be computed together with other "
-                f"grafts. Instead, run its rows apart, with using(model, {module.graft!r})."
+                f"grafts. Instead, run its rows separately, with using(model, {module.graft!r})."
             )
         groups.setdefault((place, stem, type(module), module.alike), {})[column] = module
     return groups
 
 
 def _leaders(site: nn.Module, place: str, groups: dict[Key, dict[int, Addition]]) -> dict[Key, Addition]:
-    """For each group at a site one of its members, so that the order of their hooks is that of every graft."""
+    """Return one member of each group at a site, such that their hooks run in the order that every graft has."""
     order = {id(module): i for i, module in enumerate(site.children())}
     earlier: dict[Key, set[Key]] = {key: set() for key in groups}
     for column in {column for group in groups.values() for column in group}:
@@ -380,6 +378,6 @@ def _leaders(site: nn.Module, place: str, groups: dict[Key, dict[int, Addition]]
 
 
 def _method_of(graft: Graft, stem: str) -> str:
-    """The method that places additions of that name."""
+    """Return the method that places additions with this name."""
     names = [method.name for method in graft.method.methods if stem.startswith(method.name)]
     return max(names, key=len, default=stem)

@@ -1,6 +1,6 @@
-"""Adapters that PEFT wrote, read into the methods of this package.
+"""Read PEFT adapters into the methods of this package.
 
-Which method reads a kind of adapter is the method's own affair: `Method.peft_types` names the kinds and
+Each method declares the adapters that it reads: `Method.peft_types` names their types, and
 `Method.from_peft` turns a configuration and its tensors into the method's options and parameters.
 """
 
@@ -19,15 +19,13 @@ from graftkit.recipe.expressions import Call
 
 
 def read_peft(folder: Path) -> Stored:
-    """An adapter of PEFT as one of our methods; its saved modules are the head, or unfrozen."""
+    """Read a PEFT adapter as one of our methods; its saved modules become the head, or are unfrozen."""
     config = read_json(folder / PEFT_CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{folder / PEFT_CONFIG} is not the configuration of an adapter.")
     kind = config.get("peft_type")
     if not isinstance(kind, str):
-        raise UserError(
-            f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; it must be the name of a kind of adapter."
-        )
+        raise UserError(f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; it must be the name of a PEFT type.")
     kinds: dict[Any, str] = {entry.load(): entry.name for entry in entries("method").values()}
     readers = [cls for cls in kinds if cls.reads_peft(config)]
     reader = (readers or [cls for cls in kinds if ANY in cls.peft_types])[0]
@@ -58,7 +56,7 @@ def read_peft(folder: Path) -> Stored:
 
 
 def _is_adapter_key(key: str) -> bool:
-    """Whether a key is of an adapter, and not that of a parameter of the model."""
+    """Return whether a key belongs to an adapter, not to a parameter of the model."""
     return (
         re.search(r"\.(lora|ia3|vera|hada|lokr|oft|boft|hra)_|\.base_layer\.|prompt_", f".{key}") is not None
     )

@@ -1,4 +1,4 @@
-"""Which grafts are on a model, which of them are folded into it, and whether they are mixed at the moment."""
+"""Which grafts are attached to a model, which are folded into it, and whether they are currently mixed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ REGISTER, FOLDED, MIXED = "graftkit_grafts", "graftkit_folded", "graftkit_mixed"
 
 
 def grafts_of(model: nn.Module) -> dict[str, Graft]:
-    """The grafts that are attached to a model, by name, in the order of their attachment."""
+    """Return the grafts attached to a model, by name, in the order in which they were attached."""
     return vars(model).setdefault(REGISTER, {})
 
 
 def folded_on(model: nn.Module) -> list[Graft]:
-    """The grafts that are folded into a model, in the order in which that was done."""
+    """Return the grafts folded into a model, in the order in which they were folded."""
     return vars(model).setdefault(FOLDED, [])

@@ -1,7 +1,7 @@
-"""Parameters of the base that several grafts train, for a batch whose rows use different grafts.
+"""Base parameters that several grafts train, for a batch whose rows use different grafts.
 
-The base keeps its values. Hooks before all others add what a graft's values change at a map, and give norms the gains
-and biases of each row.
+The base keeps its values. Hooks that run before all others add the effect of a graft's values at a layer, and give norms
+the gains and biases of each row.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from graftkit.methods.shared.mixtures import MatrixMixture, Mixture
 
 Values = Mapping[
     str, Mapping[int, Tensor]
-]  # of the parameters of one module: name -> column of the graft -> value
+]  # the parameters of one module: name -> column of the graft -> value
 
 
 @dataclass(frozen=True)
 class _Own:
-    """What one graft has in place of the base's, and the column of its weights."""
+    """The values that one graft has in place of the base's, and the column of its weights."""
 
     column: int
     graft: Graft
@@ -36,15 +36,15 @@ class _Own:
 
 
 def takes_all_rows(name: str) -> bool:
-    """Whether a module, by its name, is given no rows: an expert tokens of any row, others the distances of positions."""
+    """Return whether, by its name, a module's input has no rows: tokens of any row, or distances between positions."""
     return any(word in name.lower() for word in ("expert", "relative"))
 
 
 def mix_rows(model: nn.Module, grafts: list[Graft], weights: Tensor, undo: ExitStack) -> dict[str, _Rows]:
-    """Let each row of a batch have the base parameters of its graft. weights (rows, grafts); the grafts are disabled.
+    """Give each row of a batch the base parameters of its graft. weights (rows, grafts); the grafts are disabled.
 
-    Returns what computes the modules that hold them, by name.
-    Raises `UserError`, naming graft and parameter, where a module cannot tell rows apart.
+    Returns the mixtures that compute these modules, by module name.
+    Raises `UserError`, naming graft and parameter, if a module cannot have different values for different rows.
     """
     owned = [_Own(column, graft, graft.put_away) for column, graft in enumerate(grafts)]
     owned = [own for own in owned if own.held.tensors or own.held.modules]
@@ -81,7 +81,7 @@ def mix_rows(model: nn.Module, grafts: list[Graft], weights: Tensor, undo: ExitS
                 f"{name}.{parameter}".lstrip("."),
                 columns,
                 grafts,
-                f"{type(module).__name__} has it for all rows",
+                f"{type(module).__name__} uses it for all rows",
             )
         mixture.where = name or type(model).__name__
         before = module.register_forward_pre_hook(mixture.before, with_kwargs=True, prepend=True)
@@ -95,15 +95,15 @@ def mix_rows(model: nn.Module, grafts: list[Graft], weights: Tensor, undo: ExitS
 def _refusal(name: str, columns: Mapping[int, Tensor], grafts: list[Graft], reason: str) -> UserError:
     graft = grafts[next(iter(columns))]
     return UserError(
-        f"the graft {graft.name!r} ({graft.method}) trains {name!r} of the base, which the rows of a batch cannot have "
-        f"apart: {reason}. Instead, run its rows apart, with using(model, {graft.name!r})."
+        f"the graft {graft.name!r} ({graft.method}) trains {name!r} of the base, which cannot differ between the rows "
+        f"of a batch: {reason}. Instead, run its rows separately, with using(model, {graft.name!r})."
     )
 
 
 def _replace(
     model: nn.Module, name: str, owned: list[_Own], weights: Tensor, undo: ExitStack
 ) -> dict[str, dict[int, Tensor]]:
-    """Put the module that one graft has in the place of the base's there; the parameters of all of them by name."""
+    """Replace a module of the base by that of one graft; return the parameters of all grafts' modules by name."""
     have = {own.column: own.held.modules[name] for own in owned if name in own.held.modules}
     shapes = {tuple((key, p.shape) for key, p in module.named_parameters()) for module in have.values()}
     lacking = (weights[:, list(have)].sum(dim=1) == 0).nonzero().flatten().tolist()
@@ -111,7 +111,7 @@ def _replace(
         why = f"of row {listing(map(str, lacking))}" if lacking else "of all of them"
         raise UserError(
             f"{name!r} has another number of outputs in the graft {owned[0].graft.name!r} than in that {why}, so they cannot "
-            "be rows of one batch. Run the rows of each graft apart."
+            "be rows of one batch. Run the rows of each graft separately."
         )
     undo.callback(model.set_submodule, name, model.get_submodule(name))
     model.set_submodule(name, next(iter(have.values())))
@@ -120,7 +120,7 @@ def _replace(
 
 
 def _mixture(module: nn.Module, weight: Weight | None, values: Values, weights: Tensor) -> _Rows | None:
-    """What computes a module with the parameters of each row; None where nothing can."""
+    """Return the mixture that computes a module with the parameters of each row; None if there is none."""
     if weight is not None and not weight.replaced and set(values) <= {"weight", "bias"}:
         return MapRows(module, weight, values, weights)
     if is_norm(module):
@@ -133,7 +133,7 @@ def _mixture(module: nn.Module, weight: Weight | None, values: Values, weights: 
 
 
 def _changes(module: Any, name: str, values: Values, weights: Tensor) -> list[Tensor]:
-    """For each graft its value of a parameter, less what the module has; zero for one that does not train it."""
+    """Return each graft's value of a parameter minus the module's; zeros for a graft that does not train it."""
     standing = getattr(module, name).detach().float()
     own = values[name]
     return [
@@ -143,9 +143,9 @@ def _changes(module: Any, name: str, values: Values, weights: Tensor) -> list[Te
 
 
 class _Rows(Mixture):
-    """Vectors of each row, (rows, width), where a graft trains them: biases, gains, statistics."""
+    """Vectors of each row, (rows, width), that a graft trains: biases, gains, statistics."""
 
-    called = False  # a parameter that is read past its module is not seen here
+    called = False  # stays False if a parent reads the parameters without calling the module
 
     def __init__(self, module: Any, values: Values, weights: Tensor) -> None:
         weights = weights.to(next(module.parameters()).device)
@@ -158,7 +158,7 @@ class _Rows(Mixture):
         }
 
     def spread_of(self, module: Any, name: str, x: Tensor, dim: int = -1) -> Tensor:
-        """A parameter in the shape in which it meets x: that of each row, or that of the module."""
+        """Return a parameter, of each row or of the module, in a shape that broadcasts to x."""
         if name in self.rows:
             return self.spread(self.rows[name], x, dim)
         shape = [1] * x.dim()
@@ -167,7 +167,7 @@ class _Rows(Mixture):
 
 
 class MapRows(_Rows):
-    """Weight and bias of each row at a linear map, a convolution or an embedding."""
+    """Weight and bias of each row at a linear layer, a convolution or an embedding."""
 
     def __init__(self, module: Any, weight: Weight, values: Values, weights: Tensor) -> None:
         super().__init__(module, values, weights)
@@ -205,7 +205,7 @@ NORMALISED: dict[type, Any] = {nn.LayerNorm: _layer_norm, nn.RMSNorm: _rms_norm,
 
 
 class NormRows(_Rows):
-    """Gain and bias of each row at one of torch's norms: computed without them, then given those of the row."""
+    """Gain and bias of each row at one of torch's norms: normalise without them, then apply those of the row."""
 
     def after(self, site: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         self.called = True
@@ -223,7 +223,7 @@ class NormRows(_Rows):
 
 
 class GainRows(_Rows):
-    """The gain of each row at a model's own norm, which multiplies by it: it stands in for the parameter in the call."""
+    """The gain of each row at a model's own norm, which multiplies by it: it replaces the parameter during the call."""
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = input_of(args, kwargs)

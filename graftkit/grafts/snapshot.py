@@ -1,4 +1,4 @@
-"""A model as it was before a graft, so that it can be made so again."""
+"""The state of a model before a graft is attached, so that it can be restored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL_SETTINGS = ("num_labels", "accepts_loss_kwargs")
 
 
 class Snapshot:
-    """A model as it was before `attach`, so that it can be made so again."""
+    """The state of a model before `attach`, so that it can be restored."""
 
     def __init__(self, backbone: Backbone) -> None:
         model = backbone.model
@@ -30,7 +30,7 @@ class Snapshot:
         self.processor = backbone.processor
         self.modules = dict(base_modules(model))
         self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        # of the base alone, whichever graft is the last to leave
+        # that of the base without any graft, whichever graft is removed last
         self.base_requires_grad: dict[str, bool] = (
             first.snapshot.base_requires_grad if first else self.requires_grad
         )
@@ -40,12 +40,12 @@ class Snapshot:
         )
 
     def replaced(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules that are no longer in their places, by name."""
+        """Return the modules that were replaced since, by name."""
         now = dict(model.named_modules())
         return {name: module for name, module in self.modules.items() if now.get(name) is not module}
 
     def changed_settings(self, model: nn.Module) -> dict[str, Any]:
-        """The settings that are no longer what they were, as they were."""
+        """Return the previous values of settings that have changed since."""
         now = settings_of(model)
         return {
             name: value
@@ -54,7 +54,7 @@ class Snapshot:
         }
 
     def restore(self, backbone: Backbone, graft: str) -> None:
-        """Make the model as it was, after an `attach` that failed."""
+        """Restore the model after an `attach` that failed."""
         model = backbone.model
         remove_additions(model, graft)
         for name, module in self.replaced(model).items():
@@ -68,12 +68,12 @@ class Snapshot:
         release(model, self.settings.get("_attn_implementation"))
 
     def remove(self, graft: Graft) -> None:
-        """Take a disabled graft off the model; with the last one, the base can be trained as before."""
+        """Remove a disabled graft from the model; with the last one, the base's `requires_grad` is restored."""
         model, backbone = graft.model, graft.backbone
         others = grafts_of(model)
         others.pop(graft.name, None)
         remove_additions(model, graft.name)
-        for other in others.values():  # what it put another module in the place of has the graft's too
+        for other in others.values():  # modules that another graft replaced may hold this graft's additions
             for module in other.replaced.values():
                 remove_additions(module, graft.name)
         backbone.sites = tuple(
@@ -91,14 +91,14 @@ class Snapshot:
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
-    """What a new head writes on a model beside its modules."""
+    """Return the settings that a new head changes on a model beside its modules."""
     config = getattr(model, "config", None)
     settings = {name: copy.copy(getattr(config, name)) for name in CONFIG_SETTINGS if hasattr(config, name)}
     return settings | {name: vars(model).get(name) for name in MODEL_SETTINGS}
 
 
 def set_settings(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Write settings on a model; None for one of the model's own takes it away."""
+    """Set settings on a model; None removes one of the model's own attributes."""
     for name, value in settings.items():
         if name in CONFIG_SETTINGS:
             setattr(model.config, name, value)
@@ -109,14 +109,14 @@ def set_settings(model: nn.Module, settings: dict[str, Any]) -> None:
 
 
 def claim(model: nn.Module, present: set[nn.Module], name: str) -> None:
-    """Write the graft's name on the modules that were not there before."""
+    """Set the graft's name on added modules that are not in `present`."""
     for module in model.modules():
         if isinstance(module, Added) and module not in present:
             module.graft = name
 
 
 def remove_additions(model: nn.Module, name: str) -> None:
-    """Delete the modules of the graft of that name, and their hooks."""
+    """Delete the modules of a graft, and their hooks."""
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
             if isinstance(child, Added) and child.graft == name:

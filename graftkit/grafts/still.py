@@ -1,4 +1,4 @@
-"""What `attach` places on a model beside the method's own additions, so that what is frozen stays as it is."""
+"""Modules that `attach` places on a model beside the method's own additions, so that frozen state does not change."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from graftkit.optim.labels import Labels
 
 
 class KeepStatistics(Addition):
-    """Holds the running statistics of the norm it is placed on still, also while the model trains."""
+    """Freezes the running statistics of the norm it is placed on, even while the model trains."""
 
     changes_outputs = False
-    holds = True  # not while another graft is trained, which says itself what stays
+    holds = True  # False while another graft is trained, which has its own
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.holds:
@@ -27,8 +27,8 @@ class KeepStatistics(Addition):
 class KeepPadding(Addition):
     """Keeps an `nn.TransformerEncoder` from packing padded rows into a nested tensor in eval mode.
 
-    Whether it packs them is decided by its first layer alone. Trained layers behind a frozen one, and layers with
-    additions, cannot read such a tensor. So also while the graft is silent: its hooks are still there.
+    It decides that by its first layer alone. Trained layers after a frozen one, and layers with additions, cannot read
+    such a tensor. This holds for an inactive graft too, whose hooks are still there.
     """
 
     changes_outputs = False
@@ -39,7 +39,7 @@ class KeepPadding(Addition):
         site.use_nested_tensor = False
 
     def after(self, site: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.packs:  # not where another graft's has done it
+        if self.packs:  # unless another graft's `KeepPadding` did it
             site.use_nested_tensor, self.packs = True, False
         return output
 
@@ -47,7 +47,7 @@ class KeepPadding(Addition):
 
 
 def moving_statistics(backbone: Backbone, labels: Labels) -> Iterator[str]:
-    """Names of the running statistics that move while the parameters beside them are trained."""
+    """Yield the names of running statistics that are updated while the parameters beside them are trained."""
     for name, group in labels.items():
         owner = name.rpartition(".")[0]
         module = backbone.module(owner)
@@ -57,7 +57,7 @@ def moving_statistics(backbone: Backbone, labels: Labels) -> Iterator[str]:
 
 
 def hold_still(model: nn.Module, name: str, statistics: set[str]) -> None:
-    """Keep running statistics that are not among `statistics` still, and padded rows as they are given."""
+    """Freeze running statistics that are not in `statistics`, and keep padded rows unpacked."""
     for module_name, module in base_modules(model):
         if has_statistics(module) and f"{module_name}.running_mean".lstrip(".") not in statistics:
             place(module, f"statistics_{name}", KeepStatistics())

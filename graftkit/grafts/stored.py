@@ -1,4 +1,4 @@
-"""The contents of a graft folder as values: what was read, and what is to be written."""
+"""The contents of a graft folder as values, after reading and before writing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared.peft_reading import PEFT_CONFIG, PEFT_TENSORS  # noqa: F401  (two of its files)
 
-STORED_NAME = "default"  # what a graft is called in its folder, whatever its name on a model
+STORED_NAME = "default"  # the name of a graft in its folder, whatever its name on a model
 OWN_TENSORS, DESCRIPTION = "graft.safetensors", "graft.json"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a graft folder will hold: every tensor by its stored name, those that PEFT has a form for, the description.
+    """The contents to write: every tensor by its stored name, the PEFT form if there is one, and the description.
 
-    Without a description, the folder is PEFT's alone.
+    Without a description, the folder contains only a PEFT adapter.
     """
 
     tensors: dict[str, Tensor]
@@ -29,10 +29,10 @@ class Contents:
 
 @dataclass
 class Stored:
-    """A graft folder that was read: what to attach, and the tensors to put there.
+    """The contents that were read: the method to attach, and its tensors.
 
-    `saved`: names of the base's own parameters that PEFT keeps beside an adapter (`modules_to_save`); `keys`: PEFT's
-    key for each tensor that stands as it is in its file.
+    `saved`: names of the base's own parameters that PEFT saved beside an adapter (`modules_to_save`); `keys`: PEFT's
+    key for each tensor that is stored unchanged in its file.
     """
 
     folder: Path

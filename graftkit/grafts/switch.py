@@ -1,4 +1,4 @@
-"""Switching a graft off and on: the base's own values and modules in the place of those that it trained."""
+"""Switch a graft off and on by exchanging its trained values and modules with those of the base."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 def swap_base(graft: Graft) -> None:
     """Exchange the trained base parameters, and modules that were replaced, with the originals.
 
-    What comes in takes the device and the type of what goes out, since the model may have been moved meanwhile.
+    Incoming tensors take the device and dtype of the outgoing ones, since the model may have been moved meanwhile.
     """
     model = graft.model
     kept = own_trained(graft.backbone, graft.labels, graft.replaced) | set(graft.statistics)
     if kept and graft.originals is None:
         raise UserError(
-            f"{graft.method} trains the backbone's own parameters and their original values were not kept; "
-            "attach with keep_base=True to be able to disable the graft."
+            f"{graft.method} trains the backbone's own parameters, and their original values were not kept; "
+            "attach it with keep_base=True to be able to disable it."
         )
     if not (kept or graft.replaced):
         return
@@ -41,13 +41,13 @@ def swap_base(graft: Graft) -> None:
             going = model.get_submodule(name)
             graft.replaced[name] = going
             model.set_submodule(name, _alike(other, going))
-        torch.clear_autocast_cache()  # it holds casts of the values that were there
+        torch.clear_autocast_cache()  # it holds casts of the previous values
         settings = settings_of(model)
         set_settings(model, graft.settings)
         graft.settings = {name: settings[name] for name in graft.settings}
 
 
 def _alike(module: nn.Module, other: nn.Module) -> nn.Module:
-    """A module on the device, and in the floating-point type, of the one whose place it takes."""
+    """Move a module to the device and floating-point dtype of the one that it replaces, and return it."""
     floating = next((p for p in other.parameters() if p.is_floating_point()), None)
     return module if floating is None else module.to(floating.device, floating.dtype)

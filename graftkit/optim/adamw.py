@@ -15,12 +15,12 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay: W <- W (1 - lr decay) - lr m / (sqrt(v) + eps), with m and v corrected for their bias.
+    """Adam with decoupled weight decay: W <- W (1 - lr decay) - lr m / (sqrt(v) + eps), with bias-corrected m and v.
 
     Loshchilov and Hutter 2019, 'Decoupled Weight Decay Regularization', algorithm 2; Kingma and Ba 2015, 'Adam: A Method
-    for Stochastic Optimization'. It is `torch.optim.AdamW`, in its fused form where torch has one.
+    for Stochastic Optimization'. This is `torch.optim.AdamW`, fused if torch supports it.
 
-    When: nothing speaks for another optimizer.
+    When: there is no reason to choose another optimizer.
     Memory: 2 numbers for each trained parameter.
     """
 
@@ -39,5 +39,5 @@ class AdamW(Optimizer):
         )
 
     def state_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Two moments of the parameter's type, and the count of steps in fp32."""
+        """Return the bytes of two moments in the parameter's dtype and of the step count in fp32."""
         return 2 * math.prod(shape) * dtype.itemsize + torch.float32.itemsize

@@ -1,4 +1,4 @@
-"""GaLore: AdamW in a low-rank space of the gradient of each matrix."""
+"""GaLore: AdamW on a low-rank projection of the gradient of each matrix."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class GaLore(Optimizer):
-    """AdamW whose moments of each large matrix are kept for a projection of its gradient onto `rank` dimensions.
+    """AdamW on a projection of the gradient of each large matrix onto `rank` dimensions, so that moments are small.
 
-    Zhao et al. 2024, 'GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection', algorithm 2: each
-    `interval` steps the first `rank` singular vectors of the present gradient become the space in which Adam works (those
-    of the shorter side); its step, times `scale`, is projected back. Moments are not reset, and decay acts on the whole
-    weight. As in the paper, what is projected are the weights of linear layers in the body of the network, where
-    both sides are larger than `rank`. Everything else has plain AdamW: embeddings, norms, biases, and what a method
-    adds. The paper pre-trains with a rank of about a quarter of the width and a learning rate of 0.01. `scale` multiplies
-    the learning rate of what is projected, so `train.lr` has to be larger than with AdamW.
+    Zhao et al. 2024, 'GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection', algorithm 2: every
+    `interval` steps, the first `rank` singular vectors of the current gradient, on its shorter side, become the space in
+    which Adam works; its step, times `scale`, is projected back. Moments are not reset, and weight decay acts on the
+    whole weight. As in the paper, only weights of linear layers in the body of the network are projected, if both
+    sides are larger than `rank`. Everything else uses plain AdamW: embeddings, norms, biases, and parameters added by a
+    method. The paper pre-trains with a rank of about a quarter of the width and a learning rate of 0.01. `scale`
+    multiplies the learning rate of projected weights, so `train.lr` has to be larger than with AdamW.
 
-    When: full() or unfreeze() is to train large matrices, but Adam's two numbers for each parameter do not fit into
-    memory. The gradients are whole, and kept for a step.
-    Memory: of a projected matrix (m, n), m <= n, m * rank + 2 * n * rank numbers in place of 2 * m * n.
+    When: full() or unfreeze() trains large matrices, but Adam's two numbers for each parameter do not fit into
+    memory. Gradients are still stored in full for a step.
+    Memory: m * rank + 2 * n * rank numbers for a projected matrix (m, n), m <= n, instead of 2 * m * n.
     """
 
     steps_in_backward: ClassVar[bool] = True
 
     rank: int = option(128, "dimensions of the space in which Adam works", at_least=1)
-    interval: int = option(200, "steps from one choice of the space to the next", at_least=1)
+    interval: int = option(200, "steps between updates of the space", at_least=1)
     scale: float = option(0.25, "factor on the steps of projected matrices", above=0)
     beta1: float = option(0.9, "decay of the mean of gradients", at_least=0, below=1)
     beta2: float = option(0.999, "decay of the mean of squared gradients", at_least=0, below=1)
@@ -64,9 +64,9 @@ class GaLore(Optimizer):
         return group.get("hidden", True) and len(shape) == 2 and min(shape) > self.rank
 
     def state_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """In fp32, whatever the parameter's type, where it is projected: the space and two moments.
+        """Return the bytes of the space and two moments in fp32, for a projected parameter of any dtype.
 
-        Otherwise two moments of the parameter's type, and the count of steps in fp32.
+        For others, those of two moments in the parameter's dtype and of the step count in fp32.
         """
         if not self.projects({}, shape):
             return _whole_bytes(shape, dtype)
@@ -81,7 +81,7 @@ class GaLore(Optimizer):
     def check(self, groups: Iterable[ParamGroup]) -> None:
         if not any(self.projects(group, p.shape) for group in groups for p in group["params"]):
             raise UserError(
-                f"train.optimizer={self}: no linear layer of the backbone that is trained has more than {self.rank} rows "
+                f"train.optimizer={self}: no trained linear layer of the backbone has more than {self.rank} rows "
                 "and columns, so nothing would be projected; lower rank, train more of the backbone, or leave "
                 "train.optimizer out."
             )
@@ -93,7 +93,7 @@ def _whole_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Projection:
-    """Adam works in a space of `rank` dimensions, chosen anew each `interval` steps; `scale`: factor on its steps."""
+    """Adam works in a space of `rank` dimensions, updated every `interval` steps; `scale`: factor on its steps."""
 
     rank: int
     interval: int
@@ -105,8 +105,8 @@ class ProjectedAdamW(torch.optim.AdamW):
 
     For a gradient G (m, n) with m >= n the space is V_r, the first right singular vectors of a G, (n, r), and R = G V_r;
     otherwise U_r (m, r) and R = U_r' G. Adam's step N of R becomes W <- W (1 - lr decay) - lr scale N V_r' (or U_r N).
-    State of such a parameter: `step`, exp_avg and exp_avg_sq of R's shape, and `space`. The step is a number of
-    Python, so that no step has to wait for a device to tell it.
+    State of such a parameter: `step`, exp_avg and exp_avg_sq of R's shape, and `space`. The step is a Python
+    number, so that no step has to wait for the device.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -14,21 +14,21 @@ from graftkit.optim.labels import Group
 
 
 def rate(group: Group, lr: float | None) -> float:
-    """Learning rate of a group: what the method's option says, else `lr`, else the method's default; scaled."""
+    """Return the learning rate of a group: the method's option, else `lr`, else the method's default; scaled."""
     return (group.lr if group.fixed_lr or lr is None else lr) * group.lr_scale
 
 
 def decay(group: Group, parameter: nn.Parameter, weight_decay: float) -> float:
-    """Weight decay of a parameter: its label's, else none for vectors (norms, biases), else the run's."""
+    """Return the weight decay of a parameter: its label's, else none for vectors (norms, biases), else the run's."""
     if group.weight_decay is not None:
         return group.weight_decay
     return weight_decay if parameter.dim() > 1 else 0.0
 
 
 def hidden_matrices(backbone: Backbone) -> set[str]:
-    """Names of the weights of the linear layers in the body of a model: no embedding, no head, nothing that was added.
+    """Return the names of the weights of linear layers in the body of a model, without embeddings, head and additions.
 
-    Optimizers that treat matrices in a way of their own, such as GaLore and Muon, are made for these.
+    Optimizers with special updates for matrices, such as GaLore and Muon, are made for these.
     """
     try:
         sites = select(backbone, "all-linear")
@@ -50,9 +50,9 @@ def param_groups(
     weight_decay: float,
     hidden: Collection[str] = (),
 ) -> list[ParamGroup]:
-    """One optimizer group for each (rate, decay, hidden); every labelled parameter lands in exactly one.
+    """Return one optimizer group for each (rate, decay, hidden); every labelled parameter lands in exactly one.
 
-    `hidden`: names of the matrices of the network's body, which some optimizers treat in a way of their own.
+    `hidden`: names of the matrices in the network's body, for which some optimizers have special updates.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""How each trained parameter is trained: what methods say to the optimizer."""
+"""How each parameter is trained: the labels that methods give to the optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Group:
     `role`: 'added' (a method's new parameters), 'base' (the backbone's own) or 'head'.
     `lr`: the method's learning rate; `fixed_lr`: the user wrote it, so `train.lr` does not replace it.
     `lr_scale`: factor on it (layerwise_lr). `weight_decay`: None means the run's; 0.0 for none.
-    `statistics`: the running statistics beside this parameter (BatchNorm's mean and variance) move as well.
+    `statistics`: the running statistics beside this parameter (BatchNorm's mean and variance) are updated as well.
     """
 
     role: str

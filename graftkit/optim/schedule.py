@@ -6,9 +6,9 @@ import math
 
 
 def factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Factor on the learning rate in `step` (0-based) of `total`.
+    """Return the factor on the learning rate in `step` (0-based) of `total`.
 
-    Linear warm-up over the first `warmup` (share of all steps), never zero; then 'linear' or 'cosine' down
+    Linear warm-up over the first `warmup` (share of all steps), never zero; then 'linear' or 'cosine' decay
     towards zero, or 'constant'.
     """
     warm = warmup * total

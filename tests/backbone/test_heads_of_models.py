@@ -129,7 +129,8 @@ def test_a_mask_of_samples_is_translated_to_frames():
         )
         mask[2, 3] = 0  # a hole: which frames are real is not known
         with pytest.raises(
-            UserError, match=r"attention_mask is \[3, 24\], but WhisperEncoder gives 12 states a row"
+            UserError,
+            match=r"attention_mask has shape \[3, 24\], but WhisperEncoder returns 12 states per row",
         ):
             graft.model(**given, attention_mask=mask)
 
@@ -161,12 +162,14 @@ def test_masks_of_own_modules():
     torch.testing.assert_close(padded[1], graft.model(tokens[1:, :2]).logits[0])
     torch.testing.assert_close(graft.model(tokens, mask).logits, padded)
     with pytest.raises(
-        UserError, match=r"'padding_mask' of Encoder.forward means.*call the argument attention_mask"
+        UserError, match=r"'padding_mask' of Encoder.forward means.*rename the argument to attention_mask"
     ):
         graft.model(tokens, padding_mask=mask == 0)
     short = shaken(Encoder(shorten=2), "head(classes=2, pooling='mean')")
     assert short.model(tokens).logits.shape == (2, 2)
-    with pytest.raises(UserError, match=r"attention_mask is \[2, 4\], but Encoder gives 2 states a row"):
+    with pytest.raises(
+        UserError, match=r"attention_mask has shape \[2, 4\], but Encoder returns 2 states per row"
+    ):
         short.model(tokens, attention_mask=mask)
 
 
@@ -339,12 +342,12 @@ def test_a_stacked_head_keeps_all_promises(name, tmp_path):
 
 def test_nothing_is_stacked_on_a_random_head(tiny_bert, tmp_path, rows_folder, command):
     backbone = Backbone(tiny.with_head("bert"), missing=("classifier.weight", "classifier.bias"))
-    assert "hold no trained 'classifier'" in message(backbone, "head(classes=2, pooling='stacked')")
+    assert "contain no trained 'classifier'" in message(backbone, "head(classes=2, pooling='stacked')")
     words = tune_words(tiny_bert, rows_folder, tmp_path / "run", method="head(pooling='stacked')")
     done = command(*words)
     assert (
         done.status == 1
-        and "hold no trained head (classifier.bias, classifier.weight are missing)" in done.err
+        and "contain no trained head (classifier.bias, classifier.weight are missing)" in done.err
     )
 
 
@@ -395,4 +398,4 @@ def test_the_end_token_that_an_encoder_and_decoder_s_own_head_reads(tmp_path, ro
         done = command("tune", *words, "data.eval=null", "--method", method, "train.steps=1")
         assert (done.status == 0) == fine, done.err
         if not fine:
-            assert "puts no end token behind a text" in done.err and "pooling='mean'" in done.err
+            assert "puts no end token after a text" in done.err and "pooling='mean'" in done.err

@@ -143,7 +143,7 @@ def test_from_the_command_line(own, command):
         ("mine:mak", "has no 'mak'. Did you mean 'make'"),
         ("mine:FOLDER", "is a str, not a function"),
         ("mine:fails", r"calling fails\(\) without arguments failed \(ValueError: no such file\)"),
-        ("mine:number", "gave a int; it must return an nn.Module, a graftkit.Backbone"),
+        ("mine:number", "returned a int; it must return an nn.Module, a graftkit.Backbone"),
     ],
 )
 def test_no_such_function(own, name, told):
@@ -153,7 +153,7 @@ def test_no_such_function(own, name, told):
 
 def test_a_function_may_give_a_folder(own, tiny_bert):
     assert load(function="folder").model.config.model_type == "bert"
-    with pytest.raises(UserError, match="is a folder with weights of its own; leave weights out"):
+    with pytest.raises(UserError, match="is a folder with its own weights; leave weights out"):
         load(own / "w.safetensors", function="folder")
 
 

@@ -246,7 +246,7 @@ def test_values_that_are_no_numbers(folder):
         tensors[list(tensors)[2]][0, 0] = float("nan")
 
     change(folder / THEIRS, spoil)
-    refused(loading(folder), "no numbers (NaN)")
+    refused(loading(folder), "contains NaN values")
 
 
 def test_a_pickle_under_the_name(folder):
@@ -276,8 +276,8 @@ def test_a_pickle_under_the_name(folder):
         ({"method": ""}, "unexpected "),
         ({"method": "lora() + " * 3000 + "lora()"}, "cannot be read"),
         ({"tensors": {}}, "missing "),
-        ({"missing": "pooler"}, "not as written"),
-        ({"backbone": 3}, "not as written"),
+        ({"missing": "pooler"}, "missing or invalid"),
+        ({"backbone": 3}, "missing or invalid"),
     ],
 )
 def test_a_description_that_says_something_else(graft, changes, said):

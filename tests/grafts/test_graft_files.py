@@ -173,7 +173,7 @@ def test_another_format(folder, format):
 )  # fmt: skip
 def test_fields_of_another_type(folder, key, value):
     describe(folder, **{key: value})
-    refused(folder, key, "not as written")
+    refused(folder, key, "missing or invalid")
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_what_cannot_be_merged(tmp_path):
     assert "density is None" in refused([a, b], out, how="ties")
     assert "density is 1.5" in refused([a, b], out, how="dare", density=1.5)
     assert "leave it out" in refused([a, b], out, how="cat", density=0.5)
-    assert "svd only" in refused([a, b], out, how="cat", rank=4)
+    assert "only with svd" in refused([a, b], out, how="cat", rank=4)
     assert "at least 1" in refused([a, b], out, how="svd", rank=0)
     assert "sign is" in refused([a, b], out, sign="both")
     assert "another backbone" in refused([a, saved(tiny.bare("gpt2"), tmp_path / "gpt2", texts[:1])[0]], out)
@@ -242,7 +242,9 @@ def test_nothing_is_lost_by_overwriting(tmp_path):
     assert "is a file" in refused([a, b], tmp_path / "file", overwrite=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("task: classify")
-    assert "other files than a graft's (recipe.yaml)" in refused([a, b], tmp_path / "run", overwrite=True)
+    assert "files that do not belong to a graft (recipe.yaml)" in refused(
+        [a, b], tmp_path / "run", overwrite=True
+    )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
 
 

@@ -105,7 +105,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, value):
     load_weights(module, tmp_path / "good.safetensors", "own:module")  # a mask may be infinite
     save_file(state | {"weight": torch.full((3, 3), value)}, tmp_path / "bad.safetensors")
     before = module.weight.clone()
-    with pytest.raises(UserError, match=r"bad.safetensors': 'weight' holds values that are not finite"):
+    with pytest.raises(UserError, match=r"bad.safetensors': 'weight' contains values that are not finite"):
         load_weights(module, tmp_path / "bad.safetensors", "own:module")
     assert torch.equal(module.weight, before)
 

@@ -169,7 +169,7 @@ def test_what_cannot_be_shifted():
     assert "48 positions" in message(tiny.bare("gpt2"), "prefix(tokens=48, shift=True)")
     model = attach(tiny.bare("gpt2"), "prefix(tokens=8, shift=True)").model
     model(input_ids=torch.ones(1, 40, dtype=torch.long))
-    with pytest.raises(UserError, match=r"41 tokens does not fit behind the 8 of the prefix: .* 40 tokens"):
+    with pytest.raises(UserError, match=r"41 tokens does not fit after the 8 of the prefix: .* 40 tokens"):
         model(input_ids=torch.ones(1, 41, dtype=torch.long))
 
 

@@ -407,6 +407,6 @@ def test_models_that_cannot_be_asked(tiny_bert, rows_folder, tmp_path):
         "model": str(tiny_bert), "task": "prompting()", "data": {"train": str(rows_folder / "train.csv")},
         "out": str(tmp_path / "run"),
     })  # fmt: skip
-    with pytest.raises(UserError, match="hold no trained head"):
+    with pytest.raises(UserError, match="contain no trained head"):
         plan(recipe, Console(quiet=True))
     assert not (tmp_path / "run").exists()
