@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from expressions import EXPRESSIONS
 
 from graftkit import UserError, attach, load
 from graftkit.grafts.attach import attach_chain
@@ -23,6 +24,7 @@ EXAMPLES = {
     "freeze": "freeze('norms')",
     "gradual_unfreeze": "gradual_unfreeze(decay=0.5)",
     "head": "head(classes=2, pooling='mean')",
+    "new_tokens": EXPRESSIONS["new_tokens"][0],
     "unfreeze": "unfreeze('blocks[0]')",
 }
 METHODS = {name: EXAMPLES.get(name, f"{name}()") for name in entries("method")}
