@@ -103,8 +103,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for CUDA must not forbid to fork
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none; the device is chosen by --device cuda."""
+    """Tests marked `gpu` are skipped where there is none; the device is chosen by --device cuda. Of tests marked
+    `sampled`, all cases but the first are slow."""
+    seen: set[str] = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("sampled") and test in seen:
+            item.add_marker(pytest.mark.slow)
+        seen.add(test)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

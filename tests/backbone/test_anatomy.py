@@ -12,6 +12,8 @@ from graftkit.backbone import Backbone
 from graftkit.engine.audit import Audit
 from graftkit.errors import UserError
 
+pytestmark = pytest.mark.sampled
+
 BLOCKS = 3
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4,

@@ -6,6 +6,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from graftkit.backbone.weights import add_product, scale_columns, scale_product
 
+pytestmark = pytest.mark.sampled
+
 
 def plain_scale_product(y, x, weight, gain, bias, scale):
     return gain * (y - bias + scale * x @ weight.T) + bias

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import graftkit
 from graftkit import Backbone, UserError, attach, detach
 
+pytestmark = pytest.mark.sampled
+
 
 def zoo_head(name: str, text: str, seed: int = 3):
     """A graft on a model of the zoo whose head's values are random, and a batch."""

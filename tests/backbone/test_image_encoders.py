@@ -12,6 +12,8 @@ import transformers as hf
 
 import graftkit
 
+pytestmark = pytest.mark.sampled
+
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 VISION = {**SIZES, "image_size": 32, "patch_size": 8}
 TEXTS = {**SIZES, "vocab_size": 40, "max_position_embeddings": 16}

@@ -126,6 +126,7 @@ def test_a_module_in_the_current_folder_is_found_and_hides_nothing(own):
     assert not load().model.training
 
 
+@pytest.mark.slow
 def test_from_the_command_line(own, command):
     found = json.loads(command("inspect", "mine:make", "--json").out)
     assert found["class"] == "Net" and {site["name"] for site in found["sites"]} >= {"first", "output"}
@@ -259,6 +260,7 @@ def test_shared_weights_fit_the_examples(name, monkeypatch):
         load_backbone(find_source(f"examples.{other}:{other}", str(path)))
 
 
+@pytest.mark.slow
 def test_resnet20_recognizes_cifar10(monkeypatch):
     """0.804 on the shared test images, as measured elsewhere for these weights."""
     np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")

@@ -142,6 +142,7 @@ def test_inspect(command, tiny_bert):
         assert f"a head is counted for {told}" in command("inspect", tiny_bert, "--method", head).out
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_figures_of_tune(command, finished, rows_folder):
     found = only_object(command("evaluate", finished, "--data", rows_folder / "eval.csv", "--json").out)
     told = json.loads((finished / "result.json").read_text())["metrics"]

@@ -217,6 +217,7 @@ def test_cells_are_json_where_they_are_lists(tmp_path):
     assert not (tmp_path / "b.csv").exists() and not (tmp_path / "b.parquet").exists()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(finished, tmp_path, monkeypatch):
     """What Python and NumPy hold while 1,000 rows and eight times as many are answered."""
     import tracemalloc

@@ -181,6 +181,7 @@ def test_the_readme_links_each_figure_to_its_page() -> None:
     assert re.search(r"\[(\d+ of \d+ pairs)\]", text)[1] in methods  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_the_site_builds() -> None:
     """Strictly: no page is left out of the navigation, and no link leads nowhere."""
     pytest.importorskip("mkdocs")

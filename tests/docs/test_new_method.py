@@ -16,6 +16,8 @@ import torch
 import graftkit
 from graftkit.errors import UserError
 
+pytestmark = pytest.mark.sampled
+
 IMPORTS = "from graftkit.methods.base import Method\n"
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "new-method.md"
@@ -44,6 +46,7 @@ def test_the_command_line_knows_it(folder):
     assert "Parameters: 2 * out" in shown and "lr = None  learning rate; null means 0.01" in shown
 
 
+@pytest.mark.slow
 def test_plan_and_run(folder, tiny_bert, rows_folder, tmp_path):
     recipe = [f"model={tiny_bert}", "task=classify", f"data.train={rows_folder / 'train.csv'}"]
     recipe += ["method=scale_shift(sites='ffn') + head()", f"out={tmp_path / 'run'}", "train.steps=3"]
@@ -57,6 +60,7 @@ def test_plan_and_run(folder, tiny_bert, rows_folder, tmp_path):
     assert run("predict", str(tmp_path / "run"), "a text", "--json").returncode == 0
 
 
+@pytest.mark.slow
 def test_it_passes_the_suite_on_every_kind_of_model(folder):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "scale_shift"]
     done = subprocess.run(

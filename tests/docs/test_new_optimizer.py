@@ -67,6 +67,7 @@ def test_steps_are_those_of_the_paper(folder):
     torch.testing.assert_close(parameter.detach(), weight)
 
 
+@pytest.mark.slow
 def test_it_passes_the_contract_suite(folder):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "lion"]
     done = subprocess.run(

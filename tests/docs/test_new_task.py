@@ -55,6 +55,7 @@ def test_the_command_line_knows_it(folder):
     assert "Did you mean 'similar'" in run("tasks", "similer").stderr
 
 
+@pytest.mark.slow
 def test_it_trains_answers_and_evaluates(folder, pairs, tiny_bert, tmp_path):
     words = ["--model", str(tiny_bert), "--task", "similar", "--train", str(pairs), "train.epochs=6"]
     words += [

@@ -20,6 +20,8 @@ from graftkit.engine.predict import predict
 from graftkit.errors import UserError
 from graftkit.optim.schedule import factor
 
+pytestmark = pytest.mark.sampled
+
 CPU = torch.device("cpu")
 
 

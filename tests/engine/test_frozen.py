@@ -22,6 +22,8 @@ from graftkit.grafts.graft import Graft
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.shared.texts import TextDataset
 
+pytestmark = pytest.mark.sampled
+
 TEXT = ["bert", "roberta", "modernbert", "gpt2", "llama", "qwen3", "glm", "mixtral", "deberta_v2", "t5"]
 
 

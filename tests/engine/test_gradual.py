@@ -22,6 +22,8 @@ from graftkit.engine.frozen import phases
 from graftkit.engine.loop import Loop
 from graftkit.methods.base import read
 
+pytestmark = pytest.mark.sampled
+
 BERT_BLOCKS = 3
 EPOCH = 6  # steps of 16 of 96 rows
 HEAD = "head(pooling='mean')"
@@ -300,6 +302,7 @@ def run_command(words: list[str]) -> None:
     assert stop.value.code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings", "steps"),
     [

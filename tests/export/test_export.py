@@ -13,6 +13,8 @@ from conftest import tune_words
 
 import graftkit
 
+pytestmark = pytest.mark.sampled
+
 TEXTS = ["the old hammer", "a very new plum", "my cherry is here", "of the drill"]
 PLAIN = """
 import json, sys, torch
@@ -39,6 +41,7 @@ def elsewhere(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_own_head_loads_with_plain_transformers(command, finished, tmp_path):
     done = command("export", finished, "--to", tmp_path / "model", "--json")
     assert done.status == 0
@@ -55,6 +58,7 @@ def test_own_head_loads_with_plain_transformers(command, finished, tmp_path):
     assert "Figures" in card and "graftkit predict" not in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["pooling='mean'", "pooling='attention'", "pooling='last', hidden=8"])
 def test_pooled_head_comes_with_a_script(command, tiny_bert, rows_folder, tmp_path, head):
     method = f"lora(rank=2) + head({head})"
@@ -66,6 +70,7 @@ def test_pooled_head_comes_with_a_script(command, tiny_bert, rows_folder, tmp_pa
     assert out.splitlines() == [f"{a['label']}\t{a['text']}" for a in graftkit.Run(run, {}).predict(TEXTS)]
 
 
+@pytest.mark.slow
 def test_the_script_reads_pairs_where_the_run_did(command, tiny_bert, rows_folder, tmp_path):
     run = tmp_path / "run"
     words = [
@@ -159,6 +164,7 @@ def test_an_export_is_not_written_over_the_model_it_came_from(command, finished,
     assert done.status == 1 and "started from" in done.err
 
 
+@pytest.mark.slow
 def test_the_present_folder_a_link_and_a_file(command, finished, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     for to in ("file", "file/sub"):

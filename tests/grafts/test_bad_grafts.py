@@ -21,6 +21,8 @@ from transformers import AlbertConfig, AlbertModel
 from graftkit import Backbone, NotFoldable, UserError, attach, detach, load
 from graftkit.methods.base import read
 
+pytestmark = pytest.mark.sampled
+
 OWN, THEIRS = "graft.safetensors", "adapter_model.safetensors"
 METHOD = "lora(rank=2) + head(classes=3, pooling='mean')"
 BRIDGED = "peft('hra', {'r': 4})"

@@ -12,6 +12,8 @@ from shaken import shaken
 
 from graftkit import UserError, attach, load
 
+pytestmark = pytest.mark.sampled
+
 METHOD = "lora(rank=2) + head(classes=3, pooling='mean')"
 
 

@@ -11,6 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from graftkit import attach, load
 
+pytestmark = pytest.mark.sampled
+
 CASES = [
     ("bert", False, "lora(rank=4) + head(classes=2, pooling='mean')"),
     ("bert", True, "lora(rank=4) + head(classes=2)"),

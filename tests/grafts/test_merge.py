@@ -16,6 +16,8 @@ from graftkit import UserError, load, merge, using
 from graftkit.cli import main as cli
 from graftkit.files import read_json
 
+pytestmark = pytest.mark.sampled
+
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.2}
 SIZES = (
     "lora(rank=2)",
@@ -123,6 +125,7 @@ def test_every_way_gives_a_graft_that_loads(how, tmp_path):
     assert ("seed" in read_json(made[0] / "graft.json")["merged"]) == ("dare" in how)
 
 
+@pytest.mark.slow
 def test_dare_keeps_the_mean(tmp_path):
     folders = saved(tiny.bare("bert"), tmp_path, ("lora(rank=2)", "lora(rank=2, alpha=3)"), ("a", "b"))
     plain = load(tiny.bare("bert"), merge(folders, tmp_path / "plain", how="linear")).parameters

@@ -34,6 +34,7 @@ def base(folder) -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 
 
+@pytest.mark.slow
 def test_loading_warns_of_other_weights(finished, tiny_bert, other):
     with pytest.warns(OtherWeights, match="other weights"):
         graftkit.load(base(other), finished / "graft")

@@ -16,6 +16,8 @@ from graftkit import load, merge
 from graftkit.files import read_tensors
 from graftkit.grafts.merge_rules import seed_of
 
+pytestmark = pytest.mark.sampled
+
 NAMES, WEIGHTS = ("one", "two", "three"), [0.7, -0.4, 1.3]
 TARGETS = {
     "bert": ["query", "value", "dense"],

@@ -15,6 +15,8 @@ from graftkit import UserError, attach, detach, using
 from graftkit.grafts.attach import attach_chain
 from graftkit.methods.base import read
 
+pytestmark = pytest.mark.sampled
+
 ROWS = ["support-de", None, "sales", "support-fr", "support-de"]
 # three grafts each, of different sizes where the method has a size
 TRIPLES = {

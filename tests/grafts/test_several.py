@@ -14,6 +14,8 @@ from torch import Tensor
 from graftkit import UserError, attach, detach, load, using
 from graftkit.backbone.anatomy import Added
 
+pytestmark = pytest.mark.sampled
+
 
 @ALL_KINDS
 def test_exactly_the_named_ones_are_active(kind):

@@ -11,6 +11,8 @@ from side_by_side import HEADS, NAMES, refusal, several, states
 
 from graftkit import using
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.mark.parametrize(
     "text",

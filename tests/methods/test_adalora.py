@@ -20,6 +20,8 @@ from graftkit.backbone import select
 from graftkit.backbone.weights import weights_at
 from graftkit.methods.adalora import AdaLoRA
 
+pytestmark = pytest.mark.sampled
+
 
 def updates(graft) -> list[Any]:
     return [module for _, module in graft.additions()]
@@ -315,6 +317,7 @@ def test_the_extra_loss_is_part_of_the_gradient_and_not_of_the_loss_that_is_show
     assert step.loss == other.loss
 
 
+@pytest.mark.slow
 def test_resumed_at_any_step_it_ends_the_same(ready, tmp_path):
     """Importance and cuts are in the checkpoint."""
     whole = ready(METHOD, steps=8)

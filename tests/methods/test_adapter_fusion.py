@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from graftkit import UserError, attach, load
 
+pytestmark = pytest.mark.sampled
+
 L, W = tiny.BLOCKS, tiny.WIDTH
 
 

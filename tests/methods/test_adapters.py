@@ -17,6 +17,8 @@ from graftkit import NotFoldable, attach, detach
 from graftkit.engine.audit import Audit
 from graftkit.grafts.graft import Graft
 
+pytestmark = pytest.mark.sampled
+
 L, W, INNER = tiny.BLOCKS, tiny.WIDTH, tiny.INNER
 FUNCTIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 

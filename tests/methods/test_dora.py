@@ -14,6 +14,8 @@ from graftkit import attach, load
 from graftkit.methods.dora import Direction
 from graftkit.methods.shared.low_rank import LowRank
 
+pytestmark = pytest.mark.sampled
+
 W, L, INNER = tiny.WIDTH, tiny.BLOCKS, tiny.INNER
 
 

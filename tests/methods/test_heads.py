@@ -14,6 +14,8 @@ from graftkit import Backbone, attach, load
 from graftkit.backbone.load import load_backbone
 from graftkit.backbone.source import find_source
 
+pytestmark = pytest.mark.sampled
+
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 
 

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from graftkit import NotFoldable, UserError, attach, detach, load
 
+pytestmark = pytest.mark.sampled
+
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 
 

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from graftkit import NotFoldable, attach, detach, load
 from graftkit.methods.shared.low_rank import LowRank
 
+pytestmark = pytest.mark.sampled
+
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 
 

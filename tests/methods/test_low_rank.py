@@ -19,6 +19,8 @@ from graftkit.backbone.weights import Weight, weights_at
 from graftkit.methods.loha import Product, matrix
 from graftkit.methods.lokr import divisors
 
+pytestmark = pytest.mark.sampled
+
 EVERYWHERE = ("bert", "gpt2", "llama", "transformer", "mixtral", "resnet", "wav2vec2")
 
 

@@ -14,9 +14,10 @@ from peft_versions import skip_without_tuner
 
 from graftkit.recipe.catalogue import entries
 
+pytestmark = pytest.mark.sampled
+
 STORED = Path(__file__).parents[2] / "docs" / "matrix.json"
 METHODS = list(entries("method"))
-REPRESENTATIVE = "lora"  # the one method that `make check` tries on every model
 OWN = {name for name, entry in entries("method").items() if not entry.module.startswith("graftkit.")}
 
 
@@ -36,10 +37,7 @@ def stored() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", zoo.MODELS, ids=lambda model: model.name)
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(name, marks=() if name == REPRESENTATIVE else pytest.mark.slow) for name in METHODS],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_pair(method: str, model: zoo.Model, stored, tmp_path: Path) -> None:
     skip_without_tuner(expression(method))
     got = outcome(method, model, tmp_path)

@@ -14,6 +14,8 @@ from graftkit import AdamW, NotFoldable, UserError, attach, detach, load
 from graftkit.backbone.own import load_weights
 from graftkit.plan.parameters import make_plan
 
+pytestmark = pytest.mark.sampled
+
 MODELS = {model.name: model for model in zoo.MODELS}
 
 

@@ -17,6 +17,8 @@ import peft_lora  # noqa: E402
 from peft_cache import for_peft  # noqa: E402
 from peft_lora import shaken, write_with_peft  # noqa: E402
 
+pytestmark = pytest.mark.sampled
+
 
 def with_peft(model: nn.Module, folder: Path) -> nn.Module:
     known = ("lora_", "modules_to_save", "prompt")

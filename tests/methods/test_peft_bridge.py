@@ -22,6 +22,8 @@ from graftkit.methods.shared.peft_tuners import REFUSED
 peft = pytest.importorskip("peft")
 from peft import mapping  # noqa: E402
 
+pytestmark = pytest.mark.sampled
+
 CONFIGS = {kind.value: config for kind, config in mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 # options that fit models of width 16 and make every tensor count
 OPTIONS: dict[str, dict] = {
@@ -330,6 +332,7 @@ def test_what_others_add_at_the_same_site_stays(tuner):
     torch.testing.assert_close(both.backbone.module(site)(x), wanted)
 
 
+@pytest.mark.slow
 def test_a_run(tiny_bert, tmp_path):
     rows = make_rows(300)
     method = "peft('hra', {'r': 4}) + head()"

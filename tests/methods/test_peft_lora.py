@@ -15,6 +15,8 @@ from graftkit import Backbone, UserError, attach, load
 peft = pytest.importorskip("peft")
 from peft_lora import ALL_KINDS, shaken, with_peft, write_with_peft  # noqa: E402
 
+pytestmark = pytest.mark.sampled
+
 # ---- models of transformers
 
 

@@ -16,6 +16,8 @@ from graftkit import UserError, load
 peft = pytest.importorskip("peft")
 from peft_lora import shaken, with_peft, write_with_peft  # noqa: E402
 
+pytestmark = pytest.mark.sampled
+
 # ---- modules of one's own: outputs, gradients, and back
 
 

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from graftkit import attach, load
 
+pytestmark = pytest.mark.sampled
+
 peft = pytest.importorskip("peft")
 CONFIGS = {
     "vera": peft.VeraConfig, "loha": peft.LoHaConfig, "lokr": peft.LoKrConfig, "adalora": peft.AdaLoraConfig,

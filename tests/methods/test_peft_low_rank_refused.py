@@ -14,6 +14,8 @@ from test_peft_low_rank import CONFIGS, FIRST, STEPS, made, with_peft
 
 from graftkit import UserError, load
 
+pytestmark = pytest.mark.sampled
+
 
 def written(tmp_path: Path, method: str, name: str = "maps", **more: Any) -> Path:
     settings = {**FIRST, **(STEPS if method == "adalora" else {}), **more}

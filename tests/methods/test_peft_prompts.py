@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from graftkit import UserError, attach, load
 
+pytestmark = pytest.mark.sampled
+
 peft = pytest.importorskip("peft")
 TASKS = {"bare": "FEATURE_EXTRACTION", "head": "SEQ_CLS", "causal": "CAUSAL_LM"}
 MODELS = [

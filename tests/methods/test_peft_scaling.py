@@ -17,6 +17,8 @@ from graftkit import UserError, attach, load
 peft = pytest.importorskip("peft")
 from peft_lora import with_peft  # noqa: E402
 
+pytestmark = pytest.mark.sampled
+
 
 def shake(parameters, seed: int = 5) -> None:
     generator = torch.Generator().manual_seed(seed)

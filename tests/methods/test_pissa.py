@@ -16,6 +16,8 @@ from graftkit import attach, detach, load
 from graftkit.methods import pissa
 from graftkit.methods.pissa import Principal
 
+pytestmark = pytest.mark.sampled
+
 SITES = {
     "MLP": "lin0, lin1", "EmbConv1D": "emb, conv1d", "EmbConv1D with padding": "emb", "ScaledEmbedding": "emb",
     "MHA": "mha", "MHA, batch first": "mha, lin0",

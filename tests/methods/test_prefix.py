@@ -15,6 +15,8 @@ from transformers import DynamicCache
 
 from graftkit import UserError, attach, detach
 
+pytestmark = pytest.mark.sampled
+
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from graftkit import Backbone, attach, load
 
+pytestmark = pytest.mark.sampled
+
 W, V = tiny.WIDTH, tiny.VOCABULARY
 METHODS = pytest.mark.parametrize("text", ["prompt(tokens=3)", "ptuning(tokens=3, hidden=5)"])
 

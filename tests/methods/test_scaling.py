@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from graftkit import NotFoldable, attach, detach, load
 from graftkit.methods.base import read
 
+pytestmark = pytest.mark.sampled
+
 L, W, F = tiny.BLOCKS, tiny.WIDTH, tiny.INNER
 KV = {"bert": W, "gpt2": W, "llama": W // 2}
 

@@ -17,6 +17,8 @@ from graftkit.methods.base import read
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.catalogue import entries
 
+pytestmark = pytest.mark.sampled
+
 BERT = zoo.BY_NAME["bert"]  # of two blocks
 # the others are what their names alone mean
 EXAMPLES = {
@@ -76,6 +78,7 @@ def nothing_is_lost(first, second, labels):
     assert set(labels) <= given or any(method.needs_base for method in classes.values())
 
 
+@pytest.mark.slow
 def test_most_pairs_have_a_meaning():
     """The contract above would also hold if everything were refused."""
     accepted = {

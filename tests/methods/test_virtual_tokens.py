@@ -14,6 +14,8 @@ from graftkit import Backbone, UserError, attach
 from graftkit.engine.frozen import frozen_depth
 from graftkit.tasks.classify.task import Classify
 
+pytestmark = pytest.mark.sampled
+
 W = tiny.WIDTH
 METHODS = pytest.mark.parametrize("text", ["prompt(tokens=3)", "ptuning(tokens=3, hidden=5)"])
 

@@ -21,6 +21,8 @@ from graftkit.data.source import Pass
 from graftkit.errors import UserError
 from graftkit.runs.predict import predict
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.fixture(scope="module")
 def tiny_convnext(tmp_path_factory) -> Path:

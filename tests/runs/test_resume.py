@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from graftkit.errors import Interrupted
 
+pytestmark = pytest.mark.sampled
+
 # each case: method, settings, and the step of the early stop, if there is one
 CASES = {
     "lora": ("lora(rank=4, dropout=0.1) + head()", ["train.steps=9"]),
@@ -99,6 +101,7 @@ def test_killed_and_resumed(uninterrupted, tiny_bert, rows_folder, tmp_path, cas
     assert_same(run, uninterrupted(case))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_at_any_moment(uninterrupted, tiny_bert, rows_folder, tmp_path):
     """No patch: a real process, killed from outside as soon as it has come one checkpoint further."""
     run = tmp_path / "run"

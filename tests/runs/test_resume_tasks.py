@@ -7,6 +7,8 @@ from conftest import forked
 from killing import assert_same, killed, resume
 from task_cases import CASES, material
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_resumed(case, tiny_bert, tmp_path):

@@ -12,6 +12,8 @@ import graftkit
 from graftkit.engine.loop import Step
 from graftkit.runs.tune import _due
 
+pytestmark = pytest.mark.sampled
+
 
 def test_the_folder_holds_what_it_should(finished):
     names = {path.name for path in finished.iterdir()}
@@ -84,6 +86,7 @@ def test_the_graft_is_a_peft_adapter(finished, tiny_bert):
     assert logits.softmax(-1).max().item() == pytest.approx(ours["probability"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_bits_and_the_saved_recipe_runs_again(
     command, tiny_bert, rows_folder, tmp_path
 ):
@@ -225,6 +228,7 @@ def test_a_head_alone_trains_all_of_itself(tiny_bert, rows_folder, tmp_path, hea
     assert run.result["steps"] == 9
 
 
+@pytest.mark.slow
 def test_bf16(tiny_bert, rows_folder, tmp_path):
     run = graftkit.tune(
         model=str(tiny_bert), train=rows_folder / "train.csv", eval=rows_folder / "eval.csv", method="lora() + head()",

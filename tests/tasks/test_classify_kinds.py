@@ -18,6 +18,8 @@ from graftkit.data.read import read_table
 from graftkit.errors import UserError
 from graftkit.tasks.classify.task import Classify
 
+pytestmark = pytest.mark.sampled
+
 COLUMNS = {"text": "text", "label": "label"}
 FAST = {"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.02}
 WORDS = {word: kind for kind, words in KINDS.items() for word in words}

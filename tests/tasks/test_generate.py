@@ -25,6 +25,8 @@ from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 from graftkit.tasks.generate.task import Generate
 
+pytestmark = pytest.mark.sampled
+
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}
 QUESTIONS = ["what colour is coal?", "what colour is the sea?", "what is it???", "snow?"]
 
@@ -284,6 +286,7 @@ def test_the_loss_of_a_packed_run_is_that_of_separate_rows(llama, tmp_path):
         assert torch.allclose(tensor, packed[name], atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder(t5, data, tmp_path):
     run = tune(t5, data, tmp_path / "run", method="full(lr=0.02)", epochs=40.0)
     assert run.metrics["perplexity"] < 2
@@ -294,6 +297,7 @@ def test_encoder_and_decoder(t5, data, tmp_path):
     assert done["rows_real"]
 
 
+@pytest.mark.slow
 def test_exported(llama, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -335,6 +339,7 @@ def test_the_graft_is_an_adapter_of_peft(llama, t5, data, tmp_path, method, kind
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["generate()", "generate(packing=True)"])
 def test_killed_and_resumed(llama, data, tmp_path, task):
     """Killed behind its third checkpoint, it ends with the same graft, bit for bit."""

@@ -16,6 +16,8 @@ from graftkit.backbone.source import auto_class, find_source
 from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 
+pytestmark = pytest.mark.sampled
+
 HERE = importlib.util.find_spec("bitsandbytes") is not None
 needed = pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed")
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01, "train.steps": 6}

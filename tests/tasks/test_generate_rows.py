@@ -22,6 +22,8 @@ from graftkit.tasks.generate.data import conversation
 from graftkit.tasks.generate.scores import scores_of, token_scores
 from graftkit.tasks.generate.task import Generate
 
+pytestmark = pytest.mark.sampled
+
 TALK = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "what colour is snow?"},

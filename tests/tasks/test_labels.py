@@ -10,6 +10,8 @@ from shaken import ALL_KINDS, message, shaken
 from graftkit import Backbone, UserError, attach, detach, load
 from graftkit.methods.base import read
 
+pytestmark = pytest.mark.sampled
+
 W, L, INNER, V = tiny.WIDTH, tiny.BLOCKS, tiny.INNER, tiny.VOCABULARY
 
 

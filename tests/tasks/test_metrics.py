@@ -75,6 +75,7 @@ def test_intervals_hold_their_point_and_are_the_same_each_time():
     assert (high - low) / 2 == pytest.approx(normal, rel=0.12)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_accuracy_about_95_times_in_100():
     true, covered = 0.8, 0
     random = np.random.default_rng(0)

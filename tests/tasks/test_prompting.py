@@ -21,6 +21,8 @@ from graftkit.runs.tune import plan
 from graftkit.tasks.prompting.task import Prompting
 from graftkit.tasks.prompting.template import draw_shots, read_template
 
+pytestmark = pytest.mark.sampled
+
 LABELS = ("fruit", "tool")
 TEMPLATE = "my {text} is a {label}"
 ONE = {"fruit": "plum", "tool": "saw"}

@@ -119,6 +119,7 @@ def test_other_methods_and_long_contexts(tiny_bert, tmp_path, command, method):
     assert again["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_from_left_to_right(tiny_gpt2, folder, tmp_path):
     run = graftkit.tune(
         model=str(tiny_gpt2), task="span", train=folder / "train.json", test=folder / "test.json", eval=None,
@@ -179,6 +180,7 @@ assert "graftkit" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_an_exported_model_gives_the_same_answers(learned, command, tmp_path):
     done = command("export", learned.path, "--to", tmp_path / "model", "--json")
     assert done.status == 0, done.err

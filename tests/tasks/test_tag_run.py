@@ -223,6 +223,7 @@ assert "graftkit" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_exported_model_works_in_a_pipeline(tagged, tmp_path):
     told = export(tagged, tmp_path / "plain")
     assert told["native"] and told["rows_real"] and "token-classification" in told["load_with"]
