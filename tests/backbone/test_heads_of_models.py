@@ -273,7 +273,7 @@ def test_an_own_module_that_does_not_tell_its_width():
     wrong = Silent()
     wrong.hidden_size = 5
     graft = attach(wrong, "head(classes=2)")
-    with pytest.raises(UserError, match=r"made for 5 features a row, but Silent gives \[4, 3\]"):
+    with pytest.raises(UserError, match=r"expects 5 features per row, but Silent returned \[4, 3\]"):
         graft.model(torch.ones(4, 3))
 
 
@@ -312,7 +312,7 @@ def test_a_convolution_is_replaced_by_one_like_it(more):
 
 
 def test_a_convolution_in_groups_is_refused():
-    assert "is a convolution in 2 groups" in message(Convolutional(groups=2), "head(classes=5)")
+    assert "is a convolution with 2 groups" in message(Convolutional(groups=2), "head(classes=5)")
     assert attach(Convolutional(groups=2), "head(classes=6)"), "with as many classes it stays"
 
 
@@ -377,7 +377,7 @@ def test_an_own_head_that_is_never_called_is_no_place_to_stand_on():
             self.unused = torch.nn.Linear(6, 3)
 
     graft = attach(Idle(), "head(classes=2, pooling='mean')")
-    with pytest.raises(UserError, match="goes through 'unused' of Idle, but that was not called"):
+    with pytest.raises(UserError, match="'unused' of Idle, which was not called"):
         graft.model(torch.zeros(1, 2, dtype=torch.long))
 
 

@@ -443,7 +443,7 @@ def test_values_out_of_bounds(text, told):
 
 def test_a_model_without_blocks_is_refused_by_name():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    with pytest.raises(UserError, match=r"gradual_unfreeze\(\).*Sequential has none; use full\(\)"):
+    with pytest.raises(UserError, match=r"gradual_unfreeze\(\).*Sequential has no blocks; use full\(\)"):
         attach(model, "gradual_unfreeze()")
 
 

@@ -139,7 +139,7 @@ def test_a_folder_that_exists(command, finished, tiny_bert, tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("x")
     for more in ([], ["--overwrite"]):
         done = command("export", finished, "--to", "mine", *more)
-        assert done.status == 1 and "other than an exported model (config.json, notes.txt)" in done.err
+        assert done.status == 1 and "not part of an exported model (config.json, notes.txt)" in done.err
     assert command("export", finished, "--to", "m").status == 0
     assert "--overwrite" in command("export", finished, "--to", "m").err
     assert command("export", finished, "--to", "m", "--overwrite").status == 0
