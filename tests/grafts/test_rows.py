@@ -197,7 +197,8 @@ def test_another_number_of_rows():
             states(model, tiny.batch(rows=3))
         query = model.encoder.layer[0].attention.self.query
         with pytest.raises(
-            UserError, match=r"'encoder.layer.0.attention.self.query' is given \(14, 16\).* of the 2 rows"
+            UserError,
+            match=r"'encoder.layer.0.attention.self.query' got an input of shape \(14, 16\).* the 2 rows",
         ):
             query(torch.zeros(14, tiny.WIDTH))
         with pytest.raises(UserError, match="2 rows"):
@@ -209,7 +210,7 @@ def test_another_number_of_rows():
 def test_modules_that_are_given_something_else_than_rows():
     found = zoo.BY_NAME["deberta_v2"]
     for text, what in (
-        ("lora(rank=2)", r"query_proj' is given \(1, "),
+        ("lora(rank=2)", r"query_proj' got an input of shape \(1, "),
         ("unfreeze('embeddings')", "'encoder.rel_embeddings', which DebertaV2Model does not call"),
     ):
         model = found.fresh().eval()

@@ -259,6 +259,7 @@ def test_grafts_that_change_the_same_part():
         assert torch.equal(tiny.outputs(model), wanted)
 
 
+@pytest.mark.filterwarnings("ignore::graftkit.backbone.values.OtherWeights")
 def test_copies_and_saved_grafts_are_their_own(tmp_path):
     model = tiny.bare("bert")
     first, second = several(model, ("lora(rank=2)", "adapter(bottleneck=3)"))
