@@ -123,7 +123,7 @@ def test_an_adapter_of_peft_for_a_wider_model(adapter, tmp_path):
     refused(loading(adapter), "hra_u' has shape (16, 4)", "(32, 4)", model=model)
     lora = attach(tiny.bare("bert"), "lora(rank=2)").save(tmp_path / "lora")
     (lora / "graft.json").unlink()
-    refused(loading(lora), "has shape (2, 16), but (2, 32) is needed", model=model)
+    refused(loading(lora), "has shape (2, 16), but should have (2, 32)", model=model)
 
 
 def test_an_adapter_of_peft_for_a_deeper_model(adapter):
@@ -265,7 +265,7 @@ def test_a_pickle_under_the_name(folder):
         ({"fingerprint": "0" * 16}, "trained on another backbone"),
         (
             {"method": "lora(rank=3) + head(classes=3, pooling='mean')"},
-            "has shape (2, 16), but (3, 16) is needed",
+            "has shape (2, 16), but should have (3, 16)",
         ),
         ({"method": "lora(rank=2)"}, "unexpected "),
         (

@@ -94,7 +94,7 @@ def refused(tmp_path, changes: dict, matching: str) -> None:
         ({"use_dora": True}, "missing .*query.dora_default.m"),
         ({"lora_bias": True}, "missing .*query.lora_default.b"),
         ({"bias": "lora_only"}, "missing .*query.bias"),
-        ({"rank_pattern": {"query": 4}}, r"lora_default.A' has shape \(8, 16\), but \(4, 16\) is needed"),
+        ({"rank_pattern": {"query": 4}}, r"lora_default.A' has shape \(8, 16\), but should have \(4, 16\)"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias together with use_dora"),
         ({"bias": "some"}, "bias is 'some'"),
     ],
@@ -113,7 +113,7 @@ def test_a_rank_that_is_no_number(rank, tmp_path):
 
 
 def test_a_rank_that_is_not_that_of_the_tensors(tmp_path):
-    refused(tmp_path, {"r": 4}, r"lora_default.A' has shape \(8, 16\), but \(4, 16\) is needed")
+    refused(tmp_path, {"r": 4}, r"lora_default.A' has shape \(8, 16\), but should have \(4, 16\)")
 
 
 def test_another_model(tmp_path):
