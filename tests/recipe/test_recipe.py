@@ -82,7 +82,7 @@ def test_every_way_of_writing_a_learning_rate(text, tmp_path):
         ({"method": "lora(lr=-1)"}, ["lr is -1", "above 0"]),
         ({"method": "lora(rank='8')"}, ["rank is '8'", "must be int"]),
         ({"method": "lora(rank=8"}, ["cannot be read", "lora(rank=8) + head()"]),
-        ({"method": "lora() - head()"}, ["'+' only"]),
+        ({"method": "lora() - head()"}, ["only be joined by '+'"]),
         ({"method": "head(pooling='men')"}, ["pooling is 'men'", "Did you mean 'mean'?"]),
         ({"method": "unfreeze('blocks[x]')"}, ["blocks[x]", "blocks[-2:]"]),
         ({"method": "full() + unfreeze()"}, ["full()", "unfreeze()", "leave one of them out"]),
