@@ -22,6 +22,7 @@ from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.own import call, load_weights
 from graftkit.backbone.parts import find_sites
 from graftkit.errors import UserError, first_line, listing, nearest
+from graftkit.libraries import image_processors
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -277,7 +278,7 @@ def _processor(folder: Path) -> Any:
     path = folder / PREPROCESSOR_FILE
     says = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "image_processor_type" in says:
-        auto: Any = transformers.AutoImageProcessor
+        auto: Any = image_processors()
     elif says:
         auto = transformers.AutoFeatureExtractor
     else:
