@@ -217,6 +217,15 @@ def _rotary_names() -> None:
             raise lacking("transformers", f"has no {name} in Llama's rotary positions")
 
 
+def image_processors() -> Any:
+    """`AutoImageProcessor`, from its own module: transformers 5.17 takes the name at the top for one that needs torchvision,
+    though Pillow is enough for it (5.18 on).
+    """
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor
+
+
 # ---- transformers: the attention function
 
 

@@ -26,6 +26,7 @@ from graftkit.backbone.own import load_weights
 from graftkit.backbone.parts import find_sites
 from graftkit.backbone.source import Source, pooling_of
 from graftkit.errors import UserError, first_line, listing
+from graftkit.libraries import image_processors
 
 
 def load_backbone(
@@ -159,7 +160,7 @@ def _processor(folder: Path) -> Any:
     path = folder / PREPROCESSOR_FILE
     says = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "image_processor_type" in says:
-        auto: Any = transformers.AutoImageProcessor
+        auto: Any = image_processors()
     elif says:
         auto = transformers.AutoFeatureExtractor
     else:

@@ -100,12 +100,14 @@ def test_evaluate_and_the_most_wrong(finished, colours, tmp_path, command):
 
 
 def test_export_is_a_plain_model(finished, colours, tmp_path, command):
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+
+    from graftkit.libraries import image_processors
 
     done = command("export", finished, "--to", tmp_path / "plain", "--json")
     assert done.status == 0, done.err
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").eval()
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "plain")
+    processor = image_processors().from_pretrained(tmp_path / "plain")
     path = colours / "eval" / "green" / "2.png"
     with torch.no_grad():
         chances = model(**processor(Image.open(path), return_tensors="pt")).logits.softmax(-1)[0]
