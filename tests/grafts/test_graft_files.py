@@ -123,7 +123,7 @@ def test_tensor_that_the_description_leaves_out(folder):
     tensors = json.loads((folder / "graft.json").read_text())["tensors"]
     tensors.pop("head_default.output.bias")
     describe(folder, tensors=tensors)
-    refused(folder, "graft.safetensors holds 'head_default.output.bias', which graft.json does not name")
+    refused(folder, "graft.safetensors contains 'head_default.output.bias', which graft.json does not name")
 
 
 def test_unexpected_tensor(folder):

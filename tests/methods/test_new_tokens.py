@@ -225,7 +225,7 @@ def test_a_tokenizer_that_has_grown_is_refused(tmp_path):
 def test_a_checkpoint_of_other_ids_is_refused():
     """A run that is resumed has the ids of its tokenizer; those of the checkpoint stand in the names."""
     states = [attach(tiny.bare("bert"), NEW.format(first)).state for first in (V, V - 1)]
-    with pytest.raises(UserError, match="other parameters"):
+    with pytest.raises(UserError, match="different parameters"):
         load_parameters(states[0], states[1], Path("step-00000001.safetensors"))
 
 

@@ -255,7 +255,7 @@ def test_a_prompt_for_another_width(tmp_path):
 
     write_with_peft(tiny.bare("bert"), tmp_path, "prompt", "FEATURE_EXTRACTION")
     with pytest.raises(
-        UserError, match=r"prompt_default.values' has shape \(3, 16\), but \(3, 32\) is needed"
+        UserError, match=r"prompt_default.values' has shape \(3, 16\), but should have \(3, 32\)"
     ):
         load(BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)), tmp_path)
 

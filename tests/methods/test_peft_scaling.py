@@ -206,7 +206,7 @@ def test_gradients_are_those_of_peft(kind):
     "changes,matching",
     [
         ({"feedforward_modules": None}, "feedforward_modules is None"),
-        ({"feedforward_modules": []}, r"output.dense.*has shape \(1, 16\), but \(16, 1\) is needed"),
+        ({"feedforward_modules": []}, r"output.dense.*has shape \(1, 16\), but should have \(16, 1\)"),
         ({"layer_scaling": 2.0}, "layer_scaling=2.0"),
     ],
 )

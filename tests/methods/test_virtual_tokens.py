@@ -301,7 +301,7 @@ def test_more_tokens_than_positions(text):
 def test_a_text_that_is_too_long():
     model = attach(tiny.bare("gpt2"), "prompt(tokens=8)").model
     model(input_ids=torch.ones(1, 40, dtype=torch.long))
-    with pytest.raises(UserError, match=r"41 tokens and 8 virtual ones .* 48 positions .* 40 tokens"):
+    with pytest.raises(UserError, match=r"41 tokens and 8 virtual tokens .* 48 positions .* 40 tokens"):
         model(input_ids=torch.ones(1, 41, dtype=torch.long))
     rotary = attach(tiny.bare("llama"), "prompt(tokens=8)").model
     assert rotary(input_ids=torch.ones(1, 60, dtype=torch.long)).last_hidden_state.shape[1] == 60

@@ -16,10 +16,10 @@ def broken(*given, **more):
     raise KeyError("graph")
 
 
-def fails_on_test_rows(self, outcomes, dataset, labels, plain=Classify.metrics):
+def fails_on_test_rows(self, outcomes, dataset, labels, intervals=True, plain=Classify.metrics):
     if len(dataset) == 96:
         raise KeyError("graph")
-    return plain(self, outcomes, dataset, labels)
+    return plain(self, outcomes, dataset, labels, intervals)
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_a_failure_after_the_last_step(
     result = json.loads((out / "result.json").read_text())
     assert any(told in problem for problem in result["problems"])
     assert result["metrics"]["rows"] == (40 if name == "metrics" else 96)
-    assert "finished already" in command("tune", "--resume", out).out
+    assert "already finished" in command("tune", "--resume", out).out
     assert len(graftkit.Run(out, result).predict(["a plum"])) == 1

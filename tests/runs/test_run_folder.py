@@ -98,7 +98,7 @@ def test_resume_of_what_is_no_run(command, tmp_path):
 def test_resume_of_a_finished_run_gives_its_result(command, finished):
     before = content(finished)
     done = command("tune", "--resume", finished, "--json")
-    assert done.status == 0 and "finished already" in done.err
+    assert done.status == 0 and "already finished" in done.err
     assert json.loads(done.out) == json.loads((finished / "result.json").read_text())
     assert content(finished) == before
 

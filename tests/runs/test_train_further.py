@@ -54,4 +54,4 @@ def test_what_it_cannot_begin_with(command, finished, tiny_bert, tiny_gpt2, rows
     refused("another backbone", model=tiny_gpt2, method="lora(rank=4) + head(pooling='last')")
     refused("does not exist", start=tmp_path / "none")
     path = write_csv(tmp_path / "t.csv", make_rows(48, kinds=("fruit", "tool", "animal")))
-    refused("answers 'fruit', 'tool'", "'animal'", more=[f"data.train={path}", "data.eval=0.2"])
+    refused("has the labels 'fruit', 'tool'", "'animal'", more=[f"data.train={path}", "data.eval=0.2"])

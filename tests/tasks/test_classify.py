@@ -250,7 +250,7 @@ def test_a_run_keeps_its_columns(tiny_bert, rows_folder, tmp_path):
     assert "text_pair" not in answers[0] and answers[0]["row"] == 1
     with pytest.raises(UserError, match="single texts"):
         single.predict([("a plum", "the saw")])
-    with pytest.raises(UserError, match="list of them"):
+    with pytest.raises(UserError, match="pass a list"):
         single.predict("where is my card?")
     named = {**SETTINGS, "data.columns": {"text": "text"}}
     run = graftkit.tune(train=paired, eval=rows, out=tmp_path / "named", **{**given, "settings": named})

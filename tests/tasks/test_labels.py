@@ -118,7 +118,7 @@ def test_the_same_name_twice_leaves_the_first_graft_intact():
     graft = shaken(tiny.bare("bert"), "lora(rank=2)")
     wanted = tiny.outputs(graft.model)
     for text in ("lora(rank=3)", "adapter()", "bitfit()", "head(classes=2)"):
-        assert "'default' is attached" in message(graft.model, text)
+        assert "'default' is already attached" in message(graft.model, text)
         assert torch.equal(tiny.outputs(graft.model), wanted)
     assert {n for n, p in graft.model.named_parameters() if p.requires_grad} == set(graft.labels)
 

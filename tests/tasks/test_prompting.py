@@ -366,7 +366,7 @@ def test_a_run_trains_nothing_and_can_be_used(folders, tmp_path, command, kind):
     card = (out / "README.md").read_text()
     assert card.splitlines()[0].endswith(" with the unmodified model") and "graftkit export" not in card
     again = command("tune", "--resume", out)
-    assert again.status == 0 and "finished already" in again.out
+    assert again.status == 0 and "already finished" in again.out
     (out / "result.json").unlink()
     assert command("tune", "--resume", out, "--json").status == 0
     assert json.loads((out / "result.json").read_text())["metrics"] == result["metrics"]
