@@ -114,8 +114,10 @@ for row in range(index, 3, world):
 cache.exchange()
 weights = torch.full((3,), float(index))
 parallel.from_first([weights])
-print(json.dumps([outcomes, seen, cache.get(np.arange(3)).sum((1, 2)).tolist(), weights.tolist(),
-                  parallel.all_agree(True), parallel.all_agree(index == 0)]))
+found = [outcomes, seen, cache.get(np.arange(3)).sum((1, 2)).tolist(), weights.tolist(),
+         parallel.all_agree(True), parallel.all_agree(index == 0)]
+with open(f"{sys.argv[1]}/found-{index}.json", "w") as file:  # what two processes print gets mixed
+    json.dump(found, file)
 """
 
 
@@ -132,10 +134,11 @@ def test_evaluation_and_cache_are_shared_and_values_are_those_of_the_first(tmp_p
         "--nproc-per-node=2",
         f"--master-port={port}",
         str(script),
+        str(tmp_path),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("found-*.json"))]
     assert len(found) == 2
     seen = sorted(row for one in found for row in one[1])
     assert seen == list(range(11)), "each row once, in one of the processes"

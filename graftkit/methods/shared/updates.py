@@ -182,8 +182,9 @@ class UpdateMethod(Method):
         for name, (_, weight) in self.named(backbone).items():
             owner = name[: -len(weight.parameter)]
             added = self.added_name(weight, graft)
-            place(weight.module, added, make(weight, name))
-            labels |= labels_of(backbone, f"{owner}{added}", self.group())
+            update = make(weight, name)
+            place(weight.module, added, update)
+            labels |= {f"{owner}{added}.{own}": self.group() for own, _ in update.named_parameters()}
         return labels
 
     def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
