@@ -30,7 +30,7 @@ class Attack:
     name: str
     says: str
     command: str = TUNE
-    files: Mapping[str, str | bytes | None | Callable[[Path], object]] = field(default_factory=dict)
+    files: Mapping[str, str | bytes | Callable[[Path], object] | None] = field(default_factory=dict)
     status: int = 1
     seconds: float = SECONDS
 

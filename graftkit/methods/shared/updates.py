@@ -16,7 +16,7 @@ from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at, without_autocast
 from graftkit.errors import NotFoldable, UserError
-from graftkit.methods.base import Addition, Method, exactly, labels_of, place
+from graftkit.methods.base import Addition, Method, exactly, place
 from graftkit.methods.shared.advice import recommended
 from graftkit.methods.shared.mixtures import MatrixMixture
 from graftkit.methods.shared.peft_reading import PeftReading
