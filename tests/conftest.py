@@ -303,42 +303,54 @@ def finished(tmp_path_factory, tiny_bert, rows_folder) -> Path:
     return out
 
 
-def forked(work) -> SimpleNamespace:
-    """`work()` in a child process that is a copy of this one, which saves the seconds that imports take.
-
-    Its exit status (negative: the signal that killed it) and what it printed.
+def forked(*works) -> SimpleNamespace | list[SimpleNamespace]:
+    """Calls each of `works` in a child process that is a copy of this one, which saves the seconds that imports take;
+    several at the same time. For each: its exit status (negative: the signal that killed it) and what it printed.
     """
+    children = [_fork(work) for work in works]
+    ended = [
+        SimpleNamespace(status=_status(pid), out=_text(out), err=_text(err)) for pid, out, err in children
+    ]
+    return ended if len(ended) > 1 else ended[0]
+
+
+def _fork(work) -> tuple:
+    """The number of a child process that calls `work`, and the files that get what it prints."""
     outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the copy
-            for number, output in zip((1, 2), outputs):
-                os.dup2(output.fileno(), number)
-            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-            work()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException:
-            import traceback
+    if pid:
+        return pid, *outputs
+    status = 1
+    try:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the copy
+        for number, output in zip((1, 2), outputs):
+            os.dup2(output.fileno(), number)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        work()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        import traceback
 
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    texts = []
-    for output in outputs:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _status(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _text(output) -> str:
+    with output:
         output.seek(0)
-        texts.append(output.read())
-        output.close()
-    return SimpleNamespace(status=status, out=texts[0], err=texts[1])
+        return output.read()
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import graft_tensors, tune_words
+from accelerate import PartialState
+from conftest import forked, graft_tensors, tune_words
+
+from graftkit.cli.main import main
 
 SETTINGS = ("train.steps=6", "train.batch_size=8", "train.checkpoint_every=2", "train.weight_decay=0.0")
 
@@ -20,12 +25,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def launch(*words: str) -> subprocess.CompletedProcess:
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    return subprocess.run([*command, "-m", "graftkit", *words], capture_output=True, text=True, timeout=240)
+        return str(free.getsockname()[1])
+
+
+def together(*words: str) -> list[SimpleNamespace]:
+    """`graftkit ...` in two processes with the variables that torchrun sets."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+
+    def one(rank: int) -> None:
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        PartialState._reset_state()  # which says that this process is the only one
+        main(list(words))
+
+    return forked(lambda: one(0), lambda: one(1))
 
 
 @pytest.fixture
@@ -47,19 +62,19 @@ def still_bert(tiny_bert: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_two_processes_equal_one_that_accumulates(tmp_path, still_bert, rows_folder, command, method):
-    together, alone = tmp_path / "together", tmp_path / "alone"
-    done = launch(*tune_words(still_bert, rows_folder, together, *SETTINGS, method=method), "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["run"] == str(together)  # one object, from one of them
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    first, second = together(*tune_words(still_bert, rows_folder, both, *SETTINGS, method=method), "--json")
+    assert first.status == second.status == 0, first.err + second.err
+    assert json.loads(first.out)["run"] == str(both) and not second.out  # one object, from one of them
     words = tune_words(still_bert, rows_folder, alone, *SETTINGS, "train.accumulate=2", method=method)
     assert command(*words).status == 0
-    ours, theirs = graft_tensors(together), graft_tensors(alone)
+    ours, theirs = graft_tensors(both), graft_tensors(alone)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
     losses = [
         [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()][:6]
-        for folder in (together, alone)
+        for folder in (both, alone)
     ]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4)
 
@@ -67,19 +82,19 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, still_bert, rows_fol
 def test_a_step_with_fewer_batches_than_processes(tmp_path, still_bert, rows_folder):
     """96 rows in batches of 40: the last step of an epoch has one batch for two processes."""
     words = tune_words(still_bert, rows_folder, tmp_path / "run", "train.epochs=2", "train.batch_size=40")
-    done = launch(*words)
-    assert done.returncode == 0, done.stderr
+    ended = together(*words)
+    assert [one.status for one in ended] == [0, 0], ended[0].err + ended[1].err
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rows = [line["rows"] for line in steps if line["kind"] == "step"]
     assert len(rows) == 4 and sum(rows[:2]) == sum(rows[2:]) == 96
 
 
-def test_their_folder_must_be_named(still_bert, rows_folder):
+def test_their_folder_must_be_named(tmp_path, monkeypatch, still_bert, rows_folder):
+    monkeypatch.chdir(tmp_path)
     words = tune_words(still_bert, rows_folder, Path("unused"), *SETTINGS)
     at = words.index("--out")
-    done = launch(*words[:at], *words[at + 2 :])
-    assert done.returncode != 0
-    assert "name it with --out" in done.stderr
+    for one in together(*words[:at], *words[at + 2 :]):
+        assert one.status == 1 and "name it with --out" in one.err
 
 
 SHARES = """
@@ -124,15 +139,12 @@ with open(f"{sys.argv[1]}/found-{index}.json", "w") as file:  # what two process
 def test_evaluation_and_cache_are_shared_and_values_are_those_of_the_first(tmp_path):
     script = tmp_path / "shares.py"
     script.write_text(SHARES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        f"--master-port={port}",
+        f"--master-port={free_port()}",
         str(script),
         str(tmp_path),
     ]
