@@ -314,6 +314,22 @@ def forked(*works) -> SimpleNamespace | list[SimpleNamespace]:
     return ended if len(ended) > 1 else ended[0]
 
 
+def without_graftkit(script: Path | str, *words: object) -> str:
+    """What a script (a file or its text) prints in a process that cannot import graftkit."""
+
+    def work() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("graftkit", "peft")]:
+            del sys.modules[name]
+        sys.modules["graftkit"] = None
+        sys.argv = [str(script), *map(str, words)]
+        text = script.read_text(encoding="utf-8") if isinstance(script, Path) else script
+        exec(compile(text, "script", "exec"), {"__name__": "__main__", "__file__": str(script)})
+
+    done = forked(work)
+    assert done.status == 0, done.err
+    return done.out
+
+
 def _fork(work) -> tuple:
     """The number of a child process that calls `work`, and the files that get what it prints."""
     outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115

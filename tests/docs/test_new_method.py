@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from conftest import forked
 
 import graftkit
+from graftkit.cli.main import main
 from graftkit.errors import UserError
 
 pytestmark = pytest.mark.sampled
@@ -35,14 +36,13 @@ def folder(tmp_path, monkeypatch) -> Path:
     return own
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "graftkit", *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def run(*words: str) -> SimpleNamespace:
+    return forked(lambda: main(list(words)))
 
 
 def test_the_command_line_knows_it(folder):
-    assert "scale * y + shift" in run("tune", "--help").stdout
-    shown = run("methods", "scale_shift").stdout
+    assert "scale * y + shift" in run("tune", "--help").out
+    shown = run("methods", "scale_shift").out
     assert "Parameters: 2 * out" in shown and "lr = None  learning rate; null means 0.01" in shown
 
 
@@ -51,23 +51,22 @@ def test_plan_and_run(folder, tiny_bert, rows_folder, tmp_path):
     recipe = [f"model={tiny_bert}", "task=classify", f"data.train={rows_folder / 'train.csv'}"]
     recipe += ["method=scale_shift(sites='ffn') + head()", f"out={tmp_path / 'run'}", "train.steps=3"]
     done = run("plan", *recipe, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["groups"]["scale_shift"] > 0
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["groups"]["scale_shift"] > 0
     done = run("tune", *recipe, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     described = json.loads((tmp_path / "run" / "graft" / "graft.json").read_text(encoding="utf-8"))
     assert described["method"].startswith("scale_shift(sites='ffn')")
-    assert run("predict", str(tmp_path / "run"), "a text", "--json").returncode == 0
+    assert run("predict", str(tmp_path / "run"), "a text", "--json").status == 0
 
 
 @pytest.mark.slow
-def test_it_passes_the_suite_on_every_kind_of_model(folder):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "scale_shift"]
-    done = subprocess.run(
-        [*command, "tests/methods/test_matrix.py"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "." * 20 in done.stdout, done.stdout[-500:]
+def test_it_passes_the_suite_on_every_kind_of_model(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["-q", "-p", "no:cacheprovider", "-n", "0", "-k", "scale_shift", "tests/methods/test_matrix.py"]
+    done = forked(lambda: sys.exit(pytest.main([*words, "--rootdir", str(ROOT)])))
+    assert done.status == 0, done.out[-3000:]
+    assert "." * 20 in done.out, done.out[-500:]
 
 
 def test_in_python(folder):
@@ -132,18 +131,18 @@ def test_in_python(folder):
 def test_files_that_cannot_be(folder, name, text, told):
     (folder / f"{name}.py").write_text(text, encoding="utf-8")
     done = run("methods")
-    assert done.returncode == 1 and told in done.stderr and f"{name}.py" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.status == 1 and told in done.err and f"{name}.py" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_files_that_cannot_be_read(folder):
     (folder / "latin.py").write_bytes("# Größe\n".encode("latin-1"))
     done = run("methods")
-    assert done.returncode == 1 and "latin.py cannot be read as a Python file" in done.stderr
+    assert done.status == 1 and "latin.py cannot be read as a Python file" in done.err
     (folder / "latin.py").unlink()
     (folder / "folder.py").mkdir()
     done = run("methods")
-    assert done.returncode == 1 and "folder.py cannot be read as a Python file" in done.stderr
+    assert done.status == 1 and "folder.py cannot be read as a Python file" in done.err
 
 
 def test_a_file_that_fails_when_it_is_imported(folder):
@@ -156,4 +155,4 @@ def test_a_file_that_fails_when_it_is_imported(folder):
 def test_a_folder_that_is_none(monkeypatch):
     monkeypatch.setenv("GRAFTKIT_METHODS", "/nowhere/at/all")
     done = run("methods")
-    assert done.returncode == 1 and "'/nowhere/at/all', which is not a folder" in done.stderr
+    assert done.status == 1 and "'/nowhere/at/all', which is not a folder" in done.err

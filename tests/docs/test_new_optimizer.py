@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tune_words
+from conftest import forked, tune_words
 
 import graftkit
 from graftkit.recipe import schema as recipes
@@ -68,13 +67,21 @@ def test_steps_are_those_of_the_paper(folder):
 
 
 @pytest.mark.slow
-def test_it_passes_the_contract_suite(folder):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "lion"]
-    done = subprocess.run(
-        [*command, "tests/optim/test_optimizer_contract.py"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "." * 5 in done.stdout, done.stdout[-500:]
+def test_it_passes_the_contract_suite(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        "-k",
+        "lion",
+        "tests/optim/test_optimizer_contract.py",
+    ]
+    done = forked(lambda: sys.exit(pytest.main([*words, "--rootdir", str(ROOT)])))
+    assert done.status == 0, done.out[-3000:]
+    assert "." * 5 in done.out, done.out[-500:]
 
 
 @pytest.mark.parametrize(

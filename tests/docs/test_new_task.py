@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import forked
 
 import graftkit
+from graftkit.cli.main import main
 from graftkit.errors import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "new-task.md"
@@ -45,14 +45,13 @@ def pairs(tmp_path) -> Path:
     return path
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "graftkit", *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def run(*words: str) -> SimpleNamespace:
+    return forked(lambda: main(list(words)))
 
 
 def test_the_command_line_knows_it(folder):
-    assert "similar" in run("tasks").stdout and "fitted by squared error" in run("tasks", "similar").stdout
-    assert "Did you mean 'similar'" in run("tasks", "similer").stderr
+    assert "similar" in run("tasks").out and "fitted by squared error" in run("tasks", "similar").out
+    assert "Did you mean 'similar'" in run("tasks", "similer").err
 
 
 @pytest.mark.slow
@@ -67,13 +66,13 @@ def test_it_trains_answers_and_evaluates(folder, pairs, tiny_bert, tmp_path):
         "train.batch_size=8",
     ]
     done = run("tune", *words, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in steps if line["kind"] == "step"]
     assert np.mean(losses[-6:]) < np.mean(losses[:6]) and "accuracy" not in steps[0]
-    found = json.loads(run("evaluate", str(tmp_path / "run"), "--data", str(pairs), "--json").stdout)
+    found = json.loads(run("evaluate", str(tmp_path / "run"), "--data", str(pairs), "--json").out)
     assert found["metrics"]["rows"] == 48 and np.isfinite(found["metrics"]["loss"])
-    lines = run("predict", str(tmp_path / "run"), "--data", str(pairs)).stdout.splitlines()
+    lines = run("predict", str(tmp_path / "run"), "--data", str(pairs)).out.splitlines()
     assert len(lines) == 48 and all(re.match(r"-?\d\.\d{3}\t", line) for line in lines)
 
 

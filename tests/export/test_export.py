@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tune_words
+from conftest import tune_words, without_graftkit
 
 import graftkit
 
@@ -66,7 +66,7 @@ def test_pooled_head_comes_with_a_script(command, tiny_bert, rows_folder, tmp_pa
     assert command(*tune_words(tiny_bert, rows_folder, run, "train.epochs=3", method=method)).status == 0
     done = command("export", run, "--to", tmp_path / "model")
     assert done.status == 0 and "classifier.py" in done.out and "largest difference" in done.out
-    out = elsewhere(tmp_path, str(tmp_path / "model" / "classifier.py"), *TEXTS)
+    out = without_graftkit(tmp_path / "model" / "classifier.py", *TEXTS)
     assert out.splitlines() == [f"{a['label']}\t{a['text']}" for a in graftkit.Run(run, {}).predict(TEXTS)]
 
 
@@ -84,7 +84,7 @@ def test_the_script_reads_pairs_where_the_run_did(command, tiny_bert, rows_folde
     ]
     assert command("tune", "--model", tiny_bert, "data.eval=null", *words).status == 0
     assert command("export", run, "--to", tmp_path / "model").status == 0
-    out = elsewhere(tmp_path, str(tmp_path / "model" / "classifier.py"), "the plum", "my saw")
+    out = without_graftkit(tmp_path / "model" / "classifier.py", "the plum", "my saw")
     (answer,) = graftkit.Run(run, {}).predict([("the plum", "my saw")])
     assert out == f"{answer['label']}\tthe plum\tmy saw\n"
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import equal_bits, graft_tensors
+from conftest import equal_bits, graft_tensors, without_graftkit
 from squad_rows import articles, official_1, official_2, write_squad
 
 import graftkit
@@ -176,7 +174,6 @@ for question, context in json.loads(sys.argv[2]):
     best = int(sums.argmax())
     answers.append(context[offsets[best // len(start)][0] : offsets[best % len(start)][1]])
 print(json.dumps(answers))
-assert "graftkit" not in sys.modules
 """
 
 
@@ -193,13 +190,8 @@ def test_an_exported_model_gives_the_same_answers(learned, command, tmp_path):
         "1": "end",
     }
     pairs = [("the hammer here", "my old drill is a cherry here"), ("the apple here", "a plum and the saw")]
-    printed = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(tmp_path / "model"), json.dumps(pairs)], capture_output=True, text=True,
-        check=True, timeout=120,
-    )  # fmt: skip
-    assert (
-        json.loads(printed.stdout) == [row["answer"] for row in learned.predict(pairs)] == ["drill", "plum"]
-    )
+    printed = without_graftkit(PLAIN, tmp_path / "model", json.dumps(pairs))
+    assert json.loads(printed) == [row["answer"] for row in learned.predict(pairs)] == ["drill", "plum"]
 
 
 def test_a_pooling_for_whole_texts_is_refused(tiny_bert, folder, tmp_path):
