@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +21,16 @@ def _state() -> Any:
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        _leave_at_exit()
+    return state
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """Take leave of the other processes at exit: threads of the connection that are still there then abort the process."""
+    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 
 def device() -> torch.device:
