@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from graftkit import files
+from graftkit import claims
 from graftkit.backbone import Backbone, values
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
@@ -47,7 +47,7 @@ def claimed(recipe: Recipe, overwrite: bool) -> Iterator[Path]:
             yield stack.enter_context(_numbered(recipe))
             return
         folder = named(recipe.out)
-        _refuse_used(folder, recipe.out, overwrite, files.holder(folder))
+        _refuse_used(folder, recipe.out, overwrite, claims.holder(folder))
         stack.enter_context(held(folder))
         _refuse_used(folder, recipe.out, overwrite)  # another run may have finished there in between
         yield folder
@@ -58,7 +58,7 @@ def held(folder: Path) -> Iterator[Path]:
     """Hold the folder of a run. Raises `UserError` if another process is using it."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(files.claimed(folder))
+            stack.enter_context(claims.claimed(folder))
         except OSError as error:
             raise UserError(f"run folder {str(folder)!r} cannot be written to: {error}.") from None
         yield folder
@@ -80,7 +80,7 @@ def _numbered(recipe: Recipe) -> Iterator[Path]:
         folder = Path("runs", name if number == 1 else f"{name}-{number}").absolute()
         with ExitStack() as stack:
             try:
-                stack.enter_context(files.claimed(folder, new=True))
+                stack.enter_context(claims.claimed(folder, new=True))
             except FileExistsError:
                 continue
             except OSError as error:
@@ -95,7 +95,9 @@ def _refuse_used(folder: Path, out: str, overwrite: bool, holder: str | None = N
     try:
         if folder.is_file():
             raise UserError(f"run folder {out!r} is a file; name a folder with --out.")
-        names = [path.name for path in folder.iterdir() if path.name != files.LOCK] if folder.is_dir() else []
+        names = (
+            [path.name for path in folder.iterdir() if path.name != claims.LOCK] if folder.is_dir() else []
+        )
     except OSError as error:  # no permission
         raise UserError(f"run folder {out!r} cannot be used: {error}.") from None
     if all(LEFTOVER.fullmatch(name) for name in names):
@@ -131,10 +133,14 @@ def _is_saved(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Delete the files of a run, and nothing else. Raises `UserError` if that is not permitted."""
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if path.name not in ENTRIES and not LEFTOVER.fullmatch(path.name):
-            continue
+    """Delete the files of a run, and nothing else. Raises `UserError` if that is not permitted.
+
+    What is left if the process is killed says at no moment that it is finished, and is a run that can be resumed or
+    overwritten: the result is deleted first, and what a run is recognized by last.
+    """
+    order = {RESULT: -1, PLAN: 1, RECIPE: 2}
+    own = [path for path in folder.iterdir() if path.name in ENTRIES or LEFTOVER.fullmatch(path.name)]
+    for path in sorted(own, key=lambda path: (order.get(path.name, 0), path.name)):
         try:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.backbone import values
+from graftkit.claims import remove_leftovers
 from graftkit.engine.cached import PhasedForward, make_forward
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.engine.tracking import refuse_missing
 from graftkit.errors import Interrupted, UserError
-from graftkit.files import read_json, remove_leftovers, write_json, write_text
+from graftkit.files import read_json, write_json, write_text
 from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe

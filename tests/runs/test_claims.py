@@ -13,9 +13,9 @@ from conftest import forked, make_rows, tune_words, write_csv
 
 import graftkit
 from graftkit.errors import UserError
-from graftkit.files import LOCK, claimed, holder
+from graftkit.claims import LOCK, claimed, holder
 
-HOLD = "import sys, time; from pathlib import Path; from graftkit.files import claimed\n"
+HOLD = "import sys, time; from pathlib import Path; from graftkit.claims import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
 
 
