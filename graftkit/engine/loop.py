@@ -314,12 +314,12 @@ class Loop:
         """Write a checkpoint of the current step."""
         checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position)
 
-    def restore(self, folder: Path) -> dict[str, Any] | None:
-        """Load the newest checkpoint. Return its position, or None if there is none."""
-        position = checkpoint.restore(folder, self.graft.state, self.optimizer)
+    def restore(self, folder: Path) -> tuple[dict[str, Any] | None, list[checkpoint.Damaged]]:
+        """Load the newest checkpoint that is whole; see `checkpoint.restore`."""
+        position, damaged = checkpoint.restore(folder, self.graft.state, self.optimizer)
         if position is not None:
             self.step = position["step"]
-        return position
+        return position, damaged
 
 
 class Sums:

@@ -1,24 +1,21 @@
-"""The folder of a run: choose and hold it, recognize its files, and check that the rows are unchanged."""
+"""The folder of a run: choose and hold it, and recognize its files."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from graftkit import claims
-from graftkit.backbone import Backbone, values
+from graftkit.engine import checkpoint
 from graftkit.errors import UserError, listing
-from graftkit.files import read_json
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
-from graftkit.tasks.base import Dataset
 
 RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
     "recipe.yaml",
@@ -33,7 +30,6 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
 )
 ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
-ROWS = "rows_sha256"  # in the plan: a digest of each data split
 
 
 @contextmanager
@@ -150,6 +146,14 @@ def clear(folder: Path) -> None:
             raise UserError(f"{path} cannot be removed: {error.strerror or error}.") from None
 
 
+def tidy(folder: Path) -> bool:
+    """Delete what a finished run no longer needs. Return whether there was anything."""
+    spent = [*checkpoint.existing(folder / CHECKPOINTS), *filter(claims.is_leftover, folder.rglob("*.part"))]
+    for path in spent:
+        claims.remove(path)
+    return bool(spent)
+
+
 def how_to_resume(recipe: Recipe, folder: Path) -> str:
     """Return the command that resumes a run, or the Python call if its rows were in memory."""
     names = [name for name in ("train", "eval", "test") if getattr(recipe.data, name) == IN_MEMORY]
@@ -169,31 +173,3 @@ def go_on(folder: Path) -> str:
         f"To train it further, start a new run from its graft: graftkit tune {run}/recipe.yaml train.from={run} "
         "train.epochs=N --out NEW"
     )
-
-
-def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[str, str]:
-    """Return a digest of labels and rows for each data split."""
-    names = "\0".join(labels)
-    return {
-        name: hashlib.sha256(f"{names}\n{dataset.digest()}".encode()).hexdigest()
-        for name, dataset in datasets.items()
-    }
-
-
-def changed_weights(folder: Path, backbone: Backbone, trained: Collection[str]) -> list[str]:
-    """Return the frozen parameters whose values have changed since the run started."""
-    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
-    return values.changed(backbone, plan.get(values.KEY), trained)
-
-
-def refuse_other_rows(folder: Path, recipe: Recipe, found: Mapping[str, str]) -> None:
-    """Raise `UserError` if the rows are not those that the run started with."""
-    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
-    for name, digest in plan.get(ROWS, {}).items():
-        if found.get(name) != digest:
-            source = getattr(recipe.data, name)
-            source = source if isinstance(source, str) else recipe.data.train  # a held-out share of it
-            raise UserError(
-                f"{source}: the {name} rows are not those that the run in {folder} started with (their texts, labels, "
-                "order or tokens differ), so it cannot be resumed. Restore the original file, or start a new run."
-            )

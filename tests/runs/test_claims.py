@@ -12,8 +12,8 @@ import pytest
 from conftest import forked, make_rows, tune_words, write_csv
 
 import graftkit
-from graftkit.errors import UserError
 from graftkit.claims import LOCK, claimed, holder
+from graftkit.errors import UserError
 
 HOLD = "import sys, time; from pathlib import Path; from graftkit.claims import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
