@@ -145,7 +145,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     about[CHECKSUM] = checksum(contiguous, about)
     with replacing(path) as part:
         save_file(contiguous, part, metadata=about)
+        _sort_metadata(part)
     return about[CHECKSUM]
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order the metadata of a safetensors file, which come in a random order, so that equal contents are equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # otherwise it escapes characters that safetensors does not
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,13 +38,18 @@ def check_path(path: Path, source: str | None, overwrite: bool) -> None:
 @contextmanager
 def held(path: Path) -> Iterator[Path]:
     """Hold a file, so that no other process writes answers to it. Yield a folder beside it for what is not complete."""
-    with ExitStack() as stack:
-        try:
-            folder = stack.enter_context(claimed(path.absolute().with_name(path.name + TEMPORARY)))
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
-        remove_leftovers(folder)
-        yield folder
+    folder = path.absolute().with_name(path.name + TEMPORARY)
+    try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(claimed(folder))
+            except OSError as error:
+                raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+            remove_leftovers(folder)
+            yield folder
+    finally:
+        with suppress(OSError):  # left by a killed process, and empty by now
+            folder.rmdir()
 
 
 @contextmanager

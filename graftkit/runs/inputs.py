@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.backbone import values
+from graftkit.engine.parallel import processes
 from graftkit.engine.tracking import flat
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json
@@ -21,6 +22,7 @@ from graftkit.tasks.base import Dataset
 # in the plan: a digest of each data split, the recipe's values, a digest of each entry of the model's configuration, and
 # the changes that were accepted with --force
 ROWS, VALUES, CONFIG, FORCED = "rows_sha256", "recipe", "config_sha256", "changed_when_resumed"
+PROCESSES = "processes"
 # where things are, which may change; rows and weights are compared by what they hold
 PLACES = {"model", "weights", "out", "data.train", "data.eval", "data.test", "train.start"}
 LOGGING = {"train.trackers", "train.checkpoint_every"}  # no effect on the result
@@ -34,6 +36,7 @@ def inputs(prepared: Prepared, datasets: Mapping[str, Dataset]) -> dict[str, Any
         ROWS: _digests(datasets, prepared.rows.labels),
         VALUES: _values(prepared.recipe),
         CONFIG: _config(prepared.backbone.model),
+        PROCESSES: processes()[1],
     }
 
 
@@ -96,6 +99,8 @@ def _changes(
     weights = values.changed(prepared.backbone, before.get(values.KEY), prepared.graft.labels)
     if weights:
         found.append(f"{source}: the model has other weights (in {listing(weights, 3)})")
+    if before.get(PROCESSES, now[PROCESSES]) != now[PROCESSES]:
+        found.append(f"it trained in {before[PROCESSES]} processes together, and now in {now[PROCESSES]}")
     return found
 
 
