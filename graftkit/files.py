@@ -11,13 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftkit.claims import remove, temporary
-from graftkit.errors import UserError, first_line
+from graftkit.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKSUM = "checksum"  # in the metadata of the tensor files that GraftKit writes
-NATIVE = re.compile(r"\(os error \d+\)|\bI/?O ?error\b", re.IGNORECASE)  # errors of libraries in Rust
+NATIVE = re.compile(
+    r"(?:.*error: )?(?P<said>.+) \(os error \d+\)", re.IGNORECASE
+)  # errors of libraries in Rust
+
+
+class NotWritten(UserError):
+    """A file or folder could not be written; `said` is what the operating system said."""
+
+    def __init__(self, path: Path, said: str) -> None:
+        super().__init__(
+            f"{path} cannot be written: {said}. Any earlier content is untouched; make room or check the permissions and "
+            "try again."
+        )
+        self.said = said
 
 
 @contextmanager
@@ -88,19 +101,20 @@ def _move(part: Path, folder: Path, old: Collection[str], last: Collection[str])
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Raise `UserError` for what the operating system refuses, also to libraries that wrap its errors."""
+    """Raise `NotWritten` for what the operating system refuses, also to libraries that wrap its errors."""
     try:
         yield
+    except NotWritten as error:  # a file of a folder that is assembled
+        raise NotWritten(path, error.said) from None
     except UserError:
         raise
+    except OSError as error:
+        raise NotWritten(path, error.strerror or str(error)) from None
     except Exception as error:
-        said = error.strerror or error if isinstance(error, OSError) else first_line(error)
-        if not isinstance(error, OSError) and not NATIVE.search(str(error)):
+        found = NATIVE.search(str(error))
+        if found is None:
             raise
-        raise UserError(
-            f"{path} cannot be written: {said}. Any earlier content is untouched; "
-            "make room or check the permissions and try again."
-        ) from None
+        raise NotWritten(path, found["said"]) from None
 
 
 def _sync(path: Path) -> None:
