@@ -2,49 +2,119 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
-import socket
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftkit.claims import remove, temporary
 from graftkit.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY = ".part"
-LOCK = ".lock"  # in a folder that a process writes to; the operating system frees it when that process ends
-UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems that have no locks
+CHECKSUM = "checksum"  # in the metadata of the tensor files that GraftKit writes
+NATIVE = re.compile(
+    r"(?:.*error: )?(?P<said>.+) \(os error \d+\)", re.IGNORECASE
+)  # errors of libraries in Rust
+
+
+class NotWritten(UserError):
+    """A file or folder could not be written; `said` is what the operating system said."""
+
+    def __init__(self, path: Path, said: str) -> None:
+        super().__init__(
+            f"{path} cannot be written: {said}. Any earlier content is untouched; make room or check the permissions and "
+            "try again."
+        )
+        self.said = said
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path to write; if the block succeeds, it is synced and renamed to `path`.
 
-    On any error the temporary file is removed and `path` is unchanged. A full disk raises `UserError`.
+    It is beside `path`, or in the folder `beside`. On any error it is removed and `path` is unchanged. A full disk raises
+    `UserError`. The file has the rights of a new one, whichever library writes it.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    part = temporary(path) if beside is None else beside / temporary(path).name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Any earlier content is untouched; "
-            "make room or check the permissions and try again."
-        ) from None
+        with _refusing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as new:
+                rights = os.fstat(new.fileno()).st_mode & 0o777
+            yield part
+            part.chmod(rights)
+            _sync(part)
+            os.replace(part, path)
+            _sync(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def assembling(folder: Path, old: Collection[str], last: Collection[str]) -> Iterator[Path]:
+    """Yield a temporary folder to write files into; if the block succeeds, they take the place of the files `old`.
+
+    `last`: the files without which nothing opens the folder. They are removed first and moved in last, so that what a
+    killed process leaves is incomplete, and never a mixture of old and new files. A folder that did not exist appears at
+    once. On any error `folder` is unchanged; a full disk raises `UserError`.
+    """
+    part = temporary(folder)
+    try:
+        with _refusing(folder):
+            remove(part)
+            part.mkdir(parents=True)
+            yield part
+            rights = part.stat().st_mode & 0o666  # of a new file: those of a new folder without execution
+            for path in [path for path in part.rglob("*") if path.is_file()]:
+                path.chmod(rights)
+                _sync(path)
+            _move(part, folder, old, last)
+    finally:
+        remove(part)
+
+
+def _move(part: Path, folder: Path, old: Collection[str], last: Collection[str]) -> None:
+    """Move the files of a folder to another one."""
+    if not folder.exists():
+        os.replace(part, folder)
+        _sync(folder.parent)
+        return
+    new = [str(path.relative_to(part)) for path in sorted(part.rglob("*")) if path.is_file()]
+    gone = [name for name in old if name not in new]
+    for name in (*last, *gone):
+        (folder / name).unlink(missing_ok=True)
+    _sync(folder)
+    for name in sorted(new, key=lambda name: name in last):
+        if name in last:
+            _sync(folder)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part / name, folder / name)
+    _sync(folder)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Raise `NotWritten` for what the operating system refuses, also to libraries that wrap its errors."""
+    try:
+        yield
+    except NotWritten as error:  # a file of a folder that is assembled
+        raise NotWritten(path, error.said) from None
+    except UserError:
+        raise
+    except OSError as error:
+        raise NotWritten(path, error.strerror or str(error)) from None
+    except Exception as error:
+        found = NATIVE.search(str(error))
+        if found is None:
+            raise
+        raise NotWritten(path, found["said"]) from None
 
 
 def _sync(path: Path) -> None:
@@ -80,17 +150,45 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Replace a safetensors file atomically."""
-    from safetensors import SafetensorError
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Replace a safetensors file atomically. Return its checksum, which `read_tensors` compares."""
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        try:
-            save_file(contiguous, temporary, metadata={"format": "pt"} | (metadata or {}))
-        except SafetensorError as error:  # safetensors wraps what the operating system said
-            raise OSError(str(error)) from None
+    about = {"format": "pt"} | (metadata or {})
+    about[CHECKSUM] = checksum(contiguous, about)
+    with replacing(path) as part:
+        save_file(contiguous, part, metadata=about)
+        _sort_metadata(part)
+    return about[CHECKSUM]
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order the metadata of a safetensors file, which come in a random order, so that equal contents are equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # otherwise it escapes characters that safetensors does not
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return a checksum of tensors with their names, types and shapes, and of metadata: it tells damage, not forgery."""
+    import torch
+    import xxhash
+
+    found = xxhash.xxh3_64()
+    for key, value in sorted(metadata.items()):
+        if key != CHECKSUM:
+            found.update(json.dumps([key, value]).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        if tensor.numel():
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def fault(path: Path) -> str | None:
@@ -147,11 +245,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is missing.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is broken or cut short ({_fault(path) or error}); restore it from a copy."
         ) from None
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):  # older files have none
+        raise UserError(
+            f"{path} is damaged: its contents do not match the checksum that they were written with; restore it from a copy."
+        )
+    return tensors, metadata
 
 
 def read_json(path: Path) -> Any:
@@ -170,96 +274,3 @@ def _fault(path: Path) -> str | None:
     except OSError:
         return None
     return wrong and f"it {wrong}"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of killed processes."""
-    for path in folder.rglob(f"*{TEMPORARY}"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def claimed(folder: Path, *, new: bool = False) -> Iterator[Path]:
-    """Hold a folder, creating it if needed, so that no other process writes to it.
-
-    `new`: raise `FileExistsError` if it already exists. Raises `UserError` if another process holds it. A killed process
-    releases its folders. On exit, folders that were created here and are empty are removed.
-    """
-    made, descriptor = _take(folder, new)
-    try:
-        yield folder
-    finally:
-        _release(folder, descriptor)
-        with suppress(OSError):  # something is in it
-            for path in made:
-                path.rmdir()
-
-
-def holder(folder: Path) -> str | None:
-    """Return the process that holds a folder, or None."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        return None if _lock(descriptor) else _named(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _take(folder: Path, new: bool) -> tuple[list[Path], int]:
-    """Create and lock a folder. Return the created folders, innermost first, and the lock's descriptor."""
-    while True:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=not new)
-        try:
-            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another process released the folder between the two calls
-            continue
-        if not _lock(descriptor):
-            who = _named(descriptor)
-            os.close(descriptor)
-            raise UserError(
-                f"{folder} is in use by {who}, which is still writing to it. Wait until it has finished, or name another "
-                "folder."
-            )
-        if _is_there(folder, descriptor):  # and not a lock that its owner has just removed
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return made, descriptor
-        os.close(descriptor)
-
-
-def _release(folder: Path, descriptor: int) -> None:
-    with suppress(OSError):
-        if _is_there(folder, descriptor):
-            (folder / LOCK).unlink()
-    os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock an open file without waiting. Return False if another process holds it."""
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    return True
-
-
-def _is_there(folder: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(folder / LOCK), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _named(descriptor: int) -> str:
-    return os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "another process"

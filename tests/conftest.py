@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -354,8 +355,9 @@ def _fork(work) -> tuple:
 
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the child may have limited the size of its files
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 

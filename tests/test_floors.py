@@ -20,7 +20,8 @@ ROOT = Path(graftkit.__file__).parent
 # from the lowest floor to the highest; what shares a floor does not know of each other
 FLOORS = (
     ("errors",),
-    ("files", "libraries"),
+    ("claims", "libraries"),
+    ("files",),
     ("recipe",),
     ("backbone",),
     ("data",),
@@ -35,7 +36,15 @@ FLOORS = (
     ("__main__", "__init__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-LIGHT = ("errors", "files", "libraries", "recipe", "report", "cli")  # import no torch at the top of a file
+LIGHT = (
+    "errors",
+    "claims",
+    "files",
+    "libraries",
+    "recipe",
+    "report",
+    "cli",
+)  # import no torch at the top of a file
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import torch
@@ -13,10 +14,12 @@ NO_MEMORY = re.compile(
     | can't\ allocate\ memory                   # DefaultCPUAllocator on Linux and macOS
     | not\ enough\ memory                       # DefaultCPUAllocator on Windows
     | \b[A-Z]+_STATUS_\w*ALLOC(ATION)?_FAILED   # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, and ROCm's
-    | \bstd::bad_alloc\b
+    | \bbad[_ ]alloc                            # std::bad_alloc; "bad allocation" on Windows
+    | cannot\ allocate\ memory                 # ENOMEM, in what mmap and others raise
+    | could\ not\ create\ a\ primitive\s*$      # oneDNN, which says no more when its memory runs out
     | Invalid\ buffer\ size                     # MPS, for one tensor that is larger than Metal allows
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
 
 
@@ -28,6 +31,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
         if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
             return True

@@ -90,6 +90,7 @@ def tune(
     train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, out: Out = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="resume an unfinished run")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the run folder if it exists")] = False,
+    force: Annotated[bool, typer.Option(help="resume although the recipe, rows or model have changed")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Fine-tune a model according to a recipe.
@@ -106,8 +107,10 @@ def tune(
             )
         from graftkit.runs.tune import resume_run
 
-        emit(as_json, resume_run(resume, console).result)
+        emit(as_json, resume_run(resume, console, force=force).result)
         return
+    if force:
+        raise UserError("--force is for --resume RUN; a new run has nothing to compare its inputs with.")
     from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(recipe_values(arguments, given))
@@ -261,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         from graftkit.backbone.memory import is_out_of_memory
 
         if not is_out_of_memory(error):

@@ -1,5 +1,7 @@
 """Checkpoints: one safetensors file each, written to a temporary name, synced and renamed.
 
+The two newest are kept: if the newest turns out to be damaged, the run goes on from the one before.
+
 A checkpoint holds the graft's tensors (`Graft.state`), the optimizer's state and the step. The order of the data and all
 randomness are functions of (seed, step), so the step alone gives the position; the frozen base is never written.
 
@@ -10,6 +12,7 @@ with their types; the learning rates of groups are functions of the step.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ from graftkit.errors import UserError
 from graftkit.files import read_tensors, write_tensors
 
 BEST = "best.safetensors"
+KEPT = 2
 
 
 def save(folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
          position: dict[str, Any]) -> Path:  # fmt: skip
-    """Write the checkpoint of a step, then remove the older ones."""
+    """Write the checkpoint of a step. Of the older ones, the newest is kept."""
     tensors: dict[str, Tensor] = {f"parameters/{name}": p for name, p in parameters.items()}
     numbers: dict[str, float] = {}
     for name, parameter in parameters.items():
@@ -43,9 +47,10 @@ def save(folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torc
         "position": json.dumps({"step": step, **position}),
         "optimizer": json.dumps({"state": numbers, "groups": list(map(_numbers, optimizer.param_groups))}),
     }
-    write_tensors(path, tensors, metadata)
-    for old in existing(folder)[:-1]:
+    before = [old for old in existing(folder) if old != path]
+    for old in before[: 1 - KEPT]:  # first, so that the disk never has to hold more of them
         old.unlink(missing_ok=True)
+    write_tensors(path, tensors, metadata)
     return path
 
 
@@ -54,19 +59,44 @@ def existing(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-????????.safetensors"))
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """A checkpoint that cannot be read, and why."""
+
+    path: Path
+    error: str
+
+
 def restore(
     folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """Load the newest checkpoint into parameters and optimizer. Return its position, or None if there is none."""
-    paths = existing(folder)
-    if not paths:
-        return None
-    tensors, metadata = read_tensors(paths[-1])
-    load_parameters(
-        parameters,
-        {k.removeprefix("parameters/"): v for k, v in tensors.items() if k.startswith("parameters/")},
-        paths[-1],
-    )
+) -> tuple[dict[str, Any] | None, list[Damaged]]:
+    """Load the newest checkpoint that is whole into parameters and optimizer.
+
+    Return its position, or None if there is no checkpoint, and the newer ones that are damaged. Raises `UserError` if all
+    are damaged.
+    """
+    damaged: list[Damaged] = []
+    for path in reversed(existing(folder)):
+        try:
+            tensors, metadata = read_tensors(path)
+        except UserError as error:
+            damaged.append(Damaged(path, str(error)))
+            continue
+        _load(path, tensors, metadata, parameters, optimizer)
+        return json.loads(metadata["position"]), damaged
+    if damaged:
+        raise UserError(
+            f"{damaged[0].error} To train from the first step again, remove {folder} and resume the run."
+        )
+    return None, []
+
+
+def _load(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], parameters: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:  # fmt: skip
+    own = {k.removeprefix("parameters/"): v for k, v in tensors.items() if k.startswith("parameters/")}
+    load_parameters(parameters, own, path)
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == "optimizer":
@@ -79,7 +109,6 @@ def restore(
         optimizer.state[parameters[name]][state] = number
     for group, numbers in zip(optimizer.param_groups, kept.get("groups", [])):
         group |= numbers
-    return json.loads(metadata["position"])
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, float]:
@@ -90,6 +119,15 @@ def _numbers(group: dict[str, Any]) -> dict[str, float]:
 def save_best(folder: Path, parameters: dict[str, Tensor]) -> None:
     """Save the current values as the best so far."""
     write_tensors(folder / BEST, parameters)
+
+
+def best_fault(folder: Path) -> str | None:
+    """Return what is wrong with the best weights, or None."""
+    try:
+        read_tensors(folder / BEST)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def load_best(folder: Path, parameters: dict[str, Tensor]) -> None:

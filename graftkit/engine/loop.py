@@ -25,7 +25,7 @@ from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, set_training
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
-from graftkit.errors import UserError
+from graftkit.errors import UserError, first_line
 from graftkit.grafts.graft import Graft
 from graftkit.optim.base import Optimizer
 from graftkit.optim.labels import Labels
@@ -240,14 +240,14 @@ class Loop:
         while True:
             try:
                 return self._accumulate(work)
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
                 largest = max(len(batch.rows) for batch in work.own)
                 if self.split >= largest:
                     raise UserError(
-                        "a single row does not fit into the device's memory; lower data.max_length or choose "
-                        "a method that trains fewer blocks."
+                        f"a single row does not fit into the memory of {self.forward.device} ({first_line(error)}); lower "
+                        "data.max_length or choose a method that trains fewer blocks."
                     ) from None
             self.split *= 2
             self.optimizer.zero_grad()
@@ -314,12 +314,12 @@ class Loop:
         """Write a checkpoint of the current step."""
         checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position)
 
-    def restore(self, folder: Path) -> dict[str, Any] | None:
-        """Load the newest checkpoint. Return its position, or None if there is none."""
-        position = checkpoint.restore(folder, self.graft.state, self.optimizer)
+    def restore(self, folder: Path) -> tuple[dict[str, Any] | None, list[checkpoint.Damaged]]:
+        """Load the newest checkpoint that is whole; see `checkpoint.restore`."""
+        position, damaged = checkpoint.restore(folder, self.graft.state, self.optimizer)
         if position is not None:
             self.step = position["step"]
-        return position
+        return position, damaged
 
 
 class Sums:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from graftkit.backbone.memory import is_out_of_memory
-from graftkit.errors import UserError
+from graftkit.errors import UserError, first_line
 
 T = TypeVar("T")
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroup v2 and v1
@@ -46,11 +46,13 @@ def in_parts(
         part = waiting.pop()
         try:
             result = work(part)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
-                raise UserError(f"a single row does not fit into the memory of {device}; {advice}") from None
+                raise UserError(
+                    f"a single row does not fit into the memory of {device} ({first_line(error)}); {advice}"
+                ) from None
         else:
             yield part, result
             continue

@@ -56,6 +56,11 @@ class Sample:
 class Exporter(Protocol):
     """A writer of runs in one format. Nothing is written if `refuse` raises an error."""
 
+    @property
+    def opened_by(self) -> tuple[str, ...]:
+        """The files without which the other tool does not open the folder."""
+        ...
+
     def refuse(self, run: Exportable) -> None:
         """Raise `UserError` for a run that the format cannot represent, before any row is read."""
         ...

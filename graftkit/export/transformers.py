@@ -38,6 +38,10 @@ PIPELINES = {
 class Transformers:
     """An exporter to a transformers model folder."""
 
+    @property
+    def opened_by(self) -> tuple[str, ...]:
+        return ("config.json",)
+
     def refuse(self, run: Exportable) -> None:
         if run.base is None:
             raise UserError(

@@ -14,16 +14,18 @@ from typing import Any
 from torch import Tensor
 
 from graftkit.errors import UserError, listing
-from graftkit.files import read_json, read_tensors, write_json, write_tensors
+from graftkit.files import CHECKSUM, assembling, read_json, read_tensors, write_json, write_tensors
 from graftkit.grafts.peft_folder import read_peft
 from graftkit.grafts.stored import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, Contents, Stored
 from graftkit.recipe.expressions import renewed
 
 FORMAT = 1
+SUMS = "checksums"  # in the description: those of the graft's tensor files
+FILES = (PEFT_CONFIG, PEFT_TENSORS, OWN_TENSORS, DESCRIPTION)
 
 
 def write(folder: Path, contents: Contents) -> Path:
-    """Write the folder; each file is replaced atomically, the description last."""
+    """Write the folder beside its place and move it in: what a killed process leaves there opens as no graft."""
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder for the graft.")
     tensors, form, description = contents.tensors, contents.form, contents.description
@@ -36,18 +38,29 @@ def write(folder: Path, contents: Contents) -> Path:
         else:
             where[name] = {"file": OWN_TENSORS, "key": name}
             own[name] = tensor
-    if form is not None:
-        write_tensors(folder / PEFT_TENSORS, form.tensors)
-        write_json(folder / PEFT_CONFIG, form.config)
-    if own:
-        write_tensors(folder / OWN_TENSORS, own)
-    if description is not None:
-        write_json(folder / DESCRIPTION, {"format": FORMAT, **description, "tensors": where})
-    used = ((PEFT_CONFIG, form), (PEFT_TENSORS, form), (OWN_TENSORS, own), (DESCRIPTION, description))
-    for name, is_used in used:
-        if not is_used:  # left by an earlier graft in this folder
-            (folder / name).unlink(missing_ok=True)
+    with assembling(folder, old=FILES, last=(PEFT_CONFIG, DESCRIPTION)) as part:
+        sums = {}
+        if form is not None:
+            sums[PEFT_TENSORS] = write_tensors(part / PEFT_TENSORS, form.tensors)
+            write_json(part / PEFT_CONFIG, form.config)
+        if own:
+            sums[OWN_TENSORS] = write_tensors(part / OWN_TENSORS, own)
+        if description is not None:
+            about = {"format": FORMAT, **description, "tensors": where, SUMS: sums}
+            write_json(part / DESCRIPTION, about)
     return folder
+
+
+def _contents(folder: Path, file: str, sums: Any) -> dict[str, Tensor]:
+    """Read one of a graft's files. Raises `UserError` if the description was written with another one."""
+    tensors, metadata = read_tensors(folder / file)
+    described = sums.get(file) if isinstance(sums, dict) else None
+    if described is not None and metadata.get(CHECKSUM, described) != described:
+        raise UserError(
+            f"{folder / file} is not the file that {DESCRIPTION} beside it was written with (its checksum differs); "
+            "restore both from one copy."
+        )
+    return tensors
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -85,7 +98,7 @@ def read(folder: Path) -> Stored:
     files = {entry["file"] for entry in description["tensors"].values()}
     if not files <= {PEFT_TENSORS, OWN_TENSORS}:
         raise UserError(f"{folder / DESCRIPTION} names files that are not part of a graft: {sorted(files)}.")
-    contents = {file: read_tensors(folder / file)[0] for file in files}
+    contents = {file: _contents(folder, file, description.get(SUMS)) for file in files}
     tensors = {}
     for name, entry in description["tensors"].items():
         if entry["key"] not in contents[entry["file"]]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftkit.claims import LOCK, claimed, is_leftover, remove_leftovers
 from graftkit.errors import UserError, listing
-from graftkit.files import LOCK, claimed, read_json
+from graftkit.files import read_json
 from graftkit.grafts import folder as graft_files
 from graftkit.grafts.merge_rules import Combination, Factors
 from graftkit.grafts.peft_folder import read_peft
@@ -86,6 +87,7 @@ def merge(
     try:
         with claimed(target):
             _check_target(target, folders, overwrite)  # another merge may have written there in between
+            remove_leftovers(target)
             return _merge(folders, factors, target, combination, heads)
     except OSError as error:
         raise UserError(f"{target} cannot be written to: {error}.") from None
@@ -133,7 +135,7 @@ def _check_target(target: Path, folders: list[Path], overwrite: bool) -> None:
         raise UserError(f"{target} is one of the grafts to be merged; name another folder.")
     if not target.is_dir():
         return
-    names = {path.name for path in target.iterdir()} - {LOCK}
+    names = {path.name for path in target.iterdir() if not is_leftover(path)} - {LOCK}
     others = names - OF_A_GRAFT
     if others:
         raise UserError(

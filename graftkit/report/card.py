@@ -57,7 +57,13 @@ def _facts(subject: Subject, result: dict[str, Any]) -> str:
     return f"""- data: {subject.rows:,} training rows of `{subject.data}`{f"; {columns}" if columns else ""}.{skipped}
 {f"- labels ({len(subject.labels)}): {labels}" if labels else f"- task: {subject.task_name}"}
 - training: {count(result["steps"])} steps of {subject.batch_size} rows{f" with {subject.optimizer}" if subject.optimizer else ""}, {result["precision"]}, seed {subject.seed};
-  {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}{_unused(result)}"""
+  {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}{_unused(result)}{_changed(result)}"""
+
+
+def _changed(result: dict[str, Any]) -> str:
+    """Name the inputs that changed while the run was interrupted."""
+    changes = "; ".join(map(_plain, result.get("changed_when_resumed", ())))
+    return f"\n- resumed with other inputs than it began with: {changes}" if changes else ""
 
 
 def _figures(

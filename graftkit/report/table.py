@@ -6,10 +6,11 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from graftkit.claims import TEMPORARY, claimed, remove_leftovers
 from graftkit.errors import UserError
 from graftkit.files import replacing
 
@@ -35,14 +36,32 @@ def check_path(path: Path, source: str | None, overwrite: bool) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+def held(path: Path) -> Iterator[Path]:
+    """Hold a file, so that no other process writes answers to it. Yield a folder beside it for what is not complete."""
+    folder = path.absolute().with_name(path.name + TEMPORARY)
+    try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(claimed(folder))
+            except OSError as error:
+                raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+            remove_leftovers(folder)
+            yield folder
+    finally:
+        with suppress(OSError):  # left by a killed process, and empty by now
+            folder.rmdir()
+
+
+@contextmanager
+def writing(path: Path, folder: Path | None = None) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """Yield a function that appends rows to a CSV (.csv), TSV (.tsv), Parquet (.parquet) or JSON lines (.jsonl) file.
 
-    The file is complete if the block succeeds, and absent otherwise. In CSV and TSV, cells with lists and dictionaries
-    are JSON. The first rows determine the columns; see `check_path`.
+    The file is complete if the block succeeds, and absent otherwise; until then it is written in `folder`, or beside its
+    place. In CSV and TSV, cells with lists and dictionaries are JSON. The first rows determine the columns; see
+    `check_path`.
     """
     kind = path.suffix.lower()
-    with replacing(path) as temporary:
+    with replacing(path, folder) as temporary:
         if kind == ".parquet":
             with _parquet(path, temporary) as write:
                 yield write

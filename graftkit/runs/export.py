@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.backbone.source import find_source
+from graftkit.claims import LOCK, claimed, is_leftover, remove_leftovers
 from graftkit.data.columns import find_again
 from graftkit.errors import UserError, listing
 from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, logits
 from graftkit.export.transformers import Transformers
-from graftkit.files import LOCK, TEMPORARY, claimed, read_json, write_json, write_text
+from graftkit.files import assembling, read_json, write_json, write_text
 from graftkit.runs.folder import CARD
 from graftkit.runs.predict import Loaded, load_run
 from graftkit.runs.prepare import reading_of
@@ -39,11 +38,11 @@ def export(
     the run or `to` cannot be used.
     """
     exporter, folder = exporter or Transformers(), Path(folder)
-    with _claim(folder, to, overwrite) as (place, new):
-        return _export(folder, place, new, exporter, model)
+    with _claim(folder, to, overwrite) as place:
+        return _export(folder, place, exporter, model)
 
 
-def _export(folder: Path, to: Path, new: bool, exporter: Exporter, model: str | None) -> dict[str, Any]:
+def _export(folder: Path, to: Path, exporter: Exporter, model: str | None) -> dict[str, Any]:
     loaded = load_run(folder, exact=True, model=model)
     run = _exportable(loaded)
     exporter.refuse(run)
@@ -53,17 +52,14 @@ def _export(folder: Path, to: Path, new: bool, exporter: Exporter, model: str | 
     before = logits(run.graft.model, sample, run.device)
     run.graft.fold()
     how, native = exporter.how(run, to), exporter.native(run)
-    temporary = to.with_name(f"{to.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        exporter.write(run, temporary)
-        write_text(temporary / "README.md", _card(folder, how))
-        files = _note_files(temporary)
-        found = compare(before, exporter.outputs(run, temporary, sample))
-        _put(temporary, to, files, new)
-    except OSError as error:
-        raise UserError(f"{str(to)!r} cannot be written: {error.strerror or error}.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    old = _written_before(to)
+    with assembling(to, old, exporter.opened_by) as part:
+        exporter.write(run, part)
+        write_text(part / "README.md", _card(folder, how))
+        files = _note_files(part)
+        found = compare(before, exporter.outputs(run, part, sample))
+        # first of all, list the files of both, so that an interrupted replacement can be repeated
+        write_json(to / MARKER, {"files": sorted({*old, *files})})
     return {
         "run": str(folder), "to": str(to), "files": files, "native": native, "rows_compared": len(sample.rows),
         "rows_real": sample.real, "largest_difference": found.difference, "same_answers": found.same_answers,
@@ -80,22 +76,19 @@ def _exportable(loaded: Loaded) -> Exportable:
 
 
 @contextmanager
-def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[tuple[Path, bool]]:
-    """Hold the output folder. Yield its full path, and whether it was created here.
-
-    Raises `UserError` if it may not be written to.
-    """
+def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[Path]:
+    """Hold the output folder. Yield its full path. Raises `UserError` if it may not be written to."""
     with ExitStack() as stack:
         try:
             to = to.expanduser().resolve()
             _refuse(to, "the run itself", run.resolve())
             _refuse_others(to, overwrite)
-            new = not to.exists()
             stack.enter_context(claimed(to))
             _refuse_others(to, overwrite)  # another export may have finished there in between
+            remove_leftovers(to)
         except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
             raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
-        yield to, new
+        yield to
 
 
 def _refuse(to: Path, what: str, kept: Path) -> None:
@@ -109,11 +102,15 @@ def _refuse_others(to: Path, overwrite: bool) -> None:
     file = next((path for path in (to, *to.parents) if path.exists() and not path.is_dir()), None)
     if file is not None:
         raise UserError(f"{str(file)!r} is a file; name a folder to write the model to.")
-    if not to.exists() or all(path.name == LOCK for path in to.iterdir()):
+    if not to.exists() or all(path.name == LOCK or is_leftover(path) for path in to.iterdir()):
         return
     files = _written_before(to)
     folders = {str(parent) for name in files for parent in Path(name).parents}
-    there = ((path, str(path.relative_to(to))) for path in sorted(to.rglob("*")) if path != to / LOCK)
+    there = (
+        (path, str(path.relative_to(to)))
+        for path in sorted(to.rglob("*"))
+        if path != to / LOCK and not is_leftover(path)
+    )
     others = [
         name for path, name in there
         if name not in (folders if path.is_dir() and not path.is_symlink() else files)
@@ -133,25 +130,6 @@ def _written_before(to: Path) -> set[str]:
         return {str(name) for name in read_json(to / MARKER)["files"]}
     except (UserError, KeyError, TypeError):
         return set()
-
-
-def _put(temporary: Path, to: Path, written: list[str], new: bool) -> None:
-    """Move a finished export into place. In an existing folder, even an empty one, replace the files one by one: it may be
-    someone's working folder. List all of them first, so that an interrupted replacement can be repeated.
-    """
-    if new and all(path.name == LOCK for path in to.iterdir()):
-        (to / LOCK).unlink()  # a folder can only replace an empty one
-        temporary.replace(to)
-        return
-    old = _written_before(to)
-    write_json(to / MARKER, {"files": sorted({*old, *written})})
-    for name in written:
-        if name != MARKER:
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary / name, to / name)
-    for name in old - set(written):
-        (to / name).unlink(missing_ok=True)
-    os.replace(temporary / MARKER, to / MARKER)
 
 
 def _sample(loaded: Loaded) -> Sample:

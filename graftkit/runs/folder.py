@@ -1,24 +1,21 @@
-"""The folder of a run: choose and hold it, recognize its files, and check that the rows are unchanged."""
+"""The folder of a run: choose and hold it, and recognize its files."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from graftkit import files
-from graftkit.backbone import Backbone, values
+from graftkit import claims
+from graftkit.engine import checkpoint
 from graftkit.errors import UserError, listing
-from graftkit.files import read_json
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
-from graftkit.tasks.base import Dataset
 
 RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
     "recipe.yaml",
@@ -33,7 +30,6 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
 )
 ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
-ROWS = "rows_sha256"  # in the plan: a digest of each data split
 
 
 @contextmanager
@@ -47,7 +43,7 @@ def claimed(recipe: Recipe, overwrite: bool) -> Iterator[Path]:
             yield stack.enter_context(_numbered(recipe))
             return
         folder = named(recipe.out)
-        _refuse_used(folder, recipe.out, overwrite, files.holder(folder))
+        _refuse_used(folder, recipe.out, overwrite, claims.holder(folder))
         stack.enter_context(held(folder))
         _refuse_used(folder, recipe.out, overwrite)  # another run may have finished there in between
         yield folder
@@ -58,7 +54,7 @@ def held(folder: Path) -> Iterator[Path]:
     """Hold the folder of a run. Raises `UserError` if another process is using it."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(files.claimed(folder))
+            stack.enter_context(claims.claimed(folder))
         except OSError as error:
             raise UserError(f"run folder {str(folder)!r} cannot be written to: {error}.") from None
         yield folder
@@ -80,7 +76,7 @@ def _numbered(recipe: Recipe) -> Iterator[Path]:
         folder = Path("runs", name if number == 1 else f"{name}-{number}").absolute()
         with ExitStack() as stack:
             try:
-                stack.enter_context(files.claimed(folder, new=True))
+                stack.enter_context(claims.claimed(folder, new=True))
             except FileExistsError:
                 continue
             except OSError as error:
@@ -95,7 +91,9 @@ def _refuse_used(folder: Path, out: str, overwrite: bool, holder: str | None = N
     try:
         if folder.is_file():
             raise UserError(f"run folder {out!r} is a file; name a folder with --out.")
-        names = [path.name for path in folder.iterdir() if path.name != files.LOCK] if folder.is_dir() else []
+        names = (
+            [path.name for path in folder.iterdir() if path.name != claims.LOCK] if folder.is_dir() else []
+        )
     except OSError as error:  # no permission
         raise UserError(f"run folder {out!r} cannot be used: {error}.") from None
     if all(LEFTOVER.fullmatch(name) for name in names):
@@ -131,10 +129,14 @@ def _is_saved(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Delete the files of a run, and nothing else. Raises `UserError` if that is not permitted."""
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if path.name not in ENTRIES and not LEFTOVER.fullmatch(path.name):
-            continue
+    """Delete the files of a run, and nothing else. Raises `UserError` if that is not permitted.
+
+    What is left if the process is killed says at no moment that it is finished, and is a run that can be resumed or
+    overwritten: the result is deleted first, and what a run is recognized by last.
+    """
+    order = {RESULT: -1, PLAN: 1, RECIPE: 2}
+    own = [path for path in folder.iterdir() if path.name in ENTRIES or LEFTOVER.fullmatch(path.name)]
+    for path in sorted(own, key=lambda path: (order.get(path.name, 0), path.name)):
         try:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -142,6 +144,14 @@ def clear(folder: Path) -> None:
                 path.unlink()
         except OSError as error:
             raise UserError(f"{path} cannot be removed: {error.strerror or error}.") from None
+
+
+def tidy(folder: Path) -> bool:
+    """Delete what a finished run no longer needs. Return whether there was anything."""
+    spent = [*checkpoint.existing(folder / CHECKPOINTS), *filter(claims.is_leftover, folder.rglob("*.part"))]
+    for path in spent:
+        claims.remove(path)
+    return bool(spent)
 
 
 def how_to_resume(recipe: Recipe, folder: Path) -> str:
@@ -163,31 +173,3 @@ def go_on(folder: Path) -> str:
         f"To train it further, start a new run from its graft: graftkit tune {run}/recipe.yaml train.from={run} "
         "train.epochs=N --out NEW"
     )
-
-
-def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[str, str]:
-    """Return a digest of labels and rows for each data split."""
-    names = "\0".join(labels)
-    return {
-        name: hashlib.sha256(f"{names}\n{dataset.digest()}".encode()).hexdigest()
-        for name, dataset in datasets.items()
-    }
-
-
-def changed_weights(folder: Path, backbone: Backbone, trained: Collection[str]) -> list[str]:
-    """Return the frozen parameters whose values have changed since the run started."""
-    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
-    return values.changed(backbone, plan.get(values.KEY), trained)
-
-
-def refuse_other_rows(folder: Path, recipe: Recipe, found: Mapping[str, str]) -> None:
-    """Raise `UserError` if the rows are not those that the run started with."""
-    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
-    for name, digest in plan.get(ROWS, {}).items():
-        if found.get(name) != digest:
-            source = getattr(recipe.data, name)
-            source = source if isinstance(source, str) else recipe.data.train  # a held-out share of it
-            raise UserError(
-                f"{source}: the {name} rows are not those that the run in {folder} started with (their texts, labels, "
-                "order or tokens differ), so it cannot be resumed. Restore the original file, or start a new run."
-            )

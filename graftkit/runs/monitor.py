@@ -17,7 +17,7 @@ import torch
 from graftkit.engine import checkpoint
 from graftkit.engine.cached import make_forward
 from graftkit.engine.loop import Loop, Step
-from graftkit.engine.parallel import processes, wait
+from graftkit.engine.parallel import in_first, processes, wait
 from graftkit.engine.predict import predict
 from graftkit.engine.tracking import Trackers
 from graftkit.errors import UserError, first_line, listing
@@ -25,8 +25,10 @@ from graftkit.files import append_lines, write_json, write_text
 from graftkit.report.card import model_card
 from graftkit.report.console import Console
 from graftkit.report.summary import show_end, title
+from graftkit.runs import folder as run_folder
 from graftkit.runs.best import best_of
 from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
+from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.reporting import subject_of
 from graftkit.tasks.base import Dataset
@@ -194,17 +196,36 @@ class Watch:
             ) from None
 
     def restore(self, console: Console) -> None:
-        position = self.loop.restore(self.folder / CHECKPOINTS)
+        position, damaged = self.loop.restore(self.folder / CHECKPOINTS)
+        wait()  # until all processes have read the checkpoints
+        for one in damaged:
+            console.line(f"note: {one.error} The run goes on from the checkpoint before.")
+            if self.main:
+                one.path.unlink(missing_ok=True)
         step = position["step"] if position is not None else 0
         if position is not None:
             self.best, self.waited = position["best"], position["waited"]
             self.seconds_before, self.best_worst = position["seconds"], position["worst"]
             self.unused, self.zero = set(position.get("unused", ())), position.get("zero", [])
+        in_first(lambda: self._check_best(step))
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
-        if path.is_file():  # lines after the checkpoint will be written again
+        if self.main and path.is_file():  # lines after the checkpoint will be written again
             lines = path.read_text(encoding="utf-8").splitlines()
             write_text(path, "".join(f"{line}\n" for line in lines if _stays(line, step)))
+
+    def _check_best(self, step: int) -> None:
+        """Raise `UserError` if the best weights are damaged, unless they are those of this step."""
+        folder = self.folder / CHECKPOINTS
+        fault = checkpoint.best_fault(folder) if self.best is not None else None
+        if fault is None or self.best is None:
+            return
+        if self.best["step"] != step:
+            raise UserError(
+                f"{fault} They are the best weights of the run so far. To train from the first step again, remove "
+                f"{folder} and resume the run."
+            )
+        checkpoint.save_best(folder, self.loop.graft.tensors)
 
     def finish(self, console: Console) -> dict[str, Any]:
         """Restore the best weights, evaluate on the test rows, and write graft, card and result."""
@@ -232,10 +253,10 @@ class Watch:
             for name, metrics in found.items():
                 self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
             self.flush()
-            write_json(folder / RESULT, result)
-            for path in checkpoint.existing(folder / CHECKPOINTS):
-                path.unlink()
             self._describe(result, found, worst)
+            result["problems"] = list(self.problems)
+            write_json(folder / RESULT, result)  # last: with it, the run is finished
+            run_folder.tidy(folder)
             self.untrack()
         wait()  # until the folder is complete
         with self._reporting("showing the result"):
@@ -272,6 +293,7 @@ class Watch:
             "rows_skipped": len(self.prepared.rows.skipped),
             "problems": list(self.problems),
             "warnings": self.prepared.rows.warnings,
+            "changed_when_resumed": forced(self.folder),
         }
 
     def _describe(self, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from graftkit.grafts.load import load
 from graftkit.grafts.stored import DESCRIPTION
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
-from graftkit.report.table import check_path, writing
+from graftkit.report.table import check_path, held, writing
 from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of
 from graftkit.tasks.base import Dataset, Examples, Task
 from graftkit.tasks.shared.items import check_items
@@ -197,7 +197,8 @@ def predict_into(
     path = Path(out).expanduser()
     check_path(path, str(given) if isinstance(given, str | Path) else None, overwrite)
     answers, count = Answers(folder, given, options, rows, model=model), 0
-    with writing(path) as write:
+    with held(path) as beside, writing(path, beside) as write:
+        check_path(path, None, overwrite)  # another prediction may have finished there in between
         for piece in answers.pieces():
             write(piece)
             count += len(piece)

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graftkit.backbone import values
+from graftkit.claims import remove_leftovers
 from graftkit.engine.cached import PhasedForward, make_forward
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.engine.tracking import refuse_missing
 from graftkit.errors import Interrupted, UserError
-from graftkit.files import read_json, remove_leftovers, write_json, write_text
+from graftkit.files import read_json, write_json, write_text
 from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
@@ -27,6 +27,7 @@ from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.folder import PLAN, RECIPE, RESULT, go_on, how_to_resume
+from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows
 from graftkit.runs.reporting import found_in
@@ -137,20 +138,29 @@ def run_recipe(
 
 
 def resume(
-    folder: str | Path, *, train: Any = None, eval: Any = None, test: Any = None, quiet: bool = True
+    folder: str | Path,
+    *,
+    train: Any = None,
+    eval: Any = None,
+    test: Any = None,
+    force: bool = False,
+    quiet: bool = True,
 ) -> Run:
     """Resume an unfinished run: `graftkit tune --resume` in Python.
 
     The result is the same as if the run had never stopped. If its rows were in memory, pass them again as `train`,
-    `eval` and `test`.
+    `eval` and `test`. `force`: accept a recipe, rows or a model that have changed since; the result then lists the
+    changes.
     """
     given = {"train": train, "eval": eval, "test": test}
     tables = {name: table for name, table in given.items() if table is not None}
-    return resume_run(Path(folder), Console(quiet=quiet), tables=tables)
+    return resume_run(Path(folder), Console(quiet=quiet), tables=tables, force=force)
 
 
-def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None) -> Run:
-    """Resume an unfinished run. Raises `UserError` if its rows are not those that it started with."""
+def resume_run(
+    folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None, force: bool = False
+) -> Run:
+    """Resume an unfinished run. Raises `UserError` if its inputs are not those that it started with, unless `force`."""
     console.quiet_unless(processes()[0] == 0)
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
@@ -162,6 +172,9 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         console.line(
             f"{folder} is already finished; its metrics are in {RESULT} and README.md there. {go_on(folder)}"
         )
+        with suppress(UserError), run_folder.held(folder):
+            if run_folder.tidy(folder):
+                console.line("note: removed what was left there when the run was killed at its end.")
         return Run(folder, read_json(folder / RESULT))
     tables = tables or {}
     for name in ("train", "eval", "test"):
@@ -175,10 +188,9 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         prepared = prepare(recipe, rows)
         prepared, datasets = _encode(prepared)
         planned = _planned(prepared, datasets)
-        run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
-        names = run_folder.changed_weights(folder, prepared.backbone, prepared.graft.labels)
-        if names:
-            console.line(f"warning: {values.told(prepared.backbone.source, f'the run in {folder}', names)}")
+        planned, notes = check_inputs(folder, prepared, planned, force)
+        for note in notes:
+            console.line(note)
         if processes()[0] == 0:
             remove_leftovers(folder)
             write_json(folder / PLAN, planned)  # the run may have been killed before writing it
@@ -289,8 +301,7 @@ def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]
         **prepared.plan.as_dict(),
         "statistics": statistics(prepared, datasets),
         "warnings": [*prepared.plan.warnings, *prepared.rows.warnings],
-        values.KEY: values.sampled(prepared.backbone, prepared.graft.labels),
-        run_folder.ROWS: run_folder.digests(datasets, prepared.rows.labels),
+        **inputs(prepared, datasets),
     }
 
 

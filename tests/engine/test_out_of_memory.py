@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import forked, make_rows, write_csv
 
 from graftkit.engine import memory
 from graftkit.engine.cached import CachedForward, make_forward
@@ -36,7 +39,9 @@ def test_one_row_that_does_not_fit_is_an_error_with_advice_and_other_errors_are_
     def never(rows: np.ndarray) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    with pytest.raises(UserError, match="a single row does not fit into the memory of cpu; take less"):
+    with pytest.raises(
+        UserError, match=r"a single row does not fit into the memory of cpu \(.*\); take less"
+    ):
         list(in_parts(np.arange(4), CPU, never, "take less"))
 
     def wrong(rows: np.ndarray) -> None:
@@ -44,6 +49,65 @@ def test_one_row_that_does_not_fit_is_an_error_with_advice_and_other_errors_are_
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         list(in_parts(np.arange(4), CPU, wrong, "take less"))
+
+
+CPU_ERRORS = [
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
+    RuntimeError("could not create a primitive"),  # oneDNN, in a forward or backward pass
+    RuntimeError("std::bad_alloc"),
+    MemoryError("Unable to allocate 2.00 GiB for an array with shape (536870912,) and data type float32"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", CPU_ERRORS, ids=lambda error: str(error)[:20])
+def test_memory_of_the_cpu_that_runs_out_in_a_step_halves_its_batches(ready, monkeypatch, error):
+    run = ready("lora(rank=2) + head()", steps=1)
+    plain = type(run.dataset).call
+
+    def call(self, model, batch):
+        if len(batch.rows) > 5:
+            raise error
+        return plain(self, model, batch)
+
+    monkeypatch.setattr(type(run.dataset), "call", call)
+    assert [step.rows for step in run.loop] == [16]
+    assert run.loop.split == 4
+    monkeypatch.setattr(type(run.dataset), "call", lambda *given: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=r"a single row does not fit into the memory of cpu \("):
+        list(ready("lora(rank=2) + head()", steps=1).loop)
+
+
+def test_a_limit_of_the_operating_system(command, tiny_bert, tmp_path):
+    """The real thing: no address space is left in the middle of a run."""
+    rows = write_csv(tmp_path / "rows.csv", make_rows(256))
+
+    def work():
+        import resource
+
+        from graftkit.cli.main import main
+        from graftkit.engine.loop import Loop
+
+        plain = Loop._gradients
+
+        def gradients(self, work):
+            if self.step == 1:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + 10_000_000, resource.RLIM_INFINITY))
+            return plain(self, work)
+
+        Loop._gradients = gradients
+        out = tmp_path / "run"
+        main([
+            "tune", "--model", str(tiny_bert), "--task", "classify", "--train", str(rows), "--eval", "null",
+            "--method", "full() + head()", "--out", str(out), "train.batch_size=256", "train.steps=3", "train.precision=fp32",
+        ])  # fmt: skip
+
+    done = forked(work)
+    assert "Traceback" not in done.err
+    assert done.status == 0 or (done.status == 1 and done.err.count("error: ") == 1), done.err
 
 
 def limited(monkeypatch, source, most: int) -> list[int]:

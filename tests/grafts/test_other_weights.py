@@ -89,4 +89,6 @@ def test_predict_and_resume_tell_of_them(command, finished, tiny_bert, other, ro
     (run / "result.json").unlink()
     shutil.copytree(other, model, dirs_exist_ok=True)
     done = command("tune", "--resume", run)
+    assert done.status == 1 and "other weights" in done.err and "--force" in done.err
+    done = command("tune", "--resume", run, "--force")
     assert done.status == 0 and "warning: " in done.out and "other weights" in done.out

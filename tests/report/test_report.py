@@ -87,7 +87,7 @@ def test_reports_are_made_of_plain_values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("graftkit"):
                 assert str(node.module).startswith(
-                    ("graftkit.report", "graftkit.errors", "graftkit.files")
+                    ("graftkit.report", "graftkit.errors", "graftkit.claims", "graftkit.files")
                 ), path
             assert not (isinstance(node, ast.Name) and node.id == "TYPE_CHECKING"), path
 

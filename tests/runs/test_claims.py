@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,10 +13,10 @@ import pytest
 from conftest import forked, make_rows, tune_words, write_csv
 
 import graftkit
+from graftkit.claims import LOCK, UNSUPPORTED, claimed, holder
 from graftkit.errors import UserError
-from graftkit.files import LOCK, claimed, holder
 
-HOLD = "import sys, time; from pathlib import Path; from graftkit.files import claimed\n"
+HOLD = "import sys, time; from pathlib import Path; from graftkit.claims import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
 
 
@@ -61,6 +62,42 @@ def test_a_lock_dies_with_its_process(tmp_path, holding):
     assert (tmp_path / "run" / LOCK).exists()
     with claimed(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("code", UNSUPPORTED)
+def test_a_file_system_without_locks(tmp_path, holding, monkeypatch, code):
+    """The name in the lock decides."""
+
+    def flock(*given):
+        raise OSError(code, os.strerror(code))
+
+    process = holding(tmp_path / "run")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=f"process {process.pid} on "), claimed(tmp_path / "run"):
+        pass
+    process.kill()
+    process.wait()
+    with claimed(tmp_path / "run"):
+        assert str(os.getpid()) in (tmp_path / "run" / LOCK).read_text()
+    (tmp_path / "run" / LOCK).write_text("process 1 on another-machine")
+    with pytest.raises(UserError, match=r"another-machine.*remove .*\.lock"), claimed(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / LOCK).write_text("")  # of a process that was killed before it wrote its name
+    with claimed(tmp_path / "run"):
+        pass
+
+
+def test_what_a_killed_process_built_beside_a_folder_is_removed(tmp_path):
+    for name in ("out.123.part", "out.x.part", "other.123.part", "out.123.part.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    with claimed(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "other.123.part",
+        "out.123.part.txt",
+        "out.x.part",
+    ]
 
 
 def test_a_run_folder_that_another_process_has_claimed(command, tiny_bert, rows_folder, tmp_path, holding):
@@ -129,6 +166,13 @@ def test_an_export_and_a_merge_hold_their_folder(command, finished, tmp_path, ho
         done = command(*words, tmp_path / "out")
         assert done.status == 1 and f"in use by process {process.pid}" in done.err
         assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+    answers = holding(tmp_path / "a.jsonl.part")
+    done = command("predict", finished, "a plum", "--out", "a.jsonl")
+    assert done.status == 1 and f"in use by process {answers.pid}" in done.err
+    answers.kill()
+    answers.wait()
+    assert command("predict", finished, "a plum", "--out", "a.jsonl").status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
     process.kill()
     process.wait()
     for words in commands:

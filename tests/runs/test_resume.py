@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import forked, make_rows, tune_words
 from killing import assert_same, killed, lines, resume
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from graftkit.errors import Interrupted
@@ -193,14 +194,68 @@ def test_checkpoints_hold_no_base_weights(tiny_bert, rows_folder, tmp_path):
         ]
 
 
-def test_a_checkpoint_that_is_damaged_is_refused(tiny_bert, rows_folder, tmp_path, command):
-    run = tmp_path / "run"
-    words = words_of(tiny_bert, rows_folder, run, "lora")
-    killed("after-rename", 2, words)
-    path = max((run / "checkpoints").glob("step-*"))
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def blank_a_page(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-6000, os.SEEK_END)
+        file.write(bytes(4096))
+
+
+def rename_a_tensor(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"layer.0", b"layer.2", 1).replace(b"layer.1", b"layer.0", 1))
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, blank_a_page, rename_a_tensor])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    uninterrupted, tiny_bert, rows_folder, tmp_path, command, damage
+):
+    run = tmp_path / "run"
+    killed("after-rename", 4, words_of(tiny_bert, rows_folder, run, "lora"))
+    _, path = sorted((run / "checkpoints").glob("step-*"))
+    damage(path)
     done = command("tune", "--resume", run)
-    assert done.status == 1 and path.name in done.err and "broken or cut short" in done.err
+    assert done.status == 0 and f"note: {path} is" in done.out and "resumed at step 3 of 9" in done.out
+    assert_same(run, uninterrupted("lora"))
+
+
+def test_damaged_checkpoints_are_refused(tiny_bert, rows_folder, tmp_path, command):
+    run = tmp_path / "run"
+    killed("after-rename", 3, words_of(tiny_bert, rows_folder, run, "lora"))
+    for path in (run / "checkpoints").glob("step-*"):
+        flip_a_bit(path)
+    done = command("tune", "--resume", run)
+    assert done.status == 1 and path.name in done.err and f"remove {run / 'checkpoints'}" in done.err
+    shutil.rmtree(run / "checkpoints")
+    done = command("tune", "--resume", run)
+    assert done.status == 0 and "resumed at step 0 of 9" in done.out
+
+
+def test_damaged_best_weights(uninterrupted, tiny_bert, rows_folder, tmp_path, command):
+    run = tmp_path / "run"
+    killed("after-rename", 4, words_of(tiny_bert, rows_folder, run, "best"))
+    best = run / "checkpoints" / "best.safetensors"
+    with safe_open(best, framework="pt") as file:
+        assert "checksum" in file.metadata()
+    last = max((run / "checkpoints").glob("step-*"))
+    flip_a_bit(best)
+    done = command("tune", "--resume", run)
+    with safe_open(last, framework="pt") as file:
+        position = json.loads(file.metadata()["position"])
+    if position["best"]["step"] == position["step"]:  # the checkpoint holds the same weights
+        assert done.status == 0
+        assert_same(run, uninterrupted("best"))
+    else:
+        assert done.status == 1 and "best.safetensors is damaged" in done.err
 
 
 def test_other_rows_are_refused(tiny_bert, rows_folder, tmp_path, command):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 from conftest import equal_bits, forked, graft_tensors
@@ -61,6 +64,65 @@ def killed(moment: str, number: int, words: list[str]) -> None:
 
     done = forked(work)
     assert done.status == -signal.SIGKILL, done.err
+
+
+def moments(root: Path, words: list[str], copies: Path) -> list[Path]:
+    """Run a command, and copy the folder `root` before each operation on files in it: what a kill at that moment leaves.
+
+    Return the copies that differ, in order; the last is what the command leaves at its end.
+    """
+    from graftkit.cli.main import main
+
+    def work():
+        watching = True
+
+        def hook(event: str, given: tuple) -> None:
+            nonlocal watching
+            if watching and _changes_files(event, given, str(root)):
+                watching = False
+                shutil.copytree(root, copies / f"{len(list(copies.iterdir())):04d}", symlinks=True)
+                watching = True
+
+        sys.addaudithook(hook)
+        try:
+            main(words)
+        finally:
+            watching = False
+            shutil.copytree(root, copies / f"{len(list(copies.iterdir())):04d}", symlinks=True)
+
+    copies.mkdir()
+    done = forked(work)
+    assert done.status == 0, done.err
+    found: dict[object, Path] = {}
+    for path in sorted(copies.iterdir()):
+        found.setdefault(tuple(sorted(contents(path).items())), path)
+    return list(found.values())
+
+
+def _changes_files(event: str, given: tuple, root: str) -> bool:
+    """Return whether an audit event of Python announces a change of a file or folder below `root`."""
+    if event == "open":
+        path, _, flags = given
+        return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) and str(path).startswith(root)
+    if event not in ("os.remove", "os.rmdir", "os.mkdir", "os.rename", "os.truncate", "os.chmod", "os.link"):
+        return False
+    inside = event in ("os.remove", "os.rmdir") and given[1] != -1  # of a tree that is being removed
+    return inside or any(os.fspath(path).startswith(root) for path in given if isinstance(path, str | Path))
+
+
+def put_back(copy: Path, root: Path) -> None:
+    shutil.rmtree(root)
+    shutil.copytree(copy, root, symlinks=True)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """The bytes of each file by its path, without what locks say and the numbers of processes; None for a folder."""
+    return {
+        re.sub(r"\.\d+\.part", ".N.part", str(path.relative_to(folder))): None
+        if path.is_dir() or path.name == ".lock"
+        else path.read_bytes()
+        for path in folder.rglob("*")
+    }
 
 
 def resume(folder: Path) -> dict:
