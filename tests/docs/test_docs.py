@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -57,6 +58,9 @@ def _generate() -> ModuleType:
 
 
 def test_generated_pages_are_up_to_date() -> None:
+    locked = re.search(r"^typer==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    if locked is None or version("typer") != locked[1]:
+        pytest.skip("the pages show the help of the typer in constraints.txt; others word it differently")
     generate = _generate()
     for name in generate.PAGES:
         text = (ROOT / "docs" / name).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 from expressions import EXPRESSIONS, starts_as_base
-from peft_versions import skip_without_tuner
+from peft_versions import has_tuner, skip_without_tuner
 from torch import nn
 
 from graftkit.backbone import Backbone
@@ -41,7 +41,8 @@ def test_every_method_has_an_example() -> None:
     known = {n for n, entry in entries("method").items() if entry.module.startswith("graftkit.")}
     assert set(EXPRESSIONS) == known, "give a new method its examples in EXPRESSIONS"
     for name, texts in EXPRESSIONS.items():
-        assert all(name in {m.name for m in read(text).methods} for text in texts)
+        there = [text for text in texts if has_tuner(text)]
+        assert all(name in {m.name for m in read(text).methods} for text in there)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,12 @@ def peft_has(version: str) -> bool:
     return places[0] >= places[1]
 
 
+def has_tuner(text: str) -> bool:
+    """Whether PEFT can build an expression: `peft()` is HiRA by default, which older versions do not have."""
+    return not re.search(r"\bpeft\((?!')", text) or peft_has(TUNERS_SINCE["HIRA"])
+
+
 def skip_without_tuner(text: str) -> None:
-    """Skip a test of an expression in which `peft()` takes its default, HiRA, where PEFT has none."""
-    if re.search(r"\bpeft\((?!')", text) and not peft_has(TUNERS_SINCE["HIRA"]):
+    """Skip a test of an expression that the installed PEFT cannot build."""
+    if not has_tuner(text):
         pytest.skip(f"HiRA came with PEFT {TUNERS_SINCE['HIRA']}")
