@@ -37,12 +37,12 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 
 
 def recipe_values(arguments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-    from graftkit.recipe import schema as recipes
+    from graftkit.recipe.values import override, place, read
 
     arguments = list(arguments or [])
     values: dict[str, Any] = {}
     if arguments and "=" not in arguments[0]:
-        values = recipes.read(Path(arguments.pop(0)))
+        values = read(Path(arguments.pop(0)))
     files = [argument for argument in arguments if "=" not in argument]
     if files:
         raise UserError(f"{files[0]!r} is neither the recipe (which comes first) nor a key=value setting.")
@@ -50,8 +50,8 @@ def recipe_values(arguments: list[str] | None, given: dict[str, Any]) -> dict[st
         if isinstance(value, str) and not value.strip():
             raise UserError(f"--{key.removeprefix('data.')} is empty.")
         if value is not None:
-            recipes.place(values, key, _share(value) if key == "data.eval" else value)
-    return recipes.override(values, arguments)
+            place(values, key, _share(value) if key == "data.eval" else value)
+    return override(values, arguments)
 
 
 def _share(text: str) -> str | float | None:

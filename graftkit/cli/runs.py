@@ -26,9 +26,9 @@ Moved = Annotated[
 
 
 def _options(given: list[str] | None) -> dict[str, Any]:
-    from graftkit.recipe import schema as recipes
+    from graftkit.recipe.values import override
 
-    return recipes.override({}, given or [])
+    return override({}, given or [], what="an option of a task", example="temperature=0.7")
 
 
 def evaluate(

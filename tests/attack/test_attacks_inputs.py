@@ -2,11 +2,86 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from pathlib import Path
+
 import pytest
-from attacks import Attack
+from attacks import PLAN, Attack
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+HEAD = "model: model\nmethod: head()\ndata: {train: train.csv, eval: eval.csv}\n"
+LARGE = 3_000_000
+
+
+def recipe(name: str, text: str | bytes, says: str, **more) -> Attack:
+    content = text if isinstance(text, bytes) or callable(text) else HEAD + text
+    return Attack(f"recipe-{name}", says, "plan r.yaml", {"r.yaml": content}, **more)
+
+
+def setting(name: str, setting: str, says: str) -> Attack:
+    return Attack(f"setting-{name}", says, f"{PLAN} {setting}")
+
+
+def socket_at(path: Path) -> None:
+    os.chdir(path.parent)  # its name may be at most 107 bytes
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+
+
+RECIPES = [
+    recipe("laughs", LAUGHS, "r.yaml', line 5: aliases such as .a0 are not supported"),
+    recipe("merge-alias", "x: &x {seed: 1}\ntrain:\n  <<: *x\n", "line 6: aliases"),
+    recipe("deep", "x: " + "[" * 10_000, "line 4: values are nested more than 20 deep"),
+    recipe("deep-maps", "x: " + "{a: " * 5_000, "line 4: values are nested more than 20 deep"),
+    recipe("deep-block", "x:\n" + "- " * 5_000, "line 5: values are nested more than 20 deep"),
+    recipe("many", "x: [" + "1, " * 100_000 + "]", "more than 10,000 values"),
+    recipe("large", b"#" * LARGE, "r.yaml' has more than 1,000,000 bytes"),
+    recipe("endless", lambda path: path.symlink_to("/dev/zero"), "r.yaml' is a device, not a file"),
+    recipe("pipe", os.mkfifo, "r.yaml' is a named pipe, not a file"),
+    recipe("socket", socket_at, "r.yaml' is a socket, not a file"),
+    recipe("twice", "seed: 1\nout: a\nseed: 2\n", "r.yaml', line 6: the key 'seed' is already on line 4"),
+    recipe("section-twice", "train: {lr: 1}\ntrain: {epochs: 1}\n", "line 5: the key 'train' is already"),
+    recipe("inner-twice", "train: {lr: 1, lr: 2}\n", "line 4: the key 'lr' is already on line 4"),
+    recipe("digits", "seed: " + "9" * 5_000, "line 4: a number has 5,000 digits"),
+    recipe("hex", "seed: 0x" + "f" * 5_000, "line 4: a number has 5,002 digits"),
+    recipe("base-60", "seed: 1" + ":59" * 100, "seed is .* less than 4294967296"),
+    recipe(
+        "many-steps", f"train: {{steps: {10**30}}}", "train.steps is 1000.* less than or equal to 1000000000"
+    ),
+    recipe("many-epochs", "train: {epochs: 1e300}", "train.epochs is 1e.300, but must be less than"),
+    recipe("infinity", "train: {lr: .inf}", "train.lr is inf, but must be a finite number"),
+    recipe("nan", "train: {weight_decay: .nan}", "train.weight_decay is nan, but must be a finite number"),
+    recipe("nul", 'out: "a\\0b"', "r.yaml|the recipe: out is .*NUL character"),
+    recipe("nul-inside", 'train: {from: "a\\0b"}', "the recipe: train.from is .*NUL character"),
+    recipe("date", "weights: 2024-99-99", "2024-99-99"),
+    recipe("set", "out: !!set {a, b}", "out is .* must be a valid string"),
+    recipe("binary", "out: !!binary aGFsbG8=", "out is b'hallo', but must be a valid string"),
+    recipe("not-int", "seed: !!int x", "line 4: 'x' cannot be read"),
+    recipe("tag", "out: !!python/object/apply:os.system [ls]", "not valid YAML"),
+    recipe("numbers-as-keys", "1: 2", "unknown key '1'|keys should be strings"),
+    recipe("list-as-key", "? [a, b]\n: 1\n", "not valid YAML"),
+    recipe("utf-16", HEAD.encode("utf-16"), "not valid YAML"),
+    recipe("two-documents", "---\nseed: 1\n", "not valid YAML"),
+]
+
+SETTINGS = [
+    setting("digits", "seed=" + "9" * 5_000, "setting 'seed=999.*a number has 5,000 digits"),
+    setting("twice", 'data.columns={"text":"text","text":"label"}', "the key 'text' is already"),
+    setting("deep", "train.lr=" + "[" * 5_000, "setting 'train.lr=.*nested more than 20 deep"),
+    setting("deep-key", "a." * 5_000 + "a=1", "a holds values that are nested more than 20 deep"),
+    setting("batch", f"train.batch_size={10**20}", "train.batch_size is .* less than or equal"),
+    setting("evaluate", f"train.evaluate_every={10**30}", "train.evaluate_every is .*1 to 1,000,000,000"),
+    setting("evaluate-epochs", f"train.evaluate_every={'9' * 300}\tepochs", "train.evaluate_every is '999"),
+    setting("rank", f"method=lora(rank=0x{'f' * 5_000})", "rank is too large to show, which is too large"),
+    setting("rank-large", f"method=lora(rank={10**30})", "rank is 1000.*too large"),
+    setting("long-name", f"method={'x' * 50_000}()", "there is no method 'xxx"),
+]
 
 ATTACKS = [
     Attack("table-missing", "nope.csv", "plan --model model --task classify --train nope.csv"),
+    *RECIPES,
+    *SETTINGS,
 ]
 
 
