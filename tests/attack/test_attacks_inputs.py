@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,10 +79,118 @@ SETTINGS = [
     setting("long-name", f"method={'x' * 50_000}()", "there is no method 'xxx"),
 ]
 
+
+def table(name: str, content: str | bytes | Callable, says: str, file: str = "t.csv", **more) -> Attack:
+    return Attack(f"table-{name}", says, PLAN.replace("train.csv", file, 1), {file: content}, **more)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+ROW = '{"text": "a b", "label": "x"}\n{"text": "c", "label": "y"}\n'
+DEEP, DEEPER = ("[" * depth + "]" * depth for depth in (300, 100_000))
+
+TABLES = [
+    table(
+        "columns",
+        ",".join(f"c{i}" for i in range(10**6)) + "\n1\n",
+        "t.csv, line 1 .the header.: there are 1,000,000",
+    ),
+    table("columns-tsv", "\t".join(f"c{i}" for i in range(10**6)), "there are 1,000,000 columns", "t.tsv"),
+    table(
+        "columns-json",
+        "".join(f'{{"c{i}": 1}}\n' for i in range(3_000)),
+        "there are 3,000 columns",
+        "t.jsonl",
+    ),
+    table(
+        "long-line",
+        "text,label\n" + "a" * 11_000_000 + ",b\n",
+        "t.csv, line 2: a value has 11,000,000 characters",
+    ),
+    table(
+        "long-quoted",
+        'text,label\n"' + ("a" * 6_000_000 + "\n") * 2 + '",b\n',
+        "line 2: a value has 12,000,002 characters",
+    ),
+    table(
+        "long-json",
+        ROW + f'{{"text": "{"a" * 11_000_000}", "label": "x"}}',
+        "line 3: a value has 11,000,000",
+        "t.jsonl",
+    ),
+    table(
+        "long-line-of-nothing", "text,label\n" + "\0" * 11_000_000, "t.csv, line 2: .*characters|zero bytes"
+    ),
+    table(
+        "deep-json",
+        f'{{"text": "a", "label": {DEEPER}}}\n',
+        "t.jsonl, line 1: .*more than 100 deep",
+        "t.jsonl",
+    ),
+    table(
+        "deep-json-300",
+        ROW + f'{{"text": {DEEP}, "label": "x"}}\n',
+        "line 3: .*more than 100 deep",
+        "t.jsonl",
+    ),
+    table(
+        "deep-json-whole",
+        f'[{{"text": {DEEPER}}}]',
+        "t.json is not JSON that can be read: it is nested",
+        "t.json",
+    ),
+    table(
+        "digits-json",
+        f'{{"text": "a", "label": {"9" * 5_000}}}',
+        "t.jsonl, line 1: not JSON that can be",
+        "t.jsonl",
+    ),
+    table(
+        "keys-twice-json",
+        ROW + '{"text": "a", "text": "b", "label": "x"}',
+        "line 3: .*'text' is given twice",
+        "t.jsonl",
+    ),
+    table("keys-twice-inside", '[{"text": "a", "label": {"b": 1, "b": 2}}]', "'b' is given twice", "t.json"),
+    *[
+        Attack(f"{kind}-{name}", f"{file} is a .*not a file", command.replace("FILE", file), {file: make})
+        for kind, make in (("pipe", os.mkfifo), ("endless", endless), ("socket", socket_at))
+        for name, file, command in (
+            ("train", "t.csv", PLAN.replace("train.csv", "FILE")),
+            ("eval", "t.jsonl", PLAN.replace("eval.csv", "FILE")),
+            ("squad", "t.json", "plan --model model --task span --train FILE"),
+            ("conll", "t.conll", "plan --model model --task tag --train FILE"),
+            ("predict", "t.csv", "predict run --data FILE"),
+            ("predict-arrow", "t.arrow", "predict run --data FILE --out a.jsonl"),
+        )
+    ],
+    Attack(
+        "pipe-image",
+        "a.png is a named pipe",
+        "plan --model model --task image_classify --train p",
+        {"p/x/a.png": os.mkfifo, "p/y/b.png": b"1"},
+    ),
+    Attack(
+        "endless-image",
+        "a.png is a device",
+        "plan --model model --task image_classify --train p.csv",
+        {"a.png": endless, "p.csv": "image,label\na.png,x\na.png,y\n"},
+    ),
+]
+
 ATTACKS = [
+    Attack(
+        "table-parquet-pipe",
+        "t.parquet is a named pipe",
+        PLAN.replace("train.csv", "t.parquet"),
+        {"t.parquet": os.mkfifo},
+    ),
     Attack("table-missing", "nope.csv", "plan --model model --task classify --train nope.csv"),
     *RECIPES,
     *SETTINGS,
+    *TABLES,
 ]
 
 
