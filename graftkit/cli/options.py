@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graftkit.errors import UserError
+from graftkit.recipe.environment import is_first
 
 if TYPE_CHECKING:
     from graftkit.report.console import Console
@@ -78,5 +78,5 @@ def console_of(as_json: bool) -> Console:
 
 
 def emit(as_json: bool, value: dict[str, Any]) -> None:
-    if as_json and os.environ.get("RANK", "0") == "0":  # the first of several processes
+    if as_json and is_first():
         print(json.dumps(value, ensure_ascii=False))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.errors import UserError
+from graftkit.recipe.environment import check_processes
 
 T = TypeVar("T")
 
@@ -19,6 +20,7 @@ def _state() -> Any:
     """
     from accelerate import PartialState
 
+    check_processes()
     return PartialState(cpu=not torch.accelerator.is_available())
 
 

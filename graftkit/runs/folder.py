@@ -15,9 +15,9 @@ from pathlib import Path
 from graftkit import files
 from graftkit.backbone import Backbone, values
 from graftkit.errors import UserError, listing
-from graftkit.files import read_json
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
+from graftkit.runs.saved import ROWS, read_plan
 from graftkit.tasks.base import Dataset
 
 RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
@@ -33,7 +33,6 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
 )
 ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
-ROWS = "rows_sha256"  # in the plan: a digest of each data split
 
 
 @contextmanager
@@ -176,13 +175,13 @@ def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[st
 
 def changed_weights(folder: Path, backbone: Backbone, trained: Collection[str]) -> list[str]:
     """Return the frozen parameters whose values have changed since the run started."""
-    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
+    plan = read_plan(folder / PLAN)
     return values.changed(backbone, plan.get(values.KEY), trained)
 
 
 def refuse_other_rows(folder: Path, recipe: Recipe, found: Mapping[str, str]) -> None:
     """Raise `UserError` if the rows are not those that the run started with."""
-    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
+    plan = read_plan(folder / PLAN)
     for name, digest in plan.get(ROWS, {}).items():
         if found.get(name) != digest:
             source = getattr(recipe.data, name)

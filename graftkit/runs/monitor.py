@@ -29,6 +29,7 @@ from graftkit.runs.best import best_of
 from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.reporting import subject_of
+from graftkit.runs.saved import log_lines
 from graftkit.tasks.base import Dataset
 
 CHECKPOINT_SECONDS = 120.0
@@ -202,9 +203,8 @@ class Watch:
             self.unused, self.zero = set(position.get("unused", ())), position.get("zero", [])
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
-        if path.is_file():  # lines after the checkpoint will be written again
-            lines = path.read_text(encoding="utf-8").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _stays(line, step)))
+        if lines := log_lines(path):  # those after the checkpoint will be written again
+            write_text(path, "".join(f"{line}\n" for line, value in lines if _stays(value, step)))
 
     def finish(self, console: Console) -> dict[str, Any]:
         """Restore the best weights, evaluate on the test rows, and write graft, card and result."""
@@ -298,12 +298,11 @@ class Watch:
             self.problems += [] if problem in self.problems else [problem]
 
 
-def _stays(line: str, step: int) -> bool:
+def _stays(value: Any, step: int) -> bool:
     """Return whether a log line belongs to the run up to `step`; the final lines are written again."""
     try:
-        value = json.loads(line)
         return value["step"] <= step and value["kind"] != "final"
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return False  # cut short when the process was killed
 
 

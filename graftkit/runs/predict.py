@@ -27,6 +27,7 @@ from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, writing
 from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of
+from graftkit.runs.saved import read_result
 from graftkit.tasks.base import Dataset, Examples, Task
 from graftkit.tasks.shared.items import check_items
 
@@ -65,6 +66,7 @@ def load_run(
         raise UserError(
             f"the run in {folder} is not finished; resume it with `graftkit tune --resume {folder}`."
         )
+    read_result(folder / "result.json")
     recipe = recipes.make(recipes.read(folder / "recipe.yaml"), str(folder / "recipe.yaml"), stored=True)
     about = graft_files.read(folder / "graft").about
     if not {"labels", "precision", "task", "columns", "max_length"} <= set(about):

@@ -19,17 +19,18 @@ from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.engine.tracking import refuse_missing
 from graftkit.errors import Interrupted, UserError
-from graftkit.files import read_json, remove_leftovers, write_json, write_text
+from graftkit.files import remove_leftovers, write_json, write_text
 from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
-from graftkit.runs.folder import PLAN, RECIPE, RESULT, go_on, how_to_resume
+from graftkit.runs.folder import METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows
 from graftkit.runs.reporting import found_in
+from graftkit.runs.saved import ROWS, log_lines, read_plan, read_result
 from graftkit.tasks.base import Dataset
 
 
@@ -159,10 +160,15 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE), stored=True)
     if (folder / RESULT).is_file():
+        result = read_result(folder / RESULT)
         console.line(
             f"{folder} is already finished; its metrics are in {RESULT} and README.md there. {go_on(folder)}"
         )
-        return Run(folder, read_json(folder / RESULT))
+        return Run(folder, result)
+    (
+        read_plan(folder / PLAN),
+        log_lines(folder / METRICS),
+    )  # raise if they are damaged, before anything is loaded
     tables = tables or {}
     for name in ("train", "eval", "test"):
         if getattr(recipe.data, name) == IN_MEMORY and name not in tables:
@@ -175,7 +181,7 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
         prepared = prepare(recipe, rows)
         prepared, datasets = _encode(prepared)
         planned = _planned(prepared, datasets)
-        run_folder.refuse_other_rows(folder, recipe, planned[run_folder.ROWS])
+        run_folder.refuse_other_rows(folder, recipe, planned[ROWS])
         names = run_folder.changed_weights(folder, prepared.backbone, prepared.graft.labels)
         if names:
             console.line(f"warning: {values.told(prepared.backbone.source, f'the run in {folder}', names)}")
@@ -290,7 +296,7 @@ def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]
         "statistics": statistics(prepared, datasets),
         "warnings": [*prepared.plan.warnings, *prepared.rows.warnings],
         values.KEY: values.sampled(prepared.backbone, prepared.graft.labels),
-        run_folder.ROWS: run_folder.digests(datasets, prepared.rows.labels),
+        ROWS: run_folder.digests(datasets, prepared.rows.labels),
     }
 
 

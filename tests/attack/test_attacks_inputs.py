@@ -180,6 +180,100 @@ TABLES = [
     ),
 ]
 
+
+def damaged(
+    name: str, file: str, content: str | bytes, says: str, command: str = "tune --resume run"
+) -> Attack:
+    """A run that is not finished, one of whose files is broken."""
+    files = {f"run/{file}": content}
+    if file != "result.json" and "--resume" in command:
+        files["run/result.json"] = None
+    return Attack(f"run-{name}", says, command, files)
+
+
+def variables(name: str, says: str, command: str = PLAN, **environment: str) -> Attack:
+    return Attack(f"environment-{name}", says, command, environment=environment)
+
+
+EVALUATE = "evaluate run --data eval.csv"
+
+RUNS = [
+    damaged("plan-list", "plan.json", "[1, 2]", r"run/plan.json holds \[1, 2\], where an object should be"),
+    damaged("plan-null", "plan.json", "null", "run/plan.json holds None, where an object"),
+    damaged(
+        "plan-digests",
+        "plan.json",
+        '{"rows_sha256": [1]}',
+        r"run/plan.json: rows_sha256 is \[1\], but must be digests",
+    ),
+    damaged(
+        "plan-digest",
+        "plan.json",
+        '{"rows_sha256": {"train": 1}}',
+        "rows_sha256 is {'train': 1}, but must be",
+    ),
+    damaged(
+        "plan-samples",
+        "plan.json",
+        '{"base_values": {"a": ["x"]}}',
+        "plan.json: base_values is .*lists of numbers",
+    ),
+    damaged("plan-binary", "plan.json", b"\xff\xfe\0", "run/plan.json cannot be read"),
+    damaged(
+        "log-binary",
+        "metrics.jsonl",
+        b"\x80\x81\n" * 10,
+        "run/metrics.jsonl cannot be read .*utf-8.*move it away",
+    ),
+    damaged("result-list", "result.json", "[]", r"run/result.json holds \[\], where an object should be"),
+    damaged(
+        "result-metrics", "result.json", '{"metrics": [1]}', r"run/result.json: metrics is \[1\], but must be"
+    ),
+    damaged("recipe-list", "recipe.yaml", "- a", "run/recipe.yaml' must hold keys and values"),
+    damaged("recipe-binary", "recipe.yaml", b"\xff\0", "run/recipe.yaml' is not valid YAML"),
+    damaged("recipe-type", "recipe.yaml", HEAD + "seed: x\n", "run/recipe.yaml: seed is 'x'"),
+    damaged("recipe-predict", "recipe.yaml", "a: [", "run/recipe.yaml' is not valid YAML", EVALUATE),
+    damaged(
+        "recipe-missing-key",
+        "recipe.yaml",
+        "model: model\n",
+        "run/recipe.yaml: 'data.train' is missing",
+        EVALUATE,
+    ),
+    damaged(
+        "result-predict", "result.json", "7", "run/result.json holds 7, where an object should be", EVALUATE
+    ),
+    damaged("result-pipe", "result.json", "{", "run/result.json cannot be read", "predict run apple"),
+    variables(
+        "world-word", "variable WORLD_SIZE is 'x', but must be a whole number of at least 1", WORLD_SIZE="x"
+    ),
+    variables("world-zero", "variable WORLD_SIZE is '0', but must be", WORLD_SIZE="0"),
+    variables("rank-minus", "variable RANK is '-1', but must be a whole number of at least 0", RANK="-1"),
+    variables("rank-large", "variable RANK is 5, but WORLD_SIZE is 2", RANK="5", WORLD_SIZE="2"),
+    variables("local-rank", "variable LOCAL_RANK is 'x'", LOCAL_RANK="x", RANK="0", WORLD_SIZE="2"),
+    variables(
+        "no-address", "WORLD_SIZE is 2, but MASTER_ADDR is not set", RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"
+    ),
+    variables("rank-predict", "variable RANK is 'x'", "predict run apple --json", RANK="x"),
+    variables("local-world", "variable LOCAL_WORLD_SIZE is '0'", LOCAL_WORLD_SIZE="0"),
+    variables(
+        "methods-file",
+        "GRAFTKIT_METHODS names 'train.csv', which is not a folder",
+        GRAFTKIT_METHODS="train.csv",
+    ),
+    *[
+        Attack(f"own-{name}", says, files={"own/x.py": make}, environment={"GRAFTKIT_METHODS": "own"})
+        for name, make, says in (
+            ("pipe", os.mkfifo, "own/x.py is a named pipe, not a Python file"),
+            ("folder", os.mkdir, "own/x.py cannot be read as a Python file"),
+            ("binary", b"\xff", "own/x.py cannot be read as a Python file"),
+            ("nul", b"a\0b", "own/x.py.* null bytes"),
+            ("deep", "x = " + "(" * 5_000, "own/x.py"),
+            ("deep-sum", "x = " + "-" * 50_000 + "1", "own/x.py"),
+        )
+    ],
+]
+
 ATTACKS = [
     Attack(
         "table-parquet-pipe",
@@ -191,10 +285,13 @@ ATTACKS = [
     *RECIPES,
     *SETTINGS,
     *TABLES,
+    *RUNS,
 ]
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_attack(attack, command, tmp_path, tiny_bert, rows_folder, finished):
+def test_attack(attack, command, tmp_path, tiny_bert, rows_folder, finished, monkeypatch):
+    for name, value in attack.environment.items():
+        monkeypatch.setenv(name, value)
     attack.place(tmp_path, tiny_bert, rows_folder, finished)
     attack.check(command, tmp_path)
