@@ -140,7 +140,11 @@ class Method:
 
         Raises `NotFoldable`, with the reason, if that is impossible.
         """
-        raise NotFoldable(f"{self.name} cannot be folded.")
+        raise NotFoldable(self.never_folds() or f"{self.name} cannot be folded.")
+
+    def never_folds(self) -> str | None:
+        """Return why no graft of this method can be folded; None if some or all can."""
+        return None
 
     def gives_the_same(self, other: Method) -> bool:
         """Return whether two methods with equal parameters compute the same; options used only in training may differ."""

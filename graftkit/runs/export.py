@@ -12,13 +12,14 @@ from typing import Any
 
 from graftkit.backbone.source import find_source
 from graftkit.data.columns import find_again
-from graftkit.errors import UserError, listing
+from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, logits
 from graftkit.export.transformers import Transformers
 from graftkit.files import LOCK, TEMPORARY, claimed, read_json, write_json, write_text
+from graftkit.grafts.fold import why_not
 from graftkit.runs.folder import CARD
-from graftkit.runs.predict import Loaded, load_run
-from graftkit.runs.prepare import reading_of
+from graftkit.runs.predict import Loaded, load_run, open_run
+from graftkit.runs.prepare import by_shapes, reading_of
 
 MARKER = "graftkit_export.json"  # lists the files of an export: no others may be overwritten
 
@@ -44,9 +45,15 @@ def export(
 
 
 def _export(folder: Path, to: Path, new: bool, exporter: Exporter, model: str | None) -> dict[str, Any]:
-    loaded = load_run(folder, exact=True, model=model)
+    opened = open_run(folder, model=model)
+    with by_shapes():
+        shapes = _exportable(load_run(opened, meta=True))
+        exporter.refuse(shapes)
+        reason = why_not(shapes.graft)
+        if reason is not None:
+            raise NotFoldable(reason)
+    loaded = load_run(opened, exact=True)
     run = _exportable(loaded)
-    exporter.refuse(run)
     if run.base is not None:
         _refuse(to, "the model that the run started from", run.base.resolve())
     sample = _sample(loaded)

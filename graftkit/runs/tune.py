@@ -28,7 +28,7 @@ from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.folder import METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.monitor import Watch
-from graftkit.runs.prepare import Prepared, prepare, prepare_rows
+from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse
 from graftkit.runs.reporting import found_in
 from graftkit.runs.saved import ROWS, log_lines, read_plan, read_result
 from graftkit.tasks.base import Dataset
@@ -126,6 +126,7 @@ def run_recipe(
         claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
         folder = claimed or run_folder.named(str(recipe.out))
         rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        rehearse(recipe, rows)
         prepared = prepare(recipe, rows)
         prepared, datasets = _encode(prepared)
         prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
