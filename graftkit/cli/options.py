@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,3 +81,17 @@ def console_of(as_json: bool) -> Console:
 def emit(as_json: bool, value: dict[str, Any]) -> None:
     if as_json and is_first():
         print(json.dumps(value, ensure_ascii=False))
+        flush_output()
+
+
+def flush_output() -> None:
+    """Raise `UserError` if standard output cannot take what was printed, `BrokenPipeError` if its reader has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from graftkit.report.streams import drop
+
+        drop(sys.stdout)
+        raise UserError(f"standard output cannot be written: {error.strerror or error}.") from None

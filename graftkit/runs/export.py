@@ -17,7 +17,7 @@ from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, lo
 from graftkit.export.transformers import Transformers
 from graftkit.files import LOCK, TEMPORARY, claimed, read_json, write_json, write_text
 from graftkit.grafts.fold import why_not
-from graftkit.runs.folder import CARD
+from graftkit.runs.folder import CARD, PLAN, RECIPE
 from graftkit.runs.predict import Loaded, load_run, open_run
 from graftkit.runs.prepare import by_shapes, reading_of
 
@@ -96,6 +96,7 @@ def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[tuple[Path, bool]]:
         try:
             to = to.expanduser().resolve()
             _refuse(to, "the run itself", run.resolve())
+            _refuse_inside_run(to)
             _refuse_others(to, overwrite)
             new = not to.exists()
             stack.enter_context(claimed(to))
@@ -103,6 +104,13 @@ def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[tuple[Path, bool]]:
         except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
             raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
         yield to, new
+
+
+def _refuse_inside_run(to: Path) -> None:
+    """Raise `UserError` for a folder in a run's: the run could never be overwritten, as it would hold other files."""
+    run = next((path for path in to.parents if (path / RECIPE).is_file() and (path / PLAN).is_file()), None)
+    if run is not None:
+        raise UserError(f"{str(to)!r} is in the folder of the run {str(run)!r}; name a folder outside of it.")
 
 
 def _refuse(to: Path, what: str, kept: Path) -> None:

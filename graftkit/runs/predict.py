@@ -238,6 +238,7 @@ def predict_into(
             count += len(piece)
             if tell is not None:
                 tell(count)
+        check_path(path, None, overwrite)  # another process may have written it meanwhile
     return {
         "out": str(path), "rows": count, "skipped": answers.skipped, "skipped_rows": answers.skipped_rows,
     }  # fmt: skip

@@ -155,6 +155,8 @@ def resume_run(folder: Path, console: Console, *, tables: Mapping[str, Any] | No
     """Resume an unfinished run. Raises `UserError` if its rows are not those that it started with."""
     console.quiet_unless(processes()[0] == 0)
     folder = folder.expanduser().absolute()
+    if folder.name == RECIPE and folder.is_file():
+        folder = folder.parent
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / RECIPE).is_file():
@@ -359,7 +361,7 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of being interrupted within a step; a second one interrupts at once."""
+    """Collect Ctrl-C, SIGTERM and SIGHUP (the terminal was closed) instead of being interrupted within a step; a second one interrupts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -370,7 +372,10 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:
