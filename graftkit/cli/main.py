@@ -194,10 +194,10 @@ def _tell(family: str, name: str | None, as_json: bool) -> None:
                  for n, e in known.items()}  # fmt: skip
         emit(True, about)
     elif name is None:
-        typer.echo(_help(family).replace("\b\n", ""))
+        print(_help(family).replace("\b\n", ""))
     else:
         options = [f"  {o.name} = {o.default!r}  {o.help}{_choices(o)}" for o in known[name].options.values()]
-        typer.echo("\n".join([name, "", known[name].docstring, "", "Options:", *(options or ["  none"])]))
+        print("\n".join([name, "", known[name].docstring, "", "Options:", *(options or ["  none"])]))
 
 
 def _choices(option: Option) -> str:

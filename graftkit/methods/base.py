@@ -52,6 +52,7 @@ class Method:
 
     peft_types: ClassVar[tuple[str, ...]] = ()  # PEFT types that `from_peft` reads
     # Properties of a method. The recipe reads these without importing the file, so they are plain values.
+    aliases: ClassVar[tuple[str, ...]] = ()  # other names that recipes may use
     gives_outputs: ClassVar[bool] = False  # a head: it computes the outputs that a task needs
     # whether it trains parameters of the backbone itself; a mapping: the option values with which it does so
     # in addition to its own parameters

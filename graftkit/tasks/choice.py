@@ -63,6 +63,7 @@ class Choices(TextDataset):
 class Choice(Task):
     """Multiple choice: one of several answers that are given in the row."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("multiple_choice",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("question", ("prompt", "query", "stem", "ctx", "startphrase", "sent1", "text"), "question", required=False),
         Column("context", ("passage", "article", "support"), "context", required=False),
