@@ -286,6 +286,18 @@ ATTACKS = [
     *SETTINGS,
     *TABLES,
     *RUNS,
+    Attack(
+        "text-is-a-table",
+        "'test.csv' is the name of a file, not a text.*--data test.csv",
+        "predict run test.csv",
+    ),
+    Attack("text-is-rows", "'data/x.jsonl' is the name of a file", "predict run apple data/x.jsonl"),
+    Attack("export-into-run", "run/model' is in the folder of the run", "export run --to run/model"),
+    Attack("export-deep-into-run", "in the folder of the run", "export run --to run/graft/a/b"),
+    Attack(
+        "option-no-value", "'x' is not an option of a task; .*temperature", "predict run apple --option x"
+    ),
+    Attack("resume-a-recipe", "has no recipe.yaml|does not exist", "tune --resume nope/recipe.yaml"),
 ]
 
 

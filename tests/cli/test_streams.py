@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import forked, tune_words
 
+import graftkit.runs.tune  # noqa: F401  (each child would import it)
 from graftkit.cli.main import main
 
 
