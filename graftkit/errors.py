@@ -43,6 +43,15 @@ def listing(names: Iterable[str], limit: int = 20) -> str:
     return f"{shown} ... and {len(names) - limit} more" if len(names) > limit else shown
 
 
+def shown(value: object, limit: int = 200) -> str:
+    """Return `repr(value)`, shortened to `limit` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
+        return "too large to show"
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its class if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

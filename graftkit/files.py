@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -216,6 +217,17 @@ def fault(path: Path) -> str | None:
             if not file.read().rstrip().endswith((b"}", b"]")):
                 return f"is cut short after {size:,} bytes: download it again, or restore it from a copy"
     return None
+
+
+def special(path: Path) -> str | None:
+    """Return what kind of special file a path leads to, such as a pipe, which may never end; None for all others."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return None
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    kinds |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return kinds.get(stat.S_IFMT(mode))
 
 
 POINTER = b"version https://git-lfs.github.com/spec/"

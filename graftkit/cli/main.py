@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from graftkit.cli.options import (
     Weights,
     console_of,
     emit,
+    flush_output,
     given_values,
     recipe_values,
 )
@@ -195,10 +197,10 @@ def _tell(family: str, name: str | None, as_json: bool) -> None:
                  for n, e in known.items()}  # fmt: skip
         emit(True, about)
     elif name is None:
-        typer.echo(_help(family).replace("\b\n", ""))
+        print(_help(family).replace("\b\n", ""))
     else:
         options = [f"  {o.name} = {o.default!r}  {o.help}{_choices(o)}" for o in known[name].options.values()]
-        typer.echo("\n".join([name, "", known[name].docstring, "", "Options:", *(options or ["  none"])]))
+        print("\n".join([name, "", known[name].docstring, "", "Options:", *(options or ["  none"])]))
 
 
 def _choices(option: Option) -> str:
@@ -244,6 +246,13 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exit with 0, 1 for a user's mistake, 130 for Ctrl-C."""
+    from graftkit.report.streams import standard_streams
+
+    with standard_streams():
+        _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tune_command = next(c for c in app.registered_commands if c.callback is tune)
     words = sys.argv[1:] if arguments is None else arguments
@@ -252,6 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     as_json = "--json" in words
     try:
         result = app(args=arguments, standalone_mode=False)
+        flush_output()
         sys.exit(result if isinstance(result, int) else 0)
     except UserError as error:
         _stop(1, f"error: {error}", as_json)
@@ -262,7 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _stop(130, "\nstopped", as_json)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from graftkit.report.streams import drop
+
+        drop(sys.stdout)
         sys.exit(0)
     except (MemoryError, RuntimeError, OSError) as error:
         from graftkit.backbone.memory import is_out_of_memory
@@ -282,7 +294,8 @@ def _usage(error: Any) -> str:
 def _stop(status: int, message: str, as_json: bool) -> None:
     """Print the message to standard error, with --json also as the one object on standard output, and exit."""
     print(message, file=sys.stderr)
-    emit(as_json, {"error": message.strip().removeprefix("error: ")})
+    with suppress(UserError, BrokenPipeError):
+        emit(as_json, {"error": message.strip().removeprefix("error: ")})
     sys.exit(status)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graftkit.errors import UserError
+from graftkit.recipe.environment import is_first
 
 if TYPE_CHECKING:
     from graftkit.report.console import Console
@@ -37,12 +38,12 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 
 
 def recipe_values(arguments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-    from graftkit.recipe import schema as recipes
+    from graftkit.recipe.values import override, place, read
 
     arguments = list(arguments or [])
     values: dict[str, Any] = {}
     if arguments and "=" not in arguments[0]:
-        values = recipes.read(Path(arguments.pop(0)))
+        values = read(Path(arguments.pop(0)))
     files = [argument for argument in arguments if "=" not in argument]
     if files:
         raise UserError(f"{files[0]!r} is neither the recipe (which comes first) nor a key=value setting.")
@@ -50,8 +51,8 @@ def recipe_values(arguments: list[str] | None, given: dict[str, Any]) -> dict[st
         if isinstance(value, str) and not value.strip():
             raise UserError(f"--{key.removeprefix('data.')} is empty.")
         if value is not None:
-            recipes.place(values, key, _share(value) if key == "data.eval" else value)
-    return recipes.override(values, arguments)
+            place(values, key, _share(value) if key == "data.eval" else value)
+    return override(values, arguments)
 
 
 def _share(text: str) -> str | float | None:
@@ -78,5 +79,19 @@ def console_of(as_json: bool) -> Console:
 
 
 def emit(as_json: bool, value: dict[str, Any]) -> None:
-    if as_json and os.environ.get("RANK", "0") == "0":  # the first of several processes
+    if as_json and is_first():
         print(json.dumps(value, ensure_ascii=False))
+        flush_output()
+
+
+def flush_output() -> None:
+    """Raise `UserError` if standard output cannot take what was printed, `BrokenPipeError` if its reader has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from graftkit.report.streams import drop
+
+        drop(sys.stdout)
+        raise UserError(f"standard output cannot be written: {error.strerror or error}.") from None

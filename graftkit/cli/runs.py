@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftkit.cli.options import Json, RunFolder, console_of, emit
+from graftkit.cli.options import Json, RunFolder, console_of, emit, flush_output
 from graftkit.errors import UserError
 
 Options = Annotated[
@@ -26,9 +26,9 @@ Moved = Annotated[
 
 
 def _options(given: list[str] | None) -> dict[str, Any]:
-    from graftkit.recipe import schema as recipes
+    from graftkit.recipe.values import override
 
-    return recipes.override({}, given or [])
+    return override({}, given or [], what="an option of a task", example="temperature=0.7")
 
 
 def evaluate(
@@ -77,6 +77,7 @@ def predict(
     if bool(texts) == (data is not None):
         raise UserError("give either texts or --data FILE to predict.")
     _refuse_empty(data)
+    _refuse_files(texts or [])
     if out is not None:
         from graftkit.report.table import check_path
 
@@ -106,9 +107,21 @@ def predict(
             predictions += piece
         else:
             print("" if answers.streamed else "\n".join(map(answers.line, piece)))
+            flush_output()
     found = {"skipped": answers.skipped, "skipped_rows": answers.skipped_rows}
     _tell_skipped(found)
     emit(as_json, {"run": str(run), "predictions": predictions, **found})
+
+
+def _refuse_files(texts: list[str]) -> None:
+    """Raise `UserError` for the name of a table where a text should be: its name would be answered, not its rows."""
+    from graftkit.data.table import SUFFIXES
+
+    for text in texts:
+        if Path(text).suffix.lower() in SUFFIXES and not any(map(str.isspace, text)):
+            raise UserError(
+                f"{text!r} is the name of a file, not a text. To predict for its rows: --data {text}"
+            )
 
 
 def _tell_skipped(found: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from graftkit.data.messages import Message
+from graftkit.data.template_limits import LONGEST, SECONDS, TooLong, has_power, limited_time
 from graftkit.errors import UserError, first_line, listing, nearest
 
 END = "<|im_end|>"  # of a turn in ChatML; the tokenizer's end token stands in where it has no such token
@@ -93,6 +94,12 @@ class Template:
             text = text.replace(END, tokenizer.eos_token)
         self.text = text
         self.source = source
+        used = [text] if text is not None else list(own.values()) if isinstance(own, Mapping) else [own]
+        if any(isinstance(one, str) and has_power(one) for one in used):
+            raise UserError(
+                f"the chat template ({self.whose}) uses the operator '**', which can take forever; rewrite it, or name "
+                f"another template ({listing(TEMPLATES)})."
+            )
 
     def write(self, messages: Sequence[Message], prompt: bool, tools: Tools = None) -> str:
         """Render a conversation; `prompt`: up to where the assistant's answer begins. Raises `TemplateFails`.
@@ -109,9 +116,24 @@ class Template:
     def _written(self, messages: Sequence[Message], prompt: bool, tools: Tools) -> str:
         more = {} if tools is None else {"tools": list(tools)}
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.text, tokenize=False, add_generation_prompt=prompt, **more
-            )
+            with limited_time():
+                written = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=self.text,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **more,
+                )
+            if len(written) > LONGEST:
+                raise TemplateFails(
+                    f"its text has {len(written):,} characters, and at most {LONGEST:,} are read"
+                )
+            return written
+        except TooLong:
+            raise UserError(
+                f"the chat template ({self.whose}) takes more than {SECONDS:.0f} s for one conversation: it may have an "
+                f"endless loop. Fix it, or name another template ({listing(TEMPLATES)})."
+            ) from None
         except Exception as error:  # Jinja's own, or whatever the code within a template runs into
             reason = first_line(error).rstrip(".")
             if type(error).__name__ == "TemplateSyntaxError":  # for any row

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graftkit.data.doubled import Around
 from graftkit.data.ragged import Ragged
+from graftkit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ def encode_texts(
 ) -> Encoded:
     """Tokenize texts, or pairs of texts, with the model's special tokens, which a text may hold already at its ends; longer
     ones are truncated and counted."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", None)  # own tokenizers may not have it
+    special = count(pair=pairs is not None) if count is not None else 0
+    if special >= max_length:
+        raise UserError(
+            f"there is no room for a text: it may have {max_length} token{'s' * (max_length > 1)}, and the tokenizer adds "
+            f"{special} special ones. Raise data.max_length, or use fewer virtual tokens in the method."
+        )
     around = Around.of(tokenizer)
     given = tuple([around.taken_off(text) for text in part] for part in (texts, pairs) if part is not None)
     encoding = tokenizer(

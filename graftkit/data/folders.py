@@ -12,6 +12,7 @@ from graftkit.data.read import read_table
 from graftkit.data.stream import slices, stream_table
 from graftkit.data.table import SUFFIXES, Table
 from graftkit.errors import UserError, listing, nearest
+from graftkit.files import special
 
 LITTER = (
     "thumbs.db",
@@ -156,6 +157,8 @@ def _no_file(path: Path, text: str, noun: str) -> str | None:
     try:
         if path.is_file():
             return None
+        if (kind := special(path)) is not None:
+            return f"{text} is {kind}, not a file."
         if path.is_dir():
             return f"{text} is a folder where one {noun} should be."
         if path.is_symlink():
@@ -268,6 +271,8 @@ def _walk(
     if entry.is_dir():
         for inner in _entries(entry):
             yield from _walk(inner, (*above, entry.resolve()), suffixes, noun, problems)
+    elif (kind := special(entry)) is not None:
+        problems.append(f"{entry} is {kind}, not a file")
     elif entry.suffix.lower() in suffixes:
         yield str(entry)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from graftkit.data.json_text import parse_json
 from graftkit.errors import listing, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -24,7 +25,7 @@ def read_messages(value: Any) -> list[Message] | str:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             return f"is a text, not a list of messages {FORM}"
     if value is None or (isinstance(value, list | tuple | np.ndarray) and not len(value)):
@@ -83,7 +84,7 @@ def _read_calls(calls: Any, number: int) -> list[dict[str, Any]] | str:
         arguments = inner.get("arguments")
         if isinstance(arguments, str):  # as OpenAI's API has them
             try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
+                arguments = parse_json(arguments) if arguments.strip() else {}
             except ValueError:
                 return f"{where} ({inner['name']}) whose arguments are no JSON: {arguments[:40]!r}"
         if not isinstance(arguments, dict | None):
@@ -104,7 +105,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | str | None:
         if not value.strip():
             return None
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             return "is a text that is no JSON; a list of tools should be there"
     if value is None or (isinstance(value, float) and np.isnan(value)):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.data.encoding import decode
+from graftkit.data.json_text import parse_json
 from graftkit.data.rows import (
     by_column,
     fields_of,
@@ -21,7 +22,7 @@ from graftkit.data.rows import (
 )
 from graftkit.data.table import SUFFIXES, BadRows, Table, check_names
 from graftkit.errors import UserError, listing, nearest
-from graftkit.files import POINTER, fault
+from graftkit.files import POINTER, fault, special
 
 
 def read_table(source: Any, *, encoding: str = "utf-8", skip_bad: bool = False, name: str = "data") -> Table:
@@ -93,6 +94,8 @@ def telling_why(path: Path, source: str) -> Iterator[None]:
             files = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
             found = f"one of its files: {listing(files)}" if files else "a file"
             raise UserError(f"'{source}' is a folder where a file should be. Name {found}")
+        if (kind := special(path)) is not None:
+            raise UserError(f"{source} is {kind}, not a file. Write its rows to a file and name that")
         yield
     except FileNotFoundError:
         folder = path.parent
@@ -114,7 +117,7 @@ def telling_why(path: Path, source: str) -> Iterator[None]:
 
 def _read_json(text: str, bad: BadRows) -> Table:
     try:
-        whole = json.loads(text)
+        whole = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" or not text.lstrip().startswith("["):
             return _from_records(json_line_records(text.split("\n"), bad), bad)

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from graftkit.data.table import BadRows, check_names
+from graftkit.data.json_text import parse_json
+from graftkit.data.table import LONGEST, BadRows, check_names
 from graftkit.errors import UserError, listing
 
 Fields = tuple[int, int, list[str]]  # first line, last line and fields of a record
@@ -18,22 +19,29 @@ Fields = tuple[int, int, list[str]]  # first line, last line and fields of a rec
 
 def csv_lines(blocks: Iterable[str]) -> Iterator[str]:
     """Lines with their ends, which are `\\n`, `\\r\\n` or `\\r`."""
-    rest = ""
+    rest: list[str] = []  # parts of a line
     for block in blocks:
-        lines = list(io.StringIO(rest + block, newline=""))
-        rest = lines.pop() if lines and not lines[-1].endswith("\n") else ""  # \n may follow \r
+        rest.append(block)
+        if "\n" not in block and "\r" not in block:
+            continue
+        lines = list(io.StringIO("".join(rest), newline=""))
+        rest = [lines.pop()] if lines and not lines[-1].endswith("\n") else []  # \n may follow \r
         yield from lines
-    if rest:
-        yield rest
+    if last := "".join(rest):
+        yield last
 
 
 def split_lines(blocks: Iterable[str], end: str) -> Iterator[str]:
     """As `text.split(end)`, of a text that comes in blocks."""
-    rest = ""
+    rest: list[str] = []  # parts of a line
     for block in blocks:
-        *lines, rest = (rest + block).split(end)
-        yield from lines
-    yield rest
+        first, *more = block.split(end)
+        rest.append(first)
+        if more:
+            yield "".join(rest)
+            yield from more[:-1]
+            rest = [more[-1]]
+    yield "".join(rest)
 
 
 def fields_of(kind: str, head: str, blocks: Iterable[str], bad: BadRows) -> tuple[Iterator[Fields], str]:
@@ -148,6 +156,9 @@ def good_fields(
 ) -> Iterator[tuple[int, list[str]]]:
     """Line and fields of each record that has as many as the header."""
     for start, end, fields in records:
+        if (size := max(map(len, fields), default=0)) > LONGEST:
+            bad.add(start, too_long(size))
+            continue
         if len(fields) == len(header):
             yield start, fields
             continue
@@ -160,6 +171,10 @@ def good_fields(
         bad.add(start, problem)
 
 
+def too_long(size: int) -> str:
+    return f"a value has {size:,} characters, and at most {LONGEST:,} are read"
+
+
 def by_column(header: list[str], rows: list[list[str]]) -> dict[str, list[Any]]:
     return {name: [row[place] for row in rows] for place, name in enumerate(header)}
 
@@ -170,7 +185,7 @@ def json_line_records(lines: Iterable[str], bad: BadRows) -> Iterator[tuple[int,
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except json.JSONDecodeError as error:
             bad.add(number, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
         except (ValueError, RecursionError) as error:
@@ -186,6 +201,8 @@ def good_records(
     for number, record in records:
         if not isinstance(record, Mapping):
             bad.add(number, f"a {json_kind(record)} where an object with named values should be")
+        elif (size := max((len(v) for v in record.values() if isinstance(v, str)), default=0)) > LONGEST:
+            bad.add(number, too_long(size))
         elif check_text and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
             bad.add(
                 number, "half of a surrogate pair (\\ud800 to \\udfff) stands alone, which is no character"

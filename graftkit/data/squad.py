@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graftkit.data.encoding import decode
+from graftkit.data.json_text import parse_json
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
 
@@ -35,7 +35,7 @@ def nested(source: Any, encoding: str) -> Any | None:
         if path.suffix.lower() != ".json" or not path.is_file():
             return None
         try:
-            source = json.loads(decode(path.read_bytes(), str(source), encoding))
+            source = parse_json(decode(path.read_bytes(), str(source), encoding))
         except (ValueError, RecursionError, OSError):
             return None  # lines of JSON, or a mistake that is told where tables are read
     if not isinstance(source, Mapping) or {"question", "context"} & set(source):
@@ -121,7 +121,7 @@ def read_answers(value: Any, start: Any, impossible: bool | None) -> list[tuple[
     value, start = _plain(value), _plain(start)
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a cell of a CSV file
         try:
-            read = json.loads(value)
+            read = parse_json(value)
         except ValueError:
             read = value
         value = read if isinstance(read, list | dict) else value

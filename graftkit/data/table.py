@@ -19,6 +19,10 @@ FORMATS = {
 SUFFIXES = {suffix: kind for kind, suffixes in FORMATS.items() for suffix in suffixes}
 
 
+COLUMNS = 2_000  # at most
+LONGEST = 10_000_000  # characters of a value; a long book has five million
+
+
 @dataclass(frozen=True)
 class Table:
     """Columns of equal length, and the position of each row in the user's data.
@@ -80,7 +84,12 @@ class BadRows:
 
 
 def check_names(names: Sequence[Any], where: str) -> None:
-    """Raise `UserError` for a column without a name, or two with the same name."""
+    """Raise `UserError` for a column without a name, or two with the same name, or too many columns."""
+    if len(names) > COLUMNS:
+        raise UserError(
+            f"{where}: there are {len(names):,} columns, and at most {COLUMNS:,} are read. Leave out those that are not "
+            "needed, or check that the values are in rows and not in columns"
+        )
     for place, name in enumerate(names, start=1):
         if not isinstance(name, str):
             raise UserError(f"{where}: the name of column {place} is {name!r}, not a string. Rename it")

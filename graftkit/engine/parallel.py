@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.errors import UserError
+from graftkit.recipe.environment import check_processes
 
 T = TypeVar("T")
 
@@ -21,6 +22,7 @@ def _state() -> Any:
     """
     from accelerate import PartialState
 
+    check_processes()
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.num_processes > 1:
         _leave_at_exit()

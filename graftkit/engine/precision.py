@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graftkit.backbone.anatomy import has_statistics, is_linear
+from graftkit.files import special, write_json
 
 WORTHWHILE = 1.3  # how much faster a bf16 matrix product must be to be chosen
 SIZE = 768
@@ -32,18 +33,16 @@ def choose(wanted: str, device: torch.device) -> str:
 
 def cpu_speedup() -> float:
     """Return how many times faster this CPU multiplies bf16 matrices than fp32 ones."""
-    cache = Path(os.environ.get("GRAFTKIT_CACHE", Path.home() / ".cache" / "graftkit")) / "machine.json"
+    cache = Path(os.environ.get("GRAFTKIT_CACHE") or "~/.cache/graftkit").expanduser() / "machine.json"
     key = f"{_cpu_name()} threads={torch.get_num_threads()} torch={torch.__version__}"
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
+        known = {} if special(cache) else json.loads(cache.read_text(encoding="utf-8"))
         if key in known:
             return float(known[key])
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         known = {}
     ratio = _measure(torch.float32) / _measure(torch.bfloat16)
     try:
-        from graftkit.files import write_json
-
         write_json(cache, {**(known if isinstance(known, dict) else {}), key: round(ratio, 2)})
     except Exception:
         pass  # without the cache, the next run measures again

@@ -44,9 +44,12 @@ def fold(graft: Graft) -> None:
 
 
 def why_not(graft: Graft) -> str | None:
-    """Return why the graft cannot be folded, as far as that is known before training: if it changes one of several
-    modules that share a weight. None if no such reason is found.
+    """Return why the graft cannot be folded, as far as that is known before training: if a method never can be, or
+    changes one of several modules that share a weight. None if no such reason is found.
     """
+    never = next(filter(None, (method.never_folds() for method in graft.method.methods)), None)
+    if never is not None:
+        return never
     owners = {name.rpartition(".")[0] for name, module in graft.additions() if not module.survives_fold}
     names = [name for name, _ in graft.model.named_parameters(remove_duplicate=False)]
     try:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from graftkit.backbone import Backbone
-from graftkit.errors import NotFoldable
 from graftkit.methods.base import Method, labels_of
 from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.bottlenecks import Place, bottleneck_at, find_places
@@ -79,8 +76,8 @@ class Adapter(Method):
                         labels[f"{site.name}.{name}"] = base
         return labels
 
-    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
-        raise NotFoldable(
+    def never_folds(self) -> str:
+        return (
             "adapter() cannot be folded: a bottleneck with a nonlinearity has no equivalent in the plain architecture. "
             f"Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )

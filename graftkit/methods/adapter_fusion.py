@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
-from graftkit.errors import NotFoldable, UserError, listing
+from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors
 from graftkit.methods.base import Method, multiply, new_parameter
 from graftkit.methods.shared.advice import general, recommended
@@ -91,8 +91,8 @@ class AdapterFusion(Method):
         ]
         return self.regularization * torch.stack(distances).sum()
 
-    def fold(self, backbone: Backbone, graft: str) -> Tensors:
-        raise NotFoldable(
+    def never_folds(self) -> str:
+        return (
             "adapter_fusion() cannot be folded: bottlenecks with a nonlinearity have no equivalent in the plain "
             f"architecture. Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )

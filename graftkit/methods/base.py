@@ -52,6 +52,7 @@ class Method:
 
     peft_types: ClassVar[tuple[str, ...]] = ()  # PEFT types that `from_peft` reads
     # Properties of a method. The recipe reads these without importing the file, so they are plain values.
+    aliases: ClassVar[tuple[str, ...]] = ()  # other names that recipes may use
     gives_outputs: ClassVar[bool] = False  # a head: it computes the outputs that a task needs
     # whether it trains parameters of the backbone itself; a mapping: the option values with which it does so
     # in addition to its own parameters
@@ -140,7 +141,11 @@ class Method:
 
         Raises `NotFoldable`, with the reason, if that is impossible.
         """
-        raise NotFoldable(f"{self.name} cannot be folded.")
+        raise NotFoldable(self.never_folds() or f"{self.name} cannot be folded.")
+
+    def never_folds(self) -> str | None:
+        """Return why no graft of this method can be folded; None if some or all can."""
+        return None
 
     def gives_the_same(self, other: Method) -> bool:
         """Return whether two methods with equal parameters compute the same; options used only in training may differ."""

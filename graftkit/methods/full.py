@@ -21,6 +21,7 @@ class Full(Method):
     Parameters: all parameters of the backbone.
     """
 
+    aliases: ClassVar[tuple[str, ...]] = ("full_finetuning", "full_fine_tuning", "finetune")
     frees_base: ClassVar[bool] = True
     covers: ClassVar[bool] = True
     yields: ClassVar[int] = 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import base_modules, features, is_linear
 from graftkit.backbone.weights import input_of
-from graftkit.errors import NotFoldable, UserError, listing
+from graftkit.errors import UserError, listing
 from graftkit.methods.base import Addition, Method, labels_of, multiply, place
 from graftkit.methods.shared.advice import general
 from graftkit.optim.labels import Group, Labels
@@ -143,8 +143,8 @@ class NewTokens(Method):
         first = self.first_id
         return None if first is None else list(range(first, first + len(self.tokens)))
 
-    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
-        raise NotFoldable(
+    def never_folds(self) -> str:
+        return (
             "new_tokens() cannot be folded: the plain model has no rows for the new tokens, and folding changes values, not "
             "sizes. Keep the graft folder and load it with graftkit.load; or save a model and a tokenizer that have the tokens "
             f"(tokenizer.add_tokens, then model.resize_token_embeddings(len(tokenizer))), and train that with {general()}."

@@ -13,7 +13,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
 from graftkit.backbone.attention import AddedKeysValues, adopt, attention_modules, shift_positions
 from graftkit.backbone.prompts import refuse_crowd
-from graftkit.errors import NotFoldable, UserError
+from graftkit.errors import UserError
 from graftkit.libraries import rotary_of, takes_cache
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
 from graftkit.methods.shared.advice import general, recommended
@@ -73,8 +73,8 @@ class Prefix(Method):
             labels |= labels_of(backbone, f"{path}.{name}", group)
         return labels
 
-    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
-        raise NotFoldable(
+    def never_folds(self) -> str:
+        return (
             "prefix() cannot be folded: added keys and values have no equivalent in the plain architecture. "
             f"Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.prompts import Entrance, find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
-from graftkit.errors import NotFoldable, UserError, listing
+from graftkit.errors import UserError, listing
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
 from graftkit.methods.shared.advice import general
 from graftkit.methods.shared.peft_reading import PeftReading
@@ -109,8 +109,8 @@ class Prompt(Method):
     def stored(self) -> Prompt:
         return dataclasses.replace(self, init="random", init_text=None) if self.init == "text" else self
 
-    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
-        raise NotFoldable(
+    def never_folds(self) -> str:
+        return (
             "prompt() cannot be folded: virtual tokens make the input longer, which no weight of the plain architecture "
             f"can do. Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.prompts import find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
-from graftkit.errors import NotFoldable
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
 from graftkit.methods.shared.advice import general
 from graftkit.optim.labels import Group, Labels
@@ -56,8 +55,8 @@ class PTuning(Method):
         half = self.encoder == "lstm"  # it is bidirectional: both halves together have the full width
         return self.hidden or (max(1, width // 2) if half else width)
 
-    def fold(self, backbone: Backbone, graft: str) -> dict[str, Tensor]:
-        raise NotFoldable(
+    def never_folds(self) -> str:
+        return (
             "ptuning() cannot be folded: virtual tokens make the input longer, which no weight of the plain architecture "
             f"can do. Keep the graft folder and load it with graftkit.load, or use {general()} if folding matters."
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.errors import UserError
+from graftkit.files import special
 from graftkit.recipe import declared
 from graftkit.recipe.options import Option, check_fields, option  # noqa: F401  (entries take `option` from here)
 
@@ -163,6 +164,8 @@ def _public(name: str) -> tuple[Path, str] | None:
 
 
 def _read_own(path: Path, family: Family) -> Entry | None:
+    if (kind := special(path)) is not None:
+        raise UserError(f"{path} is {kind}, not a Python file; remove it from the folder.")
     try:
         entry = _read(path, f"graftkit_own_{family.plural}.{path.stem}", family, _public)
     except (OSError, UnicodeDecodeError) as error:
@@ -172,6 +175,8 @@ def _read_own(path: Path, family: Family) -> Entry | None:
         raise UserError(f"{path}{line}: {error.msg}.") from None
     except ValueError as error:
         raise UserError(f"{path}, {error}.") from None
+    except (RecursionError, MemoryError):
+        raise UserError(f"{path} cannot be read as a Python file: it is nested too deeply.") from None
     if entry is not None and not entry.name.isidentifier():
         raise UserError(
             f"{path}: the file names the {family.name}, and {entry.name!r} is not a valid name; use letters, digits and '_'."

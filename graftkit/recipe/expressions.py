@@ -61,7 +61,7 @@ def _call(node: ast.expr, family: str, expression: str, stored: bool) -> Call:
     name_node = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name_node, ast.Name):
         raise UserError(f"{family} {expression!r}: {ast.unparse(node)!r} is not {FAMILIES[family].a}'s name.")
-    name = name_node.id
+    name = _known_as(name_node.id, family)
     if name not in entries(family):
         raise UserError(_unknown(name, ast.unparse(node), family))
     entry = entries(family)[name]
@@ -81,6 +81,13 @@ def _call(node: ast.expr, family: str, expression: str, stored: bool) -> Call:
     for key, value in arguments.items():
         entry.options[key].check(value, f"{name}()")
     return Call(name, arguments)
+
+
+def _known_as(written: str, family: str) -> str:
+    """Return the name of the entry that declares `written` as another name of it, or else `written`."""
+    known = entries(family)
+    found = (name for name, entry in known.items() if written.lower() in entry.constants.get("aliases", ()))
+    return written if written in known else next(found, written)
 
 
 def _option_of(entry: Entry, written: str, stored: bool) -> str:

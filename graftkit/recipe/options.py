@@ -6,9 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
-from graftkit.errors import UserError, listing, nearest
+from graftkit.errors import UserError, listing, nearest, shown
 
 BOUNDS = ("at_least", "at_most", "above", "below", "choices")
+LARGEST = 2**63  # of any integer, as in torch
 
 
 def option(
@@ -56,14 +57,16 @@ class Option:
         if not any(accepted.get(part, True) for part in types):
             words = {"None": "null", "tuple": "list ['...', '...']", "dict": "mapping {'...': ...}"}
             wanted = " or ".join(words.get(part, part) for part in types)
-            raise UserError(f"{owner}: {self.name} is {value!r}, but must be {wanted}.")
+            raise UserError(f"{owner}: {self.name} is {shown(value)}, but must be {wanted}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{owner}: {self.name} is {value}, but must be a finite number.")
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise UserError(f"{owner}: {self.name} is {shown(value)}, which is too large.")
         if isinstance(value, int | float) and not isinstance(value, bool):
             self._check_bounds(value, owner)
         if self.bounds["choices"] and isinstance(value, str) and value not in self.bounds["choices"]:
             raise UserError(
-                f"{owner}: {self.name} is {value!r}, but must be one of "
+                f"{owner}: {self.name} is {shown(value)}, but must be one of "
                 f"{listing(self.bounds['choices'])}.{nearest(value, self.bounds['choices'])}"
             )
 
@@ -77,7 +80,7 @@ class Option:
         for key, (words, holds) in tests.items():
             bound = self.bounds[key]
             if bound is not None and not holds(bound):
-                raise UserError(f"{owner}: {self.name} is {value}, but must be {words} {bound}.")
+                raise UserError(f"{owner}: {self.name} is {shown(value)}, but must be {words} {bound}.")
 
 
 def check_fields(value: Any, owner: str) -> None:

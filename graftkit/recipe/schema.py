@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,13 @@ from pydantic import (
     model_validator,
 )
 
-from graftkit.errors import UserError, listing, nearest
+from graftkit.errors import UserError, listing, nearest, shown
 from graftkit.recipe import catalogue, expressions, selection, sums
+from graftkit.recipe.values import DEPTH, place, read
 
 IN_MEMORY = "(in memory)"
 DEFAULT_OPTIMIZER = "adamw()"
+MOST = 10**9  # of any count
 
 
 class Section(BaseModel):
@@ -47,7 +49,7 @@ class DataRecipe(Section):
     encoding: str = Field(default="utf-8", description="encoding of text files, for example gb18030")
     skip_bad: bool = Field(default=False, description="skip bad rows and count them instead of stopping")
     max_length: int | None = Field(
-        default=None, ge=2, description="maximum number of tokens per row; null: the model's limit"
+        default=None, ge=2, le=MOST, description="maximum number of tokens per row; null: the model's limit"
     )
 
     @field_validator("eval")
@@ -61,10 +63,10 @@ class DataRecipe(Section):
 class TrainRecipe(Section):
     """How the trained parameters are optimized."""
 
-    epochs: float = Field(default=5, gt=0, description="passes over the training rows")
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps; replaces epochs")
-    batch_size: int = Field(default=32, ge=1, description="rows in one forward pass")
-    accumulate: int = Field(default=1, ge=1, description="forward passes before one optimizer step")
+    epochs: float = Field(default=5, gt=0, le=10**6, description="passes over the training rows")
+    steps: int | None = Field(default=None, ge=1, le=MOST, description="optimizer steps; replaces epochs")
+    batch_size: int = Field(default=32, ge=1, le=MOST, description="rows in one forward pass")
+    accumulate: int = Field(default=1, ge=1, le=MOST, description="forward passes before one optimizer step")
     optimizer: str = Field(
         default=DEFAULT_OPTIMIZER, description="the optimizer, for example galore(rank=128)"
     )
@@ -99,11 +101,12 @@ class TrainRecipe(Section):
         description="the evaluation metric that selects the best weights, such as macro_f1 or loss; null: the task's first",
     )
     early_stopping: int | None = Field(
-        default=None, ge=1, description="stop after this many evaluations without improvement"
+        default=None, ge=1, le=MOST, description="stop after this many evaluations without improvement"
     )
     checkpoint_every: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="steps between checkpoints; null: every two minutes and at each evaluation",
     )
     trackers: list[str] = Field(
@@ -123,11 +126,11 @@ class TrainRecipe(Section):
     @classmethod
     def _interval(cls, value: int | str) -> int | str:
         words = isinstance(value, str) and (
-            value in ("epoch", "end") or re.fullmatch(r"[1-9]\d* epochs?", value)
+            value in ("epoch", "end") or re.fullmatch(r"[1-9]\d{0,8} epochs?", value)
         )
-        if not words and (isinstance(value, str) or value < 1):
+        if not words and (isinstance(value, str) or not 1 <= value <= MOST):
             raise ValueError(
-                "must be at least 1, or 'epoch', a number of epochs such as '2 epochs', or 'end'"
+                f"must be from 1 to {MOST:,}, or 'epoch', a number of epochs such as '2 epochs', or 'end'"
             )
         return value
 
@@ -230,70 +233,24 @@ def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool 
 
     `stored`: the values come from an existing run, possibly from before an option was renamed.
     """
+    _check_values(values, origin, ())
     try:
         return Recipe.model_validate(dict(values), context={"stored": True} if stored else None)
     except ValidationError as error:
         raise UserError(_message(error, origin)) from None
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return the values in a recipe file. Raises `UserError` if it does not exist or is not YAML."""
-    if path.is_dir():
-        hint = " To resume a run, use --resume." if (path / "recipe.yaml").is_file() else ""
-        raise UserError(f"recipe {str(path)!r} is a folder; name a YAML file.{hint}")
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(f"recipe {str(path)!r} does not exist.{nearest(path.name, siblings)}")
-    if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".conll"):
-        raise UserError(f"{str(path)!r} holds rows, not a recipe; write --train {path}.")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise UserError(f"recipe {str(path)!r} cannot be read: {error.strerror}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {str(path)!r} must hold keys and values, such as `model: ...`.")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everyone who writes a learning rate expects."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def override(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Apply `key=value` settings to nested values; keys are dotted, values are YAML."""
-    result = dict(values)
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"{setting!r} is not a setting; write key=value, for example train.epochs=3.")
-        try:
-            value = yaml.load(text, Loader=_Loader) if text else None
-        except yaml.YAMLError:
-            value = text
-        place(result, key.strip(), value)
-    return result
-
-
-def place(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a dotted key in nested values, copying the inner dictionaries."""
-    *outer, last = dotted.split(".")
-    inside = values
-    for i, part in enumerate(outer):
-        held = inside.get(part)
-        if held is not None and not isinstance(held, dict):
-            raise UserError(f"setting {dotted!r}: {'.'.join(outer[: i + 1])!r} is not a section.")
-        inside[part] = dict(held or {})
-        inside = inside[part]
-    inside[last] = value
+def _check_values(value: Any, origin: str, keys: tuple[Any, ...]) -> None:
+    """Raise `UserError` for a text with a NUL character, which no path, name or expression may have, and for values
+    nested too deeply to show."""
+    if len(keys) > DEPTH:
+        raise UserError(f"{origin}: {keys[0]} holds values that are nested more than {DEPTH} deep.")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_values(inner, origin, (*keys, key))
+    elif isinstance(value, str) and "\0" in value:
+        key = ".".join(map(str, keys))
+        raise UserError(f"{origin}: {key} is {shown(value)}, which holds a NUL character; remove it.")
 
 
 def gather(
@@ -354,14 +311,14 @@ def _message(error: ValidationError, origin: str) -> str:
         suggestion = (
             f" Did you mean {inner[0]!r}?" if inner else nearest(key, known) or nearest(path[-1], known)
         )
-        return f"{origin}: unknown key {key!r} (keys: {listing(known, 30)}).{suggestion}"
+        return f"{origin}: unknown key {shown(key)} (keys: {listing(known, 30)}).{suggestion}"
     if first["type"] == "missing":
         key = "data.train" if key == "data" else key  # the only key of this section without a default
         return f"{origin}: {key!r} is missing: {known.get(key, '') or 'it is needed'}."
     given = first.get("input")
     if first["type"] == "model_type":
         inner = [name.rpartition(".")[2] for name in known if name.startswith(f"{key}.")]
-        return f"{origin}: {key} is {given!r}, but must be a section with keys ({listing(inner, 4)})."
+        return f"{origin}: {key} is {shown(given)}, but must be a section with keys ({listing(inner, 4)})."
     text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     text = text[0].lower() + text[1:]
     options = [p for p in problems if ".".join(map(str, p["loc"])).startswith(key)]
@@ -377,7 +334,7 @@ def _message(error: ValidationError, origin: str) -> str:
         suggestion = nearest(
             given, str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         )
-    return f"{origin}: {key} is {given!r}, but {text}.{suggestion}"
+    return f"{origin}: {key} is {shown(given)}, but {text}.{suggestion}"
 
 
 def schema() -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from graftkit.report.streams import Lenient
 
 LINE_SECONDS = 10.0  # between progress lines if there is no terminal to redraw one
 
@@ -45,7 +47,7 @@ class Console:
         stream = sys.stderr if json else sys.stdout
         terminal = stream.isatty()
         self.rich = RichConsole(
-            file=stream, quiet=quiet, highlight=False, soft_wrap=True, width=None if terminal else 110,
+            file=cast(TextIO, Lenient(stream)), quiet=quiet, highlight=False, soft_wrap=True, width=None if terminal else 110,
             markup=False, emoji=False,  # labels and paths are shown verbatim
         )  # fmt: skip
         self._progress: Progress | None = None

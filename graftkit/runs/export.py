@@ -11,13 +11,14 @@ from typing import Any
 from graftkit.backbone.source import find_source
 from graftkit.claims import LOCK, claimed, is_leftover, remove_leftovers
 from graftkit.data.columns import find_again
-from graftkit.errors import UserError, listing
+from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, logits
 from graftkit.export.transformers import Transformers
 from graftkit.files import assembling, read_json, write_json, write_text
-from graftkit.runs.folder import CARD
-from graftkit.runs.predict import Loaded, load_run
-from graftkit.runs.prepare import reading_of
+from graftkit.grafts.fold import why_not
+from graftkit.runs.folder import CARD, PLAN, RECIPE
+from graftkit.runs.predict import Loaded, load_run, open_run
+from graftkit.runs.prepare import by_shapes, reading_of
 
 MARKER = "graftkit_export.json"  # lists the files of an export: no others may be overwritten
 
@@ -43,9 +44,15 @@ def export(
 
 
 def _export(folder: Path, to: Path, exporter: Exporter, model: str | None) -> dict[str, Any]:
-    loaded = load_run(folder, exact=True, model=model)
+    opened = open_run(folder, model=model)
+    with by_shapes():
+        shapes = _exportable(load_run(opened, meta=True))
+        exporter.refuse(shapes)
+        reason = why_not(shapes.graft)
+        if reason is not None:
+            raise NotFoldable(reason)
+    loaded = load_run(opened, exact=True)
     run = _exportable(loaded)
-    exporter.refuse(run)
     if run.base is not None:
         _refuse(to, "the model that the run started from", run.base.resolve())
     sample = _sample(loaded)
@@ -82,6 +89,7 @@ def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[Path]:
         try:
             to = to.expanduser().resolve()
             _refuse(to, "the run itself", run.resolve())
+            _refuse_inside_run(to)
             _refuse_others(to, overwrite)
             stack.enter_context(claimed(to))
             _refuse_others(to, overwrite)  # another export may have finished there in between
@@ -89,6 +97,13 @@ def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[Path]:
         except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
             raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
         yield to
+
+
+def _refuse_inside_run(to: Path) -> None:
+    """Raise `UserError` for a folder in a run's: the run could never be overwritten, as it would hold other files."""
+    run = next((path for path in to.parents if (path / RECIPE).is_file() and (path / PLAN).is_file()), None)
+    if run is not None:
+        raise UserError(f"{str(to)!r} is in the folder of the run {str(run)!r}; name a folder outside of it.")
 
 
 def _refuse(to: Path, what: str, kept: Path) -> None:

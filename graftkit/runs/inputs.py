@@ -12,16 +12,15 @@ from graftkit.backbone import values
 from graftkit.engine.parallel import processes
 from graftkit.engine.tracking import flat
 from graftkit.errors import UserError, listing
-from graftkit.files import read_json
 from graftkit.recipe.expressions import parse
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.folder import PLAN, RECIPE
 from graftkit.runs.prepare import Prepared
+from graftkit.runs.saved import FORCED, ROWS, read_plan
 from graftkit.tasks.base import Dataset
 
-# in the plan: a digest of each data split, the recipe's values, a digest of each entry of the model's configuration, and
-# the changes that were accepted with --force
-ROWS, VALUES, CONFIG, FORCED = "rows_sha256", "recipe", "config_sha256", "changed_when_resumed"
+# in the plan: the recipe's values, and a digest of each entry of the model's configuration
+VALUES, CONFIG = "recipe", "config_sha256"
 PROCESSES = "processes"
 # where things are, which may change; rows and weights are compared by what they hold
 PLACES = {"model", "weights", "out", "data.train", "data.eval", "data.test", "train.start"}
@@ -48,8 +47,8 @@ def check_inputs(
     Return the plan to write, with the changes that were accepted, and notes to print. Raises `UserError` for changed
     inputs unless `force`.
     """
-    before = read_json(folder / PLAN) if (folder / PLAN).is_file() else None
-    if not isinstance(before, dict):  # killed before its first step
+    before = read_plan(folder / PLAN)
+    if not before:  # killed before its first step
         return planned, []
     changes = _changes(folder, prepared, before, planned)
     if changes and not force:
@@ -72,8 +71,7 @@ def check_inputs(
 
 def forced(folder: Path) -> list[str]:
     """Return the changes of its inputs that a run was resumed with."""
-    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
-    return list(plan.get(FORCED, []))
+    return list(read_plan(folder / PLAN).get(FORCED, []))
 
 
 def _changes(

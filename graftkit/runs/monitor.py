@@ -31,6 +31,7 @@ from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORS
 from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.reporting import subject_of
+from graftkit.runs.saved import log_lines
 from graftkit.tasks.base import Dataset
 
 CHECKPOINT_SECONDS = 120.0
@@ -210,9 +211,9 @@ class Watch:
         in_first(lambda: self._check_best(step))
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
-        if self.main and path.is_file():  # lines after the checkpoint will be written again
-            lines = path.read_text(encoding="utf-8").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _stays(line, step)))
+        lines = log_lines(path)
+        if self.main and lines:  # those after the checkpoint will be written again
+            write_text(path, "".join(f"{line}\n" for line, value in lines if _stays(value, step)))
 
     def _check_best(self, step: int) -> None:
         """Raise `UserError` if the best weights are damaged, unless they are those of this step."""
@@ -320,12 +321,11 @@ class Watch:
             self.problems += [] if problem in self.problems else [problem]
 
 
-def _stays(line: str, step: int) -> bool:
+def _stays(value: Any, step: int) -> bool:
     """Return whether a log line belongs to the run up to `step`; the final lines are written again."""
     try:
-        value = json.loads(line)
         return value["step"] <= step and value["kind"] != "final"
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return False  # cut short when the process was killed
 
 

@@ -7,8 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.quantized import move
@@ -27,12 +30,32 @@ from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, held, writing
 from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of
+from graftkit.runs.saved import read_result
 from graftkit.tasks.base import Dataset, Examples, Task
 from graftkit.tasks.shared.items import check_items
 
 BATCH = 64
 WORST_ROWS = 20
 MESSAGES = 1000  # about bad rows, at most
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished run before its weights are read. `about`: what its graft says about it."""
+
+    folder: Path
+    recipe: Recipe
+    task: Task
+    about: Mapping[str, Any]
+    moved: bool
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.about["labels"])
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return self.about["columns"]
 
 
 @dataclass(frozen=True)
@@ -49,13 +72,10 @@ class Loaded:
     forward: Forward
 
 
-def load_run(
-    folder: Path, *, exact: bool = False, options: Mapping[str, Any] | None = None, model: str | None = None
-) -> Loaded:
-    """Load the backbone and graft of a run.
+def open_run(folder: Path, options: Mapping[str, Any] | None = None, model: str | None = None) -> Opened:
+    """Read what a run says about itself.
 
-    `exact`: use fp32 throughout, instead of the run's number types. `options`: task options to override. `model`: the new
-    location of the backbone, if it has moved.
+    `options`: task options to override. `model`: the new location of the backbone, if it has moved.
     """
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
@@ -65,23 +85,37 @@ def load_run(
         raise UserError(
             f"the run in {folder} is not finished; resume it with `graftkit tune --resume {folder}`."
         )
+    read_result(folder / "result.json")
     recipe = recipes.make(recipes.read(folder / "recipe.yaml"), str(folder / "recipe.yaml"), stored=True)
     about = graft_files.read(folder / "graft").about
     if not {"labels", "precision", "task", "columns", "max_length"} <= set(about):
         raise UserError(
             f"{folder / 'graft' / DESCRIPTION} is missing or does not describe a run; restore it from a copy."
         )
-    labels = tuple(about["labels"])
     task = _with_options(make_task(about["task"]), options or {})
     if model is not None:
         recipe = recipe.model_copy(update={"model": model})
-    with _telling_of_moves(recipe.model, named=model is not None):
+    return Opened(folder, recipe, task, about, model is not None)
+
+
+def load_run(run: Opened, *, exact: bool = False, meta: bool = False) -> Loaded:
+    """Load the backbone and graft of a run.
+
+    `exact`: use fp32 throughout, instead of the run's number types. `meta`: shapes only, no weights are read.
+    """
+    recipe, about, task = run.recipe, run.about, run.task
+    with _telling_of_moves(recipe.model, named=run.moved):
         backbone, _ = prepare_backbone(
-            recipe.model, method_of(recipe), task, labels, weights=recipe.weights, quantize=recipe.quantize,
-            seed=recipe.seed,
+            recipe.model, method_of(recipe), task, run.labels, weights=recipe.weights, quantize=recipe.quantize,
+            meta=meta, seed=recipe.seed,
         )  # fmt: skip
-    graft = load(backbone, folder / "graft")
     device = parallel.device()
+    if meta:
+        with torch.device("meta"):
+            graft = load(backbone, run.folder / "graft")
+        forward = Forward(graft, device, "fp32")
+        return Loaded(recipe, backbone, graft, task, run.labels, run.columns, about["max_length"], forward)
+    graft = load(backbone, run.folder / "graft")
     kind = "fp32" if exact else about["precision"]
     precision.cast(graft.model, graft.labels, kind)
     move(graft.model, device)
@@ -90,7 +124,7 @@ def load_run(
     if config is not None:
         config.use_cache = False
     forward = Forward(graft, device, kind)
-    return Loaded(recipe, backbone, graft, task, labels, about["columns"], about["max_length"], forward)
+    return Loaded(recipe, backbone, graft, task, run.labels, run.columns, about["max_length"], forward)
 
 
 @contextmanager
@@ -123,12 +157,13 @@ def evaluate(
 
     `options`: task options to override. `model`: the new location of the backbone, if it has moved.
     """
-    loaded = load_run(Path(folder), options=options, model=model)
-    reading, task = reading_of(loaded.recipe), loaded.task
+    run = open_run(Path(folder), options, model)
+    reading, task = reading_of(run.recipe), run.task
     with _settings_of(folder):
         table = task.read(data, reading, "eval")
-        columns = find_again(table, task.columns, loaded.columns)
-        examples = task.examples(table, columns, loaded.labels, reading.skip_bad)
+        columns = find_again(table, task.columns, run.columns)
+        examples = task.examples(table, columns, run.labels, reading.skip_bad)
+    loaded = load_run(run)
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
     outcomes = run_predict(
         dataset, loaded.forward, task, 2 * loaded.recipe.train.batch_size
@@ -204,6 +239,7 @@ def predict_into(
             count += len(piece)
             if tell is not None:
                 tell(count)
+        check_path(path, None, overwrite)  # another process may have written it meanwhile
     return {
         "out": str(path), "rows": count, "skipped": answers.skipped, "skipped_rows": answers.skipped_rows,
     }  # fmt: skip
@@ -223,16 +259,21 @@ class Answers:
         if isinstance(given, str) and not os.path.exists(os.path.expanduser(given)):
             _refuse_text(given)
         self.folder, self.rows, self.show = folder, rows, show
-        self.loaded = load_run(Path(folder), options=options, model=model)
-        task = self.loaded.task
+        self.run = open_run(Path(folder), options, model)
+        task = self.run.task
         if isinstance(given, list):
             check_items(given, task.modality)
-        items = task.given(given, self.loaded.columns) if isinstance(given, list) else None
+        items = task.given(given, self.run.columns) if isinstance(given, list) else None
         self.numbered = items is None
         self.given = given if items is None else items
-        reading = reading_of(self.loaded.recipe)
+        reading = reading_of(self.run.recipe)
         self.reading = reading if items is None else replace(reading, skip_bad=False)
         self._begin()
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The run in memory, once the first rows are read."""
+        return load_run(self.run)
 
     def _begin(self) -> None:
         self.skipped, self.streamed = 0, False
@@ -244,7 +285,7 @@ class Answers:
 
     def line(self, answer: dict[str, Any]) -> str:
         """Format one answer for the terminal."""
-        return self.loaded.task.line(answer)
+        return self.run.task.line(answer)
 
     def pieces(self) -> Iterator[list[dict[str, Any]]]:
         """Yield non-empty lists of answers. Raises `UserError` for a bad row, or if all rows are bad."""
@@ -264,18 +305,16 @@ class Answers:
             raise none_good
 
     def _examples(self) -> Iterator[Examples | NoGoodRows]:
-        loaded, task = self.loaded, self.loaded.task
+        run, task = self.run, self.run.task
         columns: dict[str, str] | None = None
         with _settings_of(self.folder):
             for table in task.pieces(self.given, self.reading, "data", self.rows):
                 if not len(table):
                     self._leave_out(table.skipped)
                     continue
-                columns = columns or find_again(table, task.columns, loaded.columns, leave_out=task.labelled)
+                columns = columns or find_again(table, task.columns, run.columns, leave_out=task.labelled)
                 try:
-                    examples = task.examples(
-                        table, columns, loaded.labels, self.reading.skip_bad, targets=False
-                    )
+                    examples = task.examples(table, columns, run.labels, self.reading.skip_bad, targets=False)
                 except NoGoodRows as error:
                     yield error
                 else:

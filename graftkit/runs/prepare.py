@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.loop import Settings
-from graftkit.errors import UserError
+from graftkit.errors import NoGoodRows, UserError
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.load import begin_with
@@ -39,6 +41,8 @@ from graftkit.tasks.shared.alike import alike
 
 # torch's messages for shapes too large for any memory
 TOO_LARGE = re.compile(r"size calculation overflowed|Overflow when unpacking|without overflow")
+
+SAMPLE = 4  # rows that are encoded before weights are read
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,37 @@ def attach_new(backbone: Backbone, method: Chain, *, meta: bool, keep_base: bool
         raise
 
 
-def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
-    """Load the backbone, attach the graft and make the plan. `meta`: shapes only."""
+def rehearse(recipe: Recipe, rows: Rows) -> None:
+    """Raise `UserError` for what shapes alone can tell, before weights are read, which may take minutes.
+
+    A few rows are encoded too. The model of a function of the user's is not made twice.
+    """
+    if ":" in recipe.model and not Path(recipe.model).exists():
+        return
+    few = rows.train.take(range(min(SAMPLE, len(rows.train))))
+    with by_shapes():
+        backbone, graft, max_length = _grafted(recipe, rows, meta=True)
+        if recipe.train.steps is not None and rows.task.trains:
+            graft.method.check_steps(recipe.train.steps)
+        rows.task.dataset(few, backbone, max_length, training=True)
+
+
+@contextmanager
+def by_shapes() -> Iterator[None]:
+    """Do something on the meta device ahead of the real weights; only a `UserError` gets out."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except NoGoodRows:  # of a few: others may be good
+        return
+    except UserError:
+        raise
+    except Exception:  # code of the user's that needs values; the weights will show what is wrong
+        return
+
+
+def _grafted(recipe: Recipe, rows: Rows, *, meta: bool) -> tuple[Backbone, Graft, int]:
+    """Load the backbone and attach the graft. Return both with the maximum number of tokens of a row."""
     backbone, method = prepare_backbone(
         recipe.model, method_of(recipe), rows.task, rows.labels, weights=recipe.weights,
         quantize=recipe.quantize, meta=meta, seed=recipe.seed,
@@ -197,6 +230,14 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
         graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
     if recipe.train.start is not None:
         begin_with(graft, Path(recipe.train.start).expanduser(), rows.labels)
+    if rows.task.trains:
+        as_optimizer(recipe.train.optimizer).check(graft.param_groups())
+    return backbone, graft, rows.task.max_length(recipe.data.max_length, backbone)
+
+
+def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
+    """Load the backbone, attach the graft and make the plan. `meta`: shapes only."""
+    backbone, graft, max_length = _grafted(recipe, rows, meta=meta)
     device = parallel.device()
     kind = precision.choose(recipe.train.precision, device)
     if not meta:
@@ -206,14 +247,11 @@ def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
     if config is not None:
         config.use_cache = False
     train = recipe.train
-    max_length = rows.task.max_length(recipe.data.max_length, backbone)
     dataset = rows.task.dataset(rows.train, backbone, max_length, training=True)
     per_epoch = steps_per_epoch(len(dataset), train.batch_size, train.accumulate * parallel.processes()[1])
     steps = (train.steps or math.ceil(train.epochs * per_epoch)) if rows.task.trains else 0
     graft.method.check_steps(steps)
     optimizer = as_optimizer(train.optimizer)
-    if rows.task.trains:
-        optimizer.check(graft.param_groups())
     phases = find_phases(graft, steps, per_epoch)
     plan = make_plan(
         graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,

@@ -19,18 +19,19 @@ from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.engine.tracking import refuse_missing
 from graftkit.errors import Interrupted, UserError
-from graftkit.files import read_json, write_json, write_text
+from graftkit.files import write_json, write_text
 from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
-from graftkit.runs.folder import PLAN, RECIPE, RESULT, go_on, how_to_resume
+from graftkit.runs.folder import METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
-from graftkit.runs.prepare import Prepared, prepare, prepare_rows
+from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse
 from graftkit.runs.reporting import found_in
+from graftkit.runs.saved import log_lines, read_plan, read_result
 from graftkit.tasks.base import Dataset
 
 
@@ -126,6 +127,7 @@ def run_recipe(
         claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
         folder = claimed or run_folder.named(str(recipe.out))
         rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        rehearse(recipe, rows)
         prepared = prepare(recipe, rows)
         prepared, datasets = _encode(prepared)
         prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
@@ -163,19 +165,24 @@ def resume_run(
     """Resume an unfinished run. Raises `UserError` if its inputs are not those that it started with, unless `force`."""
     console.quiet_unless(processes()[0] == 0)
     folder = folder.expanduser().absolute()
+    if folder.name == RECIPE and folder.is_file():
+        folder = folder.parent
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / RECIPE).is_file():
         raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE), stored=True)
     if (folder / RESULT).is_file():
+        result = read_result(folder / RESULT)
         console.line(
             f"{folder} is already finished; its metrics are in {RESULT} and README.md there. {go_on(folder)}"
         )
         with suppress(UserError), run_folder.held(folder):
             if run_folder.tidy(folder):
                 console.line("note: removed what was left there when the run was killed at its end.")
-        return Run(folder, read_json(folder / RESULT))
+        return Run(folder, result)
+    read_plan(folder / PLAN)  # raise if they are damaged, before anything is loaded
+    log_lines(folder / METRICS)
     tables = tables or {}
     for name in ("train", "eval", "test"):
         if getattr(recipe.data, name) == IN_MEMORY and name not in tables:
@@ -363,7 +370,7 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of being interrupted within a step; a second one interrupts at once."""
+    """Collect Ctrl-C, SIGTERM and SIGHUP (the terminal was closed) instead of being interrupted within a step; a second one interrupts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -374,7 +381,10 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

@@ -352,6 +352,7 @@ class Task(Reader, Encoder, Learner, Scorer):
     method, and `head`, whether the task adds a head to the model.
     """
 
+    aliases: ClassVar[tuple[str, ...]] = ()  # other names that recipes may use
     modality: ClassVar[str] = "text"
     method: ClassVar[str] = "lora() + head()"
     head: ClassVar[bool] = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.encode import Encoded, encode_texts
+from graftkit.data.json_text import parse_json
 from graftkit.data.ragged import places
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
@@ -63,6 +63,7 @@ class Choices(TextDataset):
 class Choice(Task):
     """Multiple choice: one of several answers that are given in the row."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("multiple_choice",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("question", ("prompt", "query", "stem", "ctx", "startphrase", "sent1", "text"), "question", required=False),
         Column("context", ("passage", "article", "support"), "context", required=False),
@@ -317,7 +318,7 @@ def read_choices(value: Any) -> tuple[list[str], list[str]]:
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise ValueError(f"the list of choices is not JSON: {error}") from None
     keys: list[str] = []

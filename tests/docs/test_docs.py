@@ -15,11 +15,11 @@ from types import ModuleType
 
 import pytest
 import typer
-import yaml
 
 import graftkit
 from graftkit.cli import main as cli
 from graftkit.recipe import schema as recipe
+from graftkit.recipe import values
 from graftkit.recipe.catalogue import entries
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_examples_are_valid_recipes(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=_id)
 def test_yaml_blocks_are_valid_recipes(path: Path) -> None:
     for block in _blocks(path, "yaml"):
-        recipe.make(yaml.load(block, recipe._Loader), path.name)
+        recipe.make(values.parse(block), path.name)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=_id)

@@ -287,3 +287,30 @@ def test_old_names_are_those_of_no_option():
         for entry in entries(family).values():
             old = [option.formerly for option in entry.options.values() if option.formerly]
             assert len(set(old)) == len(old) and not set(old) & set(entry.options), entry.name
+
+
+@pytest.mark.parametrize(
+    ("written", "family", "name"),
+    [
+        ("text-classification", "task", "classify"),
+        ("sequence-classification", "task", "classify"),
+        ("token-classification", "task", "tag"),
+        ("ner", "task", "tag"),
+        ("NER", "task", "tag"),
+        ("question-answering", "task", "span"),
+        ("qa", "task", "span"),
+        ("sft", "task", "generate"),
+        ("causal-lm", "task", "generate"),
+        ("multiple-choice", "task", "choice"),
+        ("image-classification", "task", "image_classify"),
+        ("audio-classification", "task", "audio_classify"),
+        ("full_finetuning", "method", "full"),
+    ],
+)
+def test_other_names_are_understood(written, family, name):
+    from graftkit.recipe.expressions import parse
+    from graftkit.recipe.schema import make
+
+    assert parse(written.replace("-", "_"), family)[0].name == name
+    if family == "task":
+        assert make({"model": "m", "task": written, "data": {"train": "t.csv"}}).task

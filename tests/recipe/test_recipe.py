@@ -9,6 +9,7 @@ import pytest
 
 from graftkit.errors import UserError
 from graftkit.recipe import schema as recipes
+from graftkit.recipe.values import override
 
 MINIMAL = {"model": "m", "data": {"train": "train.csv"}}
 
@@ -33,9 +34,7 @@ def test_a_head_is_added_where_the_method_names_none():
 
 def test_settings_are_put_over_a_recipe_and_the_recipe_is_not_changed():
     values = {**MINIMAL, "train": {"epochs": 2, "lr": 1.0}}
-    over = recipes.override(
-        values, ["train.lr=1e-3", "train.steps=7", "data.columns={text: q, label: y}", "seed=3"]
-    )
+    over = override(values, ["train.lr=1e-3", "train.steps=7", "data.columns={text: q, label: y}", "seed=3"])
     made = recipes.make(over)
     assert (made.train.lr, made.train.steps, made.train.epochs, made.seed) == (0.001, 7, 2.0, 3)
     assert made.data.columns == {"text": "q", "label": "y"}
@@ -62,7 +61,7 @@ def test_every_way_of_writing_a_learning_rate(text, tmp_path):
         ({"train": {"schedule": "cosin"}}, ["train.schedule", "'linear', 'cosine' or 'constant'", "'cosine'?"]),
         ({"train": {"precision": "fp16"}}, ["train.precision", "'bf16'"]),
         ({"train": {"evaluate_every": "never"}}, ["train.evaluate_every", "'never'", "epoch"]),
-        ({"train": {"evaluate_every": 0}}, ["train.evaluate_every", "at least 1"]),
+        ({"train": {"evaluate_every": 0}}, ["train.evaluate_every", "from 1 to"]),
         ({"train": {"evaluate_every": "0 epochs"}}, ["train.evaluate_every", "2 epochs"]),
         ({"train": {"label_smoothing": 1.0}}, ["train.label_smoothing", "less than 1"]),
         ({"data": {"train": "t.csv", "eval": 1.5}}, ["data.eval", "1.5", "between 0 and 1"]),
@@ -105,7 +104,7 @@ def test_what_is_wrong_is_named_with_what_is_right(change, told):
 )
 def test_settings_that_are_none(settings, told):
     with pytest.raises(UserError, match=told):
-        recipes.override(MINIMAL, settings)
+        override(MINIMAL, settings)
 
 
 def test_recipe_files_that_are_none(tmp_path):

@@ -31,6 +31,7 @@ class Attack:
     says: str
     command: str = TUNE
     files: Mapping[str, str | bytes | Callable[[Path], object] | None] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     status: int = 1
     seconds: float = SECONDS
 

@@ -320,7 +320,7 @@ def test_the_graft_is_an_adapter_of_peft(llama, t5, data, tmp_path, method, kind
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from graftkit.runs.predict import load_run
+    from graftkit.runs.predict import load_run, open_run
 
     source = llama if kind == "llama" else t5
     run = tune(source, data, tmp_path / "run", method=method, epochs=1.0)
@@ -330,7 +330,7 @@ def test_the_graft_is_an_adapter_of_peft(llama, t5, data, tmp_path, method, kind
     assert json.loads(config.read_text())["task_type"] == ("CAUSAL_LM" if kind == "llama" else "SEQ_2_SEQ_LM")
     auto = AutoModelForCausalLM if kind == "llama" else AutoModelForSeq2SeqLM
     theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(source), run.path / "graft").eval()
-    ours = load_run(run.path).graft.model
+    ours = load_run(open_run(run.path)).graft.model
     ids = torch.randint(6, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     given |= {"decoder_input_ids": ids[:, :4]} if kind == "t5" else {}

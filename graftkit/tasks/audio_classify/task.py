@@ -49,6 +49,7 @@ SECONDS = 30.0  # of a sound at most, where neither the recipe nor the model say
 class AudioClassify(LabelTask):
     """One of several labels for a sound: WAV, FLAC, OGG or MP3 files, in one folder per class or listed in a table."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("audio_classification",)
     columns: ClassVar[tuple[Column, ...]] = (Column("audio", AUDIO, "text"), Column("label", LABEL, "label"))
     families: ClassVar[tuple[str, ...]] = ("AUDIO_CLASSIFICATION",)
 

@@ -45,6 +45,11 @@ class Classify(TextTask):
     of the training rows' standard deviation.
     """
 
+    aliases: ClassVar[tuple[str, ...]] = (
+        "text_classification",
+        "sequence_classification",
+        "sentiment_analysis",
+    )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("text", (*FIRST, *TEXT), "text"),
         Column("text_pair", SECOND, "text", required=False),

@@ -61,6 +61,7 @@ class Generate(Task):
     A row is a prompt (with an optional input) and its completion, or messages with roles, or a plain text.
     """
 
+    aliases: ClassVar[tuple[str, ...]] = ("text_generation", "causal_lm", "sft", "chat", "summarization")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("prompt", PROMPT, "prompt", required=False),
         Column("input", ("context",), "input", required=False),

@@ -145,6 +145,7 @@ class ImageClassify(LabelTask):
 
     method: ClassVar[str] = "head()"
     families: ClassVar[tuple[str, ...]] = ("IMAGE_CLASSIFICATION",)
+    aliases: ClassVar[tuple[str, ...]] = ("image_classification",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("image", PATHS, "text"),
         Column("label", LABEL, "label"),

@@ -36,6 +36,7 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")
 class Span(Task):
     """Extractive question answering: the answer to a question as a span of a text, or no answer."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("question_answering", "extractive_qa", "qa", "squad")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("question", ("query",), "text"),
         Column("context", ("passage", "paragraph", "document", "text"), "text"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graftkit.data.json_text import parse_json
 from graftkit.errors import listing, nearest
 from graftkit.tasks.shared.items import is_nothing
 from graftkit.tasks.shared.labels import LabelIndex, label_text
@@ -101,7 +101,7 @@ def _listed(tags: Any) -> list[Any] | None:
 
 def _from_json(text: str) -> list[Any] | None:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError:
         return None
     return found if isinstance(found, list) else None

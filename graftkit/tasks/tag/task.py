@@ -58,6 +58,7 @@ class Tag(Task):
     are CoNLL files or tables. Tags that begin with B- and I- mark entities.
     """
 
+    aliases: ClassVar[tuple[str, ...]] = ("token_classification", "ner", "pos", "sequence_labeling")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("tokens", ("words", "text", "sentence", "content", "document", "tweet"), "text"),
         Column(

@@ -1,0 +1,51 @@
+"""Chat templates are programs of others: none of them may run forever or write without end."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from language_models import tokenizer
+
+from graftkit.data import template_limits
+from graftkit.data.chat import Template, TemplateFails
+from graftkit.errors import UserError
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+LOOP = "{% for i in range(9999) %}" * 3 + "{% endfor %}" * 3
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (LOOP, r"chat template \(.*, of some/model\) takes more than 0 s.*endless loop"),
+        ("{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}", "fails: maximum recursion depth"),
+        ("{% for i in range(10**9) %}{% endfor %}", r"\(.*, of some/model\) uses the operator '\*\*'"),
+        ("{{ 9 ** messages|length ** 9 }}", r"uses the operator '\*\*'"),
+        ("{% for i in range(1000000000) %}{% endfor %}", "fails: Range too big"),
+        ("{{ messages[0].content * 20000000 }}", "fails: its text has 20,000,000 characters"),
+        ("{% for i in range(9999) %}{{ 'x' * 2000 }}{% endfor %}", "fails: its text has"),
+    ],
+)
+def test_a_template_has_limits(template, says, monkeypatch):
+    monkeypatch.setattr(template_limits, "SECONDS", 0.3)
+    monkeypatch.setattr("graftkit.data.chat.SECONDS", 0.3)
+    words = tokenizer()
+    words.chat_template = template
+    with pytest.raises((UserError, TemplateFails), match=says):
+        Template(words, None, "some/model").write(TALK, False)
+
+
+def test_stars_that_are_no_power():
+    text = "{% macro m(a) %}**{{ a }}**{% endmacro %}{{ m(**{'a': messages[0].content}) }} {# 2 ** 3 #}"
+    assert not template_limits.has_power(text)
+    assert Template(tokenizer(), text, "m").write(TALK, False).strip() == "**a**"
+
+
+def test_a_thread_renders_without_a_limit_of_time():
+    found: list[str] = []
+    write = Template(tokenizer(), "{{ messages[0].content }}", "m").write
+    thread = threading.Thread(target=lambda: found.append(write(TALK, False)))
+    thread.start()
+    thread.join()
+    assert found == ["a"]
