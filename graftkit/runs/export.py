@@ -53,6 +53,7 @@ def _export(folder: Path, to: Path, exporter: Exporter, model: str | None) -> di
             raise NotFoldable(reason)
     loaded = load_run(opened, exact=True)
     run = _exportable(loaded)
+    exporter.refuse(run)  # again: shapes alone do not always tell, as of a user's module
     if run.base is not None:
         _refuse(to, "the model that the run started from", run.base.resolve())
     sample = _sample(loaded)
