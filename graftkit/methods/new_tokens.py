@@ -73,7 +73,8 @@ class NewTokens(Method):
         if first > min(sizes):
             raise UserError(
                 f"new_tokens(): the ids of the new tokens start at {first:,}, but {backbone.source} has "
-                f"rows for only {min(sizes):,} tokens, so the ids in between have none. Use the tokenizer that belongs to the model."
+                f"rows for only {min(sizes):,} tokens, so the ids in between have none. Use the tokenizer that belongs to "
+                "the model."
             )
         name, count, rows = f"new_tokens_{graft}", len(self.tokens), None
         for module in tables.values():

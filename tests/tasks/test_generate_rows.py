@@ -272,7 +272,7 @@ def test_models_that_cannot_be_packed_are_refused_with_the_reason():
         dataset(Generate(packing=True), backbone("t5"), table)
     base = backbone("llama")
     attach(base, read_method("prompt(tokens=3)"))
-    with pytest.raises(UserError, match="virtual tokens stand in front of a row once"):
+    with pytest.raises(UserError, match="virtual tokens are added once per packed row"):
         dataset(Generate(packing=True), base, table)
     assert leaks(model("gpt2"), [np.arange(6, 12), np.arange(9, 20)]) is None
 
