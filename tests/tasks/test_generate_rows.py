@@ -265,7 +265,7 @@ def test_models_that_cannot_be_packed_are_refused_with_the_reason():
     table = rows(6)
     for kind in ("mamba", "opt", "bloom"):
         with pytest.raises(
-            UserError, match=r"ForCausalLM\) cannot be packed: its logits for packed rows differ"
+            UserError, match=r"ForCausalLM\) cannot be packed: its logits for packed and separate rows differ"
         ):
             dataset(Generate(packing=True), backbone(kind), table)
     with pytest.raises(UserError, match="encoder and a decoder, and packing does not support such models"):
