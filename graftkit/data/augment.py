@@ -1,5 +1,7 @@
-"""Random changes of training images. All that is random comes from numbers that are drawn for each image by itself, so
-that an image is changed in the same way whatever stands beside it in a batch, and whichever thread changes it.
+"""Random augmentation of training images.
+
+The random numbers are drawn for each image separately, so its augmentation does not depend on the other images of the batch
+or on the thread that computes it.
 """
 
 from __future__ import annotations
@@ -16,22 +18,22 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DRAWS = 67  # numbers for one image: 40 for a crop, 2 for each operation, and for `pixels` the last 3
-TRIES = 10  # at a box that lies within the image
+DRAWS = 67  # random numbers per image: 40 for the crop, 2 for each operation, the last 3 for `pixels`
+TRIES = 10  # attempts to draw a box that lies within the image
 MOST_OPERATIONS = 12
 MOST = 30  # largest magnitude of an operation
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images; the values that switch a part off are 0 and None.
+    """The augmentation of training images; 0 or None disables a part.
 
-    `crop`: 'resized', a random box that is brought to the model's size (Szegedy et al. 2014, 'Going Deeper with
-    Convolutions'), of at least `smallest` of the area and 3/4 to 4/3 as wide as high; or 'padded', the image moved by up
-    to `padding` pixels each way, with the mean colour behind it (He et al. 2015). `flip`: probability of left and
-    right exchanged. `operations`, `magnitude`: RandAugment (Cubuk et al. 2019), as torchvision has it. `mixup`,
-    `cutmix`: the parameter of the Beta distribution of shares (Zhang et al. 2017; Yun et al. 2019); with both, either is
-    taken for a batch with probability 1/2.
+    `crop`: 'resized', a random box with at least the fraction `smallest` of the area and an aspect ratio of 3/4 to 4/3,
+    resized to the model's input size (Szegedy et al. 2014, 'Going Deeper with Convolutions'); or 'padded', a random shift of
+    up to `padding` pixels in each direction, filled with the mean colour (He et al. 2015). `flip`: probability of a
+    horizontal flip. `operations`, `magnitude`: RandAugment (Cubuk et al. 2019), as in torchvision. `mixup`, `cutmix`: alpha
+    of the Beta distribution that mixing weights are drawn from (Zhang et al. 2017; Yun et al. 2019); if both are set, each
+    batch uses either with probability 1/2.
     """
 
     crop: str | None = None
@@ -56,15 +58,15 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed, and with them their targets."""
+        """Whether the images of a batch, and with them their targets, are mixed."""
         return bool(self.mixup or self.cutmix)
 
     def draw(self, random: np.random.Generator) -> list[float]:
-        """The DRAWS numbers in [0, 1) that `image` and `pixels` use for one image."""
+        """Draw the DRAWS numbers in [0, 1) that `image` and `pixels` use for one image."""
         return random.random(DRAWS).tolist()
 
     def image(self, image: Image, drawn: list[float], size: tuple[int, int], resample: int) -> Image:
-        """One image changed, of `size` (height, width) where it is cropped."""
+        """Return the augmented image; a resized crop has `size` (height, width)."""
         numbers = iter(drawn)
         first = [next(numbers) for _ in range(4 * TRIES)]
         if self.crop == "resized":
@@ -75,7 +77,7 @@ class Augmentation:
         return image
 
     def pixels(self, x: Tensor, drawn: list[list[float]]) -> Tensor:
-        """A batch (images, channels, height, width) moved and flipped, each image by its own numbers."""
+        """Return a batch (images, channels, height, width), with each image shifted and flipped by its own numbers."""
         if self.crop == "padded":
             height, width = x.shape[2:]
             places = [[int(u * (2 * self.padding + 1)) for u in numbers[-3:-1]] for numbers in drawn]
@@ -89,8 +91,10 @@ class Augmentation:
         return x
 
     def mix(self, x: Tensor, random: np.random.Generator) -> tuple[Tensor, np.ndarray, float]:
-        """Images (images, channels, height, width) mixed in pairs, the number of the other one of each, (images,), and
-        the share of each image that is its own."""
+        """Mix the images (images, channels, height, width) in pairs.
+
+        Returns the mixed images, the index of each image's partner (images,), and the weight of the image itself.
+        """
         cut = self.cutmix > 0 and (self.mixup == 0 or random.random() < 0.5)
         alpha = self.cutmix if cut else self.mixup
         share = float(random.beta(alpha, alpha))
@@ -107,13 +111,13 @@ class Augmentation:
 
 
 def _stretch(length: int, share: float, drawn: float) -> tuple[int, int]:
-    """The part of 0 to `length` that lies within `share` of it around a drawn middle."""
+    """Return the (start, end) of a stretch of `share` * `length` around a random centre, clipped to [0, length]."""
     middle, half = int(drawn * length), int(length * share) // 2
     return max(0, middle - half), min(length, middle + half)
 
 
 def random_box(width: int, height: int, smallest: float, drawn: Iterator[float]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a box within an image: its area uniform, the logarithm of its ratio too."""
+    """Return a random box (left, top, right, bottom) within an image; area and log aspect ratio are uniform."""
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(TRIES):
         area = width * height * (smallest + (1 - smallest) * next(drawn))
@@ -122,14 +126,14 @@ def random_box(width: int, height: int, smallest: float, drawn: Iterator[float])
         if 0 < w <= width and 0 < h <= height:
             left, top = int(next(drawn) * (width - w + 1)), int(next(drawn) * (height - h + 1))
             return left, top, left + w, top + h
-    w = min(width, max(1, round(height * 4 / 3)))  # the largest box in the middle whose ratio is allowed
+    w = min(width, max(1, round(height * 4 / 3)))  # the largest centred box with an allowed ratio
     h = min(height, max(1, round(width * 4 / 3)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
 def operate(image: Image, magnitude: int, chosen: float, sign: float) -> Image:
-    """One of the operations of RandAugment; `chosen` and `sign` in [0, 1) say which, and in which direction."""
+    """Apply one operation of RandAugment. `chosen` and `sign`, in [0, 1), select the operation and its direction."""
     operation = OPERATIONS[int(chosen * len(OPERATIONS))]
     return operation(image, magnitude / MOST, -1.0 if sign < 0.5 else 1.0)
 

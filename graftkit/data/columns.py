@@ -1,4 +1,4 @@
-"""Which column of a table is the text and which the label: as the recipe says, by name, then by type."""
+"""Find the columns of a table that a task needs: as named in the recipe, then by name, then by type."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing, nearest
 
-SENTENCE = 5  # words of a column's name from which on it can be a text
+SENTENCE = 5  # a column name of at least this many words may be a text
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column that a task wants. `aliases` are other names under which it is usually found, best first;
-    `kind` is 'text' or 'label'; one that is not `required` is found only by name."""
+    """A column that a task uses. `aliases`: other common names for it, best first. `kind`: 'text' or 'label'. A column that
+    is not `required` is found only by name."""
 
     name: str
     aliases: tuple[str, ...]
@@ -26,7 +26,7 @@ class Column:
 
 @dataclass(frozen=True)
 class _Profile:
-    """What the values of a column look like; empty ones are left aside."""
+    """What the values of a column look like, ignoring empty ones."""
 
     kind: str  # 'whole' (integers, booleans, digits), 'string' or 'other'
     distinct: int
@@ -35,15 +35,15 @@ class _Profile:
 
 
 def find_columns(table: Table, wanted: Sequence[Column], named: Mapping[str, str]) -> dict[str, str]:
-    """The table's column for each wanted one: `{'text': 'utterance', 'label': 'intent'}`.
+    """Return the table's column for each wanted one: `{'text': 'utterance', 'label': 'intent'}`.
 
-    `named` is the recipe's `data.columns`. What it leaves out is found by name or alias (upper and lower
-    case are the same), then, where required, by type: a label has few distinct values, a text is the
-    longest string. An optional column that is not found is left out, and one is not looked for where `named`
-    has another column of its kind: who names the text wants no pair.
+    `named` is the recipe's `data.columns`. Other columns are found by name or alias, ignoring case, and then, if required,
+    by type: a label has few distinct values, and a text is the longest string. Optional columns that are not found are
+    omitted. They are not searched for if `named` contains another column of the same kind: a recipe that names the text
+    wants no pair.
 
-    Raises UserError where `named` does not fit the task or the table, where a required column is not found,
-    or where more than one column would do.
+    Raises `UserError` if `named` does not fit the task or the table, if a required column is not found, or if several
+    columns match.
     """
     found = _check_named(table, wanted, named)
     kinds = {column.kind for column in wanted if column.name in named}
@@ -56,12 +56,12 @@ def find_columns(table: Table, wanted: Sequence[Column], named: Mapping[str, str
 def find_again(
     table: Table, wanted: Sequence[Column], columns: Mapping[str, str], *, leave_out: Collection[str] = ()
 ) -> dict[str, str]:
-    """The columns of a run in another table: exactly `columns` less `leave_out`, and all of them.
+    """Return the columns of a run in another table: all of `columns`, except those in `leave_out`.
 
-    They are found under the name that they had in the training table, then as `find_columns` does. A column
-    that has the name or an alias of one in `leave_out` is not taken for another.
+    Each is found by its name in the training table, or else as in `find_columns`. A column with the name or an alias of one
+    in `leave_out` is not used for another.
 
-    Raises UserError where one of them is not found.
+    Raises `UserError` if one of them is not found.
     """
     found = {
         name: column for name, column in columns.items() if column in table.columns and name not in leave_out
@@ -108,9 +108,9 @@ def _find(
 
 
 def _refuse_row_as_header(table: Table, name: str) -> None:
-    """Raise `UserError` where the name of a column that was found by type looks like one of its values.
+    """Raise `UserError` if the name of a column found by type looks like one of its values.
 
-    Then the file has no header, and its first row was taken for one.
+    Such a file has no header, and its first row was read as one.
     """
     values = [str(value).strip() for value in table.columns[name] if value is not None]
     same = sum(value == name.strip() for value in values)
@@ -123,8 +123,8 @@ def _refuse_row_as_header(table: Table, name: str) -> None:
     else:
         return
     raise UserError(
-        f"{table.source} seems to have no header: its columns are {listing(map(repr, table.columns))}, and {seen}. Write a "
-        "first line with names, such as text,label. If these are the names, give them: data.columns={text: ..., label: ...}"
+        f"{table.source} seems to have no header: its columns are {listing(map(repr, table.columns))}, and {seen}. Add a "
+        "header line, such as text,label. If these are the names, set data.columns={text: ..., label: ...}"
     )
 
 
@@ -152,7 +152,7 @@ def _check_named(table: Table, wanted: Sequence[Column], named: Mapping[str, str
         if name in found.values():
             other = next(earlier for earlier, taken in found.items() if taken == name)
             raise UserError(
-                f"data.columns gives column '{name}' to both '{other}' and '{key}'. Name two columns"
+                f"data.columns gives column '{name}' to both '{other}' and '{key}'. Choose two different columns"
             )
         found[key] = name
     return found
@@ -165,8 +165,8 @@ def _match(table: Table, name: str, found: Mapping[str, str], remedy: str) -> st
     matches = [column for column in left if column.casefold() == name.casefold()]
     if len(matches) > 1:
         raise UserError(
-            f"{table.source} has columns '{matches[0]}' and '{matches[1]}', which differ only in upper and "
-            f"lower case. {remedy}"
+            f"{table.source} has columns '{matches[0]}' and '{matches[1]}', which differ only in "
+            f"case. {remedy}"
         )
     return matches[0] if matches else None
 
@@ -174,7 +174,7 @@ def _match(table: Table, name: str, found: Mapping[str, str], remedy: str) -> st
 def _candidates(
     table: Table, column: Column, found: Mapping[str, str], wanted: Sequence[Column]
 ) -> list[str]:
-    """Columns that are left and look like `column`: exactly one is an answer."""
+    """Return the unused columns that look like `column`; it is found if there is exactly one."""
     profiles = {
         name: _profile(values) for name, values in table.columns.items() if name not in found.values()
     }
@@ -182,7 +182,7 @@ def _candidates(
     longest = max(strings, key=strings.__getitem__, default=None)
     if column.kind == "text":
         if sum(other.kind == "text" and other.required for other in wanted) > 1:
-            return []  # what is in them does not say which text is the question
+            return []  # their values do not tell which text is which
         return [name for name, length in strings.items() if length * 2 > strings[longest or name]]
     needs_text = any(other.kind == "text" and other.required and other.name not in found for other in wanted)
     return [
@@ -200,7 +200,7 @@ def _profile(values: Sequence[Any]) -> _Profile:
         kind = "whole"
     elif filled and all(isinstance(value, str) for value in filled):
         kind = "string"
-    else:  # images and sounds among them, which are long as text
+    else:  # also images and sounds, whose text form is long
         return _Profile("other", len(filled), len(filled), 0.0)
     length = sum(len(str(value)) for value in filled) / len(filled)
     return _Profile(kind, len(set(filled)), len(filled), length)
@@ -229,4 +229,4 @@ def _how_to_name(found: Mapping[str, str], wanted: Sequence[Column]) -> str:
 
 def _how_to_rename(found: Mapping[str, str], wanted: Sequence[Column]) -> str:
     missing = [column.name for column in wanted if column.name not in found]
-    return f"Rename the columns as those of the training rows, or to: {listing(missing)}"
+    return f"Rename the columns to match the training rows, or to: {listing(missing)}"

@@ -1,4 +1,4 @@
-"""Special tokens that a text already holds where its tokenizer puts them: they would stand there twice."""
+"""Remove special tokens from the ends of a text if its tokenizer adds them anyway, so that they do not occur twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Around:
-    """What a tokenizer puts before and behind a text, as the texts of these tokens."""
+    """The special tokens that a tokenizer adds before and after a text, as strings."""
 
     front: tuple[str, ...]
     back: tuple[str, ...]
@@ -25,7 +25,7 @@ class Around:
         return Around(tuple(tokens[:front]), tuple(tokens[len(tokens) - back :]))
 
     def taken_off(self, text: str) -> str:
-        """The text without these tokens at its ends; one that is nothing else stays as it is."""
+        """Return the text without these tokens at its ends; a text that contains nothing else is returned unchanged."""
         shorter = text
         for token in self.front:
             if token and shorter.lstrip().startswith(token):

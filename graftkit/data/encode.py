@@ -1,4 +1,4 @@
-"""Texts to token ids, and rows of ids to padded batches."""
+"""Encode texts as token ids, and pad rows of ids to batches."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from graftkit.errors import UserError
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and what goes with them, row by row, not padded yet.
+    """Token ids and other features of each row, without padding.
 
-    `features`: name -> the integers of each row. `lengths`: tokens in each row. `truncated`: how many
-    rows were cut because they are longer than the model takes.
+    `features`: name -> the integers of each row. `lengths` (rows,): tokens in each row. `truncated`: number of rows cut to
+    the maximum length. `padding`: padding value of a feature, 0 if it is not listed.
     """
 
     features: Mapping[str, Ragged]
@@ -32,7 +32,7 @@ class Encoded:
         return len(self.lengths)
 
     def pad(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        """The chosen rows as tensors (rows, longest of them), padded on the right."""
+        """Return the given rows as int64 tensors (rows, longest row), padded on the right."""
         chosen = np.asarray(rows)
         return {
             name: torch.from_numpy(feature.padded(chosen, self.padding.get(name, 0)))
@@ -43,9 +43,9 @@ class Encoded:
 def encode_texts(
     tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
 ) -> Encoded:
-    """Tokenize texts, or pairs of texts, with the model's special tokens, which a text may hold already at its ends; longer
-    ones are truncated and counted."""
-    count = getattr(tokenizer, "num_special_tokens_to_add", None)  # own tokenizers may not have it
+    """Tokenize texts, or pairs of texts, with the model's special tokens; ones already present at the ends of a text are not
+    doubled. Texts of more than `max_length` tokens are truncated and counted."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", None)  # a user's tokenizer may lack it
     special = count(pair=pairs is not None) if count is not None else 0
     if special >= max_length:
         raise UserError(
@@ -59,7 +59,7 @@ def encode_texts(
     )
     names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoding]
     if pairs is None and "token_type_ids" in names:
-        names.remove("token_type_ids")  # all zeros, which models take as given
+        names.remove("token_type_ids")  # all zeros, the default of every model
     features = {name: Ragged([np.asarray(row, dtype=np.int32) for row in encoding[name]]) for name in names}
     lengths = features["input_ids"].lengths
     full = np.flatnonzero(lengths >= max_length)

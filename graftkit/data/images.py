@@ -1,4 +1,4 @@
-"""Images of any kind as 8-bit RGB; what is wrong with a file is found before anything is trained."""
+"""Validate images before training, and load images of any kind as 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
     ".pnm", ".avif",
 )  # fmt: skip
-# kinds that are opened at all: others, such as EPS, start programs of their own
+# formats that may be opened; others, such as EPS, run external programs
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF")
-MOST_PIXELS = 100_000_000  # a picture of more is taken for a decompression bomb
+MOST_PIXELS = 100_000_000  # larger images are treated as decompression bombs
 Result = TypeVar("Result")
 THREADS = min(8, os.cpu_count() or 1)
-STACKS = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # kinds with several pictures that are meant to be seen
+STACKS = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # formats whose files may contain several images
 WHITE = (255, 255, 255)
 
 
 class BadImage(Exception):
-    """What is wrong with an image, as the end of a sentence that begins with its name."""
+    """Say what is wrong with an image, as the end of a sentence that starts with its name."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that was looked at and is good. `source`: a path, bytes of a file, an image of PIL or an array.
+    """A valid image. `source`: a path, bytes of a file, a PIL image or an array.
 
-    `name` stands for it in answers; width and height are those after it was turned upright. `digest` is of its
-    bytes; `several`: it is one of several pictures in its file.
+    `name`: its name in answers and errors. `width`, `height`: pixels, after EXIF rotation. `digest`: SHA-256 of its bytes.
+    `several`: it is the first of several images in its file.
     """
 
     source: Any
@@ -53,7 +53,7 @@ class Picture:
 
 
 def require_pillow() -> None:
-    """Raise `UserError` where Pillow, which reads images, is not installed."""
+    """Raise `UserError` if Pillow, which reads images, is not installed."""
     try:
         import PIL  # noqa: F401
     except ImportError:
@@ -63,7 +63,7 @@ def require_pillow() -> None:
 
 
 def look_at(sources: Sequence[Any], names: Sequence[str]) -> list[Picture | str]:
-    """Decode every image in full and keep none: for each a `Picture`, or what is wrong with it."""
+    """Decode every image in full, without keeping it. Return a `Picture` for each, or what is wrong with it."""
     require_pillow()
 
     def look(source: Any, name: str) -> Picture | str:
@@ -77,9 +77,9 @@ def look_at(sources: Sequence[Any], names: Sequence[str]) -> list[Picture | str]
 
 
 def load(pictures: Sequence[Picture], then: Callable[[Image, int], Result]) -> list[Result]:
-    """What `then` makes of each image, in 8-bit RGB and upright, and its place, several at a time.
+    """Return `then(image, index)` for each picture, loaded as upright 8-bit RGB, in several threads.
 
-    Raises `UserError` where a file is gone or has changed."""
+    Raises `UserError` if a file is missing or has changed since it was validated."""
 
     def one(place: int) -> Result:
         picture = pictures[place]
@@ -87,7 +87,7 @@ def load(pictures: Sequence[Picture], then: Callable[[Image, int], Result]) -> l
             image = _rgb(_open(_bytes(picture.source)))
         except BadImage as bad:
             raise UserError(
-                f"{picture.name} {bad}. It was good when it was checked, so it has changed"
+                f"{picture.name} {bad}. It was valid when it was checked, so it has changed since"
             ) from None
         return then(image, place)
 
@@ -97,7 +97,7 @@ def load(pictures: Sequence[Picture], then: Callable[[Image, int], Result]) -> l
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PIL warns of odd metadata, and of large images, which are refused here."""
+    """Silence PIL's warnings about odd metadata, and about large images, which are rejected here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -113,7 +113,7 @@ def _look(source: Any, name: str) -> Picture:
 
 
 def _bytes(source: Any) -> Any:
-    """The bytes of a file; an object in memory as it is."""
+    """Return the bytes of a file, or an object in memory unchanged."""
     if not isinstance(source, (str, os.PathLike)):
         return source
     try:
@@ -132,7 +132,7 @@ def _open(raw: Any) -> Image:
         return _from_array(raw)
     if not isinstance(raw, bytes):
         raise BadImage(
-            f"is a {type(raw).__name__}; an image is a path, bytes of a file, an image of PIL or a NumPy array"
+            f"is a {type(raw).__name__}, not a path, the bytes of a file, a PIL image or a NumPy array"
         )
     if not raw:
         raise BadImage("is empty (0 bytes)")
@@ -140,10 +140,10 @@ def _open(raw: Any) -> Image:
     try:
         image = Image.open(io.BytesIO(raw), formats=[kind for kind in FORMATS if kind in Image.OPEN])
     except UnidentifiedImageError:
-        raise BadImage(f"is no image that can be read (it begins with {raw[:12]!r})") from None
+        raise BadImage(f"is not an image that can be read (it starts with {raw[:12]!r})") from None
     except Image.DecompressionBombError:
         raise BadImage(_too_large("")) from None
-    except Exception as error:  # what a broken header makes of a parser can be anything
+    except Exception as error:  # a corrupt header can make a parser raise anything
         raise BadImage(_broken(error)) from None
     _refuse_large(image)
     return image
@@ -155,14 +155,11 @@ def _refuse_large(image: Image) -> None:
 
 
 def _too_large(size: str) -> str:
-    return (
-        f"has more than {MOST_PIXELS:,} pixels{size}, as a file has that is made to fill the memory; if it is a real "
-        "picture, make it smaller"
-    )
+    return f"has more than {MOST_PIXELS:,} pixels{size}, like a decompression bomb; if it is a real image, make it smaller"
 
 
 def _rgb(image: Image) -> Image:
-    """The first picture of a file, upright, as RGB; what can be seen through lies on white."""
+    """Return the first image of a file, upright, as RGB, with transparency on a white background."""
     from PIL import Image, ImageOps
 
     try:
@@ -188,7 +185,7 @@ def _broken(error: Exception) -> str:
 
 
 def _eight_bits(image: Image) -> Image:
-    """Numbers of 16 bits and fractions brought to 0 to 255, where 65,535 and 1 are white."""
+    """Scale 16-bit and floating-point images to 0 to 255; white is 65,535 or 1."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
@@ -198,14 +195,14 @@ def _eight_bits(image: Image) -> Image:
 
 
 def _from_array(values: np.ndarray) -> Image:
-    """An image of an array (height, width) or (height, width, 1, 3 or 4) of 8 or 16 bits, or of fractions up to 1."""
+    """Return an image for an array (height, width) or (height, width, 1, 3 or 4), of 8 or 16 bits or floats in [0, 1]."""
     from PIL import Image
 
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))) or not values.size:
         raise BadImage(
-            f"is an array of shape {list(values.shape)}, where (height, width) or (height, width, 3) should be"
+            f"is an array of shape {list(values.shape)}; it must be (height, width) or (height, width, 3)"
         )
     if values.shape[0] * values.shape[1] > MOST_PIXELS:
         raise BadImage(_too_large(f" ({values.shape[1]:,} x {values.shape[0]:,})"))
@@ -216,7 +213,7 @@ def _from_array(values: np.ndarray) -> Image:
         values = values * 255.0
     elif kind != np.uint8:
         raise BadImage(
-            f"has numbers from {low} to {high} of type {kind}; save it with 8 or 16 bits without a sign, or as "
-            "fractions from 0 to 1"
+            f"has values from {low} to {high} of type {kind}; save it as unsigned integers of 8 or 16 bits, or as "
+            "floats from 0 to 1"
         )
     return Image.fromarray(np.ascontiguousarray(np.round(values).astype(np.uint8)))

@@ -1,4 +1,4 @@
-"""Several rows in one: which go together, and whether a model keeps them apart."""
+"""Pack several rows into one, and check that a model keeps packed rows apart."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from graftkit.backbone.prompts import positions_taken
 from graftkit.data.ragged import places
 from graftkit.errors import first_line
 
-# largest difference of a logit between packed and separate rows, as a share of the largest logit
+# largest difference between logits of packed and separate rows, relative to the largest logit
 SAME, SAME_BF16 = 1e-3, 3e-2
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Row numbers of each packed row of at most `room` tokens: the longest first, each where it fits best."""
+    """Return the row numbers of each packed row of at most `room` tokens, by best-fit decreasing bin packing."""
     packed: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # room left and number of each packed row, sorted
+    left: list[tuple[int, int]] = []  # (room left, number) of each packed row, sorted
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         place = bisect_left(left, (lengths[row], -1))
         if place == len(left):
@@ -37,23 +37,21 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def positions(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Positions within each of several rows that stand behind one another: 0, 1, 2, 0, 1, ..."""
+    """Return the positions within each of several concatenated rows: 0, 1, 2, 0, 1, ..."""
     sizes = np.asarray(lengths, dtype=np.int64)
     return places(np.zeros_like(sizes), sizes)
 
 
 @torch.no_grad()
 def leaks(model: Any, rows: Sequence[np.ndarray]) -> str | None:
-    """Why rows of this model cannot be packed, found by trying it on some; None where it keeps them apart.
+    """Return why rows cannot be packed for this model, tested on up to 3 of `rows`; None if the model keeps them apart.
 
-    Models of transformers 5 see from positions that begin anew where the next row begins, and let no token attend
-    across (`masking_utils.find_packed_sequence_indices`). Recurrent models, and those whose positions come from the
-    attention mask, cannot.
+    Models of transformers 5 detect a new row where positions restart, and mask attention across rows
+    (`masking_utils.find_packed_sequence_indices`). Recurrent models, and those that derive positions from the attention
+    mask, do not.
     """
     if positions_taken(model):
-        return (
-            "virtual tokens stand in front of a row once, so only the first of the packed ones would see them"
-        )
+        return "virtual tokens are added once per packed row, so only the first of its rows would see them"
     rows = [row[:16] for row in sorted(rows, key=len)[-3:] if len(row)]
     if len(rows) < 2:
         return None
@@ -75,10 +73,10 @@ def leaks(model: Any, rows: Sequence[np.ndarray]) -> str | None:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         if is_out_of_memory(error):
             raise
-        return f"it takes no positions that begin anew ({first_line(error)})"
+        return f"it does not accept positions that restart ({first_line(error)})"
     finally:
         model.train(training)
     difference = float((joined - alone).abs().max() / alone.abs().max().clamp(min=1e-9))
     if not difference < (SAME_BF16 if half else SAME):
-        return f"its logits for packed rows differ from those of the rows alone by {difference:.2g} of the largest one"
+        return f"its logits for packed and separate rows differ by {difference:.2g} of the largest one"
     return None

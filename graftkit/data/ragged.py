@@ -1,4 +1,4 @@
-"""Rows of different lengths in one array: joined and padded by indexing, without a loop over the rows."""
+"""Rows of different lengths in one array, joined and padded by indexing instead of a loop over rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Ragged(Sequence[np.ndarray]):
         return self.values[places(self.offsets[rows], self.lengths[rows])]
 
     def padded(self, rows: np.ndarray, fill: int, *, left: bool = False) -> np.ndarray:
-        """Return these rows as int64 (rows, longest of them), filled up behind each, or in front of it."""
+        """Return these rows as int64 (rows, longest row), padded with `fill` on the right, or on the left if `left`."""
         lengths = self.lengths[rows]
         width = int(lengths.max())
         result = np.full((len(rows), width), fill, dtype=np.int64)
@@ -59,12 +59,12 @@ class Ragged(Sequence[np.ndarray]):
 
 
 def pad(rows: Sequence[np.ndarray], fill: int, *, left: bool = False) -> np.ndarray:
-    """Return rows as int64 (rows, longest of them), filled up behind each, or in front of it."""
+    """Return rows as int64 (rows, longest row), padded with `fill` on the right, or on the left if `left`."""
     return Ragged(rows).padded(np.arange(len(rows)), fill, left=left)
 
 
 def mask(lengths: np.ndarray, *, left: bool = False) -> np.ndarray:
-    """Return int64 (rows, longest of them): 1 on the places of each row, 0 on those that are filled up."""
+    """Return an int64 mask (rows, longest row): 1 for values, 0 for padding."""
     columns = np.arange(int(lengths.max()))
     inside = columns >= columns.size - lengths[:, None] if left else columns < lengths[:, None]
     return inside.astype(np.int64)

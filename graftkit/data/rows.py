@@ -1,4 +1,4 @@
-"""Rows of text files from their lines, one after another, so that whole files and pieces of them are read alike."""
+"""Parse the rows of text files lazily from their lines, so that whole files and pieces share one code path."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fields = tuple[int, int, list[str]]  # first line, last line and fields of a rec
 
 
 def csv_lines(blocks: Iterable[str]) -> Iterator[str]:
-    """Lines with their ends, which are `\\n`, `\\r\\n` or `\\r`."""
+    """Yield lines with their line endings: `\\n`, `\\r\\n` or `\\r`."""
     rest: list[str] = []  # parts of a line
     for block in blocks:
         rest.append(block)
@@ -32,7 +32,7 @@ def csv_lines(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def split_lines(blocks: Iterable[str], end: str) -> Iterator[str]:
-    """As `text.split(end)`, of a text that comes in blocks."""
+    """Yield the parts of `text.split(end)` for a text given in blocks."""
     rest: list[str] = []  # parts of a line
     for block in blocks:
         first, *more = block.split(end)
@@ -45,20 +45,20 @@ def split_lines(blocks: Iterable[str], end: str) -> Iterator[str]:
 
 
 def fields_of(kind: str, head: str, blocks: Iterable[str], bad: BadRows) -> tuple[Iterator[Fields], str]:
-    """The records of a CSV or TSV file, its header among them, and how to mend one with too many fields.
+    """Return the records of a CSV or TSV file, including the header, and how to fix one with too many fields.
 
     `head`: the beginning of the text, with at least its first line.
     """
     if kind == "tsv":
-        return tsv_records(split_lines(blocks, "\n" if "\n" in head else "\r")), "a text cannot hold a tab"
+        return tsv_records(split_lines(blocks, "\n" if "\n" in head else "\r")), "a text cannot contain a tab"
     first = next(line for line in head.splitlines() if line.strip())
     delimiter = next((mark for mark in ",;\t" if mark in first), ",")
     records = csv_records(_Lines(csv_lines(blocks)), delimiter, bad)
-    return records, f"a text with '{delimiter}' stands in double quotes"
+    return records, f"put a text that contains '{delimiter}' in double quotes"
 
 
 class _Lines:
-    """Lines that come one by one; those that may be read once more are kept."""
+    """A stream of lines that can be rewound as far back as `forget` allows."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self.coming = lines
@@ -66,7 +66,7 @@ class _Lines:
         self.first = 0  # index of the first line in `kept`
 
     def after(self, index: int) -> Iterator[str]:
-        """The lines from one index on."""
+        """Yield the lines starting at an index."""
         while True:
             if index - self.first == len(self.kept):
                 line = next(self.coming, None)
@@ -80,7 +80,7 @@ class _Lines:
         return self.kept[start - self.first : end - self.first]
 
     def forget(self, before: int) -> None:
-        """Nobody asks for lines before this index again."""
+        """Free lines before this index; they are not needed again."""
         done = before - self.first
         if done > 64 and done * 2 > len(self.kept):
             del self.kept[:done]
@@ -88,8 +88,11 @@ class _Lines:
 
 
 def csv_records(lines: _Lines, delimiter: str, bad: BadRows) -> Iterator[Fields]:
-    """First line, last line and fields of each record. After an unbalanced quote, reading goes on at the
-    line below it, so that the quote costs one row and not all up to the next quote."""
+    """Yield the first line, last line and fields of each record.
+
+    After an unbalanced quote, parsing restarts on the next line, so that the quote costs one row and not all rows up to the
+    next quote.
+    """
     first, seen = 0, False
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
@@ -109,7 +112,7 @@ def csv_records(lines: _Lines, delimiter: str, bad: BadRows) -> Iterator[Fields]
                 opened = start + _opening_quote(lines.between(start, end), delimiter)
                 problem = (
                     "the double quote opened here is not closed at the end of a field "
-                    f"(line {end}: {error}). Write a quote inside a quoted text twice"
+                    f"(line {end}: {error}). Double each quote inside a quoted text"
                 )
                 if not seen:
                     raise UserError(f"{bad.source}, line {opened + 1}: {problem}") from None
@@ -120,7 +123,7 @@ def csv_records(lines: _Lines, delimiter: str, bad: BadRows) -> Iterator[Fields]
 
 
 def _opening_quote(lines: list[str], delimiter: str) -> int:
-    """The index of the line on which the first field that is not well formed begins."""
+    """Return the index of the line on which the first malformed field starts."""
     text, at, line = "".join(lines), 0, 0
     ends = re.escape(delimiter)
     whole = re.compile(rf'(?:"(?:[^"]|"")*+"|(?!")[^{ends}\r\n]*)(?:{ends}|\r\n|\r|\n|\Z)')
@@ -154,7 +157,7 @@ def read_header(records: Iterator[Fields], bad: BadRows) -> list[str]:
 def good_fields(
     records: Iterator[Fields], header: list[str], remedy: str, bad: BadRows
 ) -> Iterator[tuple[int, list[str]]]:
-    """Line and fields of each record that has as many as the header."""
+    """Yield the line and fields of each record with as many fields as the header."""
     for start, end, fields in records:
         if (size := max(map(len, fields), default=0)) > LONGEST:
             bad.add(start, too_long(size))
@@ -180,7 +183,7 @@ def by_column(header: list[str], rows: list[list[str]]) -> dict[str, list[Any]]:
 
 
 def json_line_records(lines: Iterable[str], bad: BadRows) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Line and object of each line that holds one."""
+    """Yield the line number and object of each line that contains a JSON object."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -189,7 +192,7 @@ def json_line_records(lines: Iterable[str], bad: BadRows) -> Iterator[tuple[int,
         except json.JSONDecodeError as error:
             bad.add(number, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
         except (ValueError, RecursionError) as error:
-            bad.add(number, f"not JSON that can be read: {error}")
+            bad.add(number, f"not JSON that can be parsed: {error}")
         else:
             yield from good_records([(number, record)], bad, "\\ud" in line.lower())
 
@@ -197,16 +200,14 @@ def json_line_records(lines: Iterable[str], bad: BadRows) -> Iterator[tuple[int,
 def good_records(
     records: Iterable[tuple[int, Any]], bad: BadRows, check_text: bool = False
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Those that are objects with named values and, where asked to look, no halves of characters in them."""
+    """Yield the records that are JSON objects and, if `check_text`, contain no unpaired surrogates."""
     for number, record in records:
         if not isinstance(record, Mapping):
-            bad.add(number, f"a {json_kind(record)} where an object with named values should be")
+            bad.add(number, f"expected an object with named values, not a {json_kind(record)}")
         elif (size := max((len(v) for v in record.values() if isinstance(v, str)), default=0)) > LONGEST:
             bad.add(number, too_long(size))
         elif check_text and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
-            bad.add(
-                number, "half of a surrogate pair (\\ud800 to \\udfff) stands alone, which is no character"
-            )
+            bad.add(number, "unpaired surrogate (\\ud800 to \\udfff), which is not a character")
         else:
             yield number, record
 

@@ -1,4 +1,4 @@
-"""Sounds of files, bytes and arrays: what is in them, and pieces of them as one channel at a sampling rate."""
+"""Validate sounds from files, bytes and arrays, and read them as mono at a given sampling rate."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ import numpy as np
 from graftkit.errors import UserError, first_line
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
-RATES = (1_000, 768_000)  # sampling rates that a sound can have, in Hz
+RATES = (1_000, 768_000)  # allowed sampling rates, in Hz
 SILENT = 1e-4  # a sound that never leaves its mean by more than this, -80 dB of full scale, is silent
-LOUDEST = 0.99  # share of full scale at which samples that stand still are clipped
-CLIPPED = 0.001  # share of such samples from which a sound counts as clipped
-BLOCK = 1 << 20  # samples of each channel that are in memory at once while a sound is looked at
-OPEN_END = 0x7FFF0000  # a program that writes to a pipe gives the data a size like this, or a larger one
+LOUDEST = 0.99  # fraction of full scale from which repeated sample values count as clipped
+CLIPPED = 0.001  # fraction of clipped samples above which a sound counts as clipped
+BLOCK = 1 << 20  # samples per channel that are in memory at once during validation
+OPEN_END = 0x7FFF0000  # programs that write to a pipe declare a data size like this, or a larger one
 
 
 class BadSound(ValueError):
-    """What is wrong with a sound, as a clause: 'is empty'."""
+    """Say what is wrong with a sound, as the end of a sentence: 'is empty'."""
 
 
 @dataclass(frozen=True)
 class Sound:
-    """A sound that was decoded from beginning to end and found good.
+    """A sound that was decoded in full and is valid.
 
-    `source`: path, bytes of a file, or an array (samples, channels) of floats. `rate` in Hz; `samples` of each channel
-    at that rate. `clipped`: it stands still at full scale for more than a thousandth of its samples. `digest`: of what
-    was handed over.
+    `source`: path, bytes of a file, or an array (samples, channels) of floats. `rate` in Hz; `samples` per channel at that
+    rate. `clipped`: more than a thousandth of its samples stay at full scale. `digest`: SHA-256 of the source.
     """
 
     source: str | bytes | np.ndarray
@@ -49,13 +48,13 @@ class Sound:
         return self.samples / self.rate
 
     def length(self, rate: int) -> int:
-        """How many samples it has at another rate."""
+        """Return the number of samples at another rate, in Hz."""
         return math.ceil(self.samples * rate / self.rate)
 
     def piece(self, rate: int, longest: int, cut: str) -> np.ndarray:
-        """(samples,) float32 between -1 and 1: the mean of its channels at `rate`, at most `longest` samples of it.
+        """Return the mean of the channels at `rate`, float32 (samples,) in [-1, 1], at most `longest` samples.
 
-        `cut`: 'start' takes these from the start, 'middle' from the middle.
+        `cut`: which part of a longer sound to keep, 'start' or 'middle'.
         """
         count = min(self.samples, math.ceil(longest * self.rate / rate))
         start = (self.samples - count) // 2 if cut == "middle" else 0
@@ -70,9 +69,9 @@ class Sound:
 
 
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """A wave (samples,) at another sampling rate, ceil(samples * wanted / rate) long.
+    """Resample a wave (samples,) to another sampling rate; the result has ceil(samples * wanted / rate) samples.
 
-    The polyphase filter of scipy: low-pass at half the lower rate, without delay.
+    Uses scipy's polyphase filter: low-pass at half the lower rate, zero phase.
     """
     if rate == wanted:
         return wave
@@ -83,13 +82,13 @@ def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 def look(value: Any, *, shortest: float, silence: bool) -> Sound:
-    """Decode all of a sound, and say what it is.
+    """Decode a sound in full and validate it.
 
-    `value`: a path, bytes of a file, `{'array': ..., 'sampling_rate': ...}` or a pair of array and rate, where an array
-    is (samples,), (samples, channels) or (channels, samples), of floats or of integers at their full scale. `shortest`
-    in seconds. `silence`: a silent sound is good too.
+    `value`: a path, bytes of a file, `{'array': ..., 'sampling_rate': ...}` or a pair (array, rate). An array is (samples,),
+    (samples, channels) or (channels, samples), of floats in [-1, 1] or integers that use their full range. `shortest`:
+    minimum duration in seconds. `silence`: accept silent sounds.
 
-    Raises BadSound, and UserError where soundfile is not installed.
+    Raises `BadSound`, and `UserError` if soundfile is not installed.
     """
     if isinstance(value, bytearray | memoryview):
         value = bytes(value)
@@ -97,11 +96,11 @@ def look(value: Any, *, shortest: float, silence: bool) -> Sound:
         source = value if isinstance(value, bytes) else os.fspath(value)
         digest = _refuse_cut(source)
         with _opened(source) as file:
-            rate, said = int(file.samplerate), int(file.frames)
+            rate, declared = int(file.samplerate), int(file.frames)
             _refuse_rate(rate)
             found = _measure(_blocks(file))
-        if found.samples < said:
-            raise BadSound(f"is cut short: {found.samples:,} of {said:,} samples are there")
+        if found.samples < declared:
+            raise BadSound(f"is cut short: it has {found.samples:,} of {declared:,} samples")
     else:
         source, rate = _array(value)
         _refuse_rate(rate)
@@ -114,8 +113,11 @@ def look(value: Any, *, shortest: float, silence: bool) -> Sound:
 
 @dataclass
 class _Measured:
-    """Of all samples: how many there are, the range of each channel and of their mean, how many are not finite, how
-    many stand still at full scale."""
+    """Statistics of all samples of a sound.
+
+    `low`, `high`: range of the mean over channels. `broken`: number of non-finite samples. `still`: number of samples that
+    stay at full scale.
+    """
 
     samples: int = 0
     channels: int = 0
@@ -147,13 +149,13 @@ def _measure(blocks: Iterator[np.ndarray]) -> _Measured:
 
 def _refuse(found: _Measured, rate: int, shortest: float, silence: bool) -> None:
     if not found.samples:
-        raise BadSound("has a header and no samples")
+        raise BadSound("has a header but no samples")
     if found.broken:
-        raise BadSound(f"has {found.broken:,} samples that are no finite numbers")
+        raise BadSound(f"has {found.broken:,} samples that are not finite")
     if found.samples < shortest * rate:
         raise BadSound(
-            f"is {found.samples / rate * 1000:.3g} ms long ({found.samples} samples); at least {shortest * 1000:.3g} ms "
-            "are needed"
+            f"is {found.samples / rate * 1000:.3g} ms long ({found.samples} samples), but must be at least "
+            f"{shortest * 1000:.3g} ms"
         )
     if not silence and found.high - found.low <= 2 * SILENT:
         mixed = "" if found.spread <= 2 * SILENT else f" once its {found.channels} channels are mixed"
@@ -162,13 +164,11 @@ def _refuse(found: _Measured, rate: int, shortest: float, silence: bool) -> None
 
 def _refuse_rate(rate: int) -> None:
     if not RATES[0] <= rate <= RATES[1]:
-        raise BadSound(
-            f"says a sampling rate of {rate} Hz, and one of {RATES[0]:,} to {RATES[1]:,} Hz is taken"
-        )
+        raise BadSound(f"has a sampling rate of {rate} Hz, but it must be {RATES[0]:,} to {RATES[1]:,} Hz")
 
 
 def _array(value: Any) -> tuple[np.ndarray, int]:
-    """(samples, channels) in float32 and the rate of what Python holds."""
+    """Return a sound in memory as float32 (samples, channels), and its rate in Hz."""
     if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
         value = value["array"], value["sampling_rate"]
     if not isinstance(value, tuple) or len(value) != 2 or isinstance(value[1], bool):
@@ -179,16 +179,16 @@ def _array(value: Any) -> tuple[np.ndarray, int]:
     try:
         samples, rate = np.asarray(value[0]), int(value[1])
     except (TypeError, ValueError, OverflowError):
-        raise BadSound("has an array or a sampling rate that is no number") from None
+        raise BadSound("has an array or a sampling rate that is not a number") from None
     if samples.dtype.kind in "iu":
         steps = 2.0 ** (8 * samples.dtype.itemsize - 1)
         samples = (samples.astype(np.float64) - (steps if samples.dtype.kind == "u" else 0)) / steps
     elif samples.dtype.kind != "f":
-        raise BadSound(f"has an array of {samples.dtype}, which are no samples")
+        raise BadSound(f"has an array of type {samples.dtype}, which cannot hold samples")
     if samples.ndim == 1:
         samples = samples[:, None]
     if samples.ndim != 2:
-        raise BadSound(f"has an array of {samples.ndim} dimensions; give (samples,) or (samples, channels)")
+        raise BadSound(f"has an array with {samples.ndim} dimensions; give (samples,) or (samples, channels)")
     if samples.shape[0] < samples.shape[1]:
         samples = samples.T
     return samples.astype(np.float32), rate
@@ -197,9 +197,9 @@ def _array(value: Any) -> tuple[np.ndarray, int]:
 def _soundfile() -> Any:
     try:
         import soundfile
-    except (ImportError, OSError) as error:  # OSError: without its library
+    except (ImportError, OSError) as error:  # OSError: libsndfile is missing
         raise UserError(
-            f"sounds are read by soundfile, which is not there ({first_line(error)}). Install it: "
+            f"sounds are read with soundfile, which cannot be imported ({first_line(error)}). Install it: "
             "pip install 'graftkit[audio]'."
         ) from None
     return soundfile
@@ -227,16 +227,16 @@ def _reason(error: Any) -> str:
 
 
 def _really(source: str | bytes) -> str:
-    """What the first bytes of something that is no sound look like."""
+    """Return what the first bytes of an undecodable file suggest that it is, or an empty string."""
     head = source[:512] if isinstance(source, bytes) else _head(source)
     if head[4:8] == b"ftyp":
-        return "it is an MP4 (AAC), which is not read; convert it to FLAC or WAV; "
+        return "it is an MP4 (AAC), which is not supported; convert it to FLAC or WAV; "
     try:
         text = head.decode()
     except UnicodeDecodeError:
         return ""
     words = text.split()
-    return f"it holds text ({' '.join(words)[:30]!r}); " if "".join(words).isprintable() and words else ""
+    return f"it contains text ({' '.join(words)[:30]!r}); " if "".join(words).isprintable() and words else ""
 
 
 def _head(path: str) -> bytes:
@@ -245,7 +245,7 @@ def _head(path: str) -> bytes:
 
 
 def _refuse_cut(source: str | bytes) -> bytes:
-    """The digest of a file. Raises BadSound where it is empty or ends before its own header says it does."""
+    """Return the digest of a file. Raises `BadSound` if it is empty, or shorter than its header declares."""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
@@ -265,22 +265,22 @@ def _refuse_cut(source: str | bytes) -> bytes:
 
 
 def _refuse_cut_wave(file: Any, size: int) -> None:
-    """A WAV is a row of chunks, each with its size in front; the decoder takes a short one as it is."""
+    """Raise `BadSound` if the data chunk of a WAV file is shorter than its declared size; the decoder does not notice."""
     while len(head := file.read(8)) == 8:
         length = struct.unpack("<I", head[4:])[0]
         left = size - file.tell()
         if head[:4] == b"data":
             if left < length < OPEN_END:
-                raise BadSound(f"is cut short: {left:,} of {length:,} bytes of samples are there")
+                raise BadSound(f"is cut short: it has {left:,} of {length:,} bytes of samples")
             return
         file.seek(length + length % 2, os.SEEK_CUR)
 
 
 def _refuse_cut_ogg(tail: bytes) -> None:
-    """The last page of an Ogg stream is marked, and says how long it is (RFC 3533, section 6)."""
+    """Raise `BadSound` unless the end of an Ogg stream is a complete page marked as the last (RFC 3533, section 6)."""
     at = tail.rfind(b"OggS")
     segments = tail[at + 26] if 0 <= at < len(tail) - 26 else 0
     table = tail[at + 27 : at + 27 + segments]
     whole = at >= 0 and len(table) == segments > 0 and len(tail) - at >= 27 + segments + sum(table)
     if not whole or not tail[at + 5] & 4:
-        raise BadSound("is cut short: its last page is not there")
+        raise BadSound("is cut short: its last page is missing")

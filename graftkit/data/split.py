@@ -1,4 +1,4 @@
-"""Rows held out for evaluation."""
+"""Hold out rows for evaluation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from graftkit.errors import UserError
 
 
 def hold_out(labels: Sequence[object], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split row indices into (train, held out), both sorted and neither empty, the same for the same seed.
+    """Split row indices into (train, held out), both sorted and non-empty, deterministically for a seed.
 
-    Of each class with at least 2 rows about `share` is held out and at least one row is left to train on; a
-    class of one row is trained on. Where labels are no classes (fractions, or lists, which cannot be compared),
-    rows are drawn regardless of label. The number held out is `share` of all rows, rounded, or what the
-    classes allow where that is less.
+    The split is stratified: about `share` of the rows of each class are held out, and at least one row of each class is
+    kept for training. If the labels are not classes (floats, or lists, which are not hashable), rows are drawn regardless
+    of label. The number of held-out rows is `share` of all rows, rounded, or fewer if the classes do not allow as many.
 
-    Raises UserError if `share` is not between 0 and 1, there are fewer than 2 rows, or each class has one row.
+    Raises `UserError` if `share` is not between 0 and 1, there are fewer than 2 rows, or every class has only one row.
     """
     if not 0 < share < 1:
         raise UserError(
-            f"the share of rows to hold out is {share}. Give a number between 0 and 1, such as 0.1"
+            f"the share of rows to hold out is {share}. It must be a number between 0 and 1, such as 0.1"
         )
     if len(labels) < 2:
         rows = f"{len(labels)} row{'' if len(labels) == 1 else 's'}"
-        raise UserError(f"{rows} cannot be split in two. Hand over at least 2, or a file for evaluation")
+        raise UserError(f"{rows} cannot be split in two. Give at least 2, or a file for evaluation")
     draw = random.Random(int(seed))
     groups = _groups(labels)
     for group in groups:
@@ -34,8 +33,8 @@ def hold_out(labels: Sequence[object], share: float, seed: int) -> tuple[list[in
     room = sum(len(group) - 1 for group in groups)
     if not room:
         raise UserError(
-            "no row can be held out for evaluation: each class has one row, which is needed to train on. "
-            "Set data.eval to a file, or to null for none"
+            "no row can be held out for evaluation: each class has only one row, which is needed for training. "
+            "Set data.eval to a file, or to null to skip evaluation"
         )
     total = min(max(1, round(len(labels) * share)), room)
     counts = [min(int(len(group) * share), len(group) - 1) for group in groups]
@@ -50,7 +49,7 @@ def hold_out(labels: Sequence[object], share: float, seed: int) -> tuple[list[in
 
 
 def _groups(labels: Sequence[object]) -> list[list[int]]:
-    """Row indices by label, or all in one group where the labels are no classes."""
+    """Group row indices by label, or put them all in one group if the labels are not classes."""
     if not all(isinstance(label, Hashable) and not isinstance(label, float) for label in labels):
         return [list(range(len(labels)))]
     groups: dict[object, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Questions on contexts, with answers that stand in them: the nested JSON of SQuAD, and flat tables."""
+"""Read extractive question answering data: SQuAD's nested JSON, and flat tables."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from graftkit.data.json_text import parse_json
 from graftkit.data.read import Table
 from graftkit.errors import UserError, listing
 
-NEAR = 64  # characters within which an answer is looked for beside its answer_start
+NEAR = 64  # maximum characters between answer_start and where the answer is found
 FIELDS = ("id", "title", "question", "context", "answers", "is_impossible")
 KINDS = {list: "a list", dict: "an object", str: "a string", type(None): "missing or null", bool: "a boolean"}
 
 
 @dataclass(frozen=True)
 class Gold:
-    """The right answers of one question, each with the character it starts at; none where the context has none.
+    """The gold answers of one question, each with its start in the context, in characters; empty if it is unanswerable.
 
-    `moved`: how many of them did not stand where the file said.
+    `moved`: number of answers whose answer_start was wrong and has been corrected.
     """
 
     answers: tuple[tuple[str, int], ...] = ()
@@ -29,7 +29,7 @@ class Gold:
 
 
 def nested(source: Any, encoding: str) -> Any | None:
-    """What the JSON file `source` (or an object in memory) holds, where it is SQuAD's; None for anything else."""
+    """Return the content of a JSON file (or an object in memory) in SQuAD's nested format; None for anything else."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.suffix.lower() != ".json" or not path.is_file():
@@ -37,17 +37,17 @@ def nested(source: Any, encoding: str) -> Any | None:
         try:
             source = parse_json(decode(path.read_bytes(), str(source), encoding))
         except (ValueError, RecursionError, OSError):
-            return None  # lines of JSON, or a mistake that is told where tables are read
+            return None  # JSON lines, or an error that is reported when it is read as a table
     if not isinstance(source, Mapping) or {"question", "context"} & set(source):
         return None
     return source if {"data", "paragraphs"} & set(source) else None
 
 
 def squad_table(whole: Any, source: str, skip_bad: bool) -> Table:
-    """The questions of SQuAD's JSON, 1.1 or 2.0: {data: [{title, paragraphs: [{context, qas: [...]}]}]}.
+    """Return the questions of SQuAD's JSON, 1.1 or 2.0, as rows: {data: [{title, paragraphs: [{context, qas: [...]}]}]}.
 
-    `data` may also be flat: [{id, title, question, context, answers}]. Raises `UserError` that names by its path what
-    has another form; a single bad question is left out where `skip_bad` says so.
+    `data` may also be flat: [{id, title, question, context, answers}]. Raises `UserError` with the path of
+    anything malformed; with `skip_bad`, malformed questions are skipped instead.
     """
     walk = _Walk(source, skip_bad)
     if "data" in whole:
@@ -64,7 +64,7 @@ def squad_table(whole: Any, source: str, skip_bad: bool) -> Table:
 
 
 class _Walk:
-    """Goes through the file and collects its questions."""
+    """Walk through a file and collect its questions."""
 
     def __init__(self, source: str, skip_bad: bool) -> None:
         self.source, self.skip_bad = source, skip_bad
@@ -78,7 +78,7 @@ class _Walk:
             return value
         found = KINDS.get(type(value), "a number")
         raise UserError(
-            f"{self.source}: {path} is {found}, but SQuAD's format has {KINDS[kind]} there "
+            f"{self.source}: {path} is {found}, but must be {KINDS[kind]} in SQuAD's format "
             "({data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text, answer_start}]}]}]}]})."
         )
 
@@ -113,10 +113,10 @@ class _Walk:
 
 
 def read_answers(value: Any, start: Any, impossible: bool | None) -> list[tuple[str, int | None]]:
-    """The answers of one row in any of their forms, each with where it starts, if that is said.
+    """Return the answers of one row, each with its start, or None if the start is not given.
 
-    `value`: {text: [...], answer_start: [...]}, a list of {text, answer_start}, a list of texts, or one text, with
-    `start` from a column beside it. Raises `ValueError` that says what is wrong.
+    `value`: {text: [...], answer_start: [...]}, a list of {text, answer_start}, a list of texts, or one text, for which
+    `start` comes from a column of its own. Raises `ValueError` with what is wrong.
     """
     value, start = _plain(value), _plain(start)
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a cell of a CSV file
@@ -132,17 +132,17 @@ def read_answers(value: Any, start: Any, impossible: bool | None) -> list[tuple[
     if impossible and (value is None or value == ""):
         value = []
     if value is None or value == "":
-        raise ValueError("has no answer; where the context holds none, write an empty list [] of answers")
+        raise ValueError("has no answer; for an unanswerable question, write an empty list [] of answers")
     texts = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if texts and all(isinstance(text, Mapping) for text in texts):
         found = [(text.get("text"), text.get("answer_start")) for text in texts]
     else:
         starts = list(start) if isinstance(start, list | tuple) else [start] * len(texts)
         if len(starts) != len(texts):
-            raise ValueError(f"has {len(texts)} answers and {len(starts)} of answer_start")
+            raise ValueError(f"has {len(texts)} answers but {len(starts)} of answer_start")
         found = list(zip(texts, starts))
     if impossible and found:
-        raise ValueError("is_impossible is true, but there are answers; take one of them out")
+        raise ValueError("is_impossible is true, but there are answers; remove one or the other")
     return [(_text(text), _start(begin)) for text, begin in found]
 
 
@@ -155,7 +155,7 @@ def _text(value: Any) -> str:
         raise ValueError(f"an answer is {KINDS.get(type(value), 'a ' + type(value).__name__)}, not a text")
     if not str(value).strip():
         raise ValueError(
-            "an answer is empty; where the context holds none, write an empty list [] of answers"
+            "an answer is empty; for an unanswerable question, write an empty list [] of answers"
         )
     return str(value)
 
@@ -169,13 +169,15 @@ def _start(value: Any) -> int | None:
     except (TypeError, ValueError):
         number = 0.5
     if isinstance(value, bool) or not number.is_integer():
-        raise ValueError(f"answer_start is {value!r}, not a number of characters")
+        raise ValueError(f"answer_start is {value!r}, not a whole number of characters")
     return int(number)
 
 
 def locate(context: str, text: str, start: int | None) -> tuple[str, int, bool]:
-    """An answer as it stands in the context, without blanks around it: its text, its start, and whether that is
-    another one than was said. Raises `ValueError` where it is not there, or could be in several places.
+    """Find an answer in the context, ignoring surrounding whitespace. Return its text, its start, and whether the start
+    differs from the given one.
+
+    Raises `ValueError` if the context does not contain the answer, or contains it several times.
     """
     lead = len(text) - len(text.lstrip())
     text, start = text.strip(), None if start is None else start + lead
@@ -185,19 +187,19 @@ def locate(context: str, text: str, start: int | None) -> tuple[str, int, bool]:
     near = [place for place in places if start is not None and abs(place - start) <= NEAR]
     if len(near) == 1 or len(places) == 1:
         return text, (near if len(near) == 1 else places)[0], start is not None
-    said = ""
+    given = ""
     if start is not None:
         there = context[max(start, 0) : max(start, 0) + len(text)]
-        stands = f"there stands {_short(there)!r}" if there else "that is behind its end"
-        said = f" (answer_start is {start - lead}; {stands})"
+        found = f"the text there is {_short(there)!r}" if there else "which is past its end"
+        given = f" (answer_start is {start - lead}; {found})"
     if places:
         raise ValueError(
-            f"the answer {_short(text)!r} stands {len(places)} times in the context, at {listing(map(str, places), 6)}"
-            f"{said}; say with answer_start which is meant"
+            f"the answer {_short(text)!r} occurs {len(places)} times in the context, at {listing(map(str, places), 6)}"
+            f"{given}; choose one with answer_start"
         )
     other = context.casefold().find(text.casefold())
     hint = f"; the context has {context[other : other + len(text)]!r} at {other}" if other >= 0 else ""
-    raise ValueError(f"the answer {_short(text)!r} is not in the context{said}{hint}")
+    raise ValueError(f"the answer {_short(text)!r} is not in the context{given}{hint}")
 
 
 def _places(context: str, text: str) -> list[int]:

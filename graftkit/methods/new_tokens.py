@@ -1,4 +1,4 @@
-"""New tokens: rows of the word embedding, and of the output layer, for tokens that the tokenizer does not have yet."""
+"""New tokens: trained rows of the input embedding and the output layer for tokens that the tokenizer lacks."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from graftkit.recipe.catalogue import option
 
 @dataclass(frozen=True)
 class NewTokens(Method):
-    """Tokens are added to the tokenizer, and a row is trained for each of them; the rows of all others stay as they are.
+    """Add tokens to the tokenizer and train an embedding row for each; the rows of all other tokens stay frozen.
 
-    At the word embedding, the trained rows stand in for what the table would give. At the output layer of a language
-    model they give the logits of the new tokens: the same rows where the model ties the two, and rows of their own
-    where it does not. Outputs are those of a model that was enlarged by `resize_token_embeddings` and has these rows, but
-    the model keeps its size, its parameters and their names. Each row starts as the mean of all old ones (Hewitt 2021,
-    'Initializing New Word Embeddings for Pretrained Language Models').
-    The backbone gets a copy of its tokenizer with the tokens, `graft.backbone.processor`, until the graft is detached.
-    A saved graft names its tokens and their first id: `load` adds them again, and refuses a tokenizer that gives them
-    other ids.
-    When: texts have words or marks of their own that stand for one thing each, such as '<order>' or '<card>'.
-    Parameters: tokens * width, twice that for a language model with an output layer of its own.
+    At the word embedding, the trained rows replace the output for new tokens. At the output layer of a language model they
+    give the logits of the new tokens; if the model ties its embeddings, both use the same rows, otherwise each has its own.
+    Outputs equal those of a model resized with `resize_token_embeddings` that has these rows, but the model keeps its size,
+    its parameters and their names. Each row starts as the mean of all existing rows (Hewitt 2021, 'Initializing New Word
+    Embeddings for Pretrained Language Models').
+    Until the graft is detached, `graft.backbone.processor` is a copy of the tokenizer that has the new tokens. A saved graft
+    stores its tokens and the id of the first one. `load` adds them again, and rejects a tokenizer that assigns other ids.
+    When: texts contain domain-specific words or markers with a single meaning, such as '<order>' or '<card>'.
+    Parameters: tokens * width, or twice that for a language model with untied embeddings.
     """
 
-    stage: ClassVar[int] = 3  # behind updates of the embedding, which know nothing of ids beyond its rows
+    stage: ClassVar[int] = 3  # after updates of the embedding, which cannot handle ids beyond its rows
 
     tokens: tuple = option((), "the tokens to add, such as ['<order>', '<card>']")
-    special: bool = option(False, "they are marks and no text: written answers leave them out")
+    special: bool = option(False, "add them as special tokens, which generated text leaves out")
     first_id: int | None = option(
-        None, "id of the first, which a saved graft fills in; null means the tokenizer's next", at_least=1
+        None, "id of the first token, stored in a saved graft; null means the tokenizer's next id", at_least=1
     )
     lr: float | None = option(None, "learning rate; null means 0.001", above=0)
 
@@ -49,17 +48,17 @@ class NewTokens(Method):
         super().__post_init__()
         wrong = [token for token in self.tokens if not isinstance(token, str) or not token.strip()]
         if not self.tokens or wrong:
-            found = f", and {listing(map(repr, wrong), 4)} is none" if wrong else ""
+            found = f", not {listing(map(repr, wrong), 4)}" if wrong else ""
             raise UserError(
-                f"new_tokens() needs the texts of one or more tokens{found}: new_tokens(['<order>', '<card>'])."
+                f"new_tokens() needs one or more non-empty strings{found}, such as new_tokens(['<order>', '<card>'])."
             )
         twice = [token for token in dict.fromkeys(self.tokens) if self.tokens.count(token) > 1]
         if twice:
-            raise UserError(f"new_tokens(): {listing(map(repr, twice), 4)} stands there twice; name it once.")
+            raise UserError(f"new_tokens(): {listing(map(repr, twice), 4)} is listed twice; list it once.")
 
     def resolve(self, backbone: Backbone) -> NewTokens:
-        """The same with the id of the first token."""
-        tables_of(backbone)  # a model that reads no tokens is told as such, not as one without a tokenizer
+        """Return the method with `first_id` filled in."""
+        tables_of(backbone)  # before the tokenizer: a model without tokens gets the more specific error
         grown = self._grown(backbone)
         return self if grown is None else dataclasses.replace(self, first_id=grown[1])
 
@@ -73,8 +72,9 @@ class NewTokens(Method):
         sizes = [table.num_embeddings] + ([features(output)[1]] if output is not None else [])
         if first > min(sizes):
             raise UserError(
-                f"new_tokens(): the new tokens have ids from {first:,} on, but {backbone.source} has rows for {min(sizes):,} "
-                "tokens, so that some in between would have none. Use a tokenizer that belongs to the model."
+                f"new_tokens(): the ids of the new tokens start at {first:,}, but {backbone.source} has "
+                f"rows for only {min(sizes):,} tokens, so the ids in between have none. Use the tokenizer that belongs to "
+                "the model."
             )
         name, count, rows = f"new_tokens_{graft}", len(self.tokens), None
         for module in tables.values():
@@ -101,67 +101,68 @@ class NewTokens(Method):
         return {key: value for owner in owners for key, value in labels_of(backbone, owner, group).items()}
 
     def _mean(self, weight: Tensor, first: int) -> Tensor:
-        """The rows to start from, (tokens, width), in fp32."""
+        """Return the initial rows, (tokens, width), in fp32."""
         mean = weight.detach()[:first].mean(dim=0, dtype=torch.float32)
         return mean.expand(len(self.tokens), -1)
 
     def _grown(self, backbone: Backbone) -> tuple[Any, int] | None:
-        """A copy of the tokenizer with the tokens, and the id of the first; None for a graft that needs none."""
+        """Return a copy of the tokenizer with the tokens, and the id of the first one; None for a saved graft on a
+        backbone without a tokenizer."""
         tokenizer = backbone.processor
         if not hasattr(tokenizer, "add_tokens"):
             if self.first_id is not None:
                 return None
             raise UserError(
-                f"new_tokens() adds tokens to a tokenizer, and {backbone.source} was given without one: pass "
+                f"new_tokens() adds tokens to a tokenizer, but {backbone.source} has none: pass "
                 "graftkit.Backbone(model, tokenizer) instead of the model alone."
             )
         vocabulary = tokenizer.get_vocab()
         there = [token for token in self.tokens if token in vocabulary]
         if there and [vocabulary.get(token) for token in self.tokens] != self._ids():
             raise UserError(
-                f"new_tokens(): the tokenizer of {backbone.source} has {listing(map(repr, there), 4)} already; leave out "
-                "what is there."
+                f"new_tokens(): the tokenizer of {backbone.source} already has {listing(map(repr, there), 4)}; remove "
+                "existing tokens from the list."
             )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens(list(self.tokens), special_tokens=self.special)
         ids = [int(number) for number in tokenizer.convert_tokens_to_ids(list(self.tokens))]
         if ids != list(range(ids[0], ids[0] + len(ids))):
             raise UserError(
-                f"new_tokens(): the tokenizer of {backbone.source} gives the tokens the ids {listing(map(str, ids), 6)}, "
-                "which do not follow one another. Name tokens that it does not take apart or change."
+                f"new_tokens(): the tokenizer of {backbone.source} assigns the ids {listing(map(str, ids), 6)}, which are "
+                "not consecutive. Choose tokens that it does not split or normalise."
             )
         if self.first_id is not None and ids[0] != self.first_id:
             raise UserError(
-                f"new_tokens(): the tokens were trained with ids from {self.first_id:,} on, but the tokenizer of "
-                f"{backbone.source} gives them ids from {ids[0]:,} on: tokens were added to it, or taken away, since then. "
-                "Use the tokenizer of that time, or train the tokens again."
+                f"new_tokens(): the tokens were trained with ids starting at {self.first_id:,}, but in the tokenizer of "
+                f"{backbone.source} they start at {ids[0]:,}: tokens were added to it or removed since then. Use the original "
+                "tokenizer, or train the tokens again."
             )
         return tokenizer, ids[0]
 
     def _ids(self) -> list[int] | None:
-        """The ids of the tokens, once they are known."""
+        """Return the ids of the tokens; None if they are not known yet."""
         first = self.first_id
         return None if first is None else list(range(first, first + len(self.tokens)))
 
     def never_folds(self) -> str:
         return (
-            "new_tokens() cannot be folded: the plain model has no rows for the new tokens, and folding changes values, not "
-            "sizes. Keep the graft folder and load it with graftkit.load; or save a model and a tokenizer that have the tokens "
-            f"(tokenizer.add_tokens, then model.resize_token_embeddings(len(tokenizer))), and train that with {general()}."
+            "new_tokens() cannot be folded: the base model has no rows for the new tokens, and folding changes values, not "
+            "shapes. Keep the graft folder and load it with graftkit.load; or save a model and a tokenizer that have the tokens "
+            f"(tokenizer.add_tokens, then model.resize_token_embeddings(len(tokenizer))), and train it with {general()}."
         )
 
 
 class NewRows(Addition):
-    """Rows for the ids from `first` on, (tokens, width) in fp32: its own, or those of another addition.
+    """Rows for `count` ids starting at `first`, (tokens, width) in fp32: its own parameter, or that of another addition.
 
-    The first id is part of the parameter's name, so that no values come to other tokens than theirs.
+    The first id is part of the parameter's name, so that rows are never loaded for other tokens.
     """
 
     def __init__(self, first: int, count: int, rows: Tensor | NewRows) -> None:
         super().__init__()
         self.first, self.count = first, count
         if isinstance(rows, NewRows):
-            self.__dict__["owner"] = rows  # no child: its parameter has one name
+            self.__dict__["owner"] = rows  # not a child, so that the parameter has only one name
         else:
             self.__dict__["owner"] = None
             self.register_parameter(f"rows_{first}", nn.Parameter(rows.clone()))
@@ -173,18 +174,18 @@ class NewRows(Addition):
 
     @classmethod
     def mix(cls, members: Any, weights: Tensor, site: nn.Module) -> Any:
-        raise NotImplementedError("new tokens have one row for a whole batch")
+        raise NotImplementedError("new tokens use the same rows for a whole batch")
 
 
 class InputRows(NewRows):
-    """At the word embedding: trained rows in the places of new tokens."""
+    """At the word embedding: replace the output for new tokens by the trained rows."""
 
     lone = True
 
     def __init__(self, first: int, count: int, rows: Tensor | NewRows) -> None:
         super().__init__(first, count, rows)
         self.ids_until = first + count
-        self.__dict__["ids"] = None  # of the call that is under way
+        self.__dict__["ids"] = None  # of the current call
 
     def before(self, site: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         ids = input_of(args, kwargs)
@@ -196,7 +197,7 @@ class InputRows(NewRows):
         ids, self.__dict__["ids"] = self.__dict__["ids"], None
         chosen = nn.functional.embedding((ids - self.first).clamp(0, self.count - 1), self.rows)
         chosen = chosen.to(output.dtype)
-        scale = getattr(site, "embed_scale", None)  # of embeddings that multiply what they found
+        scale = getattr(site, "embed_scale", None)  # some embeddings scale their output
         if scale is not None:
             chosen = chosen * (scale.to(output.dtype) if isinstance(scale, Tensor) else scale)
         return torch.where(self._new(ids).unsqueeze(-1), chosen, output)
@@ -206,7 +207,7 @@ class InputRows(NewRows):
 
 
 class OutputColumns(NewRows):
-    """At the output layer: logits of the new tokens, in the place of columns that no token had, and behind the last."""
+    """At the output layer: logits of the new tokens, replacing unused columns and appended after the last one."""
 
     each_row_alone = True
 
@@ -219,7 +220,7 @@ class OutputColumns(NewRows):
 
 
 class WiderLoss(Addition):
-    """At the model: the size of its vocabulary, by which its own loss shapes logits, counts new tokens during a call."""
+    """At the model: raise `vocab_size`, by which its own loss reshapes logits, to include the new tokens during a call."""
 
     replaces = True
     changes_outputs = False
@@ -242,7 +243,7 @@ class WiderLoss(Addition):
 
 
 def _holders(model: Any) -> list[Any]:
-    """What says the size of the vocabulary to a model's loss."""
+    """Return the objects whose `vocab_size` the loss of a model may read."""
     config: Any = getattr(model, "config", None)
     texts = config.get_text_config() if hasattr(config, "get_text_config") else None
     found = [
@@ -252,7 +253,10 @@ def _holders(model: Any) -> list[Any]:
 
 
 def tables_of(backbone: Backbone) -> dict[str, nn.Embedding]:
-    """The word embedding by name, and every other module that has the same weight; raises `UserError` without one."""
+    """Return the word embedding and all modules that share its weight, by name.
+
+    Raises `UserError` if the model has no plain word embedding.
+    """
     model: Any = backbone.model
     modules = {name: m for name, m in base_modules(model) if isinstance(m, nn.Embedding)}
     if hasattr(model, "get_input_embeddings"):
@@ -265,15 +269,15 @@ def tables_of(backbone: Backbone) -> dict[str, nn.Embedding]:
     if not isinstance(table, nn.Embedding):
         several = not hasattr(model, "get_input_embeddings") and len(modules) > 1
         why = (
-            f"{listing(modules, 4)} of {type(model).__name__} could each be it: give the module a method "
-            f"get_input_embeddings() that returns it, or use {general()} instead."
+            f"{listing(modules, 4)} of {type(model).__name__} could each be the one: give the module a "
+            f"method get_input_embeddings() that returns it, or use {general()} instead."
             if several
             else f"{type(model).__name__} reads no tokens; use {general()} instead."
         )
-        raise UserError(f"new_tokens() adds rows to a model's word embedding, and {why}")
+        raise UserError(f"new_tokens() adds rows to a model's word embedding, but {why}")
     if type(table) is not nn.Embedding and "ScaledWordEmbedding" not in type(table).__name__:
         raise UserError(
-            f"new_tokens() knows what a plain word embedding gives for a row, and that of {type(model).__name__} is a "
+            f"new_tokens() supports plain word embeddings only, and that of {type(model).__name__} is a "
             f"{type(table).__name__}; use {general()} instead."
         )
     _refuse_second_table(model, table)
@@ -281,34 +285,35 @@ def tables_of(backbone: Backbone) -> dict[str, nn.Embedding]:
 
 
 def _refuse_second_table(model: Any, table: nn.Embedding) -> None:
-    """Raise `UserError` for a decoder that looks its tokens up in a table of its own."""
+    """Raise `UserError` if the decoder has a word embedding of its own."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return
     own = model.get_decoder().get_input_embeddings()
     tied = own is None or own.weight is table.weight or (own.weight.is_meta and _says_tied(model))
     if not tied:
         raise UserError(
-            f"new_tokens() adds rows to one word embedding, and the decoder of {type(model).__name__} has another one than "
-            f"the encoder; use {general()} instead."
+            f"new_tokens() adds rows to one word embedding, but the encoder and decoder of {type(model).__name__} have "
+            f"different ones; use {general()} instead."
         )
 
 
 def output_of(backbone: Backbone, table: nn.Embedding) -> Any:
-    """The output layer of a language model, which gives a logit for each token; None where there is none."""
+    """Return the output layer of a language model, which computes the logit of each token; None if it has none."""
     find = getattr(backbone.model, "get_output_embeddings", None)
     output: Any = find() if find is not None else None
     if output is None:
         return None
     if not is_linear(output) or features(output)[0] != output.weight.shape[-1]:
         raise UserError(
-            f"new_tokens() adds columns to a plain output layer, and that of {type(backbone.model).__name__} is a "
+            f"new_tokens() supports plain output layers only, and that of {type(backbone.model).__name__} is a "
             f"{type(output).__name__}; use {general()} instead."
         )
     return output
 
 
 def _are_tied(backbone: Backbone, table: nn.Embedding, output: Any) -> bool:
-    """Whether embedding and output layer are one parameter. On the meta device, moving a model parts them."""
+    """Return whether the embedding and the output layer share one parameter. On the meta device, where moving a model
+    unties them, the config decides."""
     return output.weight is table.weight or (output.weight.is_meta and _says_tied(backbone.model))
 
 
@@ -318,10 +323,10 @@ def _says_tied(model: Any) -> bool:
 
 
 def _refuse_bias_of_all(backbone: Backbone, count: int) -> None:
-    """Raise `UserError` for a model that adds a vector of its own to all logits."""
+    """Raise `UserError` for a model that adds a bias of fixed size to its logits."""
     bias = getattr(backbone.model, "final_logits_bias", None)
     if isinstance(bias, Tensor) and bias.shape[-1] < count:
         raise UserError(
-            f"new_tokens() adds logits behind those of {type(backbone.model).__name__}, to which it adds a bias of "
-            f"{bias.shape[-1]:,} (final_logits_bias), so that they do not fit; use {general()} instead."
+            f"new_tokens() appends logits, but {type(backbone.model).__name__} adds a bias of size {bias.shape[-1]:,} to its "
+            f"logits (final_logits_bias), which would not fit; use {general()} instead."
         )

@@ -142,7 +142,7 @@ def test_objects_in_memory():
         ([], "has no rows"),
         ({}, "has no rows"),
         ([{}], "no columns"),
-        ([{"a": 1}, 2], "row 2: a number where an object"),
+        ([{"a": 1}, 2], "row 2: expected an object with named values, not a number"),
         ([{0: 1}], "not a string"),
         ({"a": [1], "b": [1, 2]}, "differ in length (a 1, b 2)"),
         ({"a": "text"}, "column 'a': a str where a list"),
@@ -183,8 +183,18 @@ BAD_ROWS = [
         3,
         "not JSON: Expecting ',' delimiter at column 13",
     ),
-    ("t.jsonl", '{"text": "a"}\n\n["c"]\n{"text": "f"}\n', 3, "a list where an object"),
-    ("t.json", '{"text": "a"}\n\n"c"\n{"text": "f"}\n', 3, "a string where an object"),
+    (
+        "t.jsonl",
+        '{"text": "a"}\n\n["c"]\n{"text": "f"}\n',
+        3,
+        "expected an object with named values, not a list",
+    ),
+    (
+        "t.json",
+        '{"text": "a"}\n\n"c"\n{"text": "f"}\n',
+        3,
+        "expected an object with named values, not a string",
+    ),
     ("t.jsonl", '{"text": "a"}\n\n{"text": "\\ud83d"}\n{"text": "f"}\n', 3, "surrogate"),
     ("t.jsonl", '{"text": "a"}\n\n' + "[" * 100_000 + '\n{"text": "f"}\n', 3, "not JSON"),
 ]
@@ -284,7 +294,7 @@ FRENCH = "text,label\nla carte n'est pas arrivée à l'hôtel où naïvement,car
     [
         (
             CHINESE.encode("gb18030"),
-            "byte 0xce at offset 11 (line 2) does not belong there. Perhaps data.encoding=gb18030",
+            "byte 0xce at offset 11 (line 2) cannot be decoded. Perhaps data.encoding=gb18030",
         ),
         (
             FRENCH.encode("cp1252"),
@@ -292,7 +302,7 @@ FRENCH = "text,label\nla carte n'est pas arrivée à l'hôtel où naïvement,car
         ),
         (FRENCH.encode("cp1252") + b"\x81 ,x\n", "data.encoding=latin-1"),
         ((CHINESE * 2).encode() + b"\xe6\x88,x\n", "The rest of the file is UTF-8"),
-        (CHINESE.encode("utf-16"), "begins with the byte-order mark of utf-16. Set data.encoding=utf-16"),
+        (CHINESE.encode("utf-16"), "starts with the byte-order mark of utf-16. Set data.encoding=utf-16"),
         (CHINESE.encode("utf-32"), "data.encoding=utf-32"),
         ("text,label\na,b\n".encode("utf-16-le"), "looks like utf-16-le"),
         ("text,label\na,b\n".encode("utf-16-be"), "looks like utf-16-be"),
@@ -337,7 +347,7 @@ def test_broken_parquet_and_json_list(tmp_path):
     assert "is not a whole Parquet file" in message(written(tmp_path, "cut.parquet", whole[:-20]))
     told = message(written(tmp_path, "t.json", '[\n{"a": 1},\n{"a": }\n]'))
     assert "line 3: the list is not JSON: Expecting value at column 7" in told
-    assert "row 2: a number" in message(written(tmp_path, "t.json", '[{"a": 1}, 3]'))
+    assert "row 2: expected an object" in message(written(tmp_path, "t.json", '[{"a": 1}, 3]'))
 
 
 def test_hold_out_is_stratified_and_the_same_for_a_seed():

@@ -81,7 +81,7 @@ def test_sixteen_bits_are_scaled():
     fractions = Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32))
     assert pixels(encoded(fractions, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
     odd = Image.fromarray(np.array([[-3, 70000]], dtype=np.int32))
-    assert "numbers from -3 to 70000" in problem(encoded(odd, "TIFF"))
+    assert "values from -3 to 70000" in problem(encoded(odd, "TIFF"))
 
 
 def test_cmyk_is_converted():
@@ -111,8 +111,8 @@ def test_the_first_of_several_frames():
 def test_broken_files(tmp_path):
     jpeg, png = encoded(plain(64, 64), "JPEG"), encoded(plain(64, 64), "PNG")
     assert problem(b"") == "is empty (0 bytes)"
-    assert "is no image" in problem(b"not an image at all")
-    assert "is no image" in problem(b"%!PS-Adobe-3.0 EPSF-3.0\n")  # would start Ghostscript
+    assert "is not an image" in problem(b"not an image at all")
+    assert "is not an image" in problem(b"%!PS-Adobe-3.0 EPSF-3.0\n")  # would start Ghostscript
     assert "cut short" in problem(jpeg[: len(jpeg) // 2])
     assert "cut short" in problem(png[: len(png) // 2])
     assert "is broken" in problem(png[:40] + b"\0" * 30 + png[70:]) or "cut short" in problem(png[:60])
@@ -153,7 +153,7 @@ def test_a_file_that_changes_after_it_was_checked(tmp_path):
     path.write_bytes(encoded(plain(), "PNG"))
     found = look(str(path))
     path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"is empty \(0 bytes\)\. It was good"):
+    with pytest.raises(UserError, match=r"is empty \(0 bytes\)\. It was valid"):
         load([found], lambda image, place: image)
 
 

@@ -103,7 +103,7 @@ def test_its_cosines_are_those_of_the_model(folder, pairs, tiny_bert, tmp_path):
 def test_bad_scores_are_named(folder, tiny_bert, tmp_path):
     path = tmp_path / "bad.csv"
     path.write_text("text,text_pair,score\na,b,0.5\nc,d,seven\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"bad.csv, line 3: column 'score' is no number from 0 to 1"):
+    with pytest.raises(UserError, match=r"bad.csv, line 3: column 'score' is not a number from 0 to 1"):
         graftkit.tune(model=str(tiny_bert), task="similar", train=path, out=tmp_path / "run")
 
 

@@ -191,7 +191,7 @@ def test_the_tokenizer_is_a_copy_until_the_graft_is_detached(tmp_path):
     assert len(tokenizer) == size
     assert graft.backbone.processor("<order>")["input_ids"] == [size]
     assert f"first_id={size}" in str(graft.method)
-    with pytest.raises(UserError, match="'<card>' already"):
+    with pytest.raises(UserError, match="already has '<card>'"):
         attach(backbone, "new_tokens(['<card>'])", name="again")
     graft.save(tmp_path / "graft")
     second = attach(backbone, "lora(rank=3)", name="second")
@@ -217,7 +217,7 @@ def test_a_tokenizer_that_has_grown_is_refused(tmp_path):
     model, _ = pair()
     tokenizer.add_tokens(["<other>"])
     backbone = Backbone(model, tokenizer)
-    with pytest.raises(UserError, match=r"ids from \d+ on, but .* from \d+ on: tokens were added"):
+    with pytest.raises(UserError, match=r"ids starting at \d+, but .* start at \d+: tokens were added"):
         load(backbone, tmp_path / "graft")
     assert backbone.processor is tokenizer and "<order>" not in tokenizer.get_vocab()
 
@@ -239,7 +239,7 @@ def test_rows_of_one_batch_cannot_have_other_tokens():
     attach(model, NEW.format(V)).disable()
     attach(model, "lora(rank=2)", name="other")
     with (
-        pytest.raises(UserError, match="one row for a whole batch"),
+        pytest.raises(UserError, match="the same rows for a whole batch"),
         graftkit.using(model, rows=["default", "other"]),
     ):
         pass
@@ -352,16 +352,16 @@ class TwoTables(nn.Module):
 @pytest.mark.parametrize(
     "make,method,said",
     [
-        (lambda: tiny.bare("bert"), "new_tokens(['<a>'])", "without one: pass graftkit.Backbone"),
-        (lambda: tiny.bare("bert"), "new_tokens(['<a>'], first_id=41)", "rows for 40 tokens"),
-        (lambda: tiny.bare("bert"), "new_tokens([])", "one or more tokens"),
-        (lambda: tiny.bare("bert"), "new_tokens(['<a>', ' '])", "' ' is none"),
-        (lambda: tiny.bare("bert"), "new_tokens(['<a>', 3])", "3 is none"),
-        (lambda: tiny.bare("bert"), "new_tokens(['<a>', '<a>'])", "'<a>' stands there twice"),
-        (TwoTables, "new_tokens(['<a>'], first_id=9)", "words, places of TwoTables could each be it"),
+        (lambda: tiny.bare("bert"), "new_tokens(['<a>'])", "has none: pass graftkit.Backbone"),
+        (lambda: tiny.bare("bert"), "new_tokens(['<a>'], first_id=41)", "rows for only 40 tokens"),
+        (lambda: tiny.bare("bert"), "new_tokens([])", "one or more non-empty strings"),
+        (lambda: tiny.bare("bert"), "new_tokens(['<a>', ' '])", "not ' '"),
+        (lambda: tiny.bare("bert"), "new_tokens(['<a>', 3])", "not 3"),
+        (lambda: tiny.bare("bert"), "new_tokens(['<a>', '<a>'])", "'<a>' is listed twice"),
+        (TwoTables, "new_tokens(['<a>'], first_id=9)", "words, places of TwoTables could each be the one"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "new_tokens(['<a>'], first_id=9)", "reads no tokens; use"),
         (lambda: language_models.model("bart"), "new_tokens(['<a>'], first_id=300)", "final_logits_bias"),
-        (lambda: Backbone(*pair()), "new_tokens(['<s>', '<a>'])", "'<s>' already"),
+        (lambda: Backbone(*pair()), "new_tokens(['<s>', '<a>'])", "already has '<s>'"),
     ],
 )
 def test_refusals(make, method, said):

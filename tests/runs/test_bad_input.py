@@ -95,7 +95,7 @@ def test_an_empty_text_or_label(refused, command, tiny_bert, rows_folder, tmp_pa
 
 def test_one_class_only(refused, tmp_path):
     path = write_csv(tmp_path / "t.csv", [{"text": f"plum {i}", "label": "fruit"} for i in range(9)])
-    refused("one class only ('fruit')", "data.columns={label: ...}", train=path)
+    refused("only one class ('fruit')", "data.columns={label: ...}", train=path)
 
 
 def test_a_label_that_is_none(refused, tmp_path):

@@ -85,10 +85,10 @@ def test_each_file_is_read_whatever_is_wrong_with_others(rows_folder, tmp_path, 
 @pytest.mark.parametrize(
     ("rows", "settings", "told"),
     [
-        ([{"text": "a", "label": "x"}] * 3, {}, "one class only"),
+        ([{"text": "a", "label": "x"}] * 3, {}, "only one class"),
         ([{"text": "a", "label": ""}] * 3, {}, "has no labels"),
         ([{"text": "", "label": "x"}, {"text": " ", "label": "y"}], {}, "column 'text' is empty"),
-        ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"data.eval": 0.5}, "each class has one row"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {"data.eval": 0.5}, "each class has only one row"),
         (make_rows(9), {"data.columns": {"text": "sentence"}}, "'sentence' is not in"),
         (make_rows(9), {"model": "nothing/here"}, "nothing/here"),
         (make_rows(9), {"model": "bert", "method": "lora(sites='nothing') + head()"}, "nothing"),

@@ -77,7 +77,7 @@ def test_predict_in_python(finished, colours):
     answers = predict(finished, given)
     assert len({row["probability"] for row in answers}) == 1
     assert [row["image"] for row in answers] == [str(path), "image 2", "image 3", "image 4"]
-    with pytest.raises(UserError, match="row 1: image 1 is no image"):
+    with pytest.raises(UserError, match="row 1: image 1 is not an image"):
         predict(finished, [b"abc"])
     with pytest.raises(UserError, match="no image to answer"):
         predict(finished, [])

@@ -312,7 +312,7 @@ BAD = {
     "empty": (lambda path: path.write_bytes(b""), r"the sound is empty \(0 bytes\)"),
     "header": (lambda path: soundfile.write(path, np.zeros(0), RATE), "has a header and no samples"),
     "silent": (lambda path: soundfile.write(path, np.zeros(2000), RATE), "is silent"),
-    "text": (lambda path: path.write_text("no sound"), r"it holds text \('no sound'\)"),
+    "text": (lambda path: path.write_text("no sound"), r"it contains text \('no sound'\)"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-700]), "is cut short"),
     "short": (lambda path: soundfile.write(path, tone(0.01, 200), RATE), "is 10 ms long"),
     "nan": (lambda path: soundfile.write(path, np.full(900, np.nan), RATE, subtype="FLOAT"), "900 samples that are no finite"),
@@ -341,7 +341,7 @@ def test_a_bad_file_is_named_in_predict_and_in_tables(heard, tones, tmp_path, co
     bad = tmp_path / "bad.wav"
     bad.write_text("nothing to hear")
     done = command("predict", heard.path, tones / "test/low/00.wav", bad)
-    assert done.status == 1 and f"{bad}: the sound cannot be decoded: it holds text" in done.err
+    assert done.status == 1 and f"{bad}: the sound cannot be decoded: it contains text" in done.err
     done = command("predict", heard.path, tmp_path / "none.wav")
     assert done.status == 1 and "none.wav does not exist" in done.err
     (tmp_path / "table.csv").write_text(f"audio,label\n{tones}/test/low/00.wav,low\nbad.wav,low\n")

@@ -174,8 +174,8 @@ def test_a_module_that_takes_a_mask_gets_rows_of_their_own_length():
     [
         (Bands, {}, r"nothing says which sampling rate .* audio_classify\(rate=16000\)"),
         (Bands, {"rate": 8000, "features": "log_mel"}, r"takes no attention_mask.* audio_classify\(seconds=\.\.\.\)"),
-        (Bands, {"rate": 8000, "seconds": 1.0}, "cannot take spectrogram of 8000 a row"),
-        (Bands, {"rate": 8000, "seconds": 1.0, "features": "log_mel"}, "cannot take spectrogram of 101x64 a row"),
+        (Bands, {"rate": 8000, "seconds": 1.0}, "cannot take spectrogram of shape 8000"),
+        (Bands, {"rate": 8000, "seconds": 1.0, "features": "log_mel"}, "cannot take spectrogram of shape 101x64"),
         (Bands, {"rate": 8000, "seconds": 1.0, "features": "log_mel", "hop": 1e-5}, "are 200 and 0 samples"),
         (Bands, {"rate": 8000, "seconds": 1.0, "features": "log_mel", "n_mels": 200}, "lower n_mels, or raise window"),
         (Masked, {"rate": 8000, "spec_augment": True}, "masks nothing itself; use gain or shift"),
@@ -211,7 +211,7 @@ def test_an_extractor_in_a_processor_beside_a_tokenizer_is_found(tmp_path):
 def test_an_extractor_that_is_not_the_models(backbone):
     wrong = hf.ASTFeatureExtractor(sampling_rate=8000, num_mel_bins=16, max_length=96)
     with pytest.raises(
-        UserError, match=r"cannot take input_values of 96x16 a row.*feature extractor of its folder"
+        UserError, match=r"cannot take input_values of shape 96x16: .*Use a feature extractor"
     ):
         dataset(Backbone(backbone("ast").model, wrong))
 
@@ -219,7 +219,7 @@ def test_an_extractor_that_is_not_the_models(backbone):
 def test_sounds_too_short_for_the_model_are_all_named(backbone):
     short = [tone(0.04, 300), tone(0.5, 300), tone(0.03, 300), tone(0.051, 300)]
     with pytest.raises(
-        UserError, match=r"2 of 4 sounds are too short .*, 0.04 s or less: .*row 3, .*row 1\. Leave"
+        UserError, match=r"2 of 4 sounds are too short .*, 0.04 s or less: .*row 3, .*row 1\. Remove"
     ):
         dataset(backbone("ast"), waves=short)
     assert len(dataset(backbone("wav2vec2"), waves=short)) == 4

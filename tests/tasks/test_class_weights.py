@@ -108,8 +108,8 @@ def test_tags_are_weighted_as_by_torch(tiny_bert, given, expected):
 
 @pytest.mark.parametrize(("task", "rows", "told"), [
     ("classify(class_weights={'frut': 2})", make_rows(24), ("'frut'", "fruit, tool", "Did you mean 'fruit'?")),
-    ("classify(class_weights={'fruit': 0})", make_rows(24), ("'fruit' is 0", "above 0")),
-    ("classify(class_weights={'fruit': 'heavy'})", make_rows(24), ("'fruit' is 'heavy'",)),
+    ("classify(class_weights={'fruit': 0})", make_rows(24), ("'fruit' the weight 0;", "above 0")),
+    ("classify(class_weights={'fruit': 'heavy'})", make_rows(24), ("'fruit' the weight 'heavy';",)),
     ("classify(class_weights='balancd')", make_rows(24), ("Did you mean 'balanced'?",)),
     ("classify(kind='multi', class_weights={'frut': 2})", make_rows(24), ("Did you mean 'fruit'?",)),
     ("tag(class_weights={'X': 2, 'B-Z': 3})", TAGGED, ("'B-Z'", "labels of the training rows")),

@@ -178,7 +178,7 @@ def test_pairs_of_texts(tiny_bert, rows_folder, tmp_path, command):
     table = read_table(rows)
     assert (first["text"], first["text_pair"]) == (table.columns["text_pair"][0], table.columns["text"][0])
     refused = command("predict", tmp_path / "run", "one text")
-    assert refused.status == 1 and "give both, TEXT and TEXT_PAIR (1 text is given)" in refused.err
+    assert refused.status == 1 and "give two, TEXT and TEXT_PAIR (got 1)" in refused.err
     typed = json.loads(command("predict", tmp_path / "run", first["text"], first["text_pair"], "--json").out)
     assert typed["predictions"] == [{k: v for k, v in first.items() if k != "row"}]
     run = graftkit.Run(tmp_path / "run", {})

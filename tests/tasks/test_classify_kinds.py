@@ -169,7 +169,7 @@ def test_labels_with_an_order():
     assert labels == ("bad", "fair", "good") and examples.targets.tolist() == [2, 0, 0]
     with pytest.raises(UserError, match="their order has to be given"):
         parsed(["good", "bad"] * 3, Classify(kind="ordinal"))
-    with pytest.raises(UserError, match="one class only"):
+    with pytest.raises(UserError, match="only one class"):
         parsed(["3", "3"], Classify(kind="ordinal"))
     with pytest.raises(
         UserError, match=r"row 1: label 'god' is not among the 3 labels of classify\(order=...\).*mean 'good'"

@@ -265,14 +265,14 @@ def test_models_that_cannot_be_packed_are_refused_with_the_reason():
     table = rows(6)
     for kind in ("mamba", "opt", "bloom"):
         with pytest.raises(
-            UserError, match=r"ForCausalLM\) cannot be packed: its logits for packed rows differ"
+            UserError, match=r"ForCausalLM\) cannot be packed: its logits for packed and separate rows differ"
         ):
             dataset(Generate(packing=True), backbone(kind), table)
     with pytest.raises(UserError, match="encoder and a decoder, and packing does not support such models"):
         dataset(Generate(packing=True), backbone("t5"), table)
     base = backbone("llama")
     attach(base, read_method("prompt(tokens=3)"))
-    with pytest.raises(UserError, match="virtual tokens stand in front of a row once"):
+    with pytest.raises(UserError, match="virtual tokens are added once per packed row"):
         dataset(Generate(packing=True), base, table)
     assert leaks(model("gpt2"), [np.arange(6, 12), np.arange(9, 20)]) is None
 

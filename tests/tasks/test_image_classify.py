@@ -71,8 +71,8 @@ def test_the_shorter_side(size, wanted):
 
 @pytest.mark.parametrize(("options", "told"), [
     ("resize=20, crop=24", "more than resize=20 leaves"),
-    ("mean=[1, 2]", "one for each of 3 channels"),
-    ("mean=['a', 1, 2]", "one for each of 3 channels"),
+    ("mean=[1, 2]", "a list of 3, one for each channel"),
+    ("mean=['a', 1, 2]", "a list of 3, one for each channel"),
     ("deviation=[1, 0, 1]", "must be above 0"),
     ("resize=[1, 2, 3]", "or [height, width]"),
     ("resize=0", "at least 1"),
@@ -100,7 +100,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     fill(tmp_path, 2, size=(32, 32))
     picture("red", 9, (32, 48)).save(tmp_path / "red" / "tall.png")
-    with pytest.raises(UserError, match=r"several sizes.*tall\.png as 48 x 32"):
+    with pytest.raises(UserError, match=r"different sizes.*tall\.png is 48 x 32"):
         dataset_of("examples.resnet20:resnet20", tmp_path)
     dataset, _ = dataset_of("examples.resnet20:resnet20", tmp_path, "image_classify(resize=32, crop=32)")
     assert dataset.batch(np.arange(7)).inputs["x"].shape == (7, 3, 32, 32)

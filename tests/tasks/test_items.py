@@ -20,7 +20,7 @@ from graftkit.tasks.tag.rows import Unfit, read_sentence
 @pytest.mark.parametrize("modality", ["text", "image", "audio"])
 @pytest.mark.parametrize(("item", "told"), [
     (None, r"item 2 of 3 is missing \(None\)"), (math.nan, r"item 2 of 3 is missing \(nan\)"),
-    (np.float32("nan"), r"item 2 of 3 is missing \(nan\)"), (3, "item 2 of 3 is the number 3, and no"),
+    (np.float32("nan"), r"item 2 of 3 is missing \(nan\)"), (3, "item 2 of 3 is the number 3, not an? "),
     (2.5, "item 2 of 3 is the number 2.5"), (True, "item 2 of 3 is the number True"),
     ({"text": "x"}, "item 2 of 3 is a dict, but the first is a str"),
 ])  # fmt: skip
@@ -54,7 +54,7 @@ CHOICES = {"question": "q", "choices": "c"}
     (Classify(), PAIR, [("a", "b"), (3, "b")], "the first text of pair 2 of 2 is the number 3, .*'3'"),
     (Classify(), PAIR, [("a", "b"), ("a", " ")], "the second text of pair 2 of 2 is empty"),
     (Classify(), PAIR, [("a", "b"), ("a", ["b"])], "the second text of pair 2 of 2 is a list"),
-    (Classify(), PAIR, [("a", "b"), ("a", "b", "c")], "item 2 of 2 has 3 texts, but must be a pair"),
+    (Classify(), PAIR, [("a", "b"), ("a", "b", "c")], "item 2 of 2 has 3 texts; it must have two"),
     (Classify(), PAIR, [("a", "b"), "a"], "item 2 of 2 is a str, but the first is a tuple"),
     (Choice(), CHOICES, [("q", ["a", "b"]), ("q", ["a", None])], "the choice 2 of item 2 of 2 is missing"),
     (Choice(), CHOICES, [("q", ["a", "b"]), (7, ["a", "b"])], "the question of item 2 of 2 is the number 7"),

@@ -71,7 +71,7 @@ def test_where_an_answer_stands(text, start, found):
     context = f"the cat dog {'x' * 100}       the cat  naïve"
     if found is None:
         with pytest.raises(
-            ValueError, match="stands 2 times in the context, at 4, 123; say with answer_start"
+            ValueError, match="occurs 2 times in the context, at 4, 123; choose one with answer_start"
         ):
             locate(context, text, start)
         return
@@ -143,13 +143,13 @@ def test_squad_files_of_both_versions(tmp_path):
         ({"context": None}, "row 1: column 'context' is empty"),
         ({"context": ["a"]}, "column 'context' is a list, not a text"),
         ({"context": "\ud800 cat"}, "half of a surrogate pair"),
-        ({"answers": None}, "has no answer; where the context holds none, write an empty list"),
+        ({"answers": None}, "has no answer; for an unanswerable question, write an empty list"),
         ({"answers": ""}, "has no answer"),
         ({"answers": {"text": [" "], "answer_start": [0]}}, "an answer is empty"),
-        ({"answers": {"text": ["dog"], "answer_start": [4]}}, "'dog' is not in the context (answer_start is 4; there stands 'cat')"),
-        ({"answers": {"text": ["Cat"], "answer_start": [99]}}, "that is behind its end); the context has 'cat' at 4"),
-        ({"answers": {"text": ["cat"], "answer_start": ["x"]}}, "answer_start is 'x', not a number"),
-        ({"answers": {"text": ["cat", "sat"], "answer_start": [4]}}, "2 answers and 1 of answer_start"),
+        ({"answers": {"text": ["dog"], "answer_start": [4]}}, "'dog' is not in the context (answer_start is 4; the text there is 'cat')"),
+        ({"answers": {"text": ["Cat"], "answer_start": [99]}}, "which is past its end); the context has 'cat' at 4"),
+        ({"answers": {"text": ["cat"], "answer_start": ["x"]}}, "answer_start is 'x', not a whole number"),
+        ({"answers": {"text": ["cat", "sat"], "answer_start": [4]}}, "2 answers but 1 of answer_start"),
         ({"answers": {"texts": ["cat"]}}, "answers has no 'text' (it has: texts)"),
         ({"answers": [3, None]}, "an answer is missing or null, not a text"),
         ({"is_impossible": True}, "is_impossible is true, but there are answers"),
@@ -181,8 +181,8 @@ def test_no_column_of_answers():
 @pytest.mark.parametrize(
     ("whole", "said"),
     [
-        ({"data": "x"}, "data is a string, but SQuAD's format has a list there"),
-        ({"data": [3]}, "data[0] is a number, but SQuAD's format has an object"),
+        ({"data": "x"}, "data is a string, but must be a list in SQuAD's format"),
+        ({"data": [3]}, "data[0] is a number, but must be an object in SQuAD's format"),
         ({"data": [{"title": "t"}]}, "data[0].paragraphs is missing or null"),
         ({"data": [{"paragraphs": [{"qas": []}]}]}, "data[0].paragraphs[0].context is missing"),
         ({"data": [{"paragraphs": [{"context": "c", "qas": {}}]}]}, "paragraphs[0].qas is an object"),

@@ -138,7 +138,7 @@ LONG = {"tokens": ["x"], "tags": ["B-a"]}
 BAD = [
     ({"tokens": ["x", "y"], "tags": ["O"]}, "row 2: 1 tag for 2 tokens."),
     ({"tokens": ["x", "y"], "tags": ["O", None]}, "row 2: token 2 ('y') has no tag."),
-    ({"tokens": ["x", ""], "tags": ["O", "O"]}, "row 2: token 2 of 2 is '', and no text."),
+    ({"tokens": ["x", ""], "tags": ["O", "O"]}, "row 2: token 2 of 2 is '', not a non-empty text."),
     ({"tokens": [], "tags": []}, "row 2: the list of tokens is empty."),
     ({"tokens": ["x"], "tags": None}, "row 2: it has no tags."),
     ({"tokens": None, "tags": ["O"]}, "row 2: there is no text."),

@@ -33,7 +33,7 @@ def test_columns_between_and_documents(tmp_path):
     assert table.numbers == [4, 8]
     assert read_conll(path, tag_column=2).columns["tags"] == [["NNP", "VBZ"], ["NNP"]]
     assert read_conll(path, token_column=-1, tag_column=1).columns["tokens"] == [["I-ORG", "O"], ["I-PER"]]
-    with pytest.raises(UserError, match="has 4 columns, so tag_column=5 is none of them"):
+    with pytest.raises(UserError, match="has 4 columns, so tag_column=5 does not exist"):
         read_conll(path, tag_column=5)
     with pytest.raises(UserError, match="token_column and tag_column are both column 4 of 4"):
         read_conll(path, token_column=4)
@@ -53,11 +53,11 @@ def test_one_column_has_tokens_alone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\tO\nb\nc\tO\n", "line 2: 1 column, where the other lines have 2 (with tabs between them)"),
-        ("a\tO\nb\tx\tO\nc\tO\n", "line 2: 3 columns, where the other lines have 2"),
+        ("a\tO\nb\nc\tO\n", "line 2: 1 column, but the other lines have 2 (separated by tabs)"),
+        ("a\tO\nb\tx\tO\nc\tO\n", "line 2: 3 columns, but the other lines have 2"),
         ("a\tO\n\tO\nc\tO\n", "line 2: there is no token in column 1"),
-        ("a O\nb c O\nd O\n", "line 2: 3 columns, where the other lines have 2 (with spaces between them)"),
-        ("a\tO\n#b\nc\tO\n", "line 2: 1 column, where"),
+        ("a O\nb c O\nd O\n", "line 2: 3 columns, but the other lines have 2 (separated by spaces)"),
+        ("a\tO\n#b\nc\tO\n", "line 2: 1 column, but"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, text, message):
@@ -76,7 +76,7 @@ def test_a_file_without_sentences(tmp_path, text):
 
 
 def test_texts_in_a_file_for_tokens(tmp_path):
-    with pytest.raises(UserError, match="a file of whole texts is one of JSON lines"):
+    with pytest.raises(UserError, match="for whole texts use a file of JSON lines"):
         read_conll(write(tmp_path, "a b c\nd e\nf g h\n", "a.txt"))
     with pytest.raises(UserError, match="does not exist"):
         read_conll(str(tmp_path / "none.conll"))

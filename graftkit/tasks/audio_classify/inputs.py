@@ -1,4 +1,4 @@
-"""How a waveform becomes what a model takes: by its own feature extractor, or as a recipe says."""
+"""Turn waveforms into model inputs, with the model's own feature extractor or as configured in the recipe."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.calls import parameters_of
 from graftkit.errors import UserError
 
-MEL_FLOOR = 1e-10  # power below which the logarithm is not taken
-KALDI_WINDOW, KALDI_HOP = 400, 160  # samples, in extractors in the manner of Kaldi, at any sampling rate
+MEL_FLOOR = 1e-10  # mel powers are clamped to this before the logarithm
+KALDI_WINDOW, KALDI_HOP = 400, 160  # samples; fixed in Kaldi-style extractors, whatever the sampling rate
 
 
 class Front:
-    """What turns waveforms into the input `name` of a model.
+    """Turn waveforms into the model input called `name`.
 
-    `rate`: Hz. `shortest`, `longest`: samples of a waveform; longest is None where the model takes any number. `fixed`:
-    rows of all lengths become arrays of one shape. `mask`: the model is told by an attention_mask what is padding.
-    `time`: the axis of time in a row of features (0 or 1); None where a row is a waveform. `padding`: the value behind
-    the end of a row.
+    `rate`: sampling rate in Hz. `shortest`, `longest`: limits on the length of a waveform, in samples; `longest` is None
+    if there is no upper limit. `fixed`: rows of all lengths become arrays of the same shape. `mask`: the model takes an
+    attention_mask that marks padding. `time`: the time axis of a row of features (0 or 1); None if a row is a waveform.
+    `padding`: the value that rows are padded with.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Front:
     padding: float = 0.0
 
     def row(self, wave: np.ndarray) -> np.ndarray:
-        """What the model takes of one waveform (samples,): time comes first unless it is `fixed`."""
+        """Return the features of one waveform (samples,), in float32; time is the first axis unless `fixed`."""
         raise NotImplementedError
 
     def batch(self, rows: np.ndarray) -> np.ndarray:
-        """Padded rows (rows, time, ...) as the model takes them."""
+        """Return padded rows (rows, time, ...) with their axes in the order that the model expects."""
         return rows
 
 
 class Extractor(Front):
-    """The feature extractor that the model's folder brings."""
+    """The feature extractor in the model's folder."""
 
     def __init__(self, backbone: Backbone) -> None:
         processor, config = backbone.processor, getattr(backbone.model, "config", None)
@@ -62,11 +62,11 @@ class Extractor(Front):
         if one.ndim == 2:
             self.time = int(self.fixed and one.shape[0] == processor.feature_size)
         norm = getattr(config, "feat_extract_norm", None)
-        told = norm == "layer" if norm is not None else bool(processor.return_attention_mask)
-        self.mask = told and not self.fixed and "attention_mask" in parameters_of(backbone.model)
+        masked = norm == "layer" if norm is not None else bool(processor.return_attention_mask)
+        self.mask = masked and not self.fixed and "attention_mask" in parameters_of(backbone.model)
 
     def row(self, wave: np.ndarray) -> np.ndarray:
-        # one alone: where an extractor is given several, some norm over the padding too
+        # one row at a time: given several, some extractors normalise over the padding too
         found = self.processor(wave, sampling_rate=self.rate, return_tensors="np")
         features = np.asarray(found[self.name][0], np.float32)
         mask = None if self.fixed else found.get("attention_mask")
@@ -74,7 +74,7 @@ class Extractor(Front):
 
 
 class Waveform(Front):
-    """Samples for a user's own module, minus `mean`, by `deviation`."""
+    """Samples for a user's own module: minus `mean`, divided by the standard deviation `deviation`."""
 
     def __init__(self, model: nn.Module, rate: int, mean: float, deviation: float) -> None:
         names = parameters_of(model)
@@ -86,7 +86,7 @@ class Waveform(Front):
 
 
 class LogMel(Waveform):
-    """A log-mel spectrogram (rows, bands, frames) for a user's own module, minus `mean`, by `deviation`."""
+    """A log-mel spectrogram (rows, bands, frames) for a user's own module: minus `mean`, divided by `deviation`."""
 
     time = 0
 
@@ -99,14 +99,14 @@ class LogMel(Waveform):
         self.window, self.hop = round(window * rate), round(hop * rate)
         if self.window < 2 or self.hop < 1:
             raise UserError(
-                f"audio_classify(): window {window} s and hop {hop} s are {self.window} and {self.hop} samples at {rate} Hz; "
-                "raise them."
+                f"audio_classify(): window={window} s and hop={hop} s are {self.window} and {self.hop} samples at {rate} Hz, "
+                "which is too short; raise them."
             )
         self.size = 2 ** math.ceil(math.log2(self.window))
         if bands > self.size // 4:
             raise UserError(
-                f"audio_classify(): {bands} mel bands are more than the {self.size // 2 + 1} frequencies of a window of "
-                f"{window} s at {rate} Hz can fill; lower n_mels, or raise window."
+                f"audio_classify(): {bands} mel bands are too many for the {self.size // 2 + 1} frequencies of a window of "
+                f"{window} s at {rate} Hz; lower n_mels, or raise window."
             )
         self.filters = mel_filter_bank(
             self.size // 2 + 1, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
@@ -120,10 +120,10 @@ class LogMel(Waveform):
 
 
 def log_mel(wave: np.ndarray, filters: np.ndarray, window: int, hop: int, size: int) -> np.ndarray:
-    """(frames, bands) float32: natural logarithms of power in mel bands, 1 + samples // hop frames.
+    """Return log-mel features (frames, bands) in float32: natural logarithms of power, 1 + samples // hop frames.
 
-    A frame is `window` samples around its time, with zeros beyond both ends, under a periodic Hann window, and
-    transformed in `size` points. `filters`: (size // 2 + 1, bands).
+    A frame is `window` samples centred on its time, multiplied by a periodic Hann window, with an FFT of `size` points.
+    The wave is zero-padded at both ends. `filters`: (size // 2 + 1, bands).
     """
     padded = np.pad(wave, window // 2 + window % 2)[window % 2 :]
     frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
@@ -133,7 +133,7 @@ def log_mel(wave: np.ndarray, filters: np.ndarray, window: int, hop: int, size: 
 
 
 def extractor_beside(backbone: Backbone) -> Any:
-    """The feature extractor that a model's folder has beside its tokenizer, or None."""
+    """Return the feature extractor in the folder of a model whose processor is a tokenizer, or None."""
     from transformers import AutoFeatureExtractor
 
     try:
@@ -145,10 +145,10 @@ def extractor_beside(backbone: Backbone) -> Any:
 
 
 def masks_itself(model: nn.Module) -> bool:
-    """Whether a model in the manner of wav2vec2 masks its own frames in training."""
+    """Return whether a model masks its own frames in training, as wav2vec2 does."""
     return any(name.endswith("masked_spec_embed") for name, _ in model.named_parameters())
 
 
 def extracts_sound(processor: Any) -> bool:
-    """Whether a model's processor is a feature extractor of sound."""
+    """Return whether a model's processor is an audio feature extractor."""
     return hasattr(processor, "sampling_rate") and hasattr(processor, "model_input_names")

@@ -1,4 +1,4 @@
-"""Sounds as rows of a dataset: read when needed, kept while there is room, changed at random in training."""
+"""A dataset of sounds: decoded when needed, cached up to 1 GiB, augmented in training."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from graftkit.errors import UserError, first_line, listing
 from graftkit.tasks.audio_classify.inputs import Front
 from graftkit.tasks.base import Dataset, Examples
 
-ROOM = 1 << 30  # bytes of decoded sounds that a dataset keeps
+ROOM = 1 << 30  # bytes of decoded sounds or features that a dataset caches
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a row in training, drawn from the generator of that row.
+    """Random augmentation of training rows, each from its own generator.
 
-    `gain`: decibels up or down at most; `shift`: samples earlier or later at most; `masks` stripes of time and as many
-    of frequency, each at most the share `time` of the frames, or `frequency` of the bands.
+    `gain`: maximum change of loudness, in decibels up or down. `shift`: maximum shift in time, in samples. `masks`: number
+    of time masks and of frequency masks, each at most the fraction `time` of the frames, or `frequency` of the bands.
     """
 
     gain: float = 0.0
@@ -40,7 +40,7 @@ class Augmentation:
         return bool(self.gain or self.shift)
 
     def wave(self, wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Louder or softer, earlier or later, as long as before."""
+        """Return a wave (samples,) with a random gain and shift, of the same length."""
         if self.gain:
             wave = wave * np.float32(10 ** (self.gain * (2 * random.random() - 1) / 20))
         most = min(self.shift, len(wave) - 1)
@@ -53,7 +53,8 @@ class Augmentation:
     def features(
         self, features: np.ndarray, time: int, frames: int, random: np.random.Generator
     ) -> np.ndarray:
-        """Stripes of features, of which `frames` are not padding, set to their mean (Park et al. 2019, section 2)."""
+        """Return the features with random time and frequency masks set to their mean (SpecAugment, Park et al. 2019, section
+        2). `time`: the time axis; `frames`: the number of frames that are not padding."""
         if not self.masks:
             return features
         result = features.copy()
@@ -72,10 +73,10 @@ def _stripe(places: int, share: float, random: np.random.Generator) -> slice:
 
 
 class SoundDataset(Dataset):
-    """Sounds as a model takes them; `lengths` in samples at the model's rate.
+    """Sounds as model inputs; `lengths` in samples at the model's sampling rate.
 
-    `longest`: samples of a row at most, the rest is cut away as `cut` says. `padded`: each row is padded to that, so
-    that an answer does not depend on the other rows of a batch where the model is told nothing of padding.
+    `longest`: maximum samples of a row; longer sounds are cut as `cut` says. `padded`: every row is padded to `longest`,
+    so that the answers of a model without an attention mask do not depend on the other rows of a batch.
     """
 
     unit: ClassVar[str] = "samples"
@@ -139,7 +140,7 @@ class SoundDataset(Dataset):
             assert features is not None
             return features
         missing = self.longest - len(wave)
-        if features is None:  # silence in front of the spectrogram, not zeros in it
+        if features is None:  # pad the waveform with silence, not the spectrogram with zeros
             return self.front.row(np.pad(wave, (0, missing)))
         return np.pad(features, (0, missing), constant_values=self.front.padding)
 
@@ -153,9 +154,9 @@ class SoundDataset(Dataset):
         return [*known, self.lengths.astype(np.int64), *(sound.digest for sound in self.sounds)]
 
     def refuse_misfits(self, backbone: Backbone) -> None:
-        """Raise `UserError` where the model cannot take the sounds, or names those that are too short for it.
+        """Raise `UserError` if the model cannot take the sounds; name the ones that are too short for it.
 
-        Found by trying: the shortest, and where that fails the longest, and those between by halving.
+        Tries the shortest sound. If it fails, tries the longest one, then finds the limit by bisection.
         """
         order = np.argsort(self.lengths, kind="stable")
         if self._misfit(backbone, order[0]) is None:
@@ -164,10 +165,10 @@ class SoundDataset(Dataset):
         if problem is not None:
             shape = "x".join(map(str, self._features(int(order[-1]), Pass()).shape))
             raise UserError(
-                f"{backbone.source} cannot take {self.front.name} of {shape} a row: {first_line(problem)}. "
-                "The transform (the feature extractor of its folder, or the options of audio_classify()) has to fit it."
+                f"{backbone.source} cannot take {self.front.name} of shape {shape}: {first_line(problem)}. "
+                "Use a feature extractor, or options of audio_classify(), that fit the model."
             )
-        low, high = 0, len(order) - 1  # the shortest at `low` fails, that at `high` passes
+        low, high = 0, len(order) - 1  # the sound at `low` fails, the one at `high` passes
         while high - low > 1:
             middle = (low + high) // 2
             if self._misfit(backbone, order[middle]) is None:
@@ -177,11 +178,11 @@ class SoundDataset(Dataset):
         seconds = self.lengths[order[low]] / self.front.rate
         raise UserError(
             f"{high} of {len(order)} sounds are too short for {backbone.source}, {seconds:.3g} s or less: "
-            f"{listing((self.where(int(row)) for row in order[:high]), 10)}. Leave them out, or join them to longer ones."
+            f"{listing((self.where(int(row)) for row in order[:high]), 10)}. Remove them, or join them into longer ones."
         )
 
     def _misfit(self, backbone: Backbone, row: Any) -> Exception | None:
-        """What goes wrong with this row alone, if anything does."""
+        """Return the error that the model raises for this row alone, or None."""
         if self.lengths[row] < self.front.shortest:
             return ValueError("shorter than one window")
         model: nn.Module = backbone.model

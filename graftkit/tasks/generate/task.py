@@ -181,7 +181,7 @@ class Generate(Task):
             return None
         for number, item in enumerate(items, start=1):
             if not item.strip():
-                raise UserError(f"prompt {number} of {len(items)} is empty; there is nothing to answer.")
+                raise UserError(f"prompt {number} of {len(items)} is empty; remove it, or fill it in.")
         if "messages" in columns:
             return [{columns["messages"]: [{"role": "user", "content": item}], **tools} for item in items]
         more = {columns["input"]: ""} if "input" in columns else {}

@@ -1,4 +1,4 @@
-"""From an image to the numbers a model takes: by the model's own processor, or as a recipe says for other modules."""
+"""Turn images into model inputs, with the model's own processor or, for other modules, as configured in the recipe."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from graftkit.errors import UserError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue between 0 and 1
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue in [0, 1]
 IMAGENET_DEVIATION: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 class Pixels(Protocol):
-    """`resample`: how PIL is to resize, by its number."""
+    """A conversion of images to tensors. `resample`: the number of PIL's resampling filter."""
 
     @property
     def resample(self) -> int: ...
 
     def size(self, image: Image) -> tuple[int, int]:
-        """(height, width) of what is made of an image."""
+        """Return the (height, width) of the tensor for an image."""
         ...
 
     def __call__(self, image: Image, whole: bool = True) -> Tensor:
-        """(channels, height, width) of an RGB image; without `whole` it has its size already."""
+        """Return an RGB image as (channels, height, width). If `whole` is False, it already has its final size."""
         ...
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, crop the middle, order the channels, scale, take off the mean, divide by the deviation.
+    """Resize, crop the centre, reorder channels, rescale, subtract the mean and divide by the standard deviation.
 
-    `resize`: pixels of the shorter side, or (height, width). `crop`: (height, width). Mean and deviation are of the
-    channels in the order of `channels`, in the unit that `scale` gives.
+    `resize`: shorter side in pixels, or (height, width). `crop`: (height, width). `mean` and `deviation` follow the order
+    of `channels`, and apply after multiplication by `scale`.
     """
 
     resize: int | tuple[int, int] | None
@@ -55,7 +55,7 @@ class Transform:
     resample: int
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) of an image before it is cropped."""
+        """Return the (height, width) of an image of this size after resizing, before the crop."""
         if self.resize is None:
             return height, width
         if not isinstance(self.resize, int):
@@ -64,7 +64,7 @@ class Transform:
         return (longer, self.resize) if height > width else (self.resize, longer)
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) of what is made of an image of this size."""
+        """Return the (height, width) of the tensor for an image of this size."""
         return self.crop or self.resized(width, height)
 
     def size(self, image: Image) -> tuple[int, int]:
@@ -87,10 +87,10 @@ class Transform:
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
     def __str__(self) -> str:
-        sides = "as they are" if self.resize is None else f"resized to {_sides(self.resize)}"
-        crop = "" if self.crop is None else f", the middle {self.crop[0]} x {self.crop[1]}"
+        sides = "not resized" if self.resize is None else f"resized to {_sides(self.resize)}"
+        crop = "" if self.crop is None else f", centre crop {self.crop[0]} x {self.crop[1]}"
         mean, deviation = (" ".join(f"{v:g}" for v in values) for values in (self.mean, self.deviation))
-        return f"{sides}{crop}, {self.channels} times {self.scale:.4g}, minus {mean}, by {deviation}"
+        return f"{sides}{crop}, {self.channels} times {self.scale:.4g}, minus {mean}, divided by {deviation}"
 
 
 def _sides(resize: int | tuple[int, int]) -> str:
@@ -98,12 +98,12 @@ def _sides(resize: int | tuple[int, int]) -> str:
 
 
 class Processor:
-    """The image processor that a model of transformers came with."""
+    """The image processor of a `transformers` model."""
 
     def __init__(self, processor: Any, source: str, grey: bool = False) -> None:
         self.processor = processor
         self.source = source
-        self.grey = grey  # the model takes one channel
+        self.grey = grey  # the model takes single-channel images
         self.more = {
             name: [float(np.mean(value))] * 3
             for name in ("image_mean", "image_std")
@@ -113,8 +113,8 @@ class Processor:
         mean = getattr(processor, "image_mean", None)
         if isinstance(mean, list | tuple) and len(mean) != 3 and not (grey and len(mean) == 1):
             raise UserError(
-                f"the image processor of {source} is for images of {len(mean)} channel{'s' * (len(mean) != 1)} (image_mean "
-                "in preprocessor_config.json), but images are read as RGB; use a model of three channels."
+                f"the image processor of {source} is for images with {len(mean)} channel{'s' * (len(mean) != 1)} (image_mean "
+                "in preprocessor_config.json), but images are read as RGB; use a model with three channels."
             )
         from PIL import Image
 
@@ -129,11 +129,11 @@ class Processor:
         return self.given  # type: ignore[return-value]
 
     def __call__(self, image: Image, whole: bool = True) -> Tensor:
-        if self.grey:  # most processors know three channels only, so they are given three that are the same
+        if self.grey:  # most processors need three channels: pass equal ones
             image = image.convert("L").convert("RGB")
         try:
             made = self.processor(image, return_tensors="pt", **self.more, **({} if whole else self.as_it_is))
-        except Exception as error:  # a processor's own arithmetic
+        except Exception as error:  # processors can raise anything
             if is_out_of_memory(error):
                 raise
             raise UserError(
@@ -143,8 +143,8 @@ class Processor:
         values = dict(made).get("pixel_values")
         if not isinstance(values, Tensor) or values.dim() != 4:
             raise UserError(
-                f"the image processor of {self.source} gives {', '.join(made)} and no pixel_values of one image each, so it "
-                "is not for classification."
+                f"the image processor of {self.source} returns {', '.join(made)} instead of one pixel_values tensor per "
+                "image, so it cannot be used for classification."
             )
         return values[0, :1].float() if self.grey else values[0].float()
 
@@ -153,14 +153,14 @@ class Processor:
 
 
 def argument_of(model: nn.Module) -> str:
-    """The name under which a model takes images."""
+    """Return the name of the argument through which a model takes images."""
     if hasattr(model, "config"):
         return getattr(model, "main_input_name", "pixel_values")
     return next(iter(parameters_of(model)))
 
 
 def takes_grey(model: nn.Module) -> bool:
-    """Whether a model takes images of one channel: its config says so, or its first convolution."""
+    """Return whether a model takes single-channel images, according to its config or else its first convolution."""
     config = getattr(model, "config", None)
     channels = getattr(getattr(config, "vision_config", config), "num_channels", None)
     if isinstance(channels, int):
@@ -170,7 +170,10 @@ def takes_grey(model: nn.Module) -> bool:
 
 
 def processor_of(backbone: Backbone) -> Processor | None:
-    """The image processor of a model, if it came with one. Raises `UserError` for a model that takes no images."""
+    """Return the image processor of a model, or None for a user's own module.
+
+    Raises `UserError` for a `transformers` model without one.
+    """
     if backbone.processor is None and not hasattr(backbone.model, "config"):
         return None
     from transformers.image_processing_utils import BaseImageProcessor
@@ -181,38 +184,36 @@ def processor_of(backbone: Backbone) -> Processor | None:
 
 
 def same_size(transform: Transform, sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> None:
-    """Raise `UserError` unless all images come out in one size; `sizes` are (width, height)."""
+    """Raise `UserError` unless the transform gives all images the same size. `sizes`: (width, height) of each."""
     first = transform.size_of(*sizes[0])
     for (width, height), name in zip(sizes, names):
         found = transform.size_of(width, height)
         if found != first:
             raise UserError(
-                f"images come out in several sizes: {names[0]} as {first[0]} x {first[1]}, {name} as {found[0]} x "
-                f"{found[1]} (height x width). Give the task a size that the model takes, for example "
+                f"images have different sizes after the transform: {names[0]} is {first[0]} x {first[1]}, {name} is "
+                f"{found[0]} x {found[1]} (height x width). Set the input size of the model in the task, for example "
                 "image_classify(resize=256, crop=224)."
             )
 
 
 def sides_of(value: Any, name: str) -> tuple[int, int] | None:
-    """(height, width) of an option that is one side of a square, or both."""
+    """Return (height, width) for an option that gives the side of a square or both sides; None for None."""
     if value is None:
         return None
     sides = (value, value) if isinstance(value, int) else tuple(value)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise UserError(
-            f"image_classify(): {name} is {value!r}, but must be a number of pixels, or [height, width]."
+            f"image_classify(): {name} is {value!r}; it must be a number of pixels or [height, width]."
         )
     return sides
 
 
 def each_channel(value: Any, name: str, count: int) -> tuple[float, ...] | None:
-    """One number for each of `count` channels, of an option that is one for all, or so many."""
+    """Return one number for each of `count` channels, for an option that gives one for all or one each; None for None."""
     if value is None:
         return None
     values = (value,) * count if isinstance(value, (int, float)) else tuple(value)
     if len(values) != count or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-        channels = "the one channel" if count == 1 else f"each of {count} channels"
-        raise UserError(
-            f"image_classify(): {name} is {value!r}, but must be one number, or one for {channels}."
-        )
+        each = "" if count == 1 else f" or a list of {count}, one for each channel"
+        raise UserError(f"image_classify(): {name} is {value!r}; it must be a number{each}.")
     return tuple(map(float, values))

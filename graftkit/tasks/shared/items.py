@@ -1,4 +1,4 @@
-"""The items of a list that a person hands to `predict`: each error names the item by its position."""
+"""Check the items of a list passed to `predict`; each error names the item by its position."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from graftkit.errors import UserError
 
-NOUNS = {"image": "image", "audio": "sound"}  # by modality; else a text
+NOUNS = {"image": "image", "audio": "sound"}  # by modality; text otherwise
 
 
 def check_items(items: Sequence[Any], modality: str) -> None:
-    """Raise `UserError` for a missing or a numeric item, and where rows (mappings) stand beside anything else."""
+    """Raise `UserError` for a missing or numeric item, and if rows (mappings) are mixed with anything else."""
     noun = NOUNS.get(modality, "text")
     for number, item in enumerate(items, start=1):
         refuse_no_text(item, f"item {number} of {len(items)}", noun)
@@ -20,40 +20,39 @@ def check_items(items: Sequence[Any], modality: str) -> None:
 
 
 def check_kinds(items: Sequence[Any], kinds: tuple[type, ...]) -> None:
-    """Raise `UserError` for the first item that is of one of these kinds where the first of all is not, or the other way
-    round."""
+    """Raise `UserError` for the first item that differs from the first one in whether it is one of these types."""
     odd = next(
         (i for i, item in enumerate(items) if isinstance(item, kinds) != isinstance(items[0], kinds)), None
     )
     if odd is not None:
         raise UserError(
             f"item {odd + 1} of {len(items)} is a {type(items[odd]).__name__}, but the first is a "
-            f"{type(items[0]).__name__}; give items of one kind."
+            f"{type(items[0]).__name__}; give items of the same type."
         )
 
 
 def check_texts(texts: Sequence[Any], where: str, names: Sequence[str] | None = None) -> None:
-    """Raise `UserError` for a text within an item that is missing, a number or empty. `names`: what to call each."""
+    """Raise `UserError` if a text within an item is missing, empty or a number. `names`: the name of each in errors."""
     for place, text in enumerate(texts):
         name = names[place] if names is not None else f"text {place + 1}"
         refuse_no_text(text, f"the {name} of {where}", "text")
         if not isinstance(text, str):
-            raise UserError(f"the {name} of {where} is a {type(text).__name__}, and no text.")
+            raise UserError(f"the {name} of {where} is a {type(text).__name__}, not a text.")
         if not text.strip():
             raise UserError(f"the {name} of {where} is empty.")
 
 
 def refuse_no_text(item: Any, where: str, noun: str) -> None:
-    """Raise `UserError` for a value that is missing, or a number."""
+    """Raise `UserError` if an item is missing or a number."""
     if is_nothing(item):
-        raise UserError(f"{where} is missing ({item}); leave it out, or give {_article(noun)} {noun}.")
+        raise UserError(f"{where} is missing ({item}); remove it, or give {_article(noun)} {noun}.")
     if isinstance(item, numbers.Number):
-        hint = f"; a number is written as a text: {str(item)!r}" if noun == "text" else ""
-        raise UserError(f"{where} is the number {item}, and no {noun}{hint}.")
+        hint = f"; write it as a string: {str(item)!r}" if noun == "text" else ""
+        raise UserError(f"{where} is the number {item}, not {_article(noun)} {noun}{hint}.")
 
 
 def is_nothing(item: Any) -> bool:
-    """Whether a value is None, NaN, or what pandas has for a missing one."""
+    """Return whether a value is None, NaN, or pandas' NA or NaT."""
     if item is None or type(item).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(item, numbers.Number) and item != item

@@ -37,20 +37,20 @@ class LabelTask(Task):
             raise UserError(f"column {columns['label']!r} of {table.source} has no labels.")
         if len(names) == 1:
             raise UserError(
-                f"column {columns['label']!r} of {table.source} has one class only ({names[0]!r}), so there is "
-                "nothing to learn. Name another column with data.columns={label: ...}, or add rows of other classes."
+                f"column {columns['label']!r} of {table.source} has only one class ({names[0]!r}), so there is "
+                "nothing to learn. Choose another column with data.columns={label: ...}, or add rows of other classes."
             )
         if len(names) > max(20, len(values) // 2):
             raise UserError(
                 f"column {columns['label']!r} of {table.source} has {len(names)} different values in {len(values)} "
-                "rows, so it does not look like a label. Name the label column with data.columns={label: ...}."
+                "rows, so it does not look like a label. Choose the label column with data.columns={label: ...}."
             )
         return tuple(names)
 
     def wrong(
         self, table: Table, columns: dict[str, str], labels: Sequence[str]
     ) -> Callable[[int], str | None]:
-        """Return a function that says what is wrong with the label of a row, and where; None if nothing is."""
+        """Return a function that maps a row number to what is wrong with its label, and where, or to None."""
         index, column = LabelIndex(labels), columns["label"]
 
         def problem(row: int) -> str | None:
@@ -187,7 +187,7 @@ def _several(table: Table, column: str, row: int) -> str:
     kind = "mapping" if isinstance(value, dict) else "list"
     return (
         f"{table.where(row)}: column {column!r} is a {kind} ({repr(value)[:60]}), but one label "
-        "is expected; for sets of labels and vectors of 0 and 1 use classify(kind='multi')."
+        "is expected; for several labels per row, or vectors of 0 and 1, use classify(kind='multi')."
     )
 
 

@@ -1,4 +1,4 @@
-"""A loss over some of the classes, others in each row."""
+"""Cross-entropy over a subset of the classes that differs from row to row."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, allowed: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy over the last dimension of `logits` (..., classes) where only some classes are `allowed`; of the
-    shape of `targets`. Smoothing spreads its share over these."""
+    """Return the cross-entropy over the `allowed` classes (..., classes) of `logits` (..., classes), in the shape of
+    `targets`. Label smoothing is spread over the allowed classes only."""
     logs = logits.masked_fill(~allowed, -torch.inf).log_softmax(dim=-1)
     losses = -logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     if not label_smoothing:

@@ -13,7 +13,7 @@ RESAMPLES = 1000
 def classification(
     logits: np.ndarray, targets: np.ndarray, labels: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
-    """`of_choices` for the largest of the logits (rows, classes); the loss is cross-entropy."""
+    """Return the metrics of `of_choices` for the argmax of logits (rows, classes), with cross-entropy as the loss."""
     losses = -log_softmax(logits)[np.arange(len(targets)), targets]
     return of_choices(logits.argmax(axis=1), targets, losses, labels, seed)
 
@@ -26,10 +26,10 @@ def of_choices(
     seed: int = 0,
     intervals: bool = True,
 ) -> dict[str, Any]:
-    """Accuracy, macro F1 and loss, 95% bootstrap intervals of the first two, and a table by class.
+    """Return accuracy, macro F1 and loss, 95% bootstrap intervals of the first two, and a table by class.
 
-    predictions, targets and losses (rows,). Macro F1 is the mean over classes that occur in targets or
-    predictions, as scikit-learn has it. The intervals are percentiles over 1,000 resamples of the rows.
+    `predictions`, `targets` and `losses` (rows,). Macro F1 is the mean over the classes that occur in the targets or
+    predictions, as in scikit-learn. The intervals are percentiles over 1,000 resamples of the rows.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -69,10 +69,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def _bootstrap(
     targets: np.ndarray, predictions: np.ndarray, classes: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy and macro F1 of each resample of the rows.
+    """Return accuracy and macro F1 for each resample of the rows, both (resamples,).
 
-    The rows are drawn as counts of the cells of the confusion matrix that are not empty, at most one for each
-    row, and summed by class: no matrix of all classes is made.
+    Drawing rows with replacement is drawing counts for the non-empty cells of the confusion matrix, of which there are
+    at most as many as rows; the full (classes, classes) matrix is never built.
     """
     cells, counts = np.unique(targets.astype(np.int64) * classes + predictions, return_counts=True)
     true, predicted = np.divmod(cells, classes)
@@ -89,7 +89,7 @@ def _bootstrap(
 
 
 def resamples(rows: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yield counts of how often each row is drawn in 1,000 resamples of the rows, in blocks (resamples, rows)."""
+    """Yield how often each row is drawn in 1,000 resamples of the rows, in blocks (resamples, rows)."""
     random, shares = np.random.default_rng(seed), np.full(rows, 1 / rows)
     size = max(1, min(RESAMPLES, 4_000_000 // rows))
     for start in range(0, RESAMPLES, size):
@@ -99,7 +99,7 @@ def resamples(rows: int, seed: int = 0) -> Iterator[np.ndarray]:
 def mean_interval(
     name: str, values: np.ndarray, intervals: bool = True, seed: int = 0
 ) -> dict[str, list[float]]:
-    """95% bootstrap interval of the mean of figures, one for each row: rows are drawn as counts of equal figures."""
+    """Return the 95% bootstrap interval of the mean of `values` (rows,). Equal values are drawn together, as counts."""
     if not intervals:
         return {}
     distinct, counts = np.unique(values, return_counts=True)
@@ -108,7 +108,7 @@ def mean_interval(
 
 
 def interval(name: str, values: np.ndarray | Sequence[Any]) -> dict[str, list[float]]:
-    """Return the 2.5% and 97.5% percentiles of resampled values as `NAME_interval`; empty if there are no values."""
+    """Return the 2.5th and 97.5th percentiles of resampled values as `NAME_interval`; empty if there are no values."""
     if not len(values):
         return {}
     drawn = (

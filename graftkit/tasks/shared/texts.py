@@ -1,4 +1,4 @@
-"""What tasks on texts share: a text or a pair of texts in each row, encoded by the model's tokenizer."""
+"""Shared code of tasks on texts: each row is a text or a pair of texts, encoded by the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECOND = ("text2", "sentence2", "sentence_2", "hypothesis", "question2", "pair")
 
 
 class TextDataset(Dataset):
-    """Token ids of each row, padded when a batch is made. `numbers`: what is learned, one number or list a row."""
+    """Token ids of each row, padded when a batch is made. `numbers`: targets (rows, ...); None for prediction."""
 
     def __init__(
         self, examples: Examples, encoded: Encoded, numbers: np.ndarray | None = None, units: np.ndarray | None = None
@@ -49,17 +49,18 @@ class TextDataset(Dataset):
 
 
 class TextTask(Task):
-    """Base of tasks whose input is the columns `text` and, where there is one, `text_pair`."""
+    """Base of tasks whose input is the column `text` and, if there is one, `text_pair`."""
 
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
-        """Rows of a list of texts or of pairs, or of one such pair, none of them empty; None for anything else."""
+        """Return the rows for a list of texts or pairs, or for a single pair; None for anything else. Raise `UserError`
+        for an empty text."""
         if not items:
-            raise UserError("there is no text to answer; give one or more, or --data FILE.")
+            raise UserError("there are no texts to predict; give one or more, or --data FILE.")
         if "text_pair" in columns and all(isinstance(text, str) for text in items):
             if len(items) != 2:
                 raise UserError(
-                    f"this run was trained on pairs of texts: give both, TEXT and TEXT_PAIR ({len(items)} "
-                    f"{'text is' if len(items) == 1 else 'texts are'} given), or --data FILE; in Python a list of pairs."
+                    f"this run was trained on pairs of texts: give two, TEXT and TEXT_PAIR (got {len(items)}), or "
+                    "--data FILE; in Python, give a list of pairs."
                 )
             items = [tuple(items)]
         check_kinds(items, (str,))
@@ -69,18 +70,16 @@ class TextTask(Task):
         for number, pair in enumerate(items if not single else (), start=1):
             if len(pair) != 2:
                 raise UserError(
-                    f"item {number} of {len(items)} has {len(pair)} text{'s' * (len(pair) != 1)}, but must be a pair."
+                    f"item {number} of {len(items)} has {len(pair)} text{'s' * (len(pair) != 1)}; it must have two."
                 )
             check_texts(pair, f"pair {number} of {len(items)}", ("first text", "second text"))
         if not single and "text_pair" not in columns:
-            raise UserError(
-                "this run was trained on single texts, but pairs are given; give a list of texts."
-            )
+            raise UserError("this run was trained on single texts, not on pairs; give a list of texts.")
         names = [columns[name] for name in ("text", "text_pair") if name in columns]
         rows = [dict(zip(names, [item] if single else item)) for item in items]
         for number, row in enumerate(rows, start=1):
             if any(isinstance(text, str) and not text.strip() for text in row.values()):
-                raise UserError(f"text {number} of {len(rows)} is empty; there is nothing to answer.")
+                raise UserError(f"text {number} of {len(rows)} is empty; remove it, or fill it in.")
         return rows
 
     def predict_arguments(self, columns: Mapping[str, str]) -> str:
@@ -92,19 +91,19 @@ class TextTask(Task):
 
 
 def made_up_texts(labels: Sequence[str]) -> list[str]:
-    """Texts that an export is compared on where the run's rows have gone."""
+    """Return made-up texts on which an export and its run are compared if the run's rows no longer exist."""
     return [f"{label}: how does this compare?" for label in labels or ("an export",)]
 
 
 def tokenizer_of(backbone: Backbone, task: Task) -> Any:
-    """The tokenizer of a backbone. Raises `UserError` where it has none."""
+    """Return the tokenizer of a backbone. Raises `UserError` if it has none."""
     if backbone.processor is None or not hasattr(backbone.processor, "pad_token_id"):
         raise UserError(f"{backbone.source} has no tokenizer, which {task.name}() needs.")
     return backbone.processor
 
 
 def text_problem(table: Table, column: str, row: int) -> str | None:
-    """What is wrong with the text in a column of a row."""
+    """Return what is wrong with the text in a column of a row, or None."""
     value = table.columns[column][row]
     if is_missing(value):
         return f"{table.where(row)}: column {column!r} is empty."
@@ -116,8 +115,10 @@ def text_problem(table: Table, column: str, row: int) -> str | None:
 def read_texts(
     table: Table, columns: dict[str, str], wrong: Callable[[int], str | None] | None, skip_bad: bool
 ) -> tuple[Table, dict[str, list[Any]], tuple[str, ...]]:
-    """The good rows, their texts by column, and a message for each bad row. `wrong` says what is wrong with the
-    rest of a row. Raises `UserError` as `check_rows` does."""
+    """Return the good rows as a table, their texts by column, and a message for each bad row.
+
+    `wrong` returns what is wrong with the rest of a row, or None. Raises `UserError` as `check_rows` does.
+    """
     names = [name for name in ("text", "text_pair") if name in columns]
 
     def problem(row: int) -> str | None:
@@ -132,7 +133,7 @@ def read_texts(
 def encode(
     task: Task, examples: Examples, backbone: Backbone, max_length: int, numbers: np.ndarray | None
 ) -> TextDataset:
-    """Texts, or pairs of texts, as a model takes them."""
+    """Tokenize the texts, or pairs of texts, of the examples. `numbers`: targets (rows, ...), if there are any."""
     values = examples.values
     encoded = encode_texts(tokenizer_of(backbone, task), values["text"], values.get("text_pair"), max_length)
     check_encoded(backbone, encoded, examples.where)

@@ -1,4 +1,4 @@
-"""Weights of classes in a loss: 'balanced', or a number for each label that a recipe names."""
+"""Class weights of a loss: 'balanced', or a number for each label named in the recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BALANCED = "balanced"
 
 
 def check_class_weights(given: str | Mapping[Any, Any] | None, labels: Sequence[str], task: str) -> None:
-    """Raise `UserError` for a label that the training rows do not have, or a weight that is no positive number."""
+    """Raise `UserError` for a label that is not in the training rows, or a weight that is not a positive number."""
     if not isinstance(given, Mapping):
         return
     index, seen = LabelIndex(labels), set()
@@ -25,7 +25,7 @@ def check_class_weights(given: str | Mapping[Any, Any] | None, labels: Sequence[
         name = label_text(key)
         if index.find(name) is None:
             raise UserError(
-                f"{task}(): class_weights names {name!r}, which is none of the {len(labels)} labels of the training rows "
+                f"{task}(): class_weights names {name!r}, which is not one of the {len(labels)} labels of the training rows "
                 f"({listing(labels, 8)}).{nearest(name, labels)}"
             )
         if index.find(name) in seen:
@@ -34,12 +34,12 @@ def check_class_weights(given: str | Mapping[Any, Any] | None, labels: Sequence[
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight <= 0:
             raise UserError(
-                f"{task}(): the class_weights of {name!r} is {weight!r}, but must be a number above 0."
+                f"{task}(): class_weights gives {name!r} the weight {weight!r}; it must be a number above 0."
             )
 
 
 def named_weights(given: Mapping[Any, Any], labels: Sequence[str]) -> Tensor:
-    """(labels,) float32; 1 for labels that are not named."""
+    """Return the weights (labels,) in float32, 1 for labels that are not named."""
     index, weights = LabelIndex(labels), torch.ones(len(labels))
     for key, weight in given.items():
         place = index.find(label_text(key))
@@ -51,10 +51,10 @@ def named_weights(given: Mapping[Any, Any], labels: Sequence[str]) -> Tensor:
 def class_weights(
     given: str | Mapping[Any, Any] | None, counts: np.ndarray, labels: Sequence[str]
 ) -> Tensor | None:
-    """(labels,) the weight of each class, with mean 1 over the training rows; None for all alike.
+    """Return the weight of each class (labels,), with mean 1 over the training rows; None if all are equal.
 
-    `counts`: rows of each label. 'balanced' is rows / (classes with rows * rows of the class), as in scikit-learn. A
-    weighted mean over all rows is that of `torch.nn.CrossEntropyLoss(weight=...)`.
+    `counts` (labels,): rows of each label. 'balanced' is rows / (classes that occur * rows of the class), as in
+    scikit-learn. The mean of the weighted losses over all rows equals `torch.nn.CrossEntropyLoss(weight=...)`.
     """
     if given is None:
         return None
@@ -68,9 +68,9 @@ def class_weights(
 def positive_weights(
     given: str | Mapping[Any, Any] | None, positives: np.ndarray, rows: int, labels: Sequence[str]
 ) -> Tensor | None:
-    """(labels,) the weight of a label where it holds, the `pos_weight` of `torch.nn.BCEWithLogitsLoss`; None for 1.
+    """Return the weights of positive examples (labels,), `pos_weight` of `torch.nn.BCEWithLogitsLoss`; None for 1.
 
-    'balanced': rows without the label / rows with it; 1 for labels that all rows have, or none.
+    'balanced' is rows without the label / rows with it, and 1 for a label that all rows or no rows have.
     """
     if given is None:
         return None

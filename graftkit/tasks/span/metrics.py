@@ -1,4 +1,4 @@
-"""Exact match and F1 of answers as SQuAD's official scripts count them, and the threshold for having no answer."""
+"""Exact match and F1 as in SQuAD's official scripts, and the best threshold for predicting no answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """In lower case, without ASCII punctuation, English articles and blanks beyond one (evaluate-v1.1 and -v2.0)."""
+    """Return a text in lower case, without ASCII punctuation and English articles, and with single spaces (evaluate-v1.1
+    and -v2.0)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -26,8 +27,8 @@ def exact_match(answer: str, gold: str) -> float:
 
 
 def f1(answer: str, gold: str, second: bool) -> float:
-    """Harmonic mean of the precision and recall of words. `second`: as SQuAD 2.0 has it, where two texts without
-    words are alike; in 1.1 they have nothing in common."""
+    """Return the harmonic mean of word precision and recall. `second`: follow SQuAD 2.0, in which two texts without words
+    score 1; in 1.1 they score 0."""
     left, right = normalised(answer).split(), normalised(gold).split()
     if second and not (left and right):
         return float(left == right)
@@ -36,9 +37,9 @@ def f1(answer: str, gold: str, second: bool) -> float:
 
 
 def score(answer: str, golds: Sequence[str], second: bool) -> tuple[float, float]:
-    """Exact match and F1 of an answer, the best over all right ones.
+    """Return the exact match and F1 of an answer, each the maximum over the gold answers.
 
-    In SQuAD 2.0 right answers without words do not count, and a question that has none is to be answered by ''.
+    SQuAD 2.0 (`second`) ignores gold answers without words; if none is left, the correct answer is ''.
     """
     if second:
         golds = [gold for gold in golds if normalised(gold)] or [""]
@@ -46,17 +47,17 @@ def score(answer: str, golds: Sequence[str], second: bool) -> tuple[float, float
 
 
 def best_threshold(differences: Sequence[float], answered: Sequence[float], golds: Sequence[bool]) -> float:
-    """The threshold of the null score's lead above which no answer gives the largest mean F1 (find_best_thresh of
-    evaluate-v2.0). A question whose lead is larger than it gets no answer.
+    """Return the threshold with the largest mean F1 if questions whose lead exceeds it get no answer (find_best_thresh
+    of evaluate-v2.0). It is the midpoint between two leads.
 
-    `differences`: the lead of each question; `answered`: its F1 where it is answered; `golds`: whether it has an
-    answer. Between two leads the middle is taken.
+    `differences`: lead of each question, the null score minus the score of its best span. `answered`: F1 of each question
+    if it gets an answer. `golds`: whether each question has an answer.
     """
     order = np.argsort(differences, kind="stable")
     leads = np.asarray(differences, dtype=float)[order]
     gains = np.asarray(answered, dtype=float)[order] - (~np.asarray(golds, dtype=bool)[order]).astype(float)
-    totals = np.concatenate([[0.0], np.cumsum(gains)])  # of answering the first so many, less answering none
-    cuts = [0, *(np.flatnonzero(np.diff(leads) > 0) + 1), len(leads)]  # equal leads are cut together
+    totals = np.concatenate([[0.0], np.cumsum(gains)])  # gain of answering the first k over answering none
+    cuts = [0, *(np.flatnonzero(np.diff(leads) > 0) + 1), len(leads)]  # never between equal leads
     best = max(cuts, key=lambda cut: (totals[cut], cut))
     if best == 0:
         return float(leads[0] - 1)
@@ -66,7 +67,8 @@ def best_threshold(differences: Sequence[float], answered: Sequence[float], gold
 def figures(
     exact: np.ndarray, f1s: np.ndarray, answerable: np.ndarray, second: bool, intervals: bool = True
 ) -> dict[str, Any]:
-    """Means over the questions with 95% bootstrap intervals; for SQuAD 2.0 those with and without answers apart."""
+    """Return the means over all questions with 95% bootstrap intervals; for SQuAD 2.0 (`second`) also the means over
+    questions with and without an answer."""
     found: dict[str, Any] = {
         "f1": float(f1s.mean()), **mean_interval("f1", f1s, intervals),
         "exact_match": float(exact.mean()), **mean_interval("exact_match", exact, intervals),

@@ -1,4 +1,4 @@
-"""Questions with long contexts as windows that a model takes, and the search for the best spans in them."""
+"""Split questions with long contexts into windows that fit the model, and search these for the best spans."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from graftkit.tasks.base import Examples, Term
 from graftkit.tasks.shared.masked import masked_cross_entropy
 from graftkit.tasks.shared.texts import TextDataset
 
-CHUNK = 256  # questions that are tokenized together
-LEAST_ROOM = 8  # tokens of context in a window
+CHUNK = 256  # questions tokenized at once
+LEAST_ROOM = 8  # minimum tokens of context in a window
 NAMES = ("input_ids", "token_type_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
 class Window:
-    """A question with a part of its context. `first` to `last`: positions of the context's tokens; `null`: the
-    position that stands for no answer; `offsets` (tokens, 2): from and to which character of the context each goes.
+    """A question with part of its context.
+
+    `question`: row number of the question. `first`, `last`: positions of the first and last context token. `null`: position
+    that stands for no answer. `offsets` (context tokens, 2): start and end of each token in the context, in characters.
     """
 
     question: int
@@ -37,9 +39,10 @@ class Window:
     features: dict[str, np.ndarray]
 
     def tokens_of(self, text: str, start: int, whole: tuple[bool, bool]) -> tuple[int, int] | None:
-        """Positions of the first and last token of an answer; None where the window does not hold all of it.
+        """Return the positions of the first and last token of an answer; None if part of it is outside the window.
 
-        `whole`: whether the window has the beginning, and the end, of the context.
+        `start`: where the answer starts in the context, in characters. `whole`: whether the window includes the beginning
+        and the end of the context.
         """
         begins, ends = self.offsets.T
         end = start + len(text)
@@ -50,8 +53,10 @@ class Window:
 
 
 class Windows(TextDataset):
-    """Windows as rows. `targets` of each: positions of the answer's first and last token, of the first and last of
-    the context, and the one for no answer; the first two are -1 where there is nothing to learn from.
+    """A dataset with one row per window.
+
+    `targets` (rows, 5): positions of the first and last token of the answer, of the first and last token of the context, and
+    of the null position. The first two are -1 in windows that are excluded from the loss.
     """
 
     def __init__(self, examples: Examples, windows: list[Window], padding: int) -> None:
@@ -70,7 +75,7 @@ class Windows(TextDataset):
         super().__init__(examples, Encoded(features, lengths, cut, {"input_ids": padding}), numbers, units)
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(rows, length, 2): scores of each token as the first and as the last of the answer."""
+        """Return the start and end logits of each token, (rows, length, 2)."""
         output = model(**batch.inputs)
         if getattr(output, "start_logits", None) is not None:
             return torch.stack([output.start_logits, output.end_logits], dim=-1)
@@ -85,7 +90,7 @@ class Windows(TextDataset):
 
 
 def _targets(windows: list[Window], golds: Sequence[Any], question_of: np.ndarray) -> tuple[np.ndarray, int]:
-    """Targets of each window, and how many questions have no answer that is whole in any of their windows.
+    """Return the targets (windows, 5), and the number of questions none of whose answers fits in a window.
 
     `golds`: a `Gold` for each question.
     """
@@ -108,7 +113,10 @@ def _targets(windows: list[Window], golds: Sequence[Any], question_of: np.ndarra
 def cut_windows(
     tokenizer: Any, examples: Examples, max_length: int, doc_stride: int, question_first: bool
 ) -> list[Window]:
-    """All windows of all questions, in their order. Raises `UserError` where a question leaves no room."""
+    """Return all windows of all questions, in order.
+
+    Raises `UserError` for a question that leaves fewer than 8 tokens for the context.
+    """
     found: list[Window] = []
     special = tokenizer.num_special_tokens_to_add(pair=True)
     for begin in range(0, len(examples), CHUNK):
@@ -122,7 +130,7 @@ def cut_windows(
             if room < LEAST_ROOM:
                 raise UserError(
                     f"{examples.where(rows[i])}: the question has {size} tokens, which leaves {max(room, 0)} for the context in "
-                    f"a window of {max_length}; shorten it, or raise data.max_length if the model takes more."
+                    f"a window of {max_length}; shorten it, or raise data.max_length if the model allows it."
                 )
             strides.setdefault(min(doc_stride, room // 2), []).append(i)
         chunk: list[Window] = []
@@ -154,7 +162,7 @@ def _window(encoding: Any, i: int, question: int, cls: int | None, context: int)
 
 
 def span_loss(label_smoothing: float) -> Callable[[Tensor, Batch], Term]:
-    """Mean of the cross-entropies of the answer's first and last token, over context and no-answer position."""
+    """Return the loss: the mean cross-entropy of the start and end positions, over the context and the null position."""
 
     def scores(logits: Tensor, batch: Batch) -> Term:
         targets = batch.targets
@@ -174,7 +182,7 @@ def span_loss(label_smoothing: float) -> Callable[[Tensor, Batch], Term]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a window gives: the score for no answer, the best spans (score, from and to which character), its loss."""
+    """The result of one window: its null score, its best spans (score, start, end) in characters, and its loss."""
 
     null: float
     spans: list[tuple[float, int, int]]
@@ -182,9 +190,9 @@ class Found:
 
 
 def search(window: Window, scores: np.ndarray, longest: int, count: int) -> Found:
-    """The `count` best spans of at most `longest` tokens, by the sum of their two scores; `scores` (length, 2).
+    """Return the `count` best spans of at most `longest` tokens, ranked by start logit + end logit.
 
-    All spans are looked at. None lies in the question, and none ends before it begins.
+    `scores`: start and end logits (length, 2). The search covers every span in the context.
     """
     first, last = window.first, window.last + 1
     text = window.offsets[:, 1] > window.offsets[:, 0]
@@ -205,8 +213,10 @@ def search(window: Window, scores: np.ndarray, longest: int, count: int) -> Foun
 
 @dataclass(frozen=True)
 class Best:
-    """What all windows of a question give together: the best span, how likely it is among the best ones (and no
-    answer, where that may be), its score, and the lead of the score for no answer over it."""
+    """The result of a question over all its windows: the best span in characters, its score, and probabilities.
+
+    `lead`: null score minus the score of the span. `probability`, `null_probability`: of the span, and of no answer.
+    """
 
     start: int
     end: int
@@ -219,11 +229,11 @@ class Best:
 
 def gather(outcomes: Sequence[Found], question_of: np.ndarray, contexts: Sequence[str], count: int, null: bool
            ) -> list[Best]:  # fmt: skip
-    """One `Best` for each question, from the outcomes of its windows.
+    """Return a `Best` for each question, given the outcomes of its windows.
 
-    A span that several windows see counts once, with its best score; the score for no answer is the lowest of all
-    windows, for each of them but those with the answer should give it. Probabilities are the softmax over the
-    `count` best spans, and no answer where `null`, as in the code of BERT for SQuAD.
+    A span found in several windows counts once, with its highest score. The null score is the minimum over the windows,
+    since every window without the answer should have a high one. Probabilities are a softmax over the `count` best spans,
+    plus no answer if `null`, as in BERT's SQuAD code.
     """
     found = []
     bounds = np.searchsorted(question_of, np.arange(len(contexts) + 1))
@@ -249,7 +259,7 @@ def gather(outcomes: Sequence[Found], question_of: np.ndarray, contexts: Sequenc
 
 
 def _trimmed(context: str, start: int, end: int) -> tuple[int, int]:
-    """Without the blanks around it, which some tokenizers count to a word."""
+    """Return the span without surrounding whitespace, which some tokenizers include in a word."""
     while start < end and context[start].isspace():
         start += 1
     while end > start and context[end - 1].isspace():

@@ -82,7 +82,7 @@ def _read_value(value: Any) -> str | list[str]:
             or isinstance(token, bool)
             or token == ""
         ):
-            raise Unfit(f"token {place} of {len(value)} is {token!r}, and no text")
+            raise Unfit(f"token {place} of {len(value)} is {token!r}, not a non-empty text")
     return [str(token) for token in value]
 
 

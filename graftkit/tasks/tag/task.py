@@ -160,12 +160,12 @@ class Tag(Task):
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
         """Rows of a list of texts, or of lists of tokens; None for anything else."""
         if not items:
-            raise UserError("there is no text to answer; give one or more, or --data FILE.")
+            raise UserError("there are no texts to predict; give one or more, or --data FILE.")
         if not all(isinstance(item, str | list | tuple) for item in items):
             return None
         for number, item in enumerate(items, start=1):
             if not item or (isinstance(item, str) and not item.strip()):
-                raise UserError(f"text {number} of {len(items)} is empty; there is nothing to answer.")
+                raise UserError(f"text {number} of {len(items)} is empty; remove it, or fill it in.")
         return [{columns["tokens"]: item} for item in items]
 
     def predict_arguments(self, columns: Mapping[str, str]) -> str:
