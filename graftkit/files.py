@@ -1,4 +1,4 @@
-"""Atomic writing: to a temporary name, synced, then renamed."""
+"""Atomic writing (to a temporary name, synced, then renamed), and reading of files that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 TEMPORARY = ".part"
 LOCK = ".lock"  # in a folder that a process writes to; the operating system frees it when that process ends
+LARGEST_JSON = 2**28  # bytes; no description of a model or graft comes near
+HEADER = 100_000_000  # bytes of a header of safetensors, the format's own limit
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems that have no locks
 
 
@@ -93,10 +96,38 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise OSError(str(error)) from None
 
 
-def fault(path: Path) -> str | None:
-    """Return what is wrong with a file and how to fix it, or None: a Git LFS pointer, an empty file, or a truncated
-    safetensors or JSON file.
+def irregular(path: Path) -> str | None:
+    """Return what a path is if it is there and is no regular file, which reading might never end; else None.
+
+    Links are followed, as the Hugging Face cache stores files behind links.
     """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        if not path.is_symlink():
+            return None
+        return "is a link that leads nowhere: download the file, or restore it from a copy"
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "device")
+    return f"is a {kind}, not a regular file: download the file, or restore it from a copy"
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise `UserError` if a path is there and is no regular file."""
+    wrong = irregular(path)
+    if wrong is not None:
+        raise UserError(f"{path} {wrong}.")
+
+
+def fault(path: Path) -> str | None:
+    """Return what is wrong with a file and how to fix it, or None: not a regular file, a Git LFS pointer, an empty file,
+    or a truncated safetensors or JSON file.
+    """
+    wrong = irregular(path)
+    if wrong is not None:
+        return wrong
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -108,7 +139,7 @@ def fault(path: Path) -> str | None:
         if not size:
             return "is empty: download it again, or restore it from a copy"
         if path.suffix == ".safetensors":
-            whole = _whole_size(start, file.read(min(size, int.from_bytes(start, "little"))))
+            whole = _whole_size(start, file.read(min(HEADER, int.from_bytes(start, "little"))))
             if whole is None:
                 return "is cut short, or not a safetensors file: download it again, or restore it from a copy"
             if whole > size:
@@ -126,7 +157,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 def _whole_size(start: bytes, header: bytes) -> int | None:
     """Return the minimum size in bytes of a safetensors file according to its header; None if that is invalid."""
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > 100_000_000:  # the format's own limit
+    if len(start) < 8 or length > HEADER:
         return None
     if len(header) < length:
         return 8 + length
@@ -135,33 +166,83 @@ def _whole_size(start: bytes, header: bytes) -> int | None:
             entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"
         ]
         return 8 + length + int(max(ends, default=0))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
         return None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a safetensors file. Raises `UserError` if it is broken or missing."""
+    """Read tensors and metadata of a safetensors file. Raises `UserError` if it is broken or missing, or if a tensor
+    contains NaN or infinite values.
+    """
+    with _opened(path) as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        kind = tensor.dtype
+        if kind.is_floating_point and not (tensor.float() if kind.itemsize < 2 else tensor).isfinite().all():
+            found = "NaN" if tensor.isnan().any() else "infinite"
+            raise UserError(f"{path}: {name!r} contains {found} values; restore the file from a copy.")
+    return tensors, metadata
+
+
+def read_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read dtype and shape of each tensor of a safetensors file, from its header alone. Raises `UserError` if it is broken
+    or missing.
+    """
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    refuse_irregular(path)
     if not path.is_file():
         raise UserError(f"{path} is missing.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is broken or cut short ({_fault(path) or error}); restore it from a copy."
         ) from None
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `UserError` if it is broken or missing."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Read a JSON file that holds an object, or another `kind` of value. Raises `UserError` if it is broken or missing."""
+    refuse_irregular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise UserError(f"{path} has {size:,} bytes, too many for a description; restore it from a copy.")
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: it is nested too deeply; restore it from a copy.") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {_fault(path) or error}.") from None
+        raise UserError(
+            f"{path} cannot be read: {_fault(path) or f'it is not valid JSON: {error}'}."
+        ) from None
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{path} contains {_json_kind(value)}, not {JSON_KINDS[kind]}; restore it from a copy."
+        )
+    return value
+
+
+JSON_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    float: "a number",
+    int: "a number",
+}
+
+
+def _json_kind(value: Any) -> str:
+    return JSON_KINDS.get(type(value), "null")
 
 
 def _fault(path: Path) -> str | None:

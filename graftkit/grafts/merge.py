@@ -152,7 +152,7 @@ def _read(folder: Path) -> Member:
     chain = read_method(stored.method).methods
     own = [method for method in chain if not method.gives_outputs]
     config, peft = {}, stored
-    if len(own) == 1 and (folder / PEFT_CONFIG).is_file():
+    if len(own) == 1 and (folder / PEFT_CONFIG).exists():
         config, peft = read_json(folder / PEFT_CONFIG), read_peft(folder)
     found = [method for method in read_method(peft.method).methods if not method.gives_outputs]
     if len(own) != 1 or not found[0].is_product:

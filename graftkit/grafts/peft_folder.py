@@ -21,8 +21,6 @@ from graftkit.recipe.expressions import Call
 def read_peft(folder: Path) -> Stored:
     """Read a PEFT adapter as one of our methods; its saved modules become the head, or are unfrozen."""
     config = read_json(folder / PEFT_CONFIG)
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / PEFT_CONFIG} is not the configuration of an adapter.")
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         raise UserError(f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; it must be the name of a PEFT type.")
