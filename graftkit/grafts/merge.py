@@ -29,6 +29,7 @@ from graftkit.methods.base import Method, PeftForm, exactly
 from graftkit.methods.base import read as read_method
 from graftkit.methods.shared.advice import recommended
 from graftkit.recipe.expressions import Call
+from graftkit.recipe.patterns import Pattern
 
 HEADS = ("mean", "first", "none")
 OF_A_GRAFT = {DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, "README.md"}
@@ -205,7 +206,7 @@ def _at(folder: Path, values: dict[str, float] | None, site: str, default: float
                 f"{folder} has rank_pattern or alpha_pattern for {selection!r}, which cannot be resolved without its "
                 "backbone, and PEFT cannot express it; it cannot be merged."
             )
-        if re.fullmatch(selection[3:], site):
+        if Pattern(selection[3:], f"{folder}: {selection!r}").fullmatch(site):
             found = value
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from graftkit.errors import UserError, listing, nearest
 
+LARGEST = 3.4e38
 BOUNDS = ("at_least", "at_most", "above", "below", "choices")
 
 
@@ -59,6 +60,10 @@ class Option:
             raise UserError(f"{owner}: {self.name} is {value!r}, but must be {wanted}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{owner}: {self.name} is {value}, but must be a finite number.")
+        if isinstance(value, int | float) and abs(value) > LARGEST:
+            raise UserError(
+                f"{owner}: {self.name} is larger than any number of the type float32 ({LARGEST})."
+            )
         if isinstance(value, int | float) and not isinstance(value, bool):
             self._check_bounds(value, owner)
         if self.bounds["choices"] and isinstance(value, str) and value not in self.bounds["choices"]:

@@ -89,7 +89,7 @@ def load_run(
     config: Any = getattr(graft.model, "config", None)
     if config is not None:
         config.use_cache = False
-    forward = Forward(graft, device, kind)
+    forward = Forward(graft, device, kind, finished=True)
     return Loaded(recipe, backbone, graft, task, labels, about["columns"], about["max_length"], forward)
 
 

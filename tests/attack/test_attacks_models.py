@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from attacks import Attack, edited, folder_instead, linked, pipe
+from attacks import Attack, edited, folder_instead, linked, pipe, spoiled
 
 CONFIG, WEIGHTS, INDEX = "model/config.json", "model/model.safetensors", "model/model.safetensors.index.json"
 GRAFT, THEIRS = (
@@ -155,7 +155,144 @@ BROKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("attack", [*NAMES, *SIZES, *SPECIAL, *BROKEN], ids=lambda attack: attack.name)
+B = 10**9
+ADAPTER = "run/graft/adapter_config.json"
+NO_DESCRIPTION = {GRAFT: None}  # so that the folder is one of PEFT's
+
+
+def method(text: str, says: str, command: str = "plan") -> Attack:
+    return Attack(
+        f"{command}-{text[:40]}",
+        says,
+        f"{command} --model model --task classify --train train.csv --method {text} --out out",
+        seconds=5,
+    )
+
+
+def grafted(name: str, says: str, command: str = PREDICT, **changes: object) -> Attack:
+    return Attack(name, says, command, files={GRAFT: edited(**changes)}, seconds=5)
+
+
+def adapter(says: str, command: str = "merge run/graft run/graft --out merged", **changes: object) -> Attack:
+    key, value = next(iter(changes.items()))
+    files = {**NO_DESCRIPTION, ADAPTER: edited(**changes)}
+    return Attack(
+        f"adapter-{key}={str(value)[:20]}", rf"adapter_config\.json.*{says}", command, files=files, seconds=5
+    )
+
+
+TOO_MANY = "would add more than"
+OPTIONS = [
+    *(method(f"{name}(rank={B})", r"the rank at '.*query.weight' is 1,000,000,000") for name in (
+        "lora", "loha", "lokr", "pissa",
+    )),
+    method(f"lora(rank={B})", "the rank at '.*query.weight' is 1,000,000,000", "tune"),
+    method("vera(rank=10000000)", "the rank at .* is 10,000,000", "tune"),
+    method(f"lora(rank_pattern={{'blocks[0]':{B}}})", "the rank at '.*layer.0"),
+    method(f"adalora(rank={B})", "the rank at"),
+    *(method(f"{name}={B})", TOO_MANY, "tune") for name in (
+        "adapter(bottleneck", "prefix(tokens", "prefix(hidden", "prompt(tokens", "ptuning(hidden", "head(hidden",
+    )),
+    method("lora(alpha=1e308)", "alpha is larger than any number"),
+    method(f"lora(alpha=1{'0' * 400})", "alpha is larger than any number"),
+    method("adapter(scale=1e308)", "scale is larger than any number"),
+    method("lora(sites='re:(.*.*.*.*)*x')", "matches nothing"),
+    method("lora(sites='re:(?:(?:a{1000}){1000}){1000}')", "numbers of repeats"),
+    method(f"lora(sites='re:{'(' * 3000}')", "regular expression is invalid"),
+    grafted("graft-of-a-huge-rank", "the rank at '.*query.weight'", method=f"lora(rank={B}) + head(classes=2)"),
+    grafted("graft-of-a-huge-vera", "the rank at", method=f"vera(rank={B}) + head(classes=2)"),
+    grafted("graft-of-a-huge-head", TOO_MANY, method=f"lora(rank=4) + head(classes=2, hidden={B})"),
+    grafted("graft-exported-of-a-huge-rank", "the rank at", EXPORT, method=f"lora(rank={B}) + head(classes=2)"),
+    grafted("graft-of-a-slow-pattern", "numbers of repeats", method="lora(rank=4, sites='re:((a{999}){999}){999}') + head(classes=2)"),
+    grafted("graft-that-imports", "PEFT would import", method="peft('lora', {'megatron_config': {'a': 1}, 'megatron_core': 'this'})"),
+    grafted("graft-that-overflows", "gives NaN instead of numbers", method="lora(rank=4, alpha=1e38) + head(classes=2)"),
+    adapter("r is '4'", r="4"),
+    adapter("r is 0", r=0),
+    adapter("lora_alpha is None", lora_alpha=None),
+    adapter("lora_alpha is \\[1\\]", lora_alpha=[1]),
+    adapter("peft_type is 3", peft_type=3),
+    adapter("peft_type is '/x/y.py'", peft_type="/x/y.py"),
+    adapter("rank_pattern", rank_pattern=[1]),
+    adapter("rank_pattern has .* numbers of repeats", rank_pattern={"((a{999}){999}){999}": 4}),
+    adapter("alpha_pattern has .* invalid", alpha_pattern={"(": 4}),
+    adapter("modules_to_save", modules_to_save=3),
+    adapter("target_parameters", target_parameters=[[]]),
+    Attack("adapter-is-a-list", "adapter_config.json contains a list", MERGE, files={**NO_DESCRIPTION, ADAPTER: "[]"}),
+    Attack("adapter-of-a-huge-rank", "rank 50000000", MERGE, files={**NO_DESCRIPTION, ADAPTER: edited(r=50_000_000)}, seconds=5),
+]  # fmt: skip
+
+
+def _endless(tensor):
+    tensor.view(-1)[0] = float("inf")
+    return tensor
+
+
+def _nothing(tensor):
+    return tensor * float("nan")
+
+
+def _one_nothing(tensor):
+    tensor.view(-1)[1] = float("nan")  # not one of the values that tell whether the weights are others
+    return tensor
+
+
+def _stranger():
+    import torch
+
+    return torch.ones(2, 2)
+
+
+VALUES = [
+    *(
+        Attack(f"{says[:3]}-{command[:8]}", f"adapter_model.safetensors: '.*lora_B.*' contains {says} values", command, files={
+            THEIRS: spoiled(lora_B=how)
+        })
+        for command in (PREDICT, MERGE, EXPORT)
+        for how, says in ((_endless, "infinite"), (_nothing, "NaN"))
+    ),
+    Attack("unknown-tensor", "adapter_model.safetensors contains '.*stranger.weight'", PREDICT, files={THEIRS: spoiled(_=_stranger)}),
+    Attack("unknown-tensor-merged", "adapter_model.safetensors contains '.*stranger.weight'", MERGE, files={THEIRS: spoiled(_=_stranger)}),
+    Attack("nan-in-the-model", "gives NaN instead of numbers", PREDICT + " --model model", files={WEIGHTS: spoiled(**{"value.weight": _one_nothing})}),
+]  # fmt: skip
+ATTACKS = [*NAMES, *SIZES, *SPECIAL, *BROKEN, *OPTIONS, *VALUES]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 def test_attack(attack, command, tmp_path, tiny_bert, rows_folder, finished):
     attack.place(tmp_path, tiny_bert, rows_folder, finished)
     attack.check(command, tmp_path)
+
+
+READING = (
+    "tune --model model --task classify --train train.csv --method lora(rank=2)+head() --out out train.steps=2 data.eval=null",
+    PLAN, INSPECT, "data check model train.csv", PREDICT, "evaluate run --data eval.csv", EXPORT, MERGE,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", READING, ids=lambda words: words.split(" ")[0])
+def test_nothing_is_unpickled(words, command, tmp_path, tiny_bert, rows_folder, finished, monkeypatch):
+    """With pickles at every place that a library looks at beside the files that are read."""
+    import pickle
+
+    import torch
+
+    def refuse(*args: object, **more: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    if words == READING[3]:
+        words = "data check recipe.yaml"
+    recipe = "model: model\ntask: classify\nmethod: head()\ndata: {train: train.csv}\n"
+    pickles = (
+        "model/pytorch_model.bin", "model/adapter_model.bin", "model/training_args.bin", "run/graft/adapter_model.bin",
+        "run/graft/graft.bin", "run/checkpoints/optimizer.pt",
+    )  # fmt: skip
+    files = {
+        name: pickle.dumps(print) for name in pickles if "run" in words.split() or not name.startswith("run")
+    }
+    Attack("", "", words, files={**files, "recipe.yaml": recipe}).place(
+        tmp_path, tiny_bert, rows_folder, finished
+    )
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, refuse)
+    done = command(*words.split(" "))
+    assert done.status == 0, done.err
