@@ -1,4 +1,4 @@
-"""Atomic writing: to a temporary name, synced, then renamed."""
+"""Atomic writing (to a temporary name, synced, then renamed), and reading of files that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from graftkit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGEST_JSON = 2**28  # bytes; no description of a model or graft comes near
+HEADER = 100_000_000  # bytes of a header of safetensors, the format's own limit
 CHECKSUM = "checksum"  # in the metadata of the tensor files that GraftKit writes
 NATIVE = re.compile(
     r"(?:.*error: )?(?P<said>.+) \(os error \d+\)", re.IGNORECASE
@@ -192,10 +194,31 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return found.hexdigest()
 
 
-def fault(path: Path) -> str | None:
-    """Return what is wrong with a file and how to fix it, or None: a Git LFS pointer, an empty file, or a truncated
-    safetensors or JSON file.
+def irregular(path: Path) -> str | None:
+    """Return what a path is if it is there and is no regular file, which reading might never end; else None.
+
+    Links are followed, as the Hugging Face cache stores files behind links.
     """
+    if path.is_symlink() and not path.exists():
+        return "is a link that leads nowhere: download the file, or restore it from a copy"
+    kind = "a folder" if path.is_dir() else special(path)
+    return kind and f"is {kind}, not a regular file: download the file, or restore it from a copy"
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise `UserError` if a path is there and is no regular file."""
+    wrong = irregular(path)
+    if wrong is not None:
+        raise UserError(f"{path} {wrong}.")
+
+
+def fault(path: Path) -> str | None:
+    """Return what is wrong with a file and how to fix it, or None: not a regular file, a Git LFS pointer, an empty file,
+    or a truncated safetensors or JSON file.
+    """
+    wrong = irregular(path)
+    if wrong is not None:
+        return wrong
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -207,7 +230,7 @@ def fault(path: Path) -> str | None:
         if not size:
             return "is empty: download it again, or restore it from a copy"
         if path.suffix == ".safetensors":
-            whole = _whole_size(start, file.read(min(size, int.from_bytes(start, "little"))))
+            whole = _whole_size(start, file.read(min(HEADER, int.from_bytes(start, "little"))))
             if whole is None:
                 return "is cut short, or not a safetensors file: download it again, or restore it from a copy"
             if whole > size:
@@ -236,7 +259,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 def _whole_size(start: bytes, header: bytes) -> int | None:
     """Return the minimum size in bytes of a safetensors file according to its header; None if that is invalid."""
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > 100_000_000:  # the format's own limit
+    if len(start) < 8 or length > HEADER:
         return None
     if len(header) < length:
         return 8 + length
@@ -245,39 +268,87 @@ def _whole_size(start: bytes, header: bytes) -> int | None:
             entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"
         ]
         return 8 + length + int(max(ends, default=0))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
         return None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a safetensors file. Raises `UserError` if it is broken or missing."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UserError(f"{path} is missing.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is broken or cut short ({_fault(path) or error}); restore it from a copy."
-        ) from None
+    """Read tensors and metadata of a safetensors file. Raises `UserError` if it is broken, missing, or damaged since it was
+    written, or if a tensor contains NaN or infinite values.
+    """
+    with _opened(path) as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):  # older files have none
         raise UserError(
             f"{path} is damaged: its contents do not match the checksum that they were written with; restore it from a copy."
         )
+    for name, tensor in tensors.items():
+        kind = tensor.dtype
+        if kind.is_floating_point and not (tensor.float() if kind.itemsize < 2 else tensor).isfinite().all():
+            found = "NaN" if tensor.isnan().any() else "infinite"
+            raise UserError(f"{path}: {name!r} contains {found} values; restore the file from a copy.")
     return tensors, metadata
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `UserError` if it is broken or missing."""
+def read_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read dtype and shape of each tensor of a safetensors file, from its header alone. Raises `UserError` if it is broken
+    or missing.
+    """
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    refuse_irregular(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is broken or cut short ({_fault(path) or error}); restore it from a copy."
+        ) from None
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Read a JSON file that holds an object, or another `kind` of value. Raises `UserError` if it is broken or missing."""
+    refuse_irregular(path)
+    try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise UserError(f"{path} has {size:,} bytes, too many for a description; restore it from a copy.")
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: it is nested too deeply; restore it from a copy.") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {_fault(path) or error}.") from None
+        raise UserError(
+            f"{path} cannot be read: {_fault(path) or f'it is not valid JSON: {error}'}."
+        ) from None
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{path} contains {_json_kind(value)}, not {JSON_KINDS[kind]}; restore it from a copy."
+        )
+    return value
+
+
+JSON_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    float: "a number",
+    int: "a number",
+}
+
+
+def _json_kind(value: Any) -> str:
+    return JSON_KINDS.get(type(value), "null")
 
 
 def _fault(path: Path) -> str | None:

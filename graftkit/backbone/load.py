@@ -5,27 +5,25 @@ Weights must be safetensors, no remote code runs, and nothing is downloaded unle
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from graftkit.backbone import quantized
 from graftkit.backbone.anatomy import is_map
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.fit import refuse_misfit_tokenizer
-from graftkit.backbone.folder import (
-    PREPROCESSOR_FILE,
-)
+from graftkit.backbone.folder import CONFIG, PREPROCESSOR_FILE, PROCESSOR_FILES, weights_files
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.own import load_weights
 from graftkit.backbone.parts import find_sites
+from graftkit.backbone.sizes import allowance_for
 from graftkit.backbone.source import Source, pooling_of
-from graftkit.errors import UserError, first_line, listing
+from graftkit.errors import UserError, listing
+from graftkit.files import read_json, read_shapes
 from graftkit.libraries import image_processors
 
 
@@ -79,13 +77,31 @@ def _described(source: Source) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     assert source.folder is not None
+    folder = source.folder
+    config = _read(str(folder / CONFIG), lambda: transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    ))  # fmt: skip
+    files = [name for name in PROCESSOR_FILES if (folder / name).exists()]
+    return config, _read(f"the processor in {folder} ({listing(files)})", lambda: _processor(folder))
+
+
+def _read(what: str, read: Callable[[], Any]) -> Any:
+    """Return what transformers reads from a folder. Raises `UserError` if it cannot, whatever error it raises."""
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False
-        )
-        return config, _processor(source.folder)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise UserError(f"model {source.name!r} cannot be read: {first_line(error)}") from None
+        return read()
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} cannot be read: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    """Return the message of an error in one line, with its class if that says more."""
+    text = " ".join(str(error).split())
+    text = f"{text[:300]} ..." if len(text) > 300 else text
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
 def _built(
@@ -101,8 +117,9 @@ def _built(
             kept = _never_quantized(auto, source.folder, config)
             more = quantized.loading(source.quantize, source.name, kept)
         if not meta:
-            return _read_model(auto, source.folder, config, seed, new_head, more)
-        with torch.device("meta"):
+            with allowance_for(source.folder):
+                return _read_model(auto, source.folder, config, seed, new_head, more)
+        with torch.device("meta"), allowance_for(source.folder):
             model = auto.from_config(config)
         missing = _missing(model, source.folder)
         if source.quantize is not None:
@@ -113,12 +130,14 @@ def _built(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"model {source.name!r} cannot be loaded: {first_line(error)}") from None
+        raise UserError(
+            f"model {source.name!r} cannot be loaded as its {CONFIG} describes it: {_why(error)}"
+        ) from None
 
 
 def _never_quantized(auto: Any, folder: Path, config: Any) -> tuple[str, ...]:
     """Return the names of the head's layers, and of layers that are new or have another size in the weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), allowance_for(folder):
         model = auto.from_config(config)
     heads = [site.name for site in find_sites(model)[0] if site.role == "head"]
     return tuple(dict.fromkeys([*heads, *(name.rpartition(".")[0] for name in _missing(model, folder))]))
@@ -158,7 +177,7 @@ def _processor(folder: Path) -> Any:
     import transformers
 
     path = folder / PREPROCESSOR_FILE
-    says = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    says = read_json(path) if path.exists() else {}
     if "image_processor_type" in says:
         auto: Any = image_processors()
     elif says:
@@ -186,9 +205,8 @@ def _missing(model: nn.Module, folder: Path) -> tuple[str, ...]:
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names.update(key.removeprefix(prefix) for key in file.keys())  # noqa: SIM118
+    for path in weights_files(folder):
+        names.update(key.removeprefix(prefix) for key in read_shapes(path))
     tied = {
         id(p)
         for name, p in model.named_parameters(remove_duplicate=False)
@@ -231,7 +249,10 @@ def positions_of(model: nn.Module) -> int | None:
 def _max_length(folder: Path, model: nn.Module, tokenizer: Any) -> int:
     limits = [tokenizer.model_max_length, positions_of(model)]
     sentence = folder / "sentence_bert_config.json"
-    if sentence.is_file():
-        limits.append(json.loads(sentence.read_text(encoding="utf-8")).get("max_seq_length"))
+    if sentence.exists():
+        length = read_json(sentence).get("max_seq_length")
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise UserError(f"{sentence}: max_seq_length is {length!r}, but must be a positive whole number.")
+        limits.append(length)
     known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 1_000_000]
     return min(known, default=512)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.folder import (
+    CONFIG,
     PROCESSOR_FILES,
+    config_of,
     processor_kind,
     refuse_faults,
     refuse_lost_parts,
+    refuse_strange_files,
 )
 from graftkit.backbone.own import call
+from graftkit.backbone.sizes import refuse_impossible
 from graftkit.errors import UserError, nearest
-from graftkit.files import fault
+from graftkit.files import read_json, refuse_irregular
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
 
@@ -79,20 +81,16 @@ def _named(name: str) -> Source:
 
 
 def _folder(name: str, folder: Path) -> Source:
-    if not (folder / "config.json").is_file():
+    refuse_irregular(folder / CONFIG)
+    if not (folder / CONFIG).is_file():
         hint = ""
         if (folder / "recipe.yaml").is_file():
             hint = " This is a run of graftkit: use `graftkit predict` or `graftkit evaluate` with it."
         elif (folder / "adapter_config.json").is_file():
             hint = " This is an adapter, not a model: name the model it was trained on."
         raise UserError(f"model folder {name!r} has no config.json, so it is not a transformers model.{hint}")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        wrong = fault(folder / "config.json")
-        raise UserError(
-            f"{folder / 'config.json'} is not valid JSON: {f'it {wrong}' if wrong else error}."
-        ) from None
+    config = config_of(folder)
+    refuse_strange_files(folder)
     if not any(folder.glob("*.safetensors")):
         pickles = [pickle for pickle in PICKLES if (folder / pickle).exists()]
         if pickles:
@@ -111,6 +109,7 @@ def _folder(name: str, folder: Path) -> Source:
             f"model folder {name!r} has no {what}. Save the model's own there: "
             f"{kind}.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
         )
+    refuse_impossible(folder, config)
     return Source(name, folder=folder)
 
 
@@ -136,15 +135,18 @@ def _hub(name: str) -> Source:
 
 def pooling_of(folder: Path | None) -> str | None:
     """Return the pooling that a sentence-transformers folder specifies: 'mean', 'cls', 'last', or None."""
-    path = folder / "1_Pooling" / "config.json" if folder is not None else None
-    if path is None or not path.is_file():
+    path = folder / "1_Pooling" / CONFIG if folder is not None else None
+    if path is None or not path.exists():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     names = {
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_cls_token": "cls",
         "pooling_mode_lasttoken": "last",
     }
+    for key in names:
+        if not isinstance(config.get(key, False), bool):
+            raise UserError(f"{path}: {key} is {config[key]!r}, but must be true or false.")
     return next((mode for key, mode in names.items() if config.get(key)), None)
 
 
@@ -167,7 +169,7 @@ def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
         return None
     from transformers.models.auto import modeling_auto
 
-    kind = _config(source.folder).get("model_type")
+    kind = config_of(source.folder).get("model_type")
     for family in families:
         if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
             return AUTO_CLASSES[family]
@@ -176,8 +178,4 @@ def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
 
 def has_two_towers(source: Source) -> bool:
     """Return whether the bare architecture reads images and texts together, as CLIP and SigLIP do."""
-    return source.folder is not None and {"text_config", "vision_config"} <= _config(source.folder).keys()
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return source.folder is not None and {"text_config", "vision_config"} <= config_of(source.folder).keys()

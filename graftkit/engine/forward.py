@@ -11,20 +11,29 @@ from torch import Tensor, nn
 from graftkit.data.source import Batch
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import autocast
+from graftkit.errors import UserError
 from graftkit.grafts.graft import Graft
 
 
 class Forward:
     """The plain forward pass: the model outputs from which a task computes its loss and outcomes."""
 
-    def __init__(self, graft: Graft, device: torch.device, precision: str) -> None:
+    def __init__(self, graft: Graft, device: torch.device, precision: str, *, finished: bool = False) -> None:
+        """`finished`: the graft is not being trained, so outputs of NaN are an error of its folder or the model's."""
         self.graft = graft
+        self.finished = finished
         self.device = device
         self.precision = precision
 
     def __call__(self, batch: Batch) -> Tensor:
         with autocast(self.device, self.precision):
-            return batch.source.call(self.graft.model, batch)
+            outputs = batch.source.call(self.graft.model, batch)
+        if self.finished and outputs.isnan().any():
+            raise UserError(
+                f"{self.graft.backbone.source} with this graft gives NaN instead of numbers: values of the model, of the "
+                "graft or of its options, such as alpha, are not finite or too large. Restore both from copies."
+            )
+        return outputs
 
     @property
     def reads_inputs(self) -> bool:

@@ -7,6 +7,7 @@ import re
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.sizes import SPARE_VALUES, Allowance
 from graftkit.errors import UserError
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.guards import lone_places, own_trained, refuse_conflict, refuse_mixed, refuse_untrainable
@@ -51,7 +52,8 @@ def attach_chain(
     backbone.base_parameters  # noqa: B018  (cache the names before anything is added)
     snapshot = Snapshot(backbone)
     try:
-        labels = chain.attach(backbone, name, stored)
+        with _allowance(backbone):
+            labels = chain.attach(backbone, name, stored)
         claim(backbone.model, present, name)
         replaced = snapshot.replaced(backbone.model)
         refuse_untrainable(backbone, chain, labels, replaced)
@@ -70,6 +72,20 @@ def attach_chain(
     graft = Graft(backbone, chain, labels, name, originals, snapshot)
     others[name] = graft
     return graft.requires_grad_()
+
+
+def _allowance(backbone: Backbone) -> Allowance:
+    """Return how much a method may add to a backbone: a number too many in its options must not fill the memory."""
+    own = sum(parameter.numel() for parameter in backbone.model.parameters())
+    most = SPARE_VALUES + 8 * own
+
+    def refuse(shape: tuple[int, ...]) -> UserError:
+        return UserError(
+            f"with a tensor of shape {shape} the method would add more than {most:,} values to {backbone.source}, which "
+            f"has {own:,}; choose smaller options."
+        )
+
+    return Allowance(10**6, most, refuse)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

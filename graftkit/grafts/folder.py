@@ -8,6 +8,7 @@ graft.json                                        the method, the backbone's fin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,43 @@ from graftkit.recipe.expressions import renewed
 FORMAT = 1
 SUMS = "checksums"  # in the description: those of the graft's tensor files
 FILES = (PEFT_CONFIG, PEFT_TENSORS, OWN_TENSORS, DESCRIPTION)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("file")) and _is_text(value.get("key"))
+
+
+def _is_mapping(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {  # of the description, and what holds for their values
+    "method": _is_text,
+    "backbone": _is_text,
+    "fingerprint": _is_text,
+    "tensors": _is_mapping(_is_place),
+    "missing": _are_texts,
+}
+FIELDS_OF_RUNS: dict[str, Callable[[Any], bool]] = {
+    "labels": _are_texts,
+    "task": _is_text,
+    "precision": lambda value: value in ("fp32", "bf16"),
+    "columns": _is_mapping(_is_text),
+    "max_length": lambda value: _is_number(value) and isinstance(value, int) and 0 <= value < 2**31,
+    "base_values": _is_mapping(lambda values: isinstance(values, list) and all(map(_is_number, values))),
+}
 
 
 def write(folder: Path, contents: Contents) -> Path:
@@ -66,19 +104,16 @@ def _contents(folder: Path, file: str, sums: Any) -> dict[str, Tensor]:
 def _description(path: Path) -> dict[str, Any]:
     """Read the description and check its structure: it names files to open."""
     description = read_json(path)
-    if not isinstance(description, dict) or "format" not in description:
+    if "format" not in description:
         raise UserError(f"{path} is not the description of a graft; restore it from a backup.")
     if description["format"] != FORMAT:
         raise UserError(
             f"{path} has format {description['format']!r}, but this graftkit reads {FORMAT}. Update graftkit."
         )
-    kinds = {"method": str, "backbone": str, "fingerprint": str, "tensors": dict, "missing": list}
-    wrong = [key for key, kind in kinds.items() if not isinstance(description.get(key), kind)]
-    if not wrong and not all(
-        isinstance(entry, dict) and isinstance(entry.get("file"), str) and isinstance(entry.get("key"), str)
-        for entry in description["tensors"].values()
-    ):
-        wrong = ["tensors"]
+    wrong = [key for key, holds in FIELDS.items() if not holds(description.get(key))]
+    wrong += [
+        key for key, holds in FIELDS_OF_RUNS.items() if key in description and not holds(description[key])
+    ]
     if wrong:
         raise UserError(
             f"{path}: the entry {listing(map(repr, wrong))} is missing or invalid; restore it from a backup."
@@ -90,8 +125,8 @@ def read(folder: Path) -> Stored:
     """Read a folder written by `write`, or by PEFT. Raises `UserError` for missing or broken files."""
     if not folder.is_dir():
         raise UserError(f"graft folder {str(folder)!r} does not exist.")
-    if not (folder / DESCRIPTION).is_file():
-        if (folder / PEFT_CONFIG).is_file():
+    if not (folder / DESCRIPTION).exists():
+        if (folder / PEFT_CONFIG).exists():
             return read_peft(folder)
         raise UserError(f"{folder} has neither {DESCRIPTION} nor {PEFT_CONFIG}, so it is not a graft folder.")
     description = _description(folder / DESCRIPTION)
@@ -110,6 +145,19 @@ def read(folder: Path) -> Stored:
             f"{folder / OWN_TENSORS} contains {listing(map(repr, sorted(strange)), 4)}, which {DESCRIPTION} does not name; "
             "the two files belong to different grafts."
         )
+    unnamed = set(contents.get(PEFT_TENSORS, ())) - {
+        entry["key"] for entry in description["tensors"].values()
+    }
+    if (
+        unnamed and (folder / PEFT_CONFIG).exists()
+    ):  # PEFT needs some that the graft does not, and has no others
+        beside = read_peft(folder)
+        strange = {beside.keys[name] for name in beside.saved if name in beside.keys} & unnamed
+        if strange:
+            raise UserError(
+                f"{folder / PEFT_TENSORS} contains {listing(map(repr, sorted(strange)), 4)}, which {DESCRIPTION} does not "
+                "name; the two files belong to different grafts."
+            )
     return Stored(
         folder,
         renewed(description["method"], "method"),

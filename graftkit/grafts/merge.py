@@ -30,6 +30,7 @@ from graftkit.methods.base import Method, PeftForm, exactly
 from graftkit.methods.base import read as read_method
 from graftkit.methods.shared.advice import recommended
 from graftkit.recipe.expressions import Call
+from graftkit.recipe.patterns import Pattern
 
 HEADS = ("mean", "first", "none")
 OF_A_GRAFT = {DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, "README.md"}
@@ -154,7 +155,7 @@ def _read(folder: Path) -> Member:
     chain = read_method(stored.method).methods
     own = [method for method in chain if not method.gives_outputs]
     config, peft = {}, stored
-    if len(own) == 1 and (folder / PEFT_CONFIG).is_file():
+    if len(own) == 1 and (folder / PEFT_CONFIG).exists():
         config, peft = read_json(folder / PEFT_CONFIG), read_peft(folder)
     found = [method for method in read_method(peft.method).methods if not method.gives_outputs]
     if len(own) != 1 or not found[0].is_product:
@@ -207,7 +208,7 @@ def _at(folder: Path, values: dict[str, float] | None, site: str, default: float
                 f"{folder} has rank_pattern or alpha_pattern for {selection!r}, which cannot be resolved without its "
                 "backbone, and PEFT cannot express it; it cannot be merged."
             )
-        if re.fullmatch(selection[3:], site):
+        if Pattern(selection[3:], f"{folder}: {selection!r}").fullmatch(site):
             found = value
     return found
 

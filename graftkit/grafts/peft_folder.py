@@ -21,8 +21,6 @@ from graftkit.recipe.expressions import Call
 def read_peft(folder: Path) -> Stored:
     """Read a PEFT adapter as one of our methods; its saved modules become the head, or are unfrozen."""
     config = read_json(folder / PEFT_CONFIG)
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / PEFT_CONFIG} is not the configuration of an adapter.")
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         raise UserError(f"{folder / PEFT_CONFIG}: peft_type is {kind!r}; it must be the name of a PEFT type.")
@@ -34,6 +32,8 @@ def read_peft(folder: Path) -> Stored:
         key.removeprefix("base_model.model.").removeprefix("base_model."): t for key, t in contents.items()
     }
     reading = PeftReading(folder, config, wrapped)
+    reading.names("modules_to_save")
+    base = reading.field("base_model_name_or_path", None, (str, type(None)))
     arguments, tensors = reader.from_peft(reading)
     reading.refuse_rest()
     strange = [key for key in reading.tensors if key in contents or _is_adapter_key(key)]
@@ -49,7 +49,7 @@ def read_peft(folder: Path) -> Stored:
         folder,
         str(Call(kinds[reader], arguments)),
         found,
-        backbone=config.get("base_model_name_or_path"),
+        backbone=base,
         saved=saved,
         keys=keys,
     )

@@ -16,7 +16,7 @@ from graftkit.errors import UserError
 from graftkit.methods.base import PeftForm, exactly, new_parameter
 from graftkit.methods.shared.mixtures import FactorMixture
 from graftkit.methods.shared.peft_reading import PeftReading
-from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_targets
+from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_targets, refuse_rank
 from graftkit.optim.labels import Group
 from graftkit.recipe.catalogue import option
 
@@ -80,6 +80,7 @@ class AdaLoRA(UpdateMethod):
         return (2.0 * self.rank if self.alpha is None else self.alpha) / (self.rank + DIVISOR)
 
     def make(self, weight: Weight, name: str) -> Triplets:
+        refuse_rank(self, self.rank, weight, name)
         return Triplets(weight, self.rank, self.scale, self.dropout)
 
     def updates(self, backbone: Backbone, graft: str) -> list[Triplets]:

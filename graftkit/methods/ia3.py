@@ -20,6 +20,7 @@ from graftkit.methods.shared.mixtures import Mixture
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
+from graftkit.recipe.patterns import Pattern
 
 PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 
@@ -115,11 +116,12 @@ class IA3(Method):
     def from_peft(cls, reading: PeftReading) -> tuple[dict[str, Any], dict[str, Tensor]]:
         reading.ignore("fan_in_fan_out", "init_ia3_weights")
         ends = reading.field("feedforward_modules", [], (str, list))
+        pattern = Pattern(ends, reading.where("feedforward_modules")) if isinstance(ends, str) else None
         found = {key[1]: tensor for key, tensor in reading.take(r"(.+)\.ia3_l").items()}
-        if isinstance(ends, str):
-            inner = {name for name in found if re.fullmatch(ends, name)}
+        if pattern is not None:
+            inner = {name for name in found if pattern.fullmatch(name)}
         else:
-            inner = {name for name in found if name.endswith(tuple(ends))}
+            inner = {name for name in found if name.endswith(tuple(reading.names("feedforward_modules")))}
         options = {
             "sites": exactly(name for name in found if name not in inner) if set(found) - inner else "none",
             "feedforward": exactly(name for name in found if name in inner) if inner else "none",

@@ -195,6 +195,8 @@ class Peft(Method):
             with warnings.catch_warnings():  # about a missing CUDA extension, which PEFT does not need
                 warnings.filterwarnings("ignore", module=r"peft\.tuners\.boft")
                 tuner = tuners[self.kind](holder, {INSIDE: configs[self.kind](**options)}, INSIDE)
+        except UserError as error:
+            raise UserError(f"peft({self.tuner!r}): {error}") from None
         except Exception as error:  # PEFT checks little: what wrong options run into can be anything
             if is_out_of_memory(error):
                 raise

@@ -38,7 +38,7 @@ class PTuning(Method):
     hidden: int | None = option(
         None, "width of the encoder; null means the embeddings' width, half of it for an LSTM", at_least=1
     )
-    layers: int = option(2, "layers of the LSTM; hidden layers of the MLP", at_least=1)
+    layers: int = option(2, "layers of the LSTM; hidden layers of the MLP", at_least=1, at_most=64)
     lr: float | None = option(None, "learning rate; null means 0.001", above=0)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:

@@ -16,7 +16,7 @@ from graftkit.backbone.weights import Weight, input_of, multiply
 from graftkit.methods.base import PeftForm, exactly, place
 from graftkit.methods.shared.mixtures import FactorMixture
 from graftkit.methods.shared.peft_reading import PeftReading
-from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_targets
+from graftkit.methods.shared.updates import MAPS, Update, UpdateMethod, peft_targets, refuse_rank
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
 
@@ -54,6 +54,8 @@ class VeRA(UpdateMethod):
         return Vectors(weight, self.rank, self.d_initial, self.dropout)
 
     def attach(self, backbone: Backbone, graft: str) -> Labels:
+        name, (_, widest) = max(self.named(backbone).items(), key=lambda item: min(flat_shape(item[1][1])))
+        refuse_rank(self, self.rank, widest, name)
         labels = super().attach(backbone, graft)
         weights = [weight for _, weight in self.targets(backbone)]
         outputs, inputs = (max(sizes) for sizes in zip(*(flat_shape(weight) for weight in weights)))

@@ -9,7 +9,8 @@ from typing import Any
 from graftkit.errors import UserError, listing, nearest, shown
 
 BOUNDS = ("at_least", "at_most", "above", "below", "choices")
-LARGEST = 2**63  # of any integer, as in torch
+LARGEST = 3.4e38  # of numbers in fp32
+LARGEST_INTEGER = 2**63  # as in torch
 
 
 def option(
@@ -60,8 +61,12 @@ class Option:
             raise UserError(f"{owner}: {self.name} is {shown(value)}, but must be {wanted}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{owner}: {self.name} is {value}, but must be a finite number.")
-        if isinstance(value, int) and abs(value) >= LARGEST:
+        if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
             raise UserError(f"{owner}: {self.name} is {shown(value)}, which is too large.")
+        if isinstance(value, float) and abs(value) > LARGEST:
+            raise UserError(
+                f"{owner}: {self.name} is larger than any number of the type float32 ({LARGEST})."
+            )
         if isinstance(value, int | float) and not isinstance(value, bool):
             self._check_bounds(value, owner)
         if self.bounds["choices"] and isinstance(value, str) and value not in self.bounds["choices"]:

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 
 from graftkit.errors import UserError
+from graftkit.recipe.patterns import Pattern
 
 ROLES_OF_WORD = {
     "attention": ("q", "k", "v", "o", "qkv"),
@@ -50,7 +51,7 @@ class Term:
     in_blocks: bool = False
     roles: tuple[str, ...] | None = None
     suffix: str | None = None
-    pattern: re.Pattern[str] | None = None
+    pattern: Pattern | None = None
 
 
 def parse(selection: str) -> tuple[Term, ...]:
@@ -58,11 +59,12 @@ def parse(selection: str) -> tuple[Term, ...]:
     if not isinstance(selection, str) or not selection.strip():
         raise UserError(f"selection {selection!r} is empty; use, for example, 'q,v' or 'blocks[-2:]'.")
     if selection.startswith("re:"):
-        try:
-            return (Term(selection, pattern=re.compile(selection[3:])),)
-        except re.error as error:
-            raise UserError(f"selection {selection!r}: the regular expression is invalid: {error}.") from None
+        return (Term(selection, pattern=Pattern(selection[3:], f"selection {_short(selection)!r}")),)
     return tuple(_term(part.strip(), selection) for part in selection.split(","))
+
+
+def _short(selection: str) -> str:
+    return selection if len(selection) <= 200 else f"{selection[:200]}..."
 
 
 def _term(text: str, selection: str) -> Term:

@@ -123,7 +123,7 @@ def load_run(run: Opened, *, exact: bool = False, meta: bool = False) -> Loaded:
     config: Any = getattr(graft.model, "config", None)
     if config is not None:
         config.use_cache = False
-    forward = Forward(graft, device, kind)
+    forward = Forward(graft, device, kind, finished=True)
     return Loaded(recipe, backbone, graft, task, run.labels, run.columns, about["max_length"], forward)
 
 

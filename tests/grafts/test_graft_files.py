@@ -157,10 +157,13 @@ def test_broken_description(folder, text):
     refused(folder, "graft.json", "cannot be read")
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", "{}"])
-def test_a_description_of_something_else(folder, text):
+@pytest.mark.parametrize(
+    "text,says",
+    [("[]", "a list"), ("3", "a number"), ("null", "null"), ("{}", "not the description of a graft")],
+)
+def test_a_description_of_something_else(folder, text, says):
     (folder / "graft.json").write_text(text)
-    refused(folder, "graft.json", "not the description of a graft")
+    refused(folder, "graft.json", says)
 
 
 @pytest.mark.parametrize("format", [2, "1", None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny
 
@@ -150,3 +152,33 @@ def test_words_that_a_model_lacks(backbones):
             assert chosen(backbones["llama"], word)
         except UserError as error:
             assert word in ("head", "pooler", "convs", "experts") and "matches nothing" in str(error)
+
+
+def test_a_regular_expression_runs_out_of_time():
+    from graftkit.recipe.patterns import Pattern
+
+    endless = Pattern(r"(?:(\w)|(\w\w))*(?!\1)[^\w]", "sites")
+    assert not endless.fullmatch("a")
+    endless.left = 0.2
+    with pytest.raises(UserError, match="sites: the regular expression takes longer"):
+        endless.fullmatch("a" * 60)
+
+
+def test_a_regular_expression_means_what_re_says():
+    from graftkit.recipe.patterns import Pattern
+
+    for text in (
+        r"a{2}",
+        r"a\{2\}",
+        r"(?i)A[bc]?",
+        r"(?:a|b)+\.c",
+        "a$|b",
+        r"(?P<x>a)(?P=x)",
+        "a++b",
+        "[a-z&&b]+",
+    ):
+        for name in ("a", "aa", "ab", "a.c", "b", "a{2}", "aaab", "b\n"):
+            assert Pattern(text, "").fullmatch(name) == bool(re.fullmatch(text, name)), (text, name)
+    for text in (r"\p{L}", "(?V1)a", "(?r)a", "(?<=a+)b", "a{e}", "(?P<x>a)(?P<x>b)"):
+        with pytest.raises(UserError, match="invalid"):
+            Pattern(text, "sites")

@@ -187,7 +187,7 @@ def test_broken_config_and_weights(refused, tiny_bert, tmp_path):
         refused(str(folder), model=folder)
     (folder / "model.safetensors").write_bytes(whole)
     (folder / "config.json").write_text('{"model_type": "bert", ')
-    refused("config.json is not valid JSON", model=folder)
+    refused("config.json cannot be read: it is cut short", model=folder)
     (folder / "config.json").write_text('{"model_type": "no_such_architecture"}')
     refused("no_such_architecture", model=folder)
 

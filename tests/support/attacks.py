@@ -6,6 +6,7 @@ names it, `run` (a finished run of these). A new attack is one line in a table o
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,54 @@ class Attack:
         if self.status:
             assert done.err.count("error: ") == 1, done.err
             assert tree(folder) == before, "something was written or lost"
+
+
+def edited(**changes: object) -> Callable[[Path], object]:
+    """Changes entries of a JSON file; None stays null, and `...` removes the entry."""
+
+    def edit(path: Path) -> None:
+        value = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not ...}))
+
+    return edit
+
+
+def spoiled(**changes: Callable) -> Callable[[Path], object]:
+    """Changes tensors of a safetensors file: those whose names contain the key; `_` adds one called `stranger`."""
+
+    def spoil(path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path)
+        for part, change in changes.items():
+            if part == "_":
+                tensors["base_model.model.stranger.weight"] = change()
+            for name in [name for name in tensors if part in name and part != "_"]:
+                tensors[name] = change(tensors[name])
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+def linked(target: str) -> Callable[[Path], object]:
+    """Puts a link to `target` in place of a file."""
+
+    def link(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+
+    return link
+
+
+def pipe(path: Path) -> None:
+    """Puts a pipe in place of a file: reading it would wait for ever."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
 
 
 def tree(folder: Path) -> dict[str, tuple]:

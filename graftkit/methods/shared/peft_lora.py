@@ -172,7 +172,7 @@ def _tensors(
     }
     taken = reading.take(rf"(.+)\.({'|'.join(map(re.escape, NAMES.keys() - absent))})")
     outputs = {match[1] for match in taken if match[1].endswith(OUT_PROJ)}
-    parameters = reading.field("target_parameters") or ()
+    parameters = reading.names("target_parameters")
     found: dict[str, Tensor] = {}
     keys: dict[str, list[str]] = {}
     for match, tensor in taken.items():
@@ -231,7 +231,7 @@ def _held(module: str, parameters: Iterable[str]) -> list[str]:
 
 def _biases(reading: PeftReading) -> dict[str, Tensor]:
     """Return the biases of the base, except those of modules that PEFT saves as a whole."""
-    saved = [rf"(.*\.)?{name}(\..*)?" for name in reading.field("modules_to_save") or ()]
+    saved = [rf"(.*\.)?{re.escape(name)}(\..*)?" for name in reading.names("modules_to_save")]
     reading.take(r"(.+\.)?(original_module|modules_to_save)\..+")  # duplicates of saved modules
     found = {}
     for match, tensor in reading.take(r"(?:(.+)\.)?bias").items():

@@ -69,8 +69,18 @@ class PeftReading:
                 found[match] = self.tensors.pop(key)
         return found
 
+    def names(self, field: str) -> list[str]:
+        """Return a field that is a list of names; an empty one if it is absent or null."""
+        found = self.field(field, [], (list, type(None))) or []
+        if not all(isinstance(name, str) for name in found):
+            raise self.error(f"{field} is {found!r}, but must be a list of names.")
+        return found
+
+    def where(self, what: str) -> str:
+        return f"{self.folder / PEFT_CONFIG}: {what}"
+
     def error(self, what: str) -> UserError:
-        return UserError(f"{self.folder / PEFT_CONFIG}: {what}")
+        return UserError(self.where(what))
 
     def refuse_rest(self) -> None:
         """Raise `UserError` for unread fields that may change the result."""

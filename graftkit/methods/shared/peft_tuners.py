@@ -36,6 +36,7 @@ OURS = {
     "ensure_weight_tying": "use {embeddings} beside it",
     "trainable_token_indices": "use {embeddings} beside it",
     "use_asa": "it needs a call after each step",
+    **dict.fromkeys(("megatron_config", "megatron_core"), "PEFT would import the module that it names"),
 }
 IDLE = {  # fields without effect
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",

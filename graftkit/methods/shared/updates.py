@@ -22,7 +22,10 @@ from graftkit.methods.shared.mixtures import MatrixMixture
 from graftkit.methods.shared.peft_reading import PeftReading
 from graftkit.optim.labels import Group, Labels
 from graftkit.recipe.catalogue import option
+from graftkit.recipe.options import LARGEST
+from graftkit.recipe.patterns import Pattern
 
+MOST_RANK = 1_024  # accepted at every weight: some methods use ranks beyond the weight's own
 MAPS = ("linear", "transposed")  # weights whose input is that of the module
 KINDS = ("linear", "transposed", "conv", "embedding", "packed", "experts")
 
@@ -223,8 +226,8 @@ class SizedMethod(UpdateMethod):
         super().__post_init__()
         for key, kinds, least in (("rank_pattern", int, 1), ("alpha_pattern", int | float, 0)):
             for selection, value in (getattr(self, key) or {}).items():
-                good = isinstance(value, kinds) and not isinstance(value, bool) and value >= least
-                if not isinstance(selection, str) or not good or not math.isfinite(value) or value == 0:
+                good = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= LARGEST
+                if not isinstance(selection, str) or not good or value == 0:
                     raise UserError(
                         f"{self.name}(): {key} has {selection!r}: {value!r}; write a selection and a positive "
                         f"number, for example {key}={{'blocks[-2:]': 16}}."
@@ -248,8 +251,9 @@ class SizedMethod(UpdateMethod):
         ranks = self._by_name(backbone, "rank_pattern")
         alphas = self._by_name(backbone, "alpha_pattern")
         found = {}
-        for name in self.named(backbone):
+        for name, (_, weight) in self.named(backbone).items():
             rank = int(ranks.get(name, self.rank))
+            refuse_rank(self, rank, weight, name)
             found[name] = (rank, float(alphas.get(name, self.alpha_at(rank))))
         return found
 
@@ -271,6 +275,17 @@ class SizedMethod(UpdateMethod):
                 )
             found |= dict.fromkeys(names, value)
         return found
+
+
+def refuse_rank(method: Method, rank: int, weight: Weight, name: str) -> None:
+    """Raise `UserError` for a rank above both what an update of the weight can have and 1,024."""
+    shape = weight.shape[1:] if weight.kind == "experts" else weight.shape
+    most = max(MOST_RANK, min(shape[0], math.prod(shape[1:])))
+    if rank > most:
+        raise UserError(
+            f"{method.name}(): the rank at {name!r} is {rank:,}, but an update of {' x '.join(map(str, shape))} values can "
+            f"use {min(shape[0], math.prod(shape[1:])):,} at most; set a rank up to {most:,}."
+        )
 
 
 def refuse_quantized(method: Method, weight: Weight, name: str) -> None:
@@ -308,16 +323,10 @@ def by_site(reading: PeftReading, field: str, keys: dict[str, list[str]]) -> dic
     `keys`: names that PEFT matches its patterns against, and the sites that each stands for.
     """
     patterns = reading.field(field, None, (dict, type(None))) or {}
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise reading.error(
-                f"{field} has {pattern!r}, which is not a regular expression: {error}."
-            ) from None
+    compiled = {p: Pattern(rf"(.*\.)?({p})", reading.where(f"{field} has {p!r}")) for p in patterns}
     values: dict[str, float] = {}
     for key, sites in keys.items():
-        pattern = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", key)), None)
+        pattern = next((p for p, at in compiled.items() if at.fullmatch(key)), None)
         if pattern is not None:
             for site in sites:
                 if values.setdefault(site, patterns[pattern]) != patterns[pattern]:
