@@ -310,12 +310,12 @@ def test_wav2vec2_with_masks_off_is_trained_as_a_whole(tones, tmp_path):
 
 BAD = {
     "empty": (lambda path: path.write_bytes(b""), r"the sound is empty \(0 bytes\)"),
-    "header": (lambda path: soundfile.write(path, np.zeros(0), RATE), "has a header and no samples"),
+    "header": (lambda path: soundfile.write(path, np.zeros(0), RATE), "has a header but no samples"),
     "silent": (lambda path: soundfile.write(path, np.zeros(2000), RATE), "is silent"),
     "text": (lambda path: path.write_text("no sound"), r"it contains text \('no sound'\)"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-700]), "is cut short"),
     "short": (lambda path: soundfile.write(path, tone(0.01, 200), RATE), "is 10 ms long"),
-    "nan": (lambda path: soundfile.write(path, np.full(900, np.nan), RATE, subtype="FLOAT"), "900 samples that are no finite"),
+    "nan": (lambda path: soundfile.write(path, np.full(900, np.nan), RATE, subtype="FLOAT"), "900 samples that are not finite"),
 }  # fmt: skip
 
 

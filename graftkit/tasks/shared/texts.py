@@ -115,7 +115,7 @@ def text_problem(table: Table, column: str, row: int) -> str | None:
 def read_texts(
     table: Table, columns: dict[str, str], wrong: Callable[[int], str | None] | None, skip_bad: bool
 ) -> tuple[Table, dict[str, list[Any]], tuple[str, ...]]:
-    """Return the good rows as a table, their texts by column, and a message for each bad row.
+    """Return the valid rows as a table, their texts by column, and a message for each bad row.
 
     `wrong` returns what is wrong with the rest of a row, or None. Raises `UserError` as `check_rows` does.
     """
