@@ -19,7 +19,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """Return the plan of a run; empty if it was stopped before writing one."""
     if not path.exists():
         return {}
-    plan = _object(path)
+    plan = read_json(path)
     digests = plan.get(ROWS, {})
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise _wrong(path, ROWS, "digests of rows by name", digests)
@@ -34,7 +34,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Return the result of a finished run."""
-    result = _object(path)
+    result = read_json(path)
     if not isinstance(result.get("metrics"), dict):
         raise _wrong(path, "metrics", "numbers by name", result.get("metrics"))
     return result
@@ -58,13 +58,6 @@ def log_lines(path: Path) -> list[tuple[str, Any]]:
         except ValueError:
             found.append((line, None))
     return found
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {shown(value, 60)}, where an object should be. {AGAIN}.")
-    return value
 
 
 def _numbers(value: Any) -> bool:

@@ -198,8 +198,8 @@ def variables(name: str, says: str, command: str = PLAN, **environment: str) -> 
 EVALUATE = "evaluate run --data eval.csv"
 
 RUNS = [
-    damaged("plan-list", "plan.json", "[1, 2]", r"run/plan.json holds \[1, 2\], where an object should be"),
-    damaged("plan-null", "plan.json", "null", "run/plan.json holds None, where an object"),
+    damaged("plan-list", "plan.json", "[1, 2]", "run/plan.json contains a list, not an object"),
+    damaged("plan-null", "plan.json", "null", "run/plan.json contains null, not an object"),
     damaged(
         "plan-digests",
         "plan.json",
@@ -225,7 +225,7 @@ RUNS = [
         b"\x80\x81\n" * 10,
         "run/metrics.jsonl cannot be read .*utf-8.*move it away",
     ),
-    damaged("result-list", "result.json", "[]", r"run/result.json holds \[\], where an object should be"),
+    damaged("result-list", "result.json", "[]", "run/result.json contains a list, not an object"),
     damaged(
         "result-metrics", "result.json", '{"metrics": [1]}', r"run/result.json: metrics is \[1\], but must be"
     ),
@@ -241,7 +241,7 @@ RUNS = [
         EVALUATE,
     ),
     damaged(
-        "result-predict", "result.json", "7", "run/result.json holds 7, where an object should be", EVALUATE
+        "result-predict", "result.json", "7", "run/result.json contains a number, not an object", EVALUATE
     ),
     damaged("result-pipe", "result.json", "{", "run/result.json cannot be read", "predict run apple"),
     variables(

@@ -81,7 +81,7 @@ def test_a_probe_that_runs_out_of_memory_says_nothing_about_packing():
     parts = [np.arange(4), np.arange(5)]
     with pytest.raises(torch.OutOfMemoryError):
         leaks(Full(torch.OutOfMemoryError("no room")), parts)
-    assert "no positions" in str(leaks(Full(RuntimeError("bad positions")), parts))
+    assert "positions that restart" in str(leaks(Full(RuntimeError("bad positions")), parts))
 
 
 @pytest.mark.parametrize(
