@@ -155,7 +155,10 @@ def _read(folder: Path, backbone: Backbone) -> tuple[Any, Tensors]:
             f"adapter_fusion(): {str(folder)!r} is not a graft folder (it has no {DESCRIPTION}); name the folder of a "
             "run that was trained with adapter(), or its subfolder `graft`."
         )
-    description = read_json(folder / DESCRIPTION)
+    try:
+        description = read_json(folder / DESCRIPTION)
+    except UserError as error:
+        raise UserError(f"adapter_fusion(): {error}") from None
     try:
         methods = build(parse(description["method"], "method"), "method")
         fingerprint, where = str(description["fingerprint"]), dict(description["tensors"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def index(*names: object) -> Callable[[Path], object]:
         path.write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
     return write
+
+
+def twice(path: Path) -> None:
+    """Moves the weights to `part.safetensors`, with a copy of them, and writes an index that names both."""
+    index("other.safetensors")(path)
+    shutil.copy(path.with_name("part.safetensors"), path.with_name("other.safetensors"))
 
 
 def named(name: object, command: str = PLAN) -> Attack:
@@ -79,6 +86,11 @@ NAMES = [
     Attack(
         "index-of-a-folder", "sub.safetensors is a folder", PLAN,
         files={INDEX: index("sub.safetensors"), "model/sub.safetensors": folder_instead},
+    ),
+    Attack("index-of-a-weight-in-two-files", "is in other.safetensors and in part.safetensors", PLAN, files={INDEX: twice}),
+    Attack(
+        "index-of-a-weight-that-is-elsewhere", "weight_map names other.safetensors for .* not in it", PLAN,
+        files={INDEX: index("other.safetensors"), "model/other.safetensors": b"\2\0\0\0\0\0\0\0{}"},
     ),
     Attack("index-without-weights", "weight_map is missing", PLAN, files={INDEX: "{}", WEIGHTS: None, "model/x.safetensors": b"\2\0\0\0\0\0\0\0{}"}),
     Attack("index-beside-the-weights", "weight_map names 'x.bin'", PLAN, files={INDEX: '{"weight_map": {"x": "x.bin"}}'}),

@@ -139,4 +139,4 @@ def test_damaged_folders(folders):
     save_file({n: t for n, t in tensors.items() if n != name}, path)
     refused(tiny.with_head("bert"), fused(folders), name)
     (Path(folders[1]) / "graft.json").write_text("[]")
-    refused(tiny.with_head("bert"), fused(folders), "graft.json", "not the description")
+    refused(tiny.with_head("bert"), fused(folders), "graft.json", "contains a list, not an object")

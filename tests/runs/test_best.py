@@ -7,8 +7,10 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import tune_words
 
+from graftkit.engine.checkpoint import load_best, save_best
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import entries
 from graftkit.runs.best import Best, best_of
@@ -83,3 +85,11 @@ def test_a_figure_that_there_is_not(command, tiny_bert, rows_folder, tmp_path):
         assert not (tmp_path / "run").exists()
     done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.best=loss", "data.eval=null"))
     assert done.status == 1 and "needs rows to evaluate on" in done.err
+
+
+@pytest.mark.parametrize("value,told", [(math.nan, "NaN"), (math.inf, "infinite")])
+def test_best_weights_that_are_not_finite(tmp_path, value, told):
+    parameters = {"a": torch.ones(2), "b": torch.tensor([1.0, value])}
+    save_best(tmp_path, parameters)
+    with pytest.raises(UserError, match=f"'b' contains {told} values"):
+        load_best(tmp_path, {name: torch.zeros(2) for name in parameters})

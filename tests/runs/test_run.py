@@ -166,10 +166,14 @@ def test_the_saved_recipe_runs_on_other_labels(finished, tiny_bert, tmp_path):
     assert "classes=3" in run.result["method"]
 
 
-def test_a_plan_allocates_nothing(command, tiny_bert, rows_folder, tmp_path):
-    words = tune_words(tiny_bert, rows_folder, tmp_path / "run", method="lora(rank=1000) + head()")
-    assert command("plan", *words[1:]).status == 0
-    assert command("inspect", tiny_bert, "--method", "lora(rank=1000) + head(classes=5)").status == 0
+def test_a_plan_of_a_rank_that_no_weight_can_use(command, tiny_bert, rows_folder, tmp_path):
+    for rank, status in ((1024, 0), (99999999999, 1)):
+        words = tune_words(tiny_bert, rows_folder, tmp_path / "run", method=f"lora(rank={rank}) + head()")
+        seen = command("inspect", tiny_bert, "--method", f"lora(rank={rank}) + head(classes=5)")
+        for done in (command("plan", *words[1:]), seen):
+            assert done.status == status and ("query.weight' is 99,999,999,999" in done.err) == status, (
+                done.err
+            )
 
 
 def test_padding_is_that_of_the_config(tiny_gpt2, tmp_path):
