@@ -218,6 +218,7 @@ OPTIONS = [
     grafted("graft-of-a-slow-pattern", "numbers of repeats", method="lora(rank=4, sites='re:((a{999}){999}){999}') + head(classes=2)"),
     grafted("graft-that-imports", "PEFT would import", method="peft('lora', {'megatron_config': {'a': 1}, 'megatron_core': 'this'})"),
     grafted("graft-that-overflows", "gives NaN instead of numbers", method="lora(rank=4, alpha=1e38) + head(classes=2)"),
+    Attack("merge-to-a-huge-rank", "", MERGE + f" --how svd --rank {B}", status=0, seconds=5),
     adapter("r is '4'", r="4"),
     adapter("r is 0", r=0),
     adapter("lora_alpha is None", lora_alpha=None),
