@@ -67,7 +67,7 @@ def warned(model, text) -> list[str]:
     "text", ["lora(rank=1000)", "loha(rank=1000)", "adapter(bottleneck=100000)", "prefix(tokens=100000)"]
 )
 def test_methods_larger_than_the_model_are_told(text):
-    (told,) = warned(tiny.bare("bert"), text)
+    (told,) = (one for one in warned(tiny.bare("bert"), text) if "exported" not in one)
     assert text.partition("(")[0] in told and "more than the 7,624 of the whole backbone" in told
     assert "full()" in told
 
@@ -76,7 +76,7 @@ def test_methods_larger_than_their_modules_are_told():
     (told,) = warned(tiny.bare("bert"), "lora(rank=9, sites='q')")
     assert "at 3 of 3 modules, such as 288 next to the 272 of 'encoder.layer.0.attention.self.query'" in told
     for text in ("lora(rank=4)", "ia3()", "prefix(tokens=2)", "adapter(bottleneck=2)", "full()"):
-        assert warned(tiny.bare("bert"), text) == []
+        assert not any("exported" not in one for one in warned(tiny.bare("bert"), text))
 
 
 # --- prompts

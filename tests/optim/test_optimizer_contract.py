@@ -84,7 +84,7 @@ def test_a_state_comes_back_from_a_checkpoint_bit_for_bit(text, tmp_path):
     take(before, first, range(3))
     checkpoint.save(tmp_path, 3, dict(first), before, {})
     after = value.make(grouped(second))
-    assert checkpoint.restore(tmp_path, dict(second), after) == {"step": 3}
+    assert checkpoint.restore(tmp_path, dict(second), after) == ({"step": 3}, [])
     for name, parameter in first.items():
         states = before.state[parameter], after.state[second[name]]
         assert states[0].keys() == states[1].keys()
