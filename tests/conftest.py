@@ -114,6 +114,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("sampled") and test in seen:
             item.add_marker(pytest.mark.slow)
         seen.add(test)
+    from peft_versions import difference
+
+    for item in items:
+        if what := difference(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason=what))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

@@ -10,6 +10,7 @@ import tiny
 import torch
 import zoo
 from expressions import EXPRESSIONS
+from peft_versions import has_tuner
 
 from graftkit import UserError, attach, load
 from graftkit.grafts.attach import attach_chain
@@ -30,6 +31,7 @@ EXAMPLES = {
     "unfreeze": "unfreeze('blocks[0]')",
 }
 METHODS = {name: EXAMPLES.get(name, f"{name}()") for name in entries("method")}
+METHODS = {name: text for name, text in METHODS.items() if has_tuner(text)}
 PAIRS = list(itertools.combinations(METHODS, 2))
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import zoo
 from expressions import EXPRESSIONS
+from peft_versions import skip_without_tuner
 from second_device import DEVICE, There, Values
 from task_cases import CASES, material
 
@@ -49,6 +50,7 @@ def outputs(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", sorted(EXPRESSIONS))
 def test_each_method(name: str) -> None:
     """It attaches there, trains there, and gives what it gives on the CPU, folded into the weights too."""
+    skip_without_tuner(EXPRESSIONS[name][0])
     graft = graftkit.attach(BERT.fresh().to(DEVICE), EXPRESSIONS[name][0])
     assert all(tensor.device == DEVICE for tensor in graft.model.state_dict().values())
     optimizer = graft.optimizer()
