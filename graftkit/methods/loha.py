@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graftkit.backbone import Backbone
-from graftkit.backbone.weights import Weight, add_product, input_of, multiply
+from graftkit.backbone.weights import Weight, add_product, input_of, multiply, without_autocast
 from graftkit.methods.base import PeftForm
 from graftkit.methods.shared import lycoris
 from graftkit.methods.shared.mixtures import FactorMixture
@@ -138,7 +138,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(*factors)
-        with torch.autocast(factors[0].device.type, enabled=False):
+        with without_autocast(factors[0]):
             half = len(factors) // 2
             return matrix(*factors[:half]).mul_(matrix(*factors[half:]))
 
@@ -147,7 +147,7 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         half = len(ctx.saved_tensors) // 2
         first, second = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
-        with torch.autocast(gradient.device.type, enabled=False):
+        with without_autocast(gradient):
             return (
                 *gradients(first, gradient * matrix(*second)),
                 *gradients(second, gradient * matrix(*first)),

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.prompts import find_entrance, insert
 from graftkit.backbone.tokens import VirtualTokens
+from graftkit.backbone.weights import without_autocast
 from graftkit.methods.base import Method, PeftForm, labels_of, new_parameter, place
 from graftkit.methods.shared.advice import general
 from graftkit.optim.labels import Group, Labels
@@ -96,7 +96,7 @@ class EncodedTokens(VirtualTokens):
         self.mlp = nn.Sequential(*layers_before, nn.Linear(widths[-1], width))
 
     def embeddings(self) -> Tensor:
-        with torch.autocast(self.embedding.device.type, enabled=False):
+        with without_autocast(self.embedding):
             states = self.embedding
             if self.lstm is not None:
                 states, _ = self.lstm(states)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone.pooling import maps_to_features, mask_of_states, named, pool, shifted
+from graftkit.backbone.weights import without_autocast
 from graftkit.errors import UserError, listing
 from graftkit.methods.shared.additions import OutputHead
 from graftkit.methods.shared.mixtures import Mixture
@@ -65,7 +66,7 @@ class PooledHead(OutputHead):
     def features(self, module: nn.Module, output: Any, given: dict[str, Any]) -> Tensor:
         """Return fp32 features (batch, width), for 'tokens' (batch, length, width), of a module's output for `given`."""
         states: Tensor = output if isinstance(output, Tensor) else output[0]
-        with torch.autocast(states.device.type, enabled=False):
+        with without_autocast(states):
             result = self._pooled(module, states, output, given)
         dimensions, each = (3, "token") if self.pooling == "tokens" else (2, "row")
         if result.dim() != dimensions or result.shape[-1] != self.width:
@@ -134,7 +135,7 @@ class PooledHead(OutputHead):
                 f"head(pooling={self.pooling!r}) reads the states at {self.elsewhere!r} of {type(site).__name__}, which was "
                 "not called; use pooling='own' or 'stacked', or remove the unused part from the module."
             )
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             logits = self.acting.logits(features)
         loss = None
         if self.labels is not None:
