@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graftkit.backbone.source import find_source
 from graftkit.claims import LOCK, claimed, is_leftover, remove_leftovers
 from graftkit.data.columns import find_again
 from graftkit.errors import NotFoldable, UserError, listing
@@ -79,7 +78,7 @@ def _exportable(loaded: Loaded) -> Exportable:
     recipe = loaded.recipe
     return Exportable(
         loaded.graft, loaded.backbone, loaded.task, loaded.labels, loaded.columns, loaded.max_length,
-        loaded.forward.device, recipe.model, find_source(recipe.model, recipe.weights).folder, recipe.quantize,
+        loaded.forward.device, recipe.model, loaded.source.folder, recipe.quantize,
     )  # fmt: skip
 
 

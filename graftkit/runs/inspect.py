@@ -8,7 +8,7 @@ from typing import Any
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_map
 from graftkit.backbone.backbone import widths
-from graftkit.backbone.source import CLASSES
+from graftkit.backbone.source import CLASSES, find_source
 from graftkit.errors import UserError
 from graftkit.methods.base import read
 from graftkit.recipe import selection
@@ -32,7 +32,7 @@ def inspect_model(model: str, method: str | None, weights: str | None = None) ->
     given = (getattr(m, "classes", None) for m in chain.methods if m.gives_outputs)
     classes = next(given, None) or EXAMPLE_CLASSES
     labels = tuple(map(str, range(classes)))
-    backbone, chain = prepare_backbone(model, chain, AnyTask(), labels, weights=weights, meta=True)
+    backbone, chain = prepare_backbone(find_source(model, weights), chain, AnyTask(), labels, meta=True)
     found: dict[str, Any] = {
         "model": model,
         "class": type(backbone.model).__name__,

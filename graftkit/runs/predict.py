@@ -15,6 +15,7 @@ import torch
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.quantized import move
+from graftkit.backbone.source import Source
 from graftkit.data.columns import find_again
 from graftkit.data.read import SUFFIXES
 from graftkit.data.stream import ROWS
@@ -29,7 +30,7 @@ from graftkit.grafts.stored import DESCRIPTION
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, held, writing
-from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of
+from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of, source_of
 from graftkit.runs.saved import read_result
 from graftkit.tasks.base import Dataset, Examples, Task
 from graftkit.tasks.shared.items import check_items
@@ -63,6 +64,7 @@ class Loaded:
     """A run in memory."""
 
     recipe: Recipe
+    source: Source
     backbone: Backbone
     graft: Graft
     task: Task
@@ -105,16 +107,18 @@ def load_run(run: Opened, *, exact: bool = False, meta: bool = False) -> Loaded:
     """
     recipe, about, task = run.recipe, run.about, run.task
     with _telling_of_moves(recipe.model, named=run.moved):
+        source = source_of(recipe)
         backbone, _ = prepare_backbone(
-            recipe.model, method_of(recipe), task, run.labels, weights=recipe.weights, quantize=recipe.quantize,
-            meta=meta, seed=recipe.seed,
-        )  # fmt: skip
+            source, method_of(recipe), task, run.labels, meta=meta, seed=recipe.seed
+        )
     device = parallel.device()
     if meta:
         with torch.device("meta"):
             graft = load(backbone, run.folder / "graft")
         forward = Forward(graft, device, "fp32")
-        return Loaded(recipe, backbone, graft, task, run.labels, run.columns, about["max_length"], forward)
+        return Loaded(
+            recipe, source, backbone, graft, task, run.labels, run.columns, about["max_length"], forward
+        )
     graft = load(backbone, run.folder / "graft")
     kind = "fp32" if exact else about["precision"]
     precision.cast(graft.model, graft.labels, kind)
@@ -124,7 +128,9 @@ def load_run(run: Opened, *, exact: bool = False, meta: bool = False) -> Loaded:
     if config is not None:
         config.use_cache = False
     forward = Forward(graft, device, kind, finished=True)
-    return Loaded(recipe, backbone, graft, task, run.labels, run.columns, about["max_length"], forward)
+    return Loaded(
+        recipe, source, backbone, graft, task, run.labels, run.columns, about["max_length"], forward
+    )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.load import load_backbone
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.quantized import move
-from graftkit.backbone.source import auto_class, find_source, has_two_towers, pooling_of
+from graftkit.backbone.source import Source, auto_class, find_source, has_two_towers, pooling_of
 from graftkit.data.columns import find_again, find_columns
 from graftkit.data.order import steps_per_epoch
 from graftkit.data.read import Table
@@ -139,27 +139,18 @@ def reading_of(recipe: Recipe) -> Reading:
 
 
 def prepare_backbone(
-    model: str,
-    method: Chain,
-    task: Task,
-    labels: tuple[str, ...],
-    *,
-    weights: str | None = None,
-    quantize: str | None = None,
-    meta: bool = False,
-    seed: int = 0,
+    source: Source, method: Chain, task: Task, labels: tuple[str, ...], *, meta: bool = False, seed: int = 0
 ) -> tuple[Backbone, Chain]:
     """Load the backbone that the task and the method's head need; fill in the method's classes and pooling."""
-    source = find_source(model, weights, quantize)
     native = auto_class(source, task.families)
     if not task.head:
         if native is None and source.made is None and task.families:
-            raise UserError(f"model {model!r} is not a language model that {task.name}() can use.")
+            raise UserError(f"model {source.name!r} is not a language model that {task.name}() can use.")
         backbone = load_backbone(source, native, complete=native is not None, meta=meta, seed=seed)
         task.settle(backbone)
         return backbone, method
     outputs = Outputs(
-        task.name, model, task.outputs(labels), task.outputs(labels) == len(labels), task.per_token,
+        task.name, source.name, task.outputs(labels), task.outputs(labels) == len(labels), task.per_token,
         native is not None, source.made is not None,
         not task.per_token and source.made is None and pooling_of(source.folder) is not None,
     )  # fmt: skip
@@ -190,16 +181,16 @@ def attach_new(backbone: Backbone, method: Chain, *, meta: bool, keep_base: bool
         raise
 
 
-def rehearse(recipe: Recipe, rows: Rows) -> None:
+def rehearse(recipe: Recipe, rows: Rows, source: Source) -> None:
     """Raise `UserError` for what shapes alone can tell, before weights are read, which may take minutes.
 
-    A few rows are encoded too. The model of a function of the user's is not made twice.
+    A few rows are encoded too. A module that a user's function made is there already, so nothing is rehearsed with it.
     """
-    if ":" in recipe.model and not Path(recipe.model).exists():
+    if source.made is not None:
         return
     few = rows.train.take(range(min(SAMPLE, len(rows.train))))
     with by_shapes():
-        backbone, graft, max_length = _grafted(recipe, rows, meta=True)
+        backbone, graft, max_length = _grafted(recipe, rows, source, meta=True)
         if recipe.train.steps is not None and rows.task.trains:
             graft.method.check_steps(recipe.train.steps)
         rows.task.dataset(few, backbone, max_length, training=True)
@@ -219,12 +210,16 @@ def by_shapes() -> Iterator[None]:
         return
 
 
-def _grafted(recipe: Recipe, rows: Rows, *, meta: bool) -> tuple[Backbone, Graft, int]:
+def source_of(recipe: Recipe) -> Source:
+    """Find the model of a recipe. Raises `UserError` if it is not there or its folder is not complete."""
+    return find_source(recipe.model, recipe.weights, recipe.quantize)
+
+
+def _grafted(recipe: Recipe, rows: Rows, source: Source, *, meta: bool) -> tuple[Backbone, Graft, int]:
     """Load the backbone and attach the graft. Return both with the maximum number of tokens of a row."""
     backbone, method = prepare_backbone(
-        recipe.model, method_of(recipe), rows.task, rows.labels, weights=recipe.weights,
-        quantize=recipe.quantize, meta=meta, seed=recipe.seed,
-    )  # fmt: skip
+        source, method_of(recipe), rows.task, rows.labels, meta=meta, seed=recipe.seed
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
@@ -235,9 +230,11 @@ def _grafted(recipe: Recipe, rows: Rows, *, meta: bool) -> tuple[Backbone, Graft
     return backbone, graft, rows.task.max_length(recipe.data.max_length, backbone)
 
 
-def prepare(recipe: Recipe, rows: Rows, *, meta: bool = False) -> Prepared:
-    """Load the backbone, attach the graft and make the plan. `meta`: shapes only."""
-    backbone, graft, max_length = _grafted(recipe, rows, meta=meta)
+def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: bool = False) -> Prepared:
+    """Load the backbone, attach the graft and make the plan. `source`: the recipe's model, if it has been found already;
+    `meta`: shapes only.
+    """
+    backbone, graft, max_length = _grafted(recipe, rows, source or source_of(recipe), meta=meta)
     device = parallel.device()
     kind = precision.choose(recipe.train.precision, device)
     if not meta:

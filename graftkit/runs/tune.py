@@ -29,7 +29,7 @@ from graftkit.runs import folder as run_folder
 from graftkit.runs.folder import METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
-from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse
+from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse, source_of
 from graftkit.runs.reporting import found_in
 from graftkit.runs.saved import log_lines, read_plan, read_result
 from graftkit.tasks.base import Dataset
@@ -127,8 +127,9 @@ def run_recipe(
         claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
         folder = claimed or run_folder.named(str(recipe.out))
         rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
-        rehearse(recipe, rows)
-        prepared = prepare(recipe, rows)
+        source = source_of(recipe)
+        rehearse(recipe, rows, source)
+        prepared = prepare(recipe, rows, source)
         prepared, datasets = _encode(prepared)
         prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
         if processes()[0] == 0:
@@ -370,7 +371,10 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C, SIGTERM and SIGHUP (the terminal was closed) instead of being interrupted within a step; a second one interrupts at once."""
+    """Collect Ctrl-C, SIGTERM and SIGHUP (a closed terminal) instead of being interrupted within a step.
+
+    A second one interrupts at once.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
