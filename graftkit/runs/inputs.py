@@ -12,6 +12,7 @@ from graftkit.backbone import values
 from graftkit.engine.parallel import processes
 from graftkit.engine.tracking import flat
 from graftkit.errors import UserError, listing
+from graftkit.files import checksum
 from graftkit.recipe.expressions import parse
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.folder import PLAN, RECIPE
@@ -21,9 +22,10 @@ from graftkit.tasks.base import Dataset
 
 # in the plan: the recipe's values, and a digest of each entry of the model's configuration
 VALUES, CONFIG = "recipe", "config_sha256"
+BEGAN = "checksum_of_train_from"  # of the values that train.from gave the graft
 PROCESSES = "processes"
 # where things are, which may change; rows and weights are compared by what they hold
-PLACES = {"model", "weights", "out", "data.train", "data.eval", "data.test", "train.start"}
+PLACES = {"model", "weights", "out", "data.train", "data.eval", "data.test", "train.from"}
 LOGGING = {"train.trackers", "train.checkpoint_every"}  # no effect on the result
 VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
 
@@ -31,6 +33,7 @@ VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torc
 def inputs(prepared: Prepared, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
     """Return the entries of plan.json that tell a resumed run whether its inputs have changed."""
     return {
+        **_began(prepared),
         values.KEY: values.sampled(prepared.backbone, prepared.graft.labels),
         ROWS: _digests(datasets, prepared.rows.labels),
         VALUES: _values(prepared.recipe),
@@ -97,6 +100,8 @@ def _changes(
     weights = values.changed(prepared.backbone, before.get(values.KEY), prepared.graft.labels)
     if weights:
         found.append(f"{source}: the model has other weights (in {listing(weights, 3)})")
+    if before.get(BEGAN, now.get(BEGAN)) != now.get(BEGAN):
+        found.append(f"{prepared.recipe.train.start}: the graft of train.from has other values")
     if before.get(PROCESSES, now[PROCESSES]) != now[PROCESSES]:
         found.append(f"it trained in {before[PROCESSES]} processes together, and now in {now[PROCESSES]}")
     return found
@@ -105,6 +110,14 @@ def _changes(
 def _entries(plan: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = plan.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def _began(prepared: Prepared) -> dict[str, str]:
+    """Return a checksum of the values that the graft begins with, if train.from names them."""
+    if prepared.recipe.train.start is None:
+        return {}
+    tensors = prepared.graft.tensors.items()
+    return {BEGAN: checksum({name: tensor.detach().cpu().contiguous() for name, tensor in tensors}, {})}
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:

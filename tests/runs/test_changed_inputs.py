@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import tune_words
 from killing import killed
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,6 @@ def test_a_model_whose_configuration_has_changed_is_refused(command, place):
 
 
 def test_several_changes_are_reported_at_once(command, place):
-    from safetensors.torch import load_file, save_file
-
     weights = {name: tensor + 1 for name, tensor in load_file(place / "model" / "model.safetensors").items()}
     save_file(weights, place / "model" / "model.safetensors", metadata={"format": "pt"})
     change_recipe(place, "train.weight_decay", 0.5)
@@ -134,3 +133,19 @@ def test_a_run_of_an_older_version_is_resumed_with_a_note(command, place):
 def test_force_is_for_resuming_alone(command, tiny_bert, rows_folder, tmp_path):
     done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "run"), "--force")
     assert done.status == 1 and "--force is for --resume" in done.err
+
+
+def test_the_graft_to_begin_with(command, tiny_bert, rows_folder, finished, tmp_path):
+    """Another place of it is accepted, and other values are not."""
+    start = shutil.copytree(finished / "graft", tmp_path / "start")
+    more = ("train.steps=4", "train.checkpoint_every=1", f"train.from={start}")
+    killed("after-rename", 1, tune_words(tiny_bert, rows_folder, tmp_path / "run", *more))
+    weights = start / "adapter_model.safetensors"
+    plain = load_file(weights)
+    save_file({name: tensor * 2 for name, tensor in plain.items()}, weights)
+    done = command("tune", "--resume", "run")
+    assert done.status == 1 and "the graft of train.from has other values" in done.err, done.err
+    save_file(plain, weights)
+    start.rename(tmp_path / "elsewhere")
+    change_recipe(tmp_path, "train.from", str(tmp_path / "elsewhere"))
+    assert command("tune", "--resume", "run").status == 0
