@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 LARGEST_JSON = 2**28  # bytes; no description of a model or graft comes near
 HEADER = 100_000_000  # bytes of a header of safetensors, the format's own limit
 CHECKSUM = "checksum"  # in the metadata of the tensor files that GraftKit writes
-NATIVE = re.compile(
-    r"(?:.*error: )?(?P<said>.+) \(os error \d+\)", re.IGNORECASE
-)  # errors of libraries in Rust
+# what libraries in Rust say of the operating system's errors
+NATIVE = re.compile(r"(?:.*error: )?(?P<said>.+) \(os error \d+\)", re.IGNORECASE)
 
 
 class NotWritten(UserError):

@@ -21,19 +21,13 @@ PROCESSOR_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+# small files that hold one object each
+OBJECTS = (PREPROCESSOR_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     """Return the content of a model's config.json."""
     return read_json(folder / CONFIG)
-
-
-OBJECTS = (
-    PREPROCESSOR_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)  # and small
 
 
 def refuse_faults(folder: Path, names: Sequence[str]) -> None:

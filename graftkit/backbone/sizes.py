@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from graftkit.backbone.folder import CONFIG, config_of, weights_files
-from graftkit.errors import UserError, listing
+from graftkit.errors import UserError, listing, shown
 from graftkit.files import read_shapes
 
 # numbers of things that a model, or its config, is built from one by one; not `output_layer`, `layer_norm_eps`
@@ -28,14 +28,10 @@ SIZE = re.compile(
     r"(^|_)(size|dim|width|channels|embd|inner)s?$|^d_\w+$|^vocab_size$|^max_position_embeddings$"
 )
 MOST_COUNT, MOST_LABELS, MOST_SIZE = 1_000, 2**21, 2**26  # accepted with any weights
-CODE = re.compile(
-    r"(attn|experts)_implementation"
-)  # the name of a repository there is code that would be run
-LOADERS = (
-    "checkpoint_path",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-)  # other weights, which timm would open
+# a repository named there is code that would be run
+CODE = re.compile(r"(attn|experts)_implementation")
+# other weights, which timm would open
+LOADERS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 SPARE_CALLS, SPARE_VALUES = 4_000, 2**26  # for heads and other parts that weights may lack
 
@@ -67,12 +63,12 @@ def refuse_impossible(folder: Path, config: dict[str, Any]) -> None:
     if not isinstance(labels, dict) or not all(
         index.isdecimal() and isinstance(label, str) for index, label in labels.items()
     ):
-        raise UserError(f"{path}: id2label is {_shown(labels)}, but must give a text for each number.")
+        raise UserError(f"{path}: id2label is {shown(labels, 40)}, but must give a text for each number.")
     for name, key, value in _entries(config):
         if (key in LOADERS and value) or (key == "architecture" and ":" in str(value)):
-            raise UserError(f"{path}: {name} is {_shown(value)}, which names other weights; remove it.")
+            raise UserError(f"{path}: {name} is {shown(value, 40)}, which names other weights; remove it.")
         if CODE.search(key) and "/" in str(value):
-            raise UserError(f"{path}: {name} is {_shown(value)}, which names code of others; remove it.")
+            raise UserError(f"{path}: {name} is {shown(value, 40)}, which names code of others; remove it.")
         if isinstance(value, bool) or value is None:
             continue
         if isinstance(value, float) and math.isnan(value):
@@ -81,12 +77,12 @@ def refuse_impossible(folder: Path, config: dict[str, Any]) -> None:
         if most is None:
             continue
         if not isinstance(value, int) and (key != "depth" or isinstance(value, str)):
-            raise UserError(f"{path}: {name} is {_shown(value)}, but must be a whole number.")
+            raise UserError(f"{path}: {name} is {shown(value, 40)}, but must be a whole number.")
         if value < 0 and key != "max_position_embeddings":  # XLNet says -1 for any number
-            raise UserError(f"{path}: {name} is {_shown(value)}, but must not be negative.")
+            raise UserError(f"{path}: {name} is {shown(value, 40)}, but must not be negative.")
         if value > most:
             raise UserError(
-                f"{path}: {name} is {_shown(value)}, but the weights have {capacity.tensors:,} tensors with "
+                f"{path}: {name} is {shown(value, 40)}, but the weights have {capacity.tensors:,} tensors with "
                 f"{capacity.values:,} values; config.json and weights do not belong together."
             )
 
@@ -110,11 +106,6 @@ def _entries(value: Any, name: str = "", key: str = "") -> Iterator[tuple[str, s
             yield from _entries(entry, name, key)
     else:
         yield name, key, value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 class Allowance(TorchFunctionMode):

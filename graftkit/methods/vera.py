@@ -41,7 +41,7 @@ class VeRA(UpdateMethod):
     sites: str = option("all-linear", "layers to adapt, as a selection")
     d_initial: float = option(0.1, "initial value of each element of d")
     dropout: float = option(0.0, "dropout on the input of A", at_least=0, below=1)
-    seed: int = option(0, "seed of the random matrices", at_least=0, at_most=9223372036854775807)
+    seed: int = option(0, "seed of the random matrices", at_least=0)
     save_projection: bool = option(
         True, "save the random matrices with the graft; false draws them again from seed"
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import forked, tune_words
-from killing import contents
+from killing import at_operation, contents
 
 UMASK = 0o027
 
@@ -106,21 +105,13 @@ def test_a_full_disk_when_a_run_begins_or_ends(tiny_bert, rows_folder, tmp_path,
 @pytest.mark.parametrize("number", range(0, 30, 5))
 def test_an_operation_that_is_refused(finished, exported, tmp_path, number):
     """Any operation on files of an export may fail; whatever fails, the next export is complete."""
-    from killing import _changes_files
-
     shutil.copytree(exported, tmp_path / "model")
 
+    def refuse():
+        raise OSError(28, "No space left on device")
+
     def work():
-        count = 0
-
-        def hook(event: str, given: tuple) -> None:
-            nonlocal count
-            if _changes_files(event, given, str(tmp_path)):
-                count += 1
-                if count == number + 3:
-                    raise OSError(28, "No space left on device")
-
-        sys.addaudithook(hook)
+        at_operation(number + 3, tmp_path, refuse)
         main(["export", finished, "--to", tmp_path / "model", "--overwrite"])
 
     full = forked(work)

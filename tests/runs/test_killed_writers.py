@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import equal_bits, forked, graft_tensors, tune_words
-from killing import assert_same, contents, killed, moments, put_back, resume
+from killing import assert_same, at_operation, contents, die, killed, moments, put_back, resume
 
 from graftkit.recipe import schema as recipes
 from graftkit.runs import folder as run_folder
@@ -215,10 +215,6 @@ def test_what_only_reads_writes_nothing(finished, tiny_bert, rows_folder, empty,
 
 def test_it_is_a_kill(whole, words, empty, tmp_path):
     """What `moments` copies is what a process leaves that is killed there."""
-    import sys
-
-    from killing import _changes_files, die
-
     copies = moments(empty, words, tmp_path / "copies")
     shutil.rmtree(empty)
     empty.mkdir()
@@ -226,16 +222,7 @@ def test_it_is_a_kill(whole, words, empty, tmp_path):
     def work():
         from graftkit.cli.main import main
 
-        count = 0
-
-        def hook(event: str, given: tuple) -> None:
-            nonlocal count
-            if _changes_files(event, given, str(empty)):
-                count += 1
-                if count == 20:
-                    die()
-
-        sys.addaudithook(hook)
+        at_operation(20, empty, die)
         main(words)
 
     assert forked(work).status == -9

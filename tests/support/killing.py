@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from conftest import equal_bits, forked, graft_tensors
@@ -108,6 +109,20 @@ def _changes_files(event: str, given: tuple, root: str) -> bool:
         return False
     inside = event in ("os.remove", "os.rmdir") and given[1] != -1  # of a tree that is being removed
     return inside or any(os.fspath(path).startswith(root) for path in given if isinstance(path, str | Path))
+
+
+def at_operation(number: int, root: Path, do: Callable[[], object]) -> None:
+    """From here on, in this process, call `do` before operation `number` (1-based) on files below `root`."""
+    count = 0
+
+    def hook(event: str, given: tuple) -> None:
+        nonlocal count
+        if _changes_files(event, given, str(root)):
+            count += 1
+            if count == number:
+                do()
+
+    sys.addaudithook(hook)
 
 
 def put_back(copy: Path, root: Path) -> None:

@@ -280,11 +280,12 @@ class SizedMethod(UpdateMethod):
 def refuse_rank(method: Method, rank: int, weight: Weight, name: str) -> None:
     """Raise `UserError` for a rank above both what an update of the weight can have and 1,024."""
     shape = weight.shape[1:] if weight.kind == "experts" else weight.shape
-    most = max(MOST_RANK, min(shape[0], math.prod(shape[1:])))
+    useful = min(shape[0], math.prod(shape[1:]))
+    most = max(MOST_RANK, useful)
     if rank > most:
         raise UserError(
-            f"{method.name}(): the rank at {name!r} is {rank:,}, but an update of {' x '.join(map(str, shape))} values can "
-            f"use {min(shape[0], math.prod(shape[1:])):,} at most; set a rank up to {most:,}."
+            f"{method.name}(): the rank at {name!r} is {rank:,}. An update of {' x '.join(map(str, shape))} values can use "
+            f"{useful:,} at most; ranks up to {most:,} are accepted."
         )
 
 

@@ -105,7 +105,7 @@ class Generate(Task):
     )
     top_k: int = option(0, "sample from this many most likely tokens; 0 for all", at_least=0)
     stop: str | tuple | None = option(None, "one or more texts that end an answer")
-    seed: int = option(0, "random seed of sampling", at_least=0, at_most=9223372036854775807)
+    seed: int = option(0, "random seed of sampling", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
