@@ -7,6 +7,8 @@ import socket
 import pytest
 from conftest import tune_words
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def unplugged(monkeypatch):

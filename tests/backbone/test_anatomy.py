@@ -108,6 +108,7 @@ def test_a_router_of_experts_is_no_map_to_update():
     assert all(p.grad is not None for p in graft.parameters.values())
 
 
+@pytest.mark.slow
 def test_maps_that_their_attention_multiplies_by_itself():
     """WavLM hands its weights to torch's attention and calls none of the maps: the update stands in for them."""
     config = transformers.WavLMConfig(

@@ -43,6 +43,7 @@ def test_it_is_the_signature_of_forward():
     assert list(parameters_of(module)) == ["left", "right", "scale", "kwargs"]
 
 
+@pytest.mark.slow
 def test_a_replaced_forward_is_not_kept_alive():
     module = Adds()
     module.forward = lambda only: only

@@ -335,6 +335,7 @@ def test_a_head_stacked_on_the_own_one(name, hidden):
 
 
 @pytest.mark.parametrize("name", ["squeezenet", "roberta", "glm", "convnext"])
+@pytest.mark.slow
 def test_a_stacked_head_keeps_all_promises(name, tmp_path):
     assert (
         contract.check(zoo.BY_NAME[name], "head(classes=4, pooling='stacked')", tmp_path, False)
@@ -353,6 +354,7 @@ def test_nothing_is_stacked_on_a_random_head(tiny_bert, tmp_path, rows_folder, c
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_a_stacked_head_is_exported(tiny_bert, tmp_path, rows_folder):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -381,6 +383,7 @@ def test_an_own_head_that_is_never_called_is_no_place_to_stand_on():
         graft.model(torch.zeros(1, 2, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_the_end_token_that_an_encoder_and_decoder_s_own_head_reads(tmp_path, rows_folder, command):
     language_models.folder(tmp_path / "bare", "t5")
     language_models.folder(tmp_path / "ends", "t5", post="$A </s>")

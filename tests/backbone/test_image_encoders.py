@@ -73,6 +73,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "method", ["head()", "head(pooling='mean')", "lora(rank=2) + head()", "full() + head()"]
 )
+@pytest.mark.slow
 def test_each_is_tuned_and_answers(name, method, folder, colours, tmp_path):
     run = graftkit.tune(
         model=str(folder(name)), task="image_classify", train=str(colours / "train"), eval=str(colours / "eval"),
@@ -93,6 +94,7 @@ def test_parts_of_them(folder):
     assert roles["siglip vision_model.head.mlp.fc1"] == "pooler" and roles["siglip classifier"] == "head"
 
 
+@pytest.mark.slow
 def test_what_has_no_part_in_the_output_is_told(folder, colours, tmp_path, command):
     """SigLIP's attention pooler: its classifier reads past it. It is not counted as trained."""
     words = [

@@ -350,6 +350,7 @@ def settings(**more) -> dict:
     "method",
     ["lora(rank=2) + head()", "head(pooling='mean')", "gradual_unfreeze(unit='steps', every=2) + head()"],
 )
+@pytest.mark.slow
 def test_tune_with_weights(reader, rows_folder, method):
     run = graftkit.tune(
         model="mine:reader", weights="reader.safetensors", train=rows_folder / "train.csv", method=method,

@@ -72,6 +72,7 @@ def test_tune_by_recipe_with_settings_and_options_over_it(command, tiny_bert, ro
     assert json.loads((tmp_path / "o" / "result.json").read_text())["steps"] == 6
 
 
+@pytest.mark.slow
 def test_a_share_is_held_out_and_none_is_possible(command, tiny_bert, rows_folder, tmp_path):
     words = tune_words(tiny_bert, rows_folder, tmp_path / "a", "train.steps=2", "--json", "--eval", "0.25")
     found = only_object(command(*words).out)
@@ -93,6 +94,7 @@ def test_a_share_is_held_out_and_none_is_possible(command, tiny_bert, rows_folde
         ("unfreeze('blocks[-1:]') + head(pooling='mean')", 4 * 32 * 33 + 32 * 65 + 64 * 33 + 2 * 64 + 2 * 33),
     ],
 )
+@pytest.mark.slow
 def test_plan_trains_nothing_and_counts_what_tune_counts(
     command, tiny_bert, rows_folder, tmp_path, method, formula
 ):
@@ -113,6 +115,7 @@ def test_plan_trains_nothing_and_counts_what_tune_counts(
         assert sum(t.numel() for t in graft_tensors(tmp_path / "run").values()) == formula
 
 
+@pytest.mark.slow
 def test_plan_counts_a_pooler_that_the_weights_lack(command, tiny_bert, rows_folder, tmp_path):
     from transformers import AutoTokenizer, BertModel
 
@@ -227,6 +230,7 @@ def test_the_version():
     assert in_process("--version").stdout == f"graftkit {graftkit.__version__}\n"
 
 
+@pytest.mark.slow
 def test_help_imports_no_torch():
     code = (
         "import sys; from graftkit.cli.main import main\n"
@@ -240,6 +244,7 @@ def test_help_imports_no_torch():
     assert "lora(" in in_process("tune", "--help").stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error():
     script = "graftkit recipe --schema | head -c 10; exit ${PIPESTATUS[0]}"
     path = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin"}

@@ -32,6 +32,7 @@ def unread(number: int) -> None:
 @pytest.mark.parametrize("break_", [closed, full, unread])
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_display(tiny_bert, rows_folder, tmp_path, break_, number, as_json):
     words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=2", *["--json"] * as_json)
 

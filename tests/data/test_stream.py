@@ -122,6 +122,7 @@ def test_the_same_errors(name, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_answers_in_pieces_are_those_of_the_whole(finished, rows_folder):
     data = rows_folder / "eval.csv"
     at_once, pieces = predict(finished, data), list(Answers(finished, data, rows=7))

@@ -14,6 +14,8 @@ from conftest import equal_bits, graft_tensors, make_rows, write_csv
 
 import graftkit
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "new-objective.md"
 
 

@@ -76,6 +76,7 @@ def test_it_trains_answers_and_evaluates(folder, pairs, tiny_bert, tmp_path):
     assert len(lines) == 48 and all(re.match(r"-?\d\.\d{3}\t", line) for line in lines)
 
 
+@pytest.mark.slow
 def test_its_cosines_are_those_of_the_model(folder, pairs, tiny_bert, tmp_path):
     from transformers import AutoModel, AutoTokenizer
 

@@ -142,6 +142,7 @@ def test_the_audit_waits_for_a_long_warm_up():
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2) + head()", "head(pooling='mean')"])
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     ready, command, tiny_bert, rows_folder, tmp_path, monkeypatch, method
 ):

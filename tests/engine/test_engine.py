@@ -219,6 +219,7 @@ def test_no_randomness_and_no_statistics_in_what_is_frozen(ready):
     assert modules["encoder.layer.2.output.dropout"].training
 
 
+@pytest.mark.slow
 def test_prediction_keeps_the_order_and_does_not_depend_on_the_batch(ready):
     run = ready("lora() + head()")
     whole = np.stack(predict(run.dataset, run.forward, run.prepared.rows.task, 96))
@@ -257,6 +258,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "method", ["lora() + head()", "bitfit() + head(pooling='mean')", "unfreeze('blocks[-1:]')", "full()"]
 )
+@pytest.mark.slow
 def test_what_is_trained_is_fp32_and_the_plan_counts_the_bytes_that_are_held(ready, method, kind):
     run = ready(method, precision=kind)
     for name, parameter in run.graft.model.named_parameters():

@@ -150,6 +150,7 @@ def test_nothing_moves_or_has_state_before_its_turn(ready, request, model):
         assert run.loop.optimizer.state[parameter]["step"] == 17 - freed[name]
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_a_plain_loop(ready):
     """Against AdamW with one group for each phase, written out; the cached prefix and the plain one."""
     method = f"gradual_unfreeze(every=4, unit='steps', lr=0.001) + {HEAD.replace(')', ', dropout=0)')}"
@@ -181,6 +182,7 @@ def test_the_steps_are_those_of_a_plain_loop(ready):
         torch.testing.assert_close(kept.graft.parameters[name], parameter, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_the_prefix_of_today(ready, monkeypatch):
     """Head alone: features; then the inputs of the last block, of the one before; nothing when all are trained."""
     from graftkit.engine import cached as forward
@@ -202,6 +204,7 @@ def test_what_is_kept_is_the_prefix_of_today(ready, monkeypatch):
     assert seen == [("AtHead", None), ("AtBlock", 2), ("AtBlock", 1), nothing, nothing]
 
 
+@pytest.mark.slow
 def test_one_pass_over_the_rows_is_not_kept(ready):
     run = ready(f"gradual_unfreeze() + {HEAD}", steps=EPOCH * 5)
     forward = run.loop.forward = PhasedForward(run.graft, DEVICE, "fp32", run.dataset, EPOCH)

@@ -80,6 +80,7 @@ def test_memory_of_the_cpu_that_runs_out_in_a_step_halves_its_batches(ready, mon
         list(ready("lora(rank=2) + head()", steps=1).loop)
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_operating_system(command, tiny_bert, tmp_path):
     """The real thing: no address space is left in the middle of a run."""
     rows = write_csv(tmp_path / "rows.csv", make_rows(256))

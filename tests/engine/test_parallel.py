@@ -20,9 +20,10 @@ from graftkit.cli.main import main
 
 SETTINGS = ("train.steps=6", "train.batch_size=8", "train.checkpoint_every=2", "train.weight_decay=0.0")
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch has no distributed package"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package"),
+]
 
 
 def free_port() -> str:

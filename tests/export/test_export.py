@@ -13,7 +13,7 @@ from conftest import tune_words, without_graftkit
 
 import graftkit
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 TEXTS = ["the old hammer", "a very new plum", "my cherry is here", "of the drill"]
 PLAIN = """

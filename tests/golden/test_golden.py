@@ -48,6 +48,7 @@ def test_every_case_is_recorded():
     assert list(GOLDEN["cases"]) == list(CASES)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_gives_what_was_recorded(name, golden_model, tmp_path):
     got = run(name, golden_model(CASES[name].model), tmp_path / "run")

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from graftkit import attach, load
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 CASES = [
     ("bert", False, "lora(rank=4) + head(classes=2, pooling='mean')"),

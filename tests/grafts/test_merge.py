@@ -144,6 +144,7 @@ def test_dare_keeps_the_mean(tmp_path):
 
 
 @pytest.mark.parametrize("head", ["head(classes=3)", "head(classes=4)", "head(classes=4, pooling='mean')"])
+@pytest.mark.slow
 def test_heads_for_the_same_classes_are_averaged(head, tmp_path):
     own = "pooling" not in head
     make = tiny.with_head if own else tiny.bare
@@ -166,6 +167,7 @@ def test_heads_for_the_same_classes_are_averaged(head, tmp_path):
             merge(folders, tmp_path / "zero", weights=[1, -1])
 
 
+@pytest.mark.slow
 def test_heads_that_differ_are_refused(tmp_path):
     model = tiny.bare("bert")
     texts = (
@@ -193,6 +195,7 @@ def test_heads_that_differ_are_refused(tmp_path):
 # ---- refusals
 
 
+@pytest.mark.slow
 def test_what_cannot_be_merged(tmp_path):
     model = tiny.bare("bert")
     texts = ("lora(rank=2)", "lora(rank=3)", "dora(rank=2)", "ia3()", "lora(rank=2) + adapter(bottleneck=2)",

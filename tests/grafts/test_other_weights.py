@@ -80,6 +80,7 @@ def test_grafts_without_the_values_load_as_before(finished, other, tmp_path):
         graftkit.load(base(other), folder)
 
 
+@pytest.mark.slow
 def test_predict_and_resume_tell_of_them(command, finished, tiny_bert, other, rows_folder, tmp_path):
     with pytest.warns(OtherWeights, match="was trained on"):
         assert command("predict", finished, "a plum", "--model", other).status == 0

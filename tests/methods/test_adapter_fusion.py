@@ -130,6 +130,7 @@ def test_folders_that_are_no_such_grafts(folders, tmp_path):
     refused(tiny.with_head("llama"), fused(folders), "another backbone")
 
 
+@pytest.mark.slow
 def test_damaged_folders(folders):
     path = Path(folders[1]) / "graft.safetensors"
     tensors = load_file(path)

@@ -287,6 +287,7 @@ def test_the_matrices_are_one_pair_for_all_maps():
     assert not {name for name in graft.labels if "projections" in name}
 
 
+@pytest.mark.slow
 def test_the_matrices_come_from_the_seed_and_have_kaiming_s_variance():
     first, same, other = (
         projections(attach(tiny.bare("bert"), f"vera(rank=400, seed={seed})")) for seed in (1, 1, 2)

@@ -38,6 +38,7 @@ def stored() -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", zoo.MODELS, ids=lambda model: model.name)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_pair(method: str, model: zoo.Model, stored, tmp_path: Path) -> None:
     skip_without_tuner(expression(method))
     got = outcome(method, model, tmp_path)

@@ -272,6 +272,7 @@ def support(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tiny_bert, support, tmp_path, command):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     assert tokenizer.tokenize("<order>") != ["<order>"] and len(set(tokenizer.tokenize("<order><card>"))) == 1
@@ -291,6 +292,7 @@ def test_a_run_from_the_command_line(tiny_bert, support, tmp_path, command):
     assert further.status == 0, further.err
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tiny_bert, support, tmp_path):
     words = tune_words(
         tiny_bert, support, tmp_path / "killed", "train.steps=4", "train.checkpoint_every=1", method=TOKENS
@@ -325,6 +327,7 @@ def test_killed_and_resumed(tiny_bert, support, tmp_path):
     assert equal_bits(graft_tensors(tmp_path / "killed"), graft_tensors(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_to_write_them(tmp_path):
     folder = language_models.folder(tmp_path / "llama", "llama", TEMPLATES["chatml"])
     rows = [

@@ -142,6 +142,7 @@ def test_other_models(text, model, tmp_path):
     assert tiny.relative(zoo.outputs(kind.fresh(), given), wanted) > 1e-2
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder(tmp_path):
     """Of the two halves that PEFT keeps, its prompt tuning and P-tuning use the encoder's."""
     from transformers import T5Config, T5ForConditionalGeneration
@@ -219,6 +220,7 @@ def refused(tmp_path: Path, name: str, changes: dict, matching: str, kind: str =
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.slow
 def test_fields_that_do_not_fit_the_tensors(name, changes, tmp_path):
     refused(tmp_path, name, changes, next(iter(changes)))
 

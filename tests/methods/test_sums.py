@@ -48,6 +48,7 @@ ALONE = {name: labels_of(text) for name, text in METHODS.items()}
 
 
 @pytest.mark.parametrize("first", METHODS)
+@pytest.mark.slow
 def test_a_sum_means_the_same_in_either_order_or_is_refused(first):
     for second in METHODS:
         if (first, second) not in PAIRS:

@@ -259,6 +259,7 @@ def test_virtual_tokens_take_positions():
 @pytest.mark.parametrize(
     "text", ["prompt(tokens=4)", "ptuning(tokens=4)", "ptuning(tokens=4, encoder='lstm')"]
 )
+@pytest.mark.slow
 def test_a_run_trains_them(text, ready):
     run = ready(f"{text} + head(pooling='mean')", steps=30, lr=0.02)
     losses = [step.loss for step in run.loop]  # the audit watches: each part has a gradient and moves
@@ -266,6 +267,7 @@ def test_a_run_trains_them(text, ready):
 
 
 @METHODS
+@pytest.mark.slow
 def test_virtual_tokens_alone_learn(text):
     torch.manual_seed(0)
     model = attach(tiny.with_head("bert"), text).model.eval()

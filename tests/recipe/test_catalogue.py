@@ -23,6 +23,7 @@ def test_a_regular_expression_needs_no_raw_string():
     assert parse(r"lora(sites='re:a\.b')", "method") == (Call("lora", {"sites": r"re:a\.b"}),)
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported():
     script = (
         "import sys, graftkit, graftkit.recipe.catalogue, graftkit.recipe.expressions, graftkit.recipe.schema, graftkit.cli.main, graftkit.recipe.selection\n"

@@ -368,6 +368,7 @@ def test_settings(refused, setting, told):
     refused(*told, settings=(setting,))
 
 
+@pytest.mark.slow
 def test_a_text_longer_than_the_model_takes_is_truncated_counted_and_reported(
     command, tiny_bert, rows_folder, tmp_path
 ):

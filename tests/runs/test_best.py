@@ -57,6 +57,7 @@ def test_tags_that_are_no_entities_have_other_figures():
 
 
 @pytest.mark.parametrize("figure", ["macro_f1", "loss", None])
+@pytest.mark.slow
 def test_a_run_keeps_the_weights_that_are_best_by_it(command, tiny_bert, rows_folder, tmp_path, figure):
     more = [] if figure is None else [f"train.best={figure}"]
     words = tune_words(

@@ -13,6 +13,8 @@ from conftest import tune_words
 from killing import killed
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def stopped(tiny_bert, rows_folder, tmp_path_factory) -> Path:

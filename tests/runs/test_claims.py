@@ -100,6 +100,7 @@ def test_what_a_killed_process_built_beside_a_folder_is_removed(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_another_process_has_claimed(command, tiny_bert, rows_folder, tmp_path, holding):
     process = holding(tmp_path / "run")
     words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=2")
@@ -159,6 +160,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tiny_bert, rows_folder, tm
     assert run.path.name == "classify-20260101-000000-2"
 
 
+@pytest.mark.slow
 def test_an_export_and_a_merge_hold_their_folder(command, finished, tmp_path, holding):
     process = holding(tmp_path / "out")
     commands = (["export", finished, "--to"], ["merge", finished, finished, "--out"])

@@ -10,6 +10,8 @@ import pytest
 from conftest import forked, tune_words
 from killing import at_operation, contents
 
+pytestmark = pytest.mark.slow
+
 UMASK = 0o027
 
 

@@ -21,7 +21,7 @@ from graftkit.data.source import Pass
 from graftkit.errors import UserError
 from graftkit.runs.predict import predict
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

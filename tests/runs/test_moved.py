@@ -22,6 +22,7 @@ def moved(tiny_bert, rows_folder, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "run", (folder / "model").rename(folder / "elsewhere")
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_new_place(command, moved, rows_folder, tmp_path):
     run, model = moved
     for words in (

@@ -18,6 +18,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", [TIED, PLAIN])
+@pytest.mark.slow
 def test_plan_and_tune_say_it_before_the_first_step(command, model, tmp_path, method):
     path = tmp_path / "t.jsonl"
     path.write_text(

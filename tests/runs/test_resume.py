@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from graftkit.errors import Interrupted
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 # each case: method, settings, and the step of the early stop, if there is one
 CASES = {

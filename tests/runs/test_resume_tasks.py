@@ -11,6 +11,7 @@ pytestmark = pytest.mark.sampled
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_killed_and_resumed(case, tiny_bert, tmp_path):
     from graftkit.cli.main import main
 

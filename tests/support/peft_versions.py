@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -35,6 +36,7 @@ def difference(test: str) -> str | None:
     return next((f"PEFT {installed('peft')}: {what}" for what in found), None)
 
 
+@functools.cache
 def peft_has(version: str) -> bool:
     """Whether the installed PEFT is of this version ('0.20') or newer."""
     places = [tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (installed("peft") or "0", version)]

@@ -21,7 +21,7 @@ from graftkit.recipe import schema as recipes
 from graftkit.runs.prepare import prepare_rows
 from graftkit.tasks.audio_classify.task import AudioClassify
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}
 

@@ -225,6 +225,7 @@ def learned(tiny_bert, tmp_path_factory) -> graftkit.Run:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_learns_what_to_choose(learned, command):
     assert learned.metrics["accuracy"] > 0.7 and learned.metrics["chance"] == pytest.approx(
         np.mean([1 / 2, 1 / 3, 1 / 4])
@@ -281,6 +282,7 @@ def test_two_choices_in_bf16_pass_the_audit(tiny_bert, tmp_path):
     assert run.result["steps"] == 8
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, tmp_path, monkeypatch):
     import graftkit.runs.monitor
 
@@ -309,6 +311,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_an_exported_model_scores_the_same(learned, command, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -125,6 +125,7 @@ def test_weights_of_images_name_their_labels(tmp_path):
     assert any("Did you mean 'blue'?" in one.text for one in problems)
 
 
+@pytest.mark.slow
 def test_weights_of_ones_own_in_a_run(tiny_bert, tmp_path):
     """A class that weighs much more is answered more often; the run says the weights, and evaluates without them."""
     rows = [{"text": "the apple", "label": "ab"[i % 2]} for i in range(24)]

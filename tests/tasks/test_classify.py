@@ -106,6 +106,7 @@ def test_text_that_is_no_text():
         Classify().examples(table, COLUMNS, ("a", "b"), False)
 
 
+@pytest.mark.slow
 def test_every_kind_of_table_in_memory_gives_the_run_of_the_file(tiny_bert, tmp_path):
     rows = make_rows(32, 7)
     source = write_csv(tmp_path / "t.csv", rows)
@@ -161,6 +162,7 @@ def test_tsv_with_mark_and_quotes_that_do_not_balance(tiny_bert, tmp_path):
     assert run.metrics == {} and "24 training rows" in (run.path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_pairs_of_texts(tiny_bert, rows_folder, tmp_path, command):
     words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=3", "--json")
     rows = rows_folder / "pairs.csv"
@@ -200,6 +202,7 @@ def test_a_pair_is_encoded_as_the_model_was_trained(tiny_bert):
     assert set(batch["token_type_ids"].flatten().tolist()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_class_weights_in_a_run(tiny_bert, tmp_path):
     rows = make_rows(48, 3)
     rows = [row for i, row in enumerate(rows) if row["label"] == "tool" or i % 12 == 0]
@@ -240,6 +243,7 @@ def test_a_label_that_could_be_two_is_neither():
         Classify().examples(table, COLUMNS, ("True", "true"), False)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_columns(tiny_bert, rows_folder, tmp_path):
     rows = make_rows(24)
     paired = [{**row, "pair": "the saw"} for row in rows]

@@ -265,6 +265,7 @@ TEXTS = ["the old hammer", "a very new plum and my cat is here", "of the"]
 
 
 @pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.slow
 def test_export_of_the_own_head(tiny_bert, tmp_path, kind):
     run = tune(kind, tiny_bert, tmp_path, **{"train.epochs": 2.0})
     found = run.export(tmp_path / "plain")
@@ -290,6 +291,7 @@ def test_export_of_the_own_head(tiny_bert, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.slow
 def test_export_of_a_pooled_head(tiny_bert, tmp_path, kind):
     run = tune(kind, tiny_bert, tmp_path, "head(pooling='mean')", **{"train.epochs": 2.0})
     run.export(tmp_path / "plain")
@@ -305,6 +307,7 @@ def test_export_of_a_pooled_head(tiny_bert, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_end(tiny_bert, tmp_path, command, kind):
     train = write_csv(tmp_path / "train.csv", rows_of(kind, 48))
 

@@ -62,6 +62,7 @@ def finished(llama, data, tmp_path_factory):
     return tune(llama, data, tmp_path_factory.mktemp("runs") / "run", epochs=16.0)
 
 
+@pytest.mark.slow
 def test_it_learns_to_answer(finished):
     assert finished.metrics["perplexity"] < 1.2 and finished.metrics["token_accuracy"] > 0.95
     assert finished.metrics["perplexity"] == pytest.approx(math.exp(finished.metrics["loss"]))
@@ -104,6 +105,7 @@ def test_what_is_shown_and_kept(llama, data, tmp_path, command):
     assert [row["loss"] for row in worst] == sorted((row["loss"] for row in worst), reverse=True)
 
 
+@pytest.mark.slow
 def test_predict_from_files_and_streamed(finished, data, tmp_path, command):
     out = tmp_path / "answers.jsonl"
     asked = tmp_path / "asked.csv"
@@ -152,6 +154,7 @@ def ask(base: Backbone, prompts: list[str], batch: int = 8, task: Generate | Non
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart"])
+@pytest.mark.slow
 def test_greedy_answers_of_a_batch_are_those_of_each_alone_and_of_transformers(kind):
     tok = tokenizer(post="$A </s>" if kind == "t5" else "")
     base = Backbone(model(kind, seed=8 if kind == "bart" else 0), tok)
@@ -205,6 +208,7 @@ def without_cache(base: Backbone, prompt: str, count: int) -> str:
     return tok.decode(new, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_sampling():
     base = Backbone(model("llama"), tokenizer())
     greedy = ask(base, QUESTIONS)
@@ -228,6 +232,7 @@ def test_streamed_pieces_are_the_answer():
     assert "".join(pieces) == out.text == whole[0] and len(pieces) > 3
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_keeps_its_end():
     base = Backbone(model("gpt2"), tokenizer())  # 96 learned positions
     assert len(ask(base, ["what colour is snow? " * 40], task=Generate(max_new_tokens=30))) == 1

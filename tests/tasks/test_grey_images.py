@@ -73,6 +73,7 @@ def test_which_models_take_one_channel(tiny_vit):
         assert takes_grey(model) == (channels == 1)
 
 
+@pytest.mark.slow
 def test_runs_of_both_kinds(colours, tmp_path, monkeypatch):
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 

@@ -114,6 +114,7 @@ def test_data_max_length_has_no_sense(tiny_vit, colours):
 # --- tables
 
 
+@pytest.mark.slow
 def test_folders_tables_bytes_images_and_arrays_give_the_same(tiny_vit, colours, tmp_path):
     import pyarrow
     import pyarrow.parquet

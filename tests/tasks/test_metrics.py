@@ -87,6 +87,7 @@ def test_the_interval_covers_the_true_accuracy_about_95_times_in_100():
     assert 180 <= covered <= 199
 
 
+@pytest.mark.slow
 def test_the_interval_of_macro_f1_is_that_of_a_plain_bootstrap():
     logits, targets = drawn(150, 5)
     predicted, random = logits.argmax(1), np.random.default_rng(9)
@@ -153,6 +154,7 @@ def test_without_intervals_nothing_is_drawn(monkeypatch):
         assert repr(case({"intervals": False})) == repr(without_intervals(found))
 
 
+@pytest.mark.slow
 def test_evaluations_have_intervals_where_their_weights_are_kept(tiny_bert, rows_folder, tmp_path):
     run = graftkit.tune(
         model=str(tiny_bert), task="classify", train=str(rows_folder / "train.csv"), eval=0.3, out=tmp_path / "run",

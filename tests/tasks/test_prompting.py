@@ -341,6 +341,7 @@ def test_pairs_need_both_places():
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.slow
 def test_a_run_trains_nothing_and_can_be_used(folders, tmp_path, command, kind):
     rows = make_rows(40, 3)
     train, test = write_csv(tmp_path / "train.csv", rows[:24]), write_csv(tmp_path / "test.csv", rows[24:])

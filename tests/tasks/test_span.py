@@ -31,6 +31,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("second", [False, True])
+@pytest.mark.slow
 def test_figures_are_the_official_ones(second):
     official = official_2 if second else official_1
     for answer in TEXTS:

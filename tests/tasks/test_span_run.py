@@ -13,6 +13,8 @@ from squad_rows import articles, official_1, official_2, write_squad
 import graftkit
 from graftkit.errors import Interrupted, UserError
 
+pytestmark = pytest.mark.slow
+
 FAST = {"train.precision": "fp32", "train.batch_size": 16}
 
 

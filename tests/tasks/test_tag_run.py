@@ -18,6 +18,8 @@ from graftkit.errors import UserError
 from graftkit.runs.export import export
 from graftkit.runs.predict import evaluate, predict
 
+pytestmark = pytest.mark.slow
+
 FAST = {"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.01}
 
 
