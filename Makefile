@@ -38,13 +38,13 @@ test: $(VENV)/.dev
 	@$(MAKE) --no-print-directory suite
 
 suite: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
 
 # Both ends of the ranges in pyproject.toml. Torch comes from pip's index there, on Linux with CUDA: some GB.
 test-oldest test-newest: test-%: build/%.txt

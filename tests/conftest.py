@@ -309,11 +309,14 @@ def finished(tmp_path_factory, tiny_bert, rows_folder) -> Path:
     return out
 
 
-def forked(*works) -> SimpleNamespace | list[SimpleNamespace]:
+def forked(*works, meanwhile=None) -> SimpleNamespace | list[SimpleNamespace]:
     """Calls each of `works` in a child process that is a copy of this one, which saves the seconds that imports take;
     several at the same time. For each: its exit status (negative: the signal that killed it) and what it printed.
+    `meanwhile` is called with the number of the first process while it runs.
     """
     children = [_fork(work) for work in works]
+    if meanwhile is not None:
+        meanwhile(children[0][0])
     ended = [
         SimpleNamespace(status=_status(pid), out=_text(out), err=_text(err)) for pid, out, err in children
     ]

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from killing import assert_same, killed, lines, resume
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from graftkit.cli.main import main
 from graftkit.errors import Interrupted
 
 pytestmark = pytest.mark.slow
@@ -106,18 +105,21 @@ def test_killed_and_resumed(uninterrupted, tiny_bert, rows_folder, tmp_path, cas
 def test_killed_again_and_again_at_any_moment(uninterrupted, tiny_bert, rows_folder, tmp_path):
     """No patch: a real process, killed from outside as soon as it has come one checkpoint further."""
     run = tmp_path / "run"
-    words = [sys.executable, "-c", "from graftkit.cli.main import main; main()"]
     seen: set[str] = set()
-    for start in (words_of(tiny_bert, rows_folder, run, "lora"), ["tune", "--resume", str(run)]):
-        process = subprocess.Popen([*words, *start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kill_after_a_checkpoint(pid: int) -> None:
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             new = {path.name for path in (run / "checkpoints").glob("step-*")} - seen
             if new:
-                seen |= new
+                seen.update(new)
                 break
-        process.kill()
-        process.wait()
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+
+    for words in (words_of(tiny_bert, rows_folder, run, "lora"), ["tune", "--resume", str(run)]):
+        ended = forked(lambda words=words: main(words), meanwhile=kill_after_a_checkpoint)
+        assert ended.status == -signal.SIGKILL, ended.err
     resume(run)
     assert_same(run, uninterrupted("lora"))
 

@@ -36,7 +36,7 @@ NUMBERS = {
 torch.set_num_threads(1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Pair:
     """A method's expression on a model of the zoo. `identity`: the method says that it starts as the base."""
 
@@ -73,7 +73,7 @@ class Pair:
 
     @functools.cached_property
     def as_attached(self) -> Graft:
-        """What `attached` gives, once for all promises that only look at it."""
+        """What `attached` gives, once for all promises that only look at it; `refused_well` sets it."""
         return self.attached()
 
     @functools.cached_property
@@ -381,8 +381,9 @@ def refused_well(pair: Pair) -> str | None:
     """The message of a refusal, which names a method of the expression, the module or model, and another method."""
     model = pair.model.fresh()
     before = described(model)
+    torch.manual_seed(0)
     try:
-        attach(model, pair.expression)
+        pair.as_attached = attach(model, pair.expression)
     except UserError as error:
         message = str(error)
     else:
