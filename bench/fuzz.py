@@ -121,7 +121,7 @@ def readers(root: Path) -> list[Reader]:
     from graftkit.recipe import expressions, schema, selection, values
     from graftkit.recipe.patterns import Pattern
     from graftkit.runs.predict import load_run, open_run
-    from graftkit.runs.prepare import prepare_rows
+    from graftkit.runs.prepare import method_of, prepare_backbone, prepare_rows
     from graftkit.runs.saved import log_lines, read_plan, read_result
 
     bert = root / "bert"
@@ -142,9 +142,10 @@ def readers(root: Path) -> list[Reader]:
                 }
             )
             read_rows = prepare_rows(recipe)
+            task, labels = read_rows.task, read_rows.labels
             if "messages" not in read_rows.columns.values():  # these need a chat template
-                backbone = load_backbone(find_source(str(model)), None)
-                read_rows.task.dataset(read_rows.train, backbone, 32, training=True)
+                backbone, _ = prepare_backbone(find_source(str(model)), method_of(recipe), task, labels)
+                task.dataset(read_rows.train, backbone, task.max_length(None, backbone), training=True)
 
         found.append(Reader(f"{name}", folder, files or (source.name,), read))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import io
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,7 @@ class Model:
 
     def fresh(self, seed: int = 0) -> nn.Module:
         """A copy in eval mode; the same values for the same seed."""
-        return copy.deepcopy(_template(self, seed)).to(DEVICE)
+        return _copy_of(self, seed).to(DEVICE)
 
     def shapes(self) -> nn.Module:
         """The model on the `meta` device, built there."""
@@ -51,6 +53,50 @@ def _template(model: Model, seed: int) -> nn.Module:
     made = model.build().eval()
     randomize(made, seed)
     return made
+
+
+class _Stamp(pickle.Pickler):
+    """Pickle a module without its tensors, which are collected in `tensors`."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: dict[int, Tensor] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors[id(value)] = value
+        return id(value)
+
+
+class _Print(pickle.Unpickler):
+    """Make a copy of a pickled module, with copies of its tensors."""
+
+    def __init__(self, file: io.BytesIO, tensors: dict[int, Tensor]) -> None:
+        super().__init__(file)
+        self.tensors, self.memo_of_tensors = tensors, {}
+
+    def persistent_load(self, number: int) -> Tensor:
+        return copy.deepcopy(self.tensors[number], self.memo_of_tensors)
+
+
+@functools.cache
+def _stamp(model: Model, seed: int) -> tuple[bytes, dict[int, Tensor]] | None:
+    file = io.BytesIO()
+    stamp = _Stamp(file)
+    try:
+        stamp.dump(_template(model, seed))
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):  # it has functions of its own
+        return None
+    return file.getvalue(), stamp.tensors
+
+
+def _copy_of(model: Model, seed: int) -> nn.Module:
+    """What `copy.deepcopy` gives, several times as fast."""
+    stamped = _stamp(model, seed)
+    if stamped is None:
+        return copy.deepcopy(_template(model, seed))
+    return _Print(io.BytesIO(stamped[0]), stamped[1]).load()
 
 
 @functools.cache
