@@ -142,10 +142,11 @@ def readers(root: Path) -> list[Reader]:
                 }
             )
             read_rows = prepare_rows(recipe)
-            task, labels = read_rows.task, read_rows.labels
+            found_task, labels = read_rows.task, read_rows.labels
             if "messages" not in read_rows.columns.values():  # these need a chat template
-                backbone, _ = prepare_backbone(find_source(str(model)), method_of(recipe), task, labels)
-                task.dataset(read_rows.train, backbone, task.max_length(None, backbone), training=True)
+                backbone, _ = prepare_backbone(find_source(str(model)), method_of(recipe), found_task, labels)
+                longest = found_task.max_length(None, backbone)
+                found_task.dataset(read_rows.train, backbone, longest, training=True)
 
         found.append(Reader(f"{name}", folder, files or (source.name,), read))
 
