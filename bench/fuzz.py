@@ -288,6 +288,7 @@ def work(reader: Reader, seed: int, tries: int, keep: Path, out: Any) -> None:
         raise TimeoutError(f"over {SECONDS} seconds")
 
     signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     for number in range(seed, seed + tries):
         draw = random.Random(number)
         copy = keep / f"{reader.name.replace(' ', '-')}-{number}"
@@ -298,7 +299,10 @@ def work(reader: Reader, seed: int, tries: int, keep: Path, out: Any) -> None:
         said = {"try": number, "file": name, "input": str(copy), "fault": None, "end": "read"}
         out.write(json.dumps(said | {"end": "died"}) + "\n")
         out.flush()
-        signal.alarm(SECONDS)
+        signal.setitimer(
+            signal.ITIMER_PROF, SECONDS
+        )  # of its own time, as other programs may keep it waiting
+        signal.alarm(20 * SECONDS)
         try:
             reader.read(copy)
         except UserError:
@@ -313,6 +317,7 @@ def work(reader: Reader, seed: int, tries: int, keep: Path, out: Any) -> None:
             )
             said["place"] = f"{type(error).__name__} {at.filename}:{at.lineno}"
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
         if said["end"] != "fault":
             shutil.rmtree(copy, ignore_errors=True)

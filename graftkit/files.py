@@ -193,11 +193,24 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return found.hexdigest()
 
 
+PERMIT = "change its permissions (chmod u+r), or those of the folders above it (chmod u+rx)"
+
+
 def irregular(path: Path) -> str | None:
-    """Return what a path is if it is there and is no regular file, which reading might never end; else None.
+    """Return why a path that is there cannot be read: it is no regular file, which reading might never end, or this user
+    may not read it; else None.
 
     Links are followed, as the Hugging Face cache stores files behind links.
     """
+    try:
+        os.stat(path)
+        forbidden = not os.access(path, os.R_OK)
+    except PermissionError:
+        forbidden = True
+    except (OSError, ValueError):
+        forbidden = False
+    if forbidden:
+        return f"may not be read by this user: {PERMIT}"
     if path.is_symlink() and not path.exists():
         return "is a link that leads nowhere: download the file, or restore it from a copy"
     kind = "a folder" if path.is_dir() else special(path)
@@ -205,7 +218,7 @@ def irregular(path: Path) -> str | None:
 
 
 def refuse_irregular(path: Path) -> None:
-    """Raise `UserError` if a path is there and is no regular file."""
+    """Raise `UserError` if a path is there and is no regular file, or may not be read."""
     wrong = irregular(path)
     if wrong is not None:
         raise UserError(f"{path} {wrong}.")

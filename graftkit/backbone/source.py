@@ -20,7 +20,7 @@ from graftkit.backbone.folder import (
 from graftkit.backbone.own import call
 from graftkit.backbone.sizes import refuse_impossible
 from graftkit.errors import UserError, nearest
-from graftkit.files import read_json, refuse_irregular
+from graftkit.files import PERMIT, read_json, refuse_irregular
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
 
@@ -49,6 +49,13 @@ def find_source(name: str, weights: str | None = None, quantize: str | None = No
 
     `weights`: a safetensors file for the module that `package.module:function` returns.
     """
+    try:
+        return replace(_found(name, weights, quantize), quantize=quantize)
+    except PermissionError as error:
+        raise UserError(f"model {name!r}: {error.filename} may not be read by this user; {PERMIT}.") from None
+
+
+def _found(name: str, weights: str | None, quantize: str | None) -> Source:
     if ":" in name and not Path(name).exists():
         made = call(name)
         if isinstance(made, Backbone):
@@ -65,7 +72,7 @@ def find_source(name: str, weights: str | None = None, quantize: str | None = No
             f"weights {weights!r} are for a module that package.module:function returns, but model {name!r} is a folder "
             "with its own weights; leave weights out."
         )
-    return replace(source, quantize=quantize)
+    return source
 
 
 def _named(name: str) -> Source:

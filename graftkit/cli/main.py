@@ -31,6 +31,7 @@ from graftkit.cli.options import (
     recipe_values,
 )
 from graftkit.errors import Interrupted, UserError, first_line
+from graftkit.files import PERMIT
 
 if TYPE_CHECKING:
     from graftkit.recipe.catalogue import Option
@@ -276,6 +277,8 @@ def _run(arguments: list[str] | None) -> None:
 
         drop(sys.stdout)
         sys.exit(0)
+    except PermissionError as error:
+        _stop(1, f"error: {error.filename} may not be read or written by this user; {PERMIT}.", as_json)
     except (MemoryError, RuntimeError, OSError) as error:
         from graftkit.backbone.memory import is_out_of_memory
 

@@ -22,7 +22,7 @@ from graftkit.data.rows import (
 )
 from graftkit.data.table import SUFFIXES, BadRows, Table, check_names
 from graftkit.errors import UserError, listing, nearest
-from graftkit.files import POINTER, fault, special
+from graftkit.files import PERMIT, POINTER, fault, special
 
 
 def read_table(source: Any, *, encoding: str = "utf-8", skip_bad: bool = False, name: str = "data") -> Table:
@@ -107,9 +107,7 @@ def telling_why(path: Path, source: str) -> Iterator[None]:
             hint = ""
         raise UserError(f"{source} does not exist.{hint or ' Check the path'}") from None
     except PermissionError:
-        raise UserError(
-            f"{source} may not be read by this user. Change its permissions (chmod u+r)"
-        ) from None
+        raise UserError(f"{source} may not be read by this user: {PERMIT}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{source} cannot be read: {reason}") from None

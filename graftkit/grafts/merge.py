@@ -91,7 +91,7 @@ def merge(
             remove_leftovers(target)
             return _merge(folders, factors, target, combination, heads)
     except OSError as error:
-        raise UserError(f"{target} cannot be written to: {error}.") from None
+        raise UserError(f"{target} cannot be written to: {error.strerror or error}.") from None
 
 
 def _merge(

@@ -95,7 +95,9 @@ def _claim(run: Path, to: Path, overwrite: bool) -> Iterator[Path]:
             _refuse_others(to, overwrite)  # another export may have finished there in between
             remove_leftovers(to)
         except (OSError, RuntimeError) as error:  # no permission, or a link that leads to itself
-            raise UserError(f"{str(to)!r} cannot be written to: {error}.") from None
+            raise UserError(
+                f"{str(to)!r} cannot be written to: {getattr(error, 'strerror', None) or error}."
+            ) from None
         yield to
 
 

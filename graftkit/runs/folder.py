@@ -56,7 +56,9 @@ def held(folder: Path) -> Iterator[Path]:
         try:
             stack.enter_context(claims.claimed(folder))
         except OSError as error:
-            raise UserError(f"run folder {str(folder)!r} cannot be written to: {error}.") from None
+            raise UserError(
+                f"run folder {str(folder)!r} cannot be written to: {error.strerror or error}."
+            ) from None
         yield folder
 
 
