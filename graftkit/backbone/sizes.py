@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from graftkit.backbone.folder import CONFIG, config_of, weights_files
+from graftkit.backbone.folder import CONFIG, PREPROCESSOR_FILE, config_of, weights_files
 from graftkit.errors import UserError, listing, shown
-from graftkit.files import read_shapes
+from graftkit.files import read_json, read_shapes
 
 # numbers of things that a model, or its config, is built from one by one; not `output_layer`, `layer_norm_eps`
 COUNT = re.compile(
@@ -28,6 +28,9 @@ SIZE = re.compile(
     r"(^|_)(size|dim|width|channels|embd|inner)s?$|^d_\w+$|^vocab_size$|^max_position_embeddings$"
 )
 MOST_COUNT, MOST_LABELS, MOST_SIZE = 1_000, 2**21, 2**26  # accepted with any weights
+# the largest inputs that are accepted, by the last part of their name: pixels of a side, bands, hertz; then all others
+MOST_INPUTS = {"size|height|width|edge|crop|pad$": 2**13, "bins|bands|feature_size": 2**12, "rate": 2**20}
+MOST_INPUT = 2**28  # samples, frames, pixels of an image
 # a repository named there is code that would be run
 CODE = re.compile(r"(attn|experts)_implementation")
 # other weights, which timm would open
@@ -84,6 +87,24 @@ def refuse_impossible(folder: Path, config: dict[str, Any]) -> None:
             raise UserError(
                 f"{path}: {name} is {shown(value, 40)}, but the weights have {capacity.tensors:,} tensors with "
                 f"{capacity.values:,} values; config.json and weights do not belong together."
+            )
+
+
+def refuse_impossible_inputs(folder: Path) -> None:
+    """Raise `UserError` for numbers in preprocessor_config.json that no images or sounds have, as each row gets that size."""
+    path = folder / PREPROCESSOR_FILE
+    if not path.exists():
+        return
+    config = read_json(path)
+    counted = "merge_size" in config  # such processors limit the pixels of an image by `longest_edge`
+    for name, key, value in _entries(config):
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{path}: {name} is NaN, but must be a number.")
+        most = next((most for pattern, most in MOST_INPUTS.items() if re.search(pattern, key)), MOST_INPUT)
+        most = MOST_INPUT if counted and "edge" in key else most
+        if isinstance(value, int | float) and abs(value) > most:
+            raise UserError(
+                f"{path}: {name} is {shown(value, 40)}, more than any model takes (at most {most:,}); download the file again."
             )
 
 

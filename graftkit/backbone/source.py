@@ -18,7 +18,7 @@ from graftkit.backbone.folder import (
     refuse_strange_files,
 )
 from graftkit.backbone.own import call
-from graftkit.backbone.sizes import refuse_impossible
+from graftkit.backbone.sizes import refuse_impossible, refuse_impossible_inputs
 from graftkit.errors import UserError, nearest
 from graftkit.files import PERMIT, read_json, refuse_irregular
 
@@ -117,6 +117,7 @@ def _folder(name: str, folder: Path) -> Source:
             f"{kind}.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
         )
     refuse_impossible(folder, config)
+    refuse_impossible_inputs(folder)
     return Source(name, folder=folder)
 
 

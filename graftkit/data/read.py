@@ -21,6 +21,7 @@ from graftkit.data.rows import (
     read_header,
 )
 from graftkit.data.table import SUFFIXES, BadRows, Table, check_names
+from graftkit.data.unpacked import open_parquet, refuse_inflated, text_bytes
 from graftkit.errors import UserError, listing, nearest
 from graftkit.files import PERMIT, POINTER, fault, special
 
@@ -151,17 +152,18 @@ def _from_records(records: Iterable[tuple[int, Mapping]], bad: BadRows) -> Table
 def _read_arrow(raw: bytes, kind: str, bad: BadRows) -> Table:
     import pyarrow
     import pyarrow.feather
-    import pyarrow.parquet
 
     buffer = pyarrow.BufferReader(raw)
     try:
         if kind == "parquet":
-            table = pyarrow.parquet.ParquetFile(buffer).read()
+            table = open_parquet(buffer, len(raw), bad.source).read()
         elif raw.startswith((b"ARROW1", b"FEA1")):
             table = pyarrow.feather.read_table(buffer)
         else:  # what `datasets` writes: the streaming format
             table = pyarrow.ipc.open_stream(buffer).read_all()
         kept = keep_columns(table.column_names, bad.source)
+        unpacked = sum(text_bytes(table.column(name)) for name in kept)
+        refuse_inflated(unpacked, table.num_rows * len(kept), len(raw), bad.source)
         columns = {name: table.column(name).to_pylist() for name in kept}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise broken(bad.source, kind, error) from None

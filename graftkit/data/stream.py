@@ -20,6 +20,7 @@ from graftkit.data.rows import (
     split_lines,
 )
 from graftkit.data.table import SUFFIXES, BadRows, Table, check_names
+from graftkit.data.unpacked import open_parquet, refuse_inflated, text_bytes
 
 ROWS = 4096
 BLOCK = 1 << 20  # bytes
@@ -138,6 +139,8 @@ def _arrow_pieces(path: Path, source: str, kind: str, size: int) -> Iterator[Tab
         try:
             for batch in _batches(path, kind, size):
                 kept = keep_columns(batch.schema.names, source)
+                unpacked = sum(text_bytes(batch.column(name)) for name in kept)
+                refuse_inflated(unpacked, 0, path.stat().st_size, source)
                 columns = {name: batch.column(name).to_pylist() for name in kept}
                 passed += batch.num_rows
                 yield bad.table(columns, list(range(passed - batch.num_rows + 1, passed + 1)))
@@ -151,14 +154,13 @@ def _batches(path: Path, kind: str, size: int) -> Iterator[Any]:
     """Yield non-empty record batches of at most `size` rows."""
     import pyarrow
     import pyarrow.feather
-    import pyarrow.parquet
 
     with pyarrow.OSFile(str(path)) as file:
         start = file.read(6)
         file.seek(0)
         batches: Iterable[Any]
         if kind == "parquet":
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=size)
+            batches = open_parquet(file, path.stat().st_size, str(path)).iter_batches(batch_size=size)
         elif start == b"ARROW1":
             reader = pyarrow.ipc.open_file(file)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))

@@ -11,6 +11,23 @@ import pytest
 from attacks import PLAN, Attack
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+
+
+def repeated(text: str, rows: int) -> Callable[[Path], None]:
+    """Make a Parquet or Feather file of a few kilobytes: one text for all rows, which is stored once."""
+
+    def make(path: Path) -> None:
+        import numpy as np
+        import pyarrow
+        from pyarrow import feather, parquet
+
+        column = pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int8), [text])
+        table = pyarrow.table({"text": column, "label": column})
+        feather.write_feather(table, path) if path.suffix == ".arrow" else parquet.write_table(table, path)
+
+    return make
+
+
 HEAD = "model: model\nmethod: head()\ndata: {train: train.csv, eval: eval.csv}\n"
 LARGE = 3_000_000
 
@@ -281,6 +298,20 @@ ATTACKS = [
         PLAN.replace("train.csv", "t.parquet"),
         {"t.parquet": os.mkfifo},
     ),
+    *[
+        Attack(
+            f"{name}-{command.split()[0]}",
+            f"{file} has .* too many for its size",
+            command,
+            {file: repeated(text, rows)},
+        )
+        for name, file, text, rows in (
+            ("many-rows", "t.parquet", "a", 20_000_000),
+            ("long-texts", "t.parquet", "a" * 5_000_000, 1000),
+            ("long-texts-of-arrow", "t.arrow", "a" * 5_000_000, 1000),
+        )
+        for command in (PLAN.replace("train.csv", file), f"predict run --data {file}")
+    ],
     Attack("table-missing", "nope.csv", "plan --model model --task classify --train nope.csv"),
     *RECIPES,
     *SETTINGS,

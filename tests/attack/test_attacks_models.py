@@ -120,6 +120,17 @@ SIZES = [
     impossible(num_labels=10**9),
 ]
 
+INPUTS = [
+    other_json("model/preprocessor_config.json", f'{{"{key}": {value}}}', says)
+    for key, value, says in (
+        ("size", '{"height": 200000, "width": 32}', "size.height is 200000, more than any model takes"),
+        ("crop_size", "1000000000", "crop_size is 1000000000, more than"),
+        ("num_mel_bins", "10000000", "num_mel_bins is 10000000, more than"),
+        ("sampling_rate", "1e300", "sampling_rate is 1e.300, more than"),
+        ("max_length", "1000000000", "max_length is 1000000000, more than"),
+        ("image_mean", "[NaN, 0, 0]", "image_mean is NaN"),
+    )
+]
 SPECIAL = [
     *(irregular(path, pipe, INSPECT) for path in (
         CONFIG, WEIGHTS, "model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json",
@@ -267,7 +278,7 @@ VALUES = [
     Attack("unknown-tensor-merged", "adapter_model.safetensors contains '.*stranger.weight'", MERGE, files={THEIRS: spoiled(_=_stranger)}),
     Attack("nan-in-the-model", "gives NaN instead of numbers", PREDICT + " --model model", files={WEIGHTS: spoiled(**{"value.weight": _one_nothing})}),
 ]  # fmt: skip
-ATTACKS = [*NAMES, *SIZES, *SPECIAL, *BROKEN, *OPTIONS, *VALUES]
+ATTACKS = [*NAMES, *SIZES, *INPUTS, *SPECIAL, *BROKEN, *OPTIONS, *VALUES]
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
