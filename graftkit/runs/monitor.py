@@ -230,6 +230,10 @@ class Watch:
 
     def finish(self, console: Console) -> dict[str, Any]:
         """Restore the best weights, evaluate on the test rows, and write graft, card and result."""
+        with self._telling_how_to_go_on():
+            return self._finished(console)
+
+    def _finished(self, console: Console) -> dict[str, Any]:
         prepared, folder = self.prepared, self.folder
         wait()  # until the best weights are written
         if self.best is not None:

@@ -165,6 +165,11 @@ def test_bad_rows(change, said):
     assert len(kept) == 1 and said in kept.skipped[0]
 
 
+def test_an_id_that_is_no_value():
+    with pytest.raises(UserError, match=r"row 1: id is \['a'\], but must be a text or a number"):
+        examples([row(id=["a"])])
+
+
 def test_an_id_that_comes_twice():
     with pytest.raises(UserError, match=r"row 3: id 'a' is that of rows \(in memory\), row 1 too"):
         examples([row(id="a"), row(id="b"), row(id="a")])

@@ -19,7 +19,7 @@ from graftkit.data.read import Table
 from graftkit.data.source import Batch
 from graftkit.data.squad import Gold, locate, nested, read_answers, squad_table
 from graftkit.data.stream import slices, stream_table
-from graftkit.errors import UserError, listing
+from graftkit.errors import UserError, listing, shown
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, check_rows, one_term
 from graftkit.tasks.shared.labels import is_missing
@@ -109,6 +109,8 @@ class Span(Task):
                 if HALF_PAIR.search(str(table.columns[columns[name]][row])):
                     return f"{where}: column {columns[name]!r} has half of a surrogate pair, which is no character."
             if "id" in table.columns and not is_missing(identity := table.columns["id"][row]):
+                if not isinstance(identity, str | int | float):
+                    return f"{where}: id is {shown(identity, 40)}, but must be a text or a number."
                 first = seen.setdefault(identity, row)
                 if first != row:
                     return f"{where}: id {identity!r} is that of {table.where(first)} too; each question needs its own."
