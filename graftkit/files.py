@@ -134,11 +134,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Append lines to a text file (UTF-8): all of them, or none if the disk is full."""
+    """Append lines to a text file (UTF-8) and sync it: all of them, or none if the disk is full."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         with suppress(OSError):
             os.truncate(path, size)

@@ -64,8 +64,9 @@ def overwritable(folder: Path) -> None:
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_a_run(whole, words, empty, tmp_path):
-    copies = moments(empty, words, tmp_path / "copies")
+@pytest.mark.parametrize("power", [False, True])
+def test_a_run(whole, words, empty, tmp_path, power):
+    copies = moments(empty, words, tmp_path / "copies", power=power)
     assert len(copies) > 30
     for number, copy in enumerate(copies):
         put_back(copy, empty)

@@ -67,8 +67,9 @@ def killed(moment: str, number: int, words: list[str]) -> None:
     assert done.status == -signal.SIGKILL, done.err
 
 
-def moments(root: Path, words: list[str], copies: Path) -> list[Path]:
+def moments(root: Path, words: list[str], copies: Path, *, power: bool = False) -> list[Path]:
     """Run a command, and copy the folder `root` before each operation on files in it: what a kill at that moment leaves.
+    `power`: what a loss of power leaves, where a file has only the bytes that were synced.
 
     Return the copies that differ, in order; the last is what the command leaves at its end.
     """
@@ -76,20 +77,41 @@ def moments(root: Path, words: list[str], copies: Path) -> list[Path]:
 
     def work():
         watching = True
+        synced = {path: path.stat().st_size for path in root.rglob("*") if path.is_file()}
+        sync, replace = os.fsync, os.replace
+
+        def note(descriptor: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if path.is_file():
+                synced[path] = path.stat().st_size
+            sync(descriptor)
+
+        def moved(source, target) -> None:
+            replace(source, target)
+            source, target = Path(source), Path(target)
+            for path in [path for path in synced if path == source or source in path.parents]:
+                synced[target / path.relative_to(source)] = synced.pop(path)
+
+        def copied() -> None:
+            copy = Path(shutil.copytree(root, copies / f"{len(list(copies.iterdir())):04d}", symlinks=True))
+            for path in copy.rglob("*") if power else ():
+                if path.is_file() and path.name != ".lock":
+                    os.truncate(path, min(path.stat().st_size, synced.get(root / path.relative_to(copy), 0)))
 
         def hook(event: str, given: tuple) -> None:
             nonlocal watching
             if watching and _changes_files(event, given, str(root)):
                 watching = False
-                shutil.copytree(root, copies / f"{len(list(copies.iterdir())):04d}", symlinks=True)
+                copied()
                 watching = True
 
+        os.fsync, os.replace = note, moved
         sys.addaudithook(hook)
         try:
             main(words)
         finally:
             watching = False
-            shutil.copytree(root, copies / f"{len(list(copies.iterdir())):04d}", symlinks=True)
+            copied()
 
     copies.mkdir()
     done = forked(work)
