@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graftkit.data.messages import Message
-from graftkit.data.template_limits import LONGEST, SECONDS, TooLong, has_power, limited_time
+from graftkit.data.template_limits import LONGEST, MEMORY, SECONDS, TooLong, has_power, limited
 from graftkit.errors import UserError, first_line, listing, nearest
 
 END = "<|im_end|>"  # of a turn in ChatML; the tokenizer's end token stands in where it has no such token
@@ -116,7 +116,7 @@ class Template:
     def _written(self, messages: Sequence[Message], prompt: bool, tools: Tools) -> str:
         more = {} if tools is None else {"tools": list(tools)}
         try:
-            with limited_time():
+            with limited():
                 written = self.tokenizer.apply_chat_template(
                     list(messages),
                     chat_template=self.text,
@@ -133,6 +133,11 @@ class Template:
             raise UserError(
                 f"the chat template ({self.whose}) takes more than {SECONDS:.0f} s for one conversation: it may have an "
                 f"endless loop. Fix it, or name another template ({listing(TEMPLATES)})."
+            ) from None
+        except MemoryError:
+            raise UserError(
+                f"the chat template ({self.whose}) takes more than {MEMORY / 2**30:.0f} GB of memory for one conversation. "
+                f"Fix it, or name another template ({listing(TEMPLATES)})."
             ) from None
         except Exception as error:  # Jinja's own, or whatever the code within a template runs into
             reason = first_line(error).rstrip(".")

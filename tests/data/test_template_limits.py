@@ -24,6 +24,9 @@ LOOP = "{% for i in range(9999) %}" * 3 + "{% endfor %}" * 3
         ("{{ 9 ** messages|length ** 9 }}", r"uses the operator '\*\*'"),
         ("{% for i in range(1000000000) %}{% endfor %}", "fails: Range too big"),
         ("{{ messages[0].content * 20000000 }}", "fails: its text has 20,000,000 characters"),
+        ("{{ 'x' * 10000000000 }}", r"\(.*, of some/model\) takes more than 1 GB of memory"),
+        ("{% set a = messages[0].content * 9999999999 %}", "takes more than 1 GB of memory"),
+        ("{{ '%9999999999d' % 1 }}", "takes more than 1 GB of memory|fails"),
         ("{% for i in range(9999) %}{{ 'x' * 2000 }}{% endfor %}", "fails: its text has"),
     ],
 )
@@ -42,10 +45,20 @@ def test_stars_that_are_no_power():
     assert Template(tokenizer(), text, "m").write(TALK, False).strip() == "**a**"
 
 
-def test_a_thread_renders_without_a_limit_of_time():
-    found: list[str] = []
-    write = Template(tokenizer(), "{{ messages[0].content }}", "m").write
-    thread = threading.Thread(target=lambda: found.append(write(TALK, False)))
+@pytest.mark.parametrize("text", ["{{ messages[0].content }}", LOOP])
+def test_in_a_thread(text, monkeypatch):
+    monkeypatch.setattr(template_limits, "SECONDS", 0.3)
+    found: list[object] = []
+
+    def work() -> None:
+        write = Template(tokenizer(), text, "m").write
+        for _ in range(2):
+            try:
+                found.append(write(TALK, False))
+            except UserError as error:
+                found.append("endless loop" in str(error))
+
+    thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == ["a"]
+    assert found == ([True] * 2 if text == LOOP else ["a"] * 2)
