@@ -50,7 +50,7 @@ def _read_message(message: Any, number: int) -> Message | str:
         found = {{"from": "role", "value": "content"}.get(key, key): value for key, value in found.items()}
     role = found.get("role")
     calls = found.pop("tool_calls", None) if role in ("assistant", "gpt") else None
-    has_calls = calls is not None and len(calls) > 0
+    has_calls = calls is not None and not (hasattr(calls, "__len__") and len(calls) == 0)
     if role is None or not ({"content", "value"} & set(message) or has_calls):
         return f"has no role and content (or from and value) in message {number}"
     role = SHAREGPT.get(role, role) if isinstance(role, str) else role

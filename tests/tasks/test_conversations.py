@@ -72,6 +72,8 @@ def test_sharegpt_is_read_as_roles_and_contents():
     ({"from": "gtp", "value": "x"}, r"unknown role 'gtp' in message 2 \(roles: .*human, gpt.*Did you mean 'gpt'"),
     ({"from": "gpt"}, r"no role and content \(or from and value\) in message 2"),
     ({"from": "gpt", "value": ""}, r"message 2 \('assistant'\) is empty"),
+    ({"role": "assistant", "content": "x", "tool_calls": 10**40}, "tool_calls in message 2 that are a int, not a list"),
+    ({"role": "assistant", "content": "x", "tool_calls": True}, "tool_calls in message 2 that are a bool, not a list"),
 ])  # fmt: skip
 def test_what_is_wrong_with_sharegpt(message, told):
     with pytest.raises(UserError, match=told):
