@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, set_training
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
+from graftkit.engine.sums import Figures, Sums
+from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
 from graftkit.errors import UserError, first_line
 from graftkit.grafts.graft import Graft
 from graftkit.optim.base import Optimizer
@@ -49,15 +51,7 @@ class Settings:
     schedule: str
     clip: float
     seed: int
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The figures of one loss term in one step: its mean loss over `units`, and the accuracy, if the task reports it."""
-
-    loss: float
-    units: float
-    accuracy: float | None
+    step_in_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +111,8 @@ class Loop:
         self.step = 0
         self.optimizer = graft.optimizer(settings.lr, settings.weight_decay, settings.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        steps = WithinBackward if settings.step_in_backward else AfterBackward
+        self.updates: Updates = steps(self.optimizer, settings.clip)
         self.index, self.world = processes()
         self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
         self.split = 1  # number of parts a batch is split into, after running out of memory
@@ -143,6 +139,7 @@ class Loop:
             self.graft.model.eval()
         finally:
             ahead.close()
+            self.updates.leave()
             for parameter in self.graft.parameters.values():
                 parameter.requires_grad_(True)  # as `attach` left it
 
@@ -153,6 +150,7 @@ class Loop:
         for name, parameter in everything.items():
             parameter.requires_grad_(name in phase.labels)
         self.parameters = {name: p for name, p in everything.items() if name in phase.labels}
+        self.updates.enter(self.parameters)
         self.forward.enter(phase)
         set_training(graft, phase.depth, phase.labels)
         moving, spare = moving_now(graft, phase.labels), spare_now(graft, phase.labels)
@@ -194,16 +192,16 @@ class Loop:
         scale = factor(self.step, settings.steps, settings.warmup, settings.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
+        self.updates.begin(self.step, None if audit is None else audit.saw)
         sums = self._gradients(work)
         sum_gradients(self.parameters.values())
         if audit is not None:
             audit.after_backward()
-        clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip or math.inf)
-        loss, norm, terms = self._read(sums, clipped, work)
+        loss, norm, terms = self._read(sums, self.updates.norm(), work)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise NotFinite(self._not_finite(loss, norm, work))
-        self.optimizer.step()
+        self.updates.step(norm)
         self.step += 1
         if audit is not None:
             falling = (
@@ -243,6 +241,11 @@ class Loop:
             except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.updates.whole:
+                    raise UserError(
+                        f"a step does not fit into the memory of {self.forward.device} ({first_line(error)}), and cannot be split, "
+                        "as train.step_in_backward takes it in one backward pass; lower train.batch_size or data.max_length."
+                    ) from None
                 largest = max(len(batch.rows) for batch in work.own)
                 if self.split >= largest:
                     raise UserError(
@@ -262,14 +265,19 @@ class Loop:
             with _numpy_seeded(seed), fast_dropout(device, self.settings.seed, self.step, self.index):
                 for batch in (part for whole in work.own for part in self._parts(whole)):
                     terms = self.learn(self.forward, batch)
-                    self._total(terms, work.units).backward()
+                    total = self._total(terms, work.units)
+                    extra = self._extra() if self.updates.whole else None
+                    self.updates.backward(total if extra is None else total + extra)
                     sums.add(terms)
-            extra = (
-                self.graft.extra_loss() if self.index == 0 else None
-            )  # gradients are summed over processes
-            if extra is not None and extra.requires_grad:
-                extra.backward()
+            extra = None if self.updates.whole else self._extra()
+            if extra is not None:
+                self.updates.backward(extra)
         return sums
+
+    def _extra(self) -> Tensor | None:
+        """Return what the method adds to the loss; only in the first process, as gradients are summed over all."""
+        extra = self.graft.extra_loss() if self.index == 0 else None
+        return extra if extra is not None and extra.requires_grad else None
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return the batch, or its parts if memory has run out before."""
@@ -305,13 +313,19 @@ class Loop:
         places = "; ".join(self.source.where(row) for row in named[:8])
         more = f"; and {len(named) - 8} more" if len(named) > 8 else ""
         which = "rows whose own loss is not finite" if guilty else "rows of the batch"
+        changed = (
+            "so the run stopped; layers above have taken the step already, but nothing of it is saved"
+            if self.updates.whole and math.isfinite(loss)
+            else "so the weights were not changed and the run stopped"
+        )
         return (
-            f"{what} in step {self.step + 1}, so the weights were not changed and the run stopped. {which}: "
+            f"{what} in step {self.step + 1}, {changed}. {which}: "
             f"{places}{more}. Lower the learning rate (train.lr), check these rows, or use train.precision=fp32."
         )
 
     def save(self, folder: Path, position: dict[str, Any]) -> None:
         """Write a checkpoint of the current step."""
+        position = {**position, "gradient_norm": self.updates.previous}
         checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position)
 
     def restore(self, folder: Path) -> tuple[dict[str, Any] | None, list[checkpoint.Damaged]]:
@@ -319,30 +333,8 @@ class Loop:
         position, damaged = checkpoint.restore(folder, self.graft.state, self.optimizer)
         if position is not None:
             self.step = position["step"]
+            self.updates.previous = position.get("gradient_norm", 0.0)
         return position, damaged
-
-
-class Sums:
-    """Sums over the batches of a step, kept on the device: for each term, its losses, its correct units, and whether
-    these are counted. A process without a batch in a step has zeros."""
-
-    def __init__(self, names: Iterable[str], device: torch.device) -> None:
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        zero = torch.zeros((), dtype=kind, device=device)
-        self.losses = dict.fromkeys(names, zero)
-        self.correct = dict(self.losses)
-        self.counted = dict(self.losses)
-        self.weights = dict.fromkeys(names, 1.0)
-
-    def add(self, terms: Terms) -> None:
-        """Add the terms of one batch; nothing is read back."""
-        for name, term in terms.items():
-            self.weights[name] = term.weight
-            zero = self.losses[name]
-            self.losses[name] = zero + term.losses.detach().sum().to(zero)
-            if term.correct is not None:
-                self.correct[name] = self.correct[name] + term.correct.sum().to(zero)
-                self.counted[name] = torch.ones_like(zero)
 
 
 def moving_now(graft: Graft, labels: Labels) -> set[str]:

@@ -70,6 +70,10 @@ class TrainRecipe(Section):
     optimizer: str = Field(
         default=DEFAULT_OPTIMIZER, description="the optimizer, for example galore(rank=128)"
     )
+    step_in_backward: bool = Field(
+        default=False,
+        description="take the step of each parameter within the backward pass and free its gradient at once",
+    )
     lr: float | None = Field(
         default=None,
         gt=0,
@@ -198,8 +202,26 @@ class Recipe(Section):
         for key in ("early_stopping", "best"):
             if getattr(self.train, key) and self.data.eval is None:
                 raise UserError(f"train.{key} needs rows to evaluate on: set data.eval to a file or a share.")
+        if self.train.step_in_backward:
+            self._fit_updates()
         self._fit_method()
         return self
+
+    def _fit_updates(self) -> None:
+        """Refuse what a step within the backward pass cannot do."""
+        if self.train.accumulate > 1:
+            raise UserError(
+                f"train.step_in_backward frees each gradient at once, so train.accumulate={self.train.accumulate} has nothing to "
+                "add to: use a larger train.batch_size instead, or leave train.step_in_backward out."
+            )
+        optimizers = catalogue.entries("optimizer")
+        name = expressions.parse_one(self.train.optimizer, "optimizer").name
+        if not optimizers[name].constants.get("steps_in_backward"):
+            able = [entry for entry in optimizers if optimizers[entry].constants.get("steps_in_backward")]
+            raise UserError(
+                f"train.step_in_backward: {name}() needs more than the gradient of one parameter for its step; choose "
+                f"{listing([f'{entry}()' for entry in able], 12)}, or leave train.step_in_backward out."
+            )
 
     def _fit_method(self) -> None:
         """Complete the method from the task: fill in its default, and add a head unless the model brings one."""

@@ -100,8 +100,30 @@ def method_of(recipe: Recipe) -> Chain:
     return read_method(recipe.method) if recipe.method else Chain()
 
 
+def refuse_step_in_backward(recipe: Recipe) -> None:
+    """Raise `UserError` if train.step_in_backward is asked of a method or several processes that need the gradients later.
+
+    The recipe has refused the optimizers that do already.
+    """
+    if not recipe.train.step_in_backward:
+        return
+    world = parallel.processes()[1]
+    if world > 1:
+        raise UserError(
+            f"train.step_in_backward takes steps in one process, but there are {world}: their gradients are summed after the "
+            "backward pass. Start one process, or leave train.step_in_backward out."
+        )
+    for method in method_of(recipe).methods:
+        if method.reads_gradients:
+            raise UserError(
+                f"train.step_in_backward: {method.name}() reads the gradients of a step after it, when they are freed; leave "
+                "train.step_in_backward out, or use another method."
+            )
+
+
 def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test: Any = None) -> Rows:
     """Read and check every row before a model is loaded. `train` etc. are tables in memory, from Python."""
+    refuse_step_in_backward(recipe)
     task = make_task(recipe.task)
     data = recipe.data
     reading = reading_of(recipe)
@@ -256,7 +278,7 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     )  # fmt: skip
     settings = Settings(
         steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay, train.warmup,
-        train.schedule, train.clip, recipe.seed,
+        train.schedule, train.clip, recipe.seed, train.step_in_backward,
     )  # fmt: skip
     return Prepared(
         recipe,
