@@ -323,6 +323,12 @@ class Loop:
             f"{places}{more}. Lower the learning rate (train.lr), check these rows, or use train.precision=fp32."
         )
 
+    @property
+    def optimizer_bytes(self) -> int:
+        """The bytes of all tensors in the optimizer's state, as allocated."""
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))
+
     def save(self, folder: Path, position: dict[str, Any]) -> None:
         """Write a checkpoint of the current step."""
         position = {**position, "gradient_norm": self.updates.previous}

@@ -14,12 +14,14 @@ from graftkit.grafts.fold import why_not
 from graftkit.grafts.graft import Graft
 from graftkit.methods.shared.advice import covering, selecting
 from graftkit.optim.base import Optimizer
+from graftkit.plan.memory import gradient_bytes, optimizer_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
     """Exact counts of one run; bytes include all tensors that stay for the whole run, but no activations.
 
+    `gradient_bytes`: the most that exist at once, with train.step_in_backward those of about one layer.
     `schedule`: if a method unfreezes parameters gradually, how many are trained from which 1-based step on;
     `never_trained_parameters` are those that the run ends too early to unfreeze. `trained_parameters` includes these.
     `warnings` concern methods that add more parameters than the modules they adapt, and grafts that cannot be exported.
@@ -49,7 +51,7 @@ class Plan:
 
 
 def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
-              frozen_blocks: int, phases: Sequence[Phase] = ()) -> Plan:  # fmt: skip
+              frozen_blocks: int, phases: Sequence[Phase] = (), step_in_backward: bool = False) -> Plan:  # fmt: skip
     """Count parameters and bytes of a graft, on real weights or on the `meta` device.
 
     Frozen floating-point parameters are stored in the compute type, trained ones in fp32.
@@ -72,10 +74,11 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
         {"step": phase.start + 1, "trained_parameters": _count(graft, phase), "frozen_blocks": phase.depth}
         for phase in phases
     ]
+    last = phases[-1].labels if phases else graft.labels
     reached = schedule[-1]["trained_parameters"] if schedule else trained
     return Plan(
-        str(graft.method), str(optimizer), trained, total, weights, 4 * reached,
-        _optimizer_bytes(graft, optimizer, phases), rows, batch_size,
+        str(graft.method), str(optimizer), trained, total, weights,
+        gradient_bytes(graft, last, step_in_backward=step_in_backward), optimizer_bytes(graft, optimizer, last), rows, batch_size,
         steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
         [*_oversized(graft), *_unexportable(graft)],
@@ -120,16 +123,6 @@ def _oversized(graft: Graft) -> list[str]:
                 "which trains fewer"
             )
     return found
-
-
-def _optimizer_bytes(graft: Graft, optimizer: Optimizer, phases: Sequence[Phase]) -> int:
-    """Return the bytes of optimizer state for the parameters trained in the last phase, in fp32."""
-    labels = phases[-1].labels if phases else graft.labels
-    reached = {id(p) for name, p in graft.parameters.items() if name in labels}
-    groups = [
-        group | {"params": [p for p in group["params"] if id(p) in reached]} for group in graft.param_groups()
-    ]
-    return sum(optimizer.group_bytes(group, torch.float32) for group in groups)
 
 
 def _count(graft: Graft, phase: Phase) -> int:

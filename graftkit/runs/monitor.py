@@ -285,6 +285,7 @@ class Watch:
             "total_parameters": self.prepared.plan.total_parameters,
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(self.prepared.device),
+            "optimizer_bytes": self.loop.optimizer_bytes,
             "steps": self.loop.step,
             "precision": self.prepared.precision,
             "device": str(self.prepared.device),
