@@ -59,6 +59,11 @@ def existing(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-????????.safetensors"))
 
 
+def step_of(path: Path) -> int:
+    """Return the number of steps taken before a checkpoint, from its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 @dataclass(frozen=True)
 class Damaged:
     """A checkpoint that cannot be read, and why."""

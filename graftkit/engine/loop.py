@@ -31,7 +31,7 @@ from graftkit.errors import UserError, first_line
 from graftkit.grafts.graft import Graft
 from graftkit.optim.base import Optimizer
 from graftkit.optim.labels import Labels
-from graftkit.optim.schedule import factor
+from graftkit.optim.schedule import decay_start, factor
 from graftkit.tasks.base import Learn, Terms
 
 LOW = 0.01  # fraction of the learning rate below which a step may be too small to change a number
@@ -52,6 +52,7 @@ class Settings:
     clip: float
     seed: int
     step_in_backward: bool = False
+    decay: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Loop:
 
     def _take_step(self, work: Work, phase: Phase, audit: Audit | None) -> Step:
         settings = self.settings
-        scale = factor(self.step, settings.steps, settings.warmup, settings.schedule)
+        scale = factor(self.step, settings.steps, settings.warmup, settings.schedule, settings.decay)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
         self.updates.begin(self.step, None if audit is None else audit.saw)
@@ -322,6 +323,13 @@ class Loop:
             f"{what} in step {self.step + 1}, {changed}. {which}: "
             f"{places}{more}. Lower the learning rate (train.lr), check these rows, or use train.precision=fp32."
         )
+
+    @property
+    def before_decay(self) -> bool:
+        """Whether the next step is the first in which the learning rate of the schedule 'wsd' may fall."""
+        settings = self.settings
+        starts = 0 < self.step == decay_start(settings.steps, settings.decay)
+        return starts and settings.schedule == "wsd"
 
     @property
     def optimizer_bytes(self) -> int:

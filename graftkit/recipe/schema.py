@@ -85,8 +85,15 @@ class TrainRecipe(Section):
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="fraction of the steps over which the learning rate warms up"
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="how the learning rate decays after the warm-up"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        default="linear",
+        description="how the learning rate decays after the warm-up; wsd: it is constant until train.decay",
+    )
+    decay: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="wsd: fraction of the steps, at the end, over which the learning rate decays",
     )
     clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     label_smoothing: float = Field(
@@ -202,6 +209,10 @@ class Recipe(Section):
         for key in ("early_stopping", "best"):
             if getattr(self.train, key) and self.data.eval is None:
                 raise UserError(f"train.{key} needs rows to evaluate on: set data.eval to a file or a share.")
+        if self.train.schedule == "wsd" and self.train.warmup + self.train.decay > 1:
+            raise UserError(
+                f"train.warmup={self.train.warmup} and train.decay={self.train.decay} are more than the whole run; lower one."
+            )
         if self.train.step_in_backward:
             self._fit_updates()
         self._fit_method()

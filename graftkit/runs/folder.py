@@ -17,7 +17,7 @@ from graftkit.errors import UserError, listing
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 
-RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
+RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, BEFORE_DECAY = (
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -27,8 +27,9 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
     "checkpoints",
     "worst.jsonl",
     "trackers",
+    "before-decay",
 )
-ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS)
+ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, BEFORE_DECAY)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
 
 

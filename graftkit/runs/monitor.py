@@ -27,7 +27,7 @@ from graftkit.report.console import Console
 from graftkit.report.summary import show_end, title
 from graftkit.runs import folder as run_folder
 from graftkit.runs.best import best_of
-from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
+from graftkit.runs.folder import BEFORE_DECAY, CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.reporting import subject_of
@@ -185,6 +185,25 @@ class Watch:
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
+
+    def keep_before_decay(self) -> None:
+        """Keep the state of the moment before the learning rate decays, which a longer run can go on from."""
+        if self.loop.before_decay and self.main:
+            with self._telling_how_to_go_on():
+                self.loop.save(self.folder / BEFORE_DECAY, {})
+
+    def go_further(self, console: Console) -> None:
+        """Go on from the state before its decay of the run in train.from, unless this run has steps of its own."""
+        further = self.prepared.further
+        if further is None or self.loop.step:
+            return
+        _, damaged = self.loop.restore(further)
+        wait()  # until all processes have read it
+        for one in damaged:
+            raise UserError(one.error)
+        console.line(
+            f"goes on from step {self.loop.step} of {further.parent}, before its decay, to {self.prepared.settings.steps}"
+        )
 
     @contextmanager
     def _telling_how_to_go_on(self) -> Iterator[None]:

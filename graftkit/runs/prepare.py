@@ -36,6 +36,7 @@ from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.best import best_of
+from graftkit.runs.further import check_further
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 from graftkit.tasks.shared.alike import alike
 
@@ -84,6 +85,7 @@ class Prepared:
     max_length: int
     train: Dataset
     learn: Learn
+    further: Path | None  # the state before its decay of the run that this one goes on from
 
     @property
     def depth(self) -> int:
@@ -270,6 +272,7 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     per_epoch = steps_per_epoch(len(dataset), train.batch_size, train.accumulate * parallel.processes()[1])
     steps = (train.steps or math.ceil(train.epochs * per_epoch)) if rows.task.trains else 0
     graft.method.check_steps(steps)
+    further = check_further(recipe, steps)
     optimizer = as_optimizer(train.optimizer)
     phases = find_phases(graft, steps, per_epoch)
     plan = make_plan(
@@ -277,8 +280,8 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
         steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
     )  # fmt: skip
     settings = Settings(
-        steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay, train.warmup,
-        train.schedule, train.clip, recipe.seed, train.step_in_backward,
+        steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay,
+        0.0 if further else train.warmup, train.schedule, train.clip, recipe.seed, train.step_in_backward, train.decay,
     )  # fmt: skip
     return Prepared(
         recipe,
@@ -293,4 +296,5 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
         max_length,
         dataset,
         rows.task.learner(dataset, rows.labels, train.label_smoothing),
+        further,
     )
