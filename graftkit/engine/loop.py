@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from graftkit.data.source import Batch, Pass, Source
 from graftkit.engine import checkpoint
 from graftkit.engine.ahead import Ahead
 from graftkit.engine.audit import STEPS, Audit
+from graftkit.engine.averaging import Average
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.forward import Forward
-from graftkit.engine.frozen import Phase, set_training
+from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
 from graftkit.engine.sums import Figures, Sums
@@ -30,7 +31,6 @@ from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
 from graftkit.errors import UserError, first_line
 from graftkit.grafts.graft import Graft
 from graftkit.optim.base import Optimizer
-from graftkit.optim.labels import Labels
 from graftkit.optim.schedule import decay_start, factor
 from graftkit.tasks.base import Learn, Terms
 
@@ -53,6 +53,7 @@ class Settings:
     seed: int
     step_in_backward: bool = False
     decay: float = 0.2
+    ema: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Loop:
         self.split = 1  # number of parts a batch is split into, after running out of memory
         self._order: tuple[int, Order] | None = None
         from_first(graft.state.values())
+        self.average = None if settings.ema is None else Average(graft.parameters, settings.ema)
 
     def __iter__(self) -> Iterator[Step]:
         audit: Audit | None = None
@@ -213,6 +215,8 @@ class Loop:
                 last=self.step >= min(phase.start + self.per_epoch, settings.steps),
             )
         self.graft.after_step(self.step, settings.steps)
+        if self.average is not None:
+            self.average.update(self.step)
         self.optimizer.zero_grad()
         epoch, rows = self.step / self.per_epoch, sum(map(len, work.rows))
         told = ((), ()) if audit is None else (audit.unused, audit.zero)
@@ -337,41 +341,24 @@ class Loop:
         values = [value for state in self.optimizer.state.values() for value in state.values()]
         return sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Compute with the averages of the parameters inside a `with` block, if the run keeps them."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     def save(self, folder: Path, position: dict[str, Any]) -> None:
         """Write a checkpoint of the current step."""
         position = {**position, "gradient_norm": self.updates.previous}
-        checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position)
+        averages = None if self.average is None else self.average.values
+        checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position, averages)
 
     def restore(self, folder: Path) -> tuple[dict[str, Any] | None, list[checkpoint.Damaged]]:
         """Load the newest checkpoint that is whole; see `checkpoint.restore`."""
-        position, damaged = checkpoint.restore(folder, self.graft.state, self.optimizer)
+        averages = None if self.average is None else self.average.values
+        position, damaged = checkpoint.restore(folder, self.graft.state, self.optimizer, averages)
         if position is not None:
             self.step = position["step"]
             self.updates.previous = position.get("gradient_norm", 0.0)
         return position, damaged
-
-
-def moving_now(graft: Graft, labels: Labels) -> set[str]:
-    """Return what may move while the parameters of `labels` are trained: these, their running statistics, and the
-    buffers of the graft's additions.
-    """
-    waiting = {name for name in graft.labels if name not in labels}
-    owners = {name.rpartition(".")[0] for name in waiting}
-    still = waiting | {name for name in graft.statistics if name.rpartition(".")[0] in owners}
-    return set(graft.state) - still
-
-
-def spare_now(graft: Graft, labels: Labels) -> set[str]:
-    """Return the base parameters of `labels` outside blocks and head, of methods that also train in the blocks."""
-    backbone = graft.backbone
-    sites = {site.name: site for site in backbone.sites}
-    owners = {name: sites[name.rpartition(".")[0]] for name in labels if name in backbone.base_parameters}
-    wide = {labels[name].method for name, site in owners.items() if site.block is not None}
-    return {
-        name
-        for name, site in owners.items()
-        if site.block is None and site.role != "head" and labels[name].method in wide
-    }
 
 
 @contextmanager

@@ -22,6 +22,7 @@ class Plan:
     """Exact counts of one run; bytes include all tensors that stay for the whole run, but no activations.
 
     `gradient_bytes`: the most that exist at once, with train.step_in_backward those of about one layer.
+    `ema_bytes`: the averages of the trained parameters, with train.ema.
     `schedule`: if a method unfreezes parameters gradually, how many are trained from which 1-based step on;
     `never_trained_parameters` are those that the run ends too early to unfreeze. `trained_parameters` includes these.
     `warnings` concern methods that add more parameters than the modules they adapt, and grafts that cannot be exported.
@@ -34,6 +35,7 @@ class Plan:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    ema_bytes: int
     rows: int
     batch_size: int
     steps_per_epoch: int
@@ -51,7 +53,7 @@ class Plan:
 
 
 def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
-              frozen_blocks: int, phases: Sequence[Phase] = (), step_in_backward: bool = False) -> Plan:  # fmt: skip
+              frozen_blocks: int, phases: Sequence[Phase] = (), step_in_backward: bool = False, ema: bool = False) -> Plan:  # fmt: skip
     """Count parameters and bytes of a graft, on real weights or on the `meta` device.
 
     Frozen floating-point parameters are stored in the compute type, trained ones in fp32.
@@ -78,8 +80,8 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
     reached = schedule[-1]["trained_parameters"] if schedule else trained
     return Plan(
         str(graft.method), str(optimizer), trained, total, weights,
-        gradient_bytes(graft, last, step_in_backward=step_in_backward), optimizer_bytes(graft, optimizer, last), rows, batch_size,
-        steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
+        gradient_bytes(graft, last, step_in_backward=step_in_backward), optimizer_bytes(graft, optimizer, last),
+        4 * trained if ema else 0, rows, batch_size, steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
         [*_oversized(graft), *_unexportable(graft)],
     )  # fmt: skip

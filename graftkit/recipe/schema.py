@@ -18,8 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from graftkit.errors import UserError, listing, nearest, shown
+from graftkit.errors import UserError, listing, shown
 from graftkit.recipe import catalogue, expressions, selection, sums
+from graftkit.recipe.problems import message
 from graftkit.recipe.values import DEPTH, place, read
 
 IN_MEMORY = "(in memory)"
@@ -94,6 +95,13 @@ class TrainRecipe(Section):
         gt=0,
         le=1,
         description="wsd: fraction of the steps, at the end, over which the learning rate decays",
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of an exponential moving average of the trained weights, such as 0.999, which is then "
+        "evaluated and saved; null: none",
     )
     clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     label_smoothing: float = Field(
@@ -270,7 +278,7 @@ def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool 
     try:
         return Recipe.model_validate(dict(values), context={"stored": True} if stored else None)
     except ValidationError as error:
-        raise UserError(_message(error, origin)) from None
+        raise UserError(message(error, origin, keys())) from None
 
 
 def _check_values(value: Any, origin: str, keys: tuple[Any, ...]) -> None:
@@ -330,44 +338,6 @@ def keys() -> dict[str, str]:
                 for key, inner in section.model_fields.items()
             }
     return found
-
-
-def _message(error: ValidationError, origin: str) -> str:
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path = [str(part) for part in first["loc"] if str(part) not in ("str", "float", "int", "bool")]
-    path = [part for part in path if not part.startswith(("literal[", "function-"))]
-    key = ".".join(path)
-    known = keys()
-    if first["type"] == "extra_forbidden":
-        inner = [k for k in known if k.rpartition(".")[2] == path[-1]]
-        suggestion = (
-            f" Did you mean {inner[0]!r}?" if inner else nearest(key, known) or nearest(path[-1], known)
-        )
-        return f"{origin}: unknown key {shown(key)} (keys: {listing(known, 30)}).{suggestion}"
-    if first["type"] == "missing":
-        key = "data.train" if key == "data" else key  # the only key of this section without a default
-        return f"{origin}: {key!r} is missing: {known.get(key, '') or 'it is needed'}."
-    given = first.get("input")
-    if first["type"] == "model_type":
-        inner = [name.rpartition(".")[2] for name in known if name.startswith(f"{key}.")]
-        return f"{origin}: {key} is {shown(given)}, but must be a section with keys ({listing(inner, 4)})."
-    text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    text = text[0].lower() + text[1:]
-    options = [p for p in problems if ".".join(map(str, p["loc"])).startswith(key)]
-    if len(options) > 1:
-        text = " or ".join(
-            dict.fromkeys(
-                p["msg"].replace("Input should be", "").removeprefix("Value error, ").strip() for p in options
-            )
-        )
-        text = f"must be {text.removeprefix('must be ')}"
-    suggestion = ""
-    if first["type"] == "literal_error" and isinstance(given, str):
-        suggestion = nearest(
-            given, str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        )
-    return f"{origin}: {key} is {shown(given)}, but {text}.{suggestion}"
 
 
 def schema() -> dict[str, Any]:

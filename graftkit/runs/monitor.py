@@ -147,6 +147,11 @@ class Watch:
         """Evaluate on the evaluation rows, and save the weights if they are the best so far."""
         if "eval" not in self.datasets:
             return
+        with self.loop.averaged():
+            self._evaluate(step, console)
+        self.checkpoint()
+
+    def _evaluate(self, step: int, console: Console) -> None:
         metrics = self.metrics("eval", lambda found: self.choice.better(found, self.best))
         self.pending.append({"kind": "evaluation", "step": step, **metrics})
         task = self.prepared.rows.task
@@ -163,7 +168,6 @@ class Watch:
         )
         figures = ", ".join(f"{title(name)} {metrics[name]:.4f}" for name in names)
         console.line(f"step {step}: evaluation {figures}{' (best so far)' if better else ''}")
-        self.checkpoint()
 
     def maybe_checkpoint(self, every: int | None, force: bool) -> None:
         due = (
@@ -245,12 +249,15 @@ class Watch:
                 f"{fault} They are the best weights of the run so far. To train from the first step again, remove "
                 f"{folder} and resume the run."
             )
-        checkpoint.save_best(folder, self.loop.graft.tensors)
+        with self.loop.averaged():
+            checkpoint.save_best(folder, self.loop.graft.tensors)
 
     def finish(self, console: Console) -> dict[str, Any]:
         """Restore the best weights, evaluate on the test rows, and write graft, card and result."""
         prepared, folder = self.prepared, self.folder
         wait()  # until the best weights are written
+        if self.loop.average is not None:
+            self.loop.average.keep()
         if self.best is not None:
             checkpoint.load_best(folder / CHECKPOINTS, self.loop.graft.tensors)
         seconds = self.seconds

@@ -278,10 +278,12 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     plan = make_plan(
         graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
         steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
+        ema=train.ema is not None,
     )  # fmt: skip
     settings = Settings(
         steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay,
         0.0 if further else train.warmup, train.schedule, train.clip, recipe.seed, train.step_in_backward, train.decay,
+        train.ema,
     )  # fmt: skip
     return Prepared(
         recipe,
