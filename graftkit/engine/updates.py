@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from graftkit.engine.rounding import Rounding
+
 EPS = 1e-6  # added to a norm before it divides, as in torch's clip_grad_norm_
 
 
@@ -51,8 +53,11 @@ class AfterBackward:
 
     whole = False
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clip: float, rounding: Rounding | None = None
+    ) -> None:
         self.optimizer, self.clip = optimizer, clip
+        self.alone = None if rounding is None else Alone(optimizer, rounding)
         self.previous = 0.0
         self.parameters: Mapping[str, nn.Parameter] = {}
 
@@ -63,7 +68,8 @@ class AfterBackward:
         self.parameters = {}
 
     def begin(self, step: int, seen: Callable[[str, Tensor], None] | None) -> None:
-        """Nothing is freed before the step."""
+        if self.alone is not None:
+            self.alone.begin(step)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -72,7 +78,13 @@ class AfterBackward:
         return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or math.inf)
 
     def step(self, norm: float) -> None:
-        self.optimizer.step()
+        if self.alone is None:
+            self.optimizer.step()
+        else:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    self.alone.step(parameter)
+            self.alone.finish()
         self.previous = norm
 
 
@@ -90,8 +102,10 @@ class WithinBackward:
 
     whole = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip: float) -> None:
-        self.alone, self.clip = Alone(optimizer), clip
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clip: float, rounding: Rounding | None = None
+    ) -> None:
+        self.alone, self.clip = Alone(optimizer, rounding), clip
         self.previous = 0.0
         self.names: tuple[str, ...] = ()
         self.norms: dict[str, Tensor] = {}
@@ -113,6 +127,7 @@ class WithinBackward:
 
     def begin(self, step: int, seen: Callable[[str, Tensor], None] | None) -> None:
         self.norms, self.seen = {}, seen
+        self.alone.begin(step)
 
     def backward(self, loss: Tensor) -> None:
         if loss.isfinite():  # waits for the forward pass: what steps below cannot be taken back
@@ -146,15 +161,39 @@ class Alone:
     """Steps of single parameters with the one optimizer of all, whose state keeps its form.
 
     Numbers that an optimizer keeps in its groups are the same for all parameters of a step, and change when it is finished.
+    With `rounding`, a parameter in bf16 takes its step as a copy in fp32, as its state is, and is rounded from that.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, rounding: Rounding | None = None) -> None:
+        self.optimizer, self.rounding = optimizer, rounding
+        self.number = 0  # of the step
+        members = (p for group in optimizer.param_groups for p in group["params"])
+        self.index_of = {id(p): index for index, p in enumerate(members)}
         self.group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.stepped: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 
+    def begin(self, step: int) -> None:
+        """Begin a step, counted from 0."""
+        self.number = step
+
     def step(self, parameter: Tensor) -> None:
         """Take the step of a parameter that has a gradient."""
+        if self.rounding is None or parameter.dtype != torch.bfloat16 or parameter.grad is None:
+            self._step(parameter)
+            return
+        stored, gradient = parameter.data, parameter.grad
+        parameter.grad = None
+        parameter.data = stored.float()
+        parameter.grad = gradient.float()
+        try:
+            self._step(parameter)
+        finally:
+            values = parameter.data
+            parameter.grad, parameter.data = None, stored
+        with torch.no_grad():
+            parameter.copy_(self.rounding(values, self.number, self.index_of[id(parameter)]))
+
+    def _step(self, parameter: Tensor) -> None:
         group = self.group_of[id(parameter)]
         single = {**group, "params": [parameter]}
         every = self.optimizer.param_groups
