@@ -26,6 +26,7 @@ from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
+from graftkit.engine.rounding import Rounding
 from graftkit.engine.sums import Figures, Sums
 from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
 from graftkit.errors import UserError, first_line
@@ -54,6 +55,7 @@ class Settings:
     step_in_backward: bool = False
     decay: float = 0.2
     ema: float | None = None
+    weight_type: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Loop:
         self.optimizer = graft.optimizer(settings.lr, settings.weight_decay, settings.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         steps = WithinBackward if settings.step_in_backward else AfterBackward
-        self.updates: Updates = steps(self.optimizer, settings.clip)
+        rounding = Rounding(settings.seed) if settings.weight_type == "bf16" else None
+        self.updates: Updates = steps(self.optimizer, settings.clip, rounding)
         self.index, self.world = processes()
         self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
         self.split = 1  # number of parts a batch is split into, after running out of memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
@@ -12,14 +12,20 @@ from graftkit.optim.base import Optimizer
 from graftkit.optim.labels import Labels
 
 
-def gradient_bytes(graft: Graft, labels: Labels, *, step_in_backward: bool = False) -> int:
-    """Return the bytes of the gradients of these parameters, which have the parameters' type, fp32.
+def gradient_bytes(
+    graft: Graft, labels: Labels, *, step_in_backward: bool = False, rounded: Container[str] = ()
+) -> int:
+    """Return the bytes of the gradients of these parameters, which have the parameters' type: fp32, or bf16 if in `rounded`.
 
     `step_in_backward`: the most that exist at once. The backward pass computes the gradients of one module (a weight and
     its bias) together, and each is freed after its step. That of a weight with several places in the model, such as an
     embedding that is the output layer too, is not complete before the last of them, and waits beside the others.
     """
-    sizes = {name: 4 * p.numel() for name, p in graft.parameters.items() if name in labels}
+    sizes = {
+        name: (2 if name in rounded else 4) * p.numel()
+        for name, p in graft.parameters.items()
+        if name in labels
+    }
     if not step_in_backward:
         return sum(sizes.values())
     places = Counter(id(p) for _, p in graft.model.named_parameters(remove_duplicate=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,15 +53,16 @@ class Plan:
 
 
 def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
-              frozen_blocks: int, phases: Sequence[Phase] = (), step_in_backward: bool = False, ema: bool = False) -> Plan:  # fmt: skip
+              frozen_blocks: int, phases: Sequence[Phase] = (), step_in_backward: bool = False, ema: bool = False,
+              rounded: Collection[str] = ()) -> Plan:  # fmt: skip
     """Count parameters and bytes of a graft, on real weights or on the `meta` device.
 
-    Frozen floating-point parameters are stored in the compute type, trained ones in fp32.
+    Frozen floating-point parameters are stored in the compute type, trained ones in fp32, or bf16 if in `rounded`.
     """
     frozen_size = 2 if precision == "bf16" else 4
     trained = total = weights = 0
     groups: dict[str, int] = {}
-    full = full_precision_names(graft.model, graft.labels)
+    full = full_precision_names(graft.model, graft.labels, rounded)
     for name, parameter in graft.model.named_parameters():
         count = parameter.numel()
         total += 2 * count if parameter.dtype == torch.uint8 else count  # two numbers of NF4 in a byte
@@ -80,7 +81,7 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
     reached = schedule[-1]["trained_parameters"] if schedule else trained
     return Plan(
         str(graft.method), str(optimizer), trained, total, weights,
-        gradient_bytes(graft, last, step_in_backward=step_in_backward), optimizer_bytes(graft, optimizer, last),
+        gradient_bytes(graft, last, step_in_backward=step_in_backward, rounded=rounded), optimizer_bytes(graft, optimizer, last),
         4 * trained if ema else 0, rows, batch_size, steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
         [*_oversized(graft), *_unexportable(graft)],

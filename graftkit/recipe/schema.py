@@ -132,6 +132,10 @@ class TrainRecipe(Section):
         default_factory=list,
         description="experiment trackers to log every line of metrics.jsonl to, such as [tensorboard] or [wandb]",
     )
+    weight_type: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="number type of the backbone's trained weights; bf16: matrices only, rounded stochastically",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="number type of the matrix products"
     )
@@ -221,25 +225,33 @@ class Recipe(Section):
             raise UserError(
                 f"train.warmup={self.train.warmup} and train.decay={self.train.decay} are more than the whole run; lower one."
             )
-        if self.train.step_in_backward:
-            self._fit_updates()
+        if self.train.weight_type == "bf16" and self.train.precision == "fp32":
+            raise UserError(
+                "train.weight_type=bf16 computes in bf16 too: leave train.precision=fp32 out, or train.weight_type."
+            )
+        self._fit_updates()
         self._fit_method()
         return self
 
     def _fit_updates(self) -> None:
-        """Refuse what a step within the backward pass cannot do."""
-        if self.train.accumulate > 1:
+        """Refuse what steps of single parameters cannot do."""
+        if self.train.step_in_backward and self.train.accumulate > 1:
             raise UserError(
                 f"train.step_in_backward frees each gradient at once, so train.accumulate={self.train.accumulate} has nothing to "
                 "add to: use a larger train.batch_size instead, or leave train.step_in_backward out."
             )
+        apart = {
+            "train.step_in_backward": self.train.step_in_backward,
+            "train.weight_type=bf16": self.train.weight_type == "bf16",
+        }
+        key = next((key for key, asked in apart.items() if asked), None)
         optimizers = catalogue.entries("optimizer")
         name = expressions.parse_one(self.train.optimizer, "optimizer").name
-        if not optimizers[name].constants.get("steps_in_backward"):
+        if key is not None and not optimizers[name].constants.get("steps_in_backward"):
             able = [entry for entry in optimizers if optimizers[entry].constants.get("steps_in_backward")]
             raise UserError(
-                f"train.step_in_backward: {name}() needs more than the gradient of one parameter for its step; choose "
-                f"{listing([f'{entry}()' for entry in able], 12)}, or leave train.step_in_backward out."
+                f"{key}: {name}() needs more than the gradient of one parameter for its step; choose "
+                f"{listing([f'{entry}()' for entry in able], 12)}, or leave {key} out."
             )
 
     def _fit_method(self) -> None:

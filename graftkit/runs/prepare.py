@@ -260,9 +260,11 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     """
     backbone, graft, max_length = _grafted(recipe, rows, source or source_of(recipe), meta=meta)
     device = parallel.device()
-    kind = precision.choose(recipe.train.precision, device)
+    bf16 = recipe.train.weight_type == "bf16"
+    kind = precision.choose("bf16" if bf16 else recipe.train.precision, device)
+    rounded = precision.rounded_names(graft.model, graft.labels, recipe.train.weight_type)
     if not meta:
-        precision.cast(graft.model, graft.labels, kind)
+        precision.cast(graft.model, graft.labels, kind, rounded)
         move(graft.model, device)
     config: Any = getattr(graft.model, "config", None)
     if config is not None:
@@ -278,12 +280,12 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     plan = make_plan(
         graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
         steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
-        ema=train.ema is not None,
+        ema=train.ema is not None, rounded=rounded,
     )  # fmt: skip
     settings = Settings(
         steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay,
         0.0 if further else train.warmup, train.schedule, train.clip, recipe.seed, train.step_in_backward, train.decay,
-        train.ema,
+        train.ema, train.weight_type,
     )  # fmt: skip
     return Prepared(
         recipe,

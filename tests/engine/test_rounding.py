@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import equal_bits, graft_tensors, tune_words
 from torch import nn
 
 from graftkit import AdamW
@@ -88,3 +89,82 @@ def test_one_parameter_at_a_time_is_in_fp32():
         assert weight.grad is None
         assert (weight.detach().float() - (before - 0.5 * gradient)).abs().max() < 0.05
     assert all(types.count(torch.float32) == 1 for types in seen) and len(seen) == 3
+
+
+METHOD = "full(lr=0.001) + head(pooling='own')"
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_run_holds_what_is_planned(ready, within):
+    run = ready(METHOD, precision="auto", weight_type="bf16", step_in_backward=within, steps=3, ema=0.9)
+    plan, model = run.prepared.plan, run.graft.model
+    before = {name: p.detach().clone() for name, p in run.graft.parameters.items()}
+    types = {name: p.dtype for name, p in run.graft.parameters.items()}
+    for name, group in run.graft.labels.items():
+        rounded = group.role == "base" and before[name].dim() > 1
+        assert types[name] == (torch.bfloat16 if rounded else torch.float32), name
+    steps = list(run.loop)
+    assert all(torch.isfinite(torch.tensor([step.loss, step.gradient_norm])).all() for step in steps)
+    assert types == {name: p.dtype for name, p in run.graft.parameters.items()}
+    assert all(
+        not torch.equal(p, before[n]) for n, p in run.graft.parameters.items() if n.endswith("query.weight")
+    )
+    held = [*model.parameters(), *model.buffers()]
+    assert plan.weight_bytes == sum(t.numel() * t.element_size() for t in held)
+    assert plan.optimizer_bytes == run.loop.optimizer_bytes
+    averages = run.loop.average.values.values()
+    assert plan.ema_bytes == sum(t.numel() * t.element_size() for t in averages)
+    sizes = {name: p.numel() * p.element_size() for name, p in run.graft.parameters.items()}
+    if within:
+        layers: dict[str, int] = {}
+        for name, size in sizes.items():
+            layers[name.rpartition(".")[0]] = layers.get(name.rpartition(".")[0], 0) + size
+        assert plan.gradient_bytes == max(layers.values())
+    else:
+        assert plan.gradient_bytes == sum(sizes.values())
+
+
+def test_both_ways_to_step_give_the_same_weights(ready):
+    found = []
+    for within in (False, True):
+        run = ready(METHOD, precision="bf16", weight_type="bf16", step_in_backward=within, clip=0, steps=3)
+        losses = [step.loss for step in run.loop]
+        found.append((losses, {name: p.detach() for name, p in run.graft.parameters.items()}))
+    assert found[0][0] == found[1][0] and equal_bits(found[0][1], found[1][1])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_rounds_the_same(command, tiny_bert, rows_folder, tmp_path, monkeypatch):
+    from graftkit.engine.loop import Loop
+    from graftkit.errors import Interrupted
+
+    def words(name: str) -> list[str]:
+        more = (
+            "train.precision=bf16",
+            "train.weight_type=bf16",
+            "train.steps=5",
+            "train.checkpoint_every=1",
+            "train.ema=0.9",
+        )
+        return tune_words(tiny_bert, rows_folder, tmp_path / name, *more, method=METHOD)
+
+    assert command(*words("whole")).status == 0
+    plain = Loop._take_step
+
+    def stop(self, *given):
+        if self.step == 3:
+            raise Interrupted("stopped")
+        return plain(self, *given)
+
+    monkeypatch.setattr(Loop, "_take_step", stop)
+    assert command(*words("parts")).status != 0
+    monkeypatch.setattr(Loop, "_take_step", plain)
+    assert command("tune", "--resume", tmp_path / "parts").status == 0
+    assert equal_bits(graft_tensors(tmp_path / "parts"), graft_tensors(tmp_path / "whole"))
+
+
+def test_what_does_not_go_together_is_refused(command):
+    done = command(
+        "tune", "--model", "m", "--train", "t.csv", "train.weight_type=bf16", "train.precision=fp32"
+    )
+    assert done.status == 1 and "train.weight_type=bf16 computes in bf16 too" in done.err
