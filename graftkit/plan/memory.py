@@ -39,9 +39,13 @@ def gradient_bytes(
 
 
 def optimizer_bytes(graft: Graft, optimizer: Optimizer, labels: Mapping[str, object]) -> int:
-    """Return the bytes of optimizer state for these parameters, in fp32."""
+    """Return the most bytes of optimizer state for these parameters, which take their steps in fp32."""
     trained = {id(p) for name, p in graft.parameters.items() if name in labels}
-    groups = [
-        group | {"params": [p for p in group["params"] if id(p) in trained]} for group in graft.param_groups()
-    ]
-    return sum(optimizer.group_bytes(group, torch.float32) for group in groups)
+    groups = []
+    for group in graft.param_groups():
+        chosen = [index for index, p in enumerate(group["params"]) if id(p) in trained]
+        lists = {
+            key: value for key, value in group.items() if isinstance(value, list)
+        }  # one entry for each parameter
+        groups.append(group | {key: [value[index] for index in chosen] for key, value in lists.items()})
+    return optimizer.total_bytes(groups, torch.float32)

@@ -15,7 +15,7 @@ from graftkit.engine.updates import AfterBackward, Alone, WithinBackward
 from graftkit.recipe.catalogue import entries
 
 ABLE = [name for name, entry in entries("optimizer").items() if entry.constants.get("steps_in_backward")]
-OPTIONS = {"galore": "rank=3, interval=2"}
+OPTIONS = dict.fromkeys(("galore", "fira", "apollo"), "rank=3, interval=2") | {"badam": "interval=2"}
 EXPRESSIONS = [f"{name}({OPTIONS.get(name, '')})" for name in ABLE]
 METHOD = "full(lr=0.001) + head()"
 
