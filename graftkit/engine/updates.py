@@ -75,7 +75,13 @@ class AfterBackward:
         loss.backward()
 
     def norm(self) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or math.inf)
+        if self.alone is None:
+            return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or math.inf)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = total_norm([norm_of(gradient) for gradient in gradients])
+        for gradient in gradients if self.clip else ():
+            gradient.mul_((self.clip / (norm + EPS)).clamp(max=1.0))
+        return norm
 
     def step(self, norm: float) -> None:
         if self.alone is None:
@@ -139,7 +145,7 @@ class WithinBackward:
             assert gradient is not None
             if self.seen is not None:
                 self.seen(name, gradient)
-            norm = self.norms[name] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            norm = self.norms[name] = norm_of(gradient)
             if self.clip:
                 gradient.mul_((self.clip / (norm.clamp(min=self.previous) + EPS)).clamp(max=1.0))
             gradient.masked_fill_(~norm.isfinite(), 0.0)
@@ -149,12 +155,21 @@ class WithinBackward:
         return take
 
     def norm(self) -> Tensor:
-        norms = [self.norms[name] for name in self.names if name in self.norms]
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        return total_norm([self.norms[name] for name in self.names if name in self.norms])
 
     def step(self, norm: float) -> None:
         self.alone.finish()
         self.previous = norm
+
+
+def norm_of(gradient: Tensor) -> Tensor:
+    """Return the norm of a gradient of any type, in fp32 and on its device."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def total_norm(norms: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients together from that of each."""
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 class Alone:

@@ -167,9 +167,15 @@ def how_to_resume(recipe: Recipe, folder: Path) -> str:
 def go_on(folder: Path) -> str:
     """Return how to train a finished run further.
 
-    Its optimizer state is gone and its learning rate has decayed, so start a new run from its graft.
+    Its optimizer state is gone and its learning rate has decayed, so start a new run from its graft, or from the state
+    before its decay if that was kept.
     """
     run = shlex.quote(str(folder))
+    if checkpoint.existing(folder / BEFORE_DECAY):
+        return (
+            f"To train it further, go on from before its learning rate decayed, with N epochs in all: graftkit tune "
+            f"{run}/recipe.yaml train.from={run} train.epochs=N --out NEW"
+        )
     return (
         f"To train it further, start a new run from its graft: graftkit tune {run}/recipe.yaml train.from={run} "
         "train.epochs=N --out NEW"
