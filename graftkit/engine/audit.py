@@ -98,11 +98,15 @@ class Audit:
 
     def after_backward(self) -> None:
         """Record which parameters have a gradient, and check those with only zeros so far. Nothing is read back."""
-        self._gradients = {}
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and parameter.numel() and name not in self.with_gradient:
-                self.reached.add(name)
-                self._gradients[name] = parameter.grad.any()
+            if parameter.grad is not None:
+                self.saw(name, parameter.grad)
+
+    def saw(self, name: str, gradient: Tensor) -> None:
+        """Record one gradient of this step, which may be freed before the end of the backward pass."""
+        if gradient.numel() and name not in self.with_gradient:
+            self.reached.add(name)
+            self._gradients[name] = gradient.any()
 
     def after_step(self, rising: bool = False, last: bool = True) -> None:
         """From a parameter's second step on, raise `UserError` with the names of all that break the rule.
@@ -114,6 +118,7 @@ class Audit:
         """
         self.steps += 1
         self.with_gradient |= _true(self._gradients)
+        self._gradients = {}
         self.age = {name: age + 1 for name, age in self.age.items()}
         due = {name for name, age in self.age.items() if age >= STEPS}
         if not due:

@@ -2,7 +2,7 @@
 
 The two newest are kept: if the newest turns out to be damaged, the run goes on from the one before.
 
-A checkpoint holds the graft's tensors (`Graft.state`), the optimizer's state and the step. The order of the data and all
+A checkpoint holds the graft's tensors (`Graft.state`), the optimizer's state the averages of parameters if there are any, and the step. The order of the data and all
 randomness are functions of (seed, step), so the step alone gives the position; the frozen base is never written.
 
 An optimizer's state may hold tensors and Python numbers for each parameter, and numbers in its groups. All are restored
@@ -12,6 +12,7 @@ with their types; the learning rates of groups are functions of the step.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ KEPT = 2
 
 
 def save(folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-         position: dict[str, Any]) -> Path:  # fmt: skip
-    """Write the checkpoint of a step. Of the older ones, the newest is kept."""
+         position: dict[str, Any], averages: Mapping[str, Tensor] | None = None) -> Path:  # fmt: skip
+    """Write the checkpoint of a step. Of the older ones, the newest is kept. `averages`: of the trained parameters."""
     tensors: dict[str, Tensor] = {f"parameters/{name}": p for name, p in parameters.items()}
+    tensors |= {f"averages/{name}": average for name, average in (averages or {}).items()}
     numbers: dict[str, float] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -59,6 +61,11 @@ def existing(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-????????.safetensors"))
 
 
+def step_of(path: Path) -> int:
+    """Return the number of steps taken before a checkpoint, from its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 @dataclass(frozen=True)
 class Damaged:
     """A checkpoint that cannot be read, and why."""
@@ -68,9 +75,12 @@ class Damaged:
 
 
 def restore(
-    folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any] | None, list[Damaged]]:
-    """Load the newest checkpoint that is whole into parameters and optimizer.
+    folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, Any] | None, list[Damaged]]:  # fmt: skip
+    """Load the newest checkpoint that is whole into parameters, optimizer and averages.
+
+    Averages that it does not hold, as those of a run without, begin with the parameters.
 
     Return its position, or None if there is no checkpoint, and the newer ones that are damaged. Raises `UserError` if all
     are damaged.
@@ -83,6 +93,8 @@ def restore(
             damaged.append(Damaged(path, str(error)))
             continue
         _load(path, tensors, metadata, parameters, optimizer)
+        for name, average in (averages or {}).items():
+            average.copy_(tensors.get(f"averages/{name}", tensors[f"parameters/{name}"]))
         return json.loads(metadata["position"]), damaged
     if damaged:
         raise UserError(

@@ -116,3 +116,26 @@ def only_head_trains(graft: Graft, labels: Labels) -> bool:
         return False
     own = {id(parameter) for parameter in head.parameters()}
     return all(id(parameter) in own for name, parameter in graft.parameters.items() if name in labels)
+
+
+def moving_now(graft: Graft, labels: Labels) -> set[str]:
+    """Return what may move while the parameters of `labels` are trained: these, their running statistics, and the
+    buffers of the graft's additions.
+    """
+    waiting = {name for name in graft.labels if name not in labels}
+    owners = {name.rpartition(".")[0] for name in waiting}
+    still = waiting | {name for name in graft.statistics if name.rpartition(".")[0] in owners}
+    return set(graft.state) - still
+
+
+def spare_now(graft: Graft, labels: Labels) -> set[str]:
+    """Return the base parameters of `labels` outside blocks and head, of methods that also train in the blocks."""
+    backbone = graft.backbone
+    sites = {site.name: site for site in backbone.sites}
+    owners = {name: sites[name.rpartition(".")[0]] for name in labels if name in backbone.base_parameters}
+    wide = {labels[name].method for name, site in owners.items() if site.block is not None}
+    return {
+        name
+        for name, site in owners.items()
+        if site.block is None and site.role != "head" and labels[name].method in wide
+    }

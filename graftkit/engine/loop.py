@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,19 @@ from graftkit.data.source import Batch, Pass, Source
 from graftkit.engine import checkpoint
 from graftkit.engine.ahead import Ahead
 from graftkit.engine.audit import STEPS, Audit
+from graftkit.engine.averaging import Average
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.forward import Forward
-from graftkit.engine.frozen import Phase, set_training
+from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
+from graftkit.engine.rounding import Rounding
+from graftkit.engine.sums import Figures, Sums
+from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
 from graftkit.errors import UserError, first_line
 from graftkit.grafts.graft import Graft
 from graftkit.optim.base import Optimizer
-from graftkit.optim.labels import Labels
-from graftkit.optim.schedule import factor
+from graftkit.optim.schedule import decay_start, factor
 from graftkit.tasks.base import Learn, Terms
 
 LOW = 0.01  # fraction of the learning rate below which a step may be too small to change a number
@@ -49,15 +52,10 @@ class Settings:
     schedule: str
     clip: float
     seed: int
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The figures of one loss term in one step: its mean loss over `units`, and the accuracy, if the task reports it."""
-
-    loss: float
-    units: float
-    accuracy: float | None
+    step_in_backward: bool = False
+    decay: float = 0.2
+    ema: float | None = None
+    weight_type: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,15 @@ class Loop:
         self.step = 0
         self.optimizer = graft.optimizer(settings.lr, settings.weight_decay, settings.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        steps = WithinBackward if settings.step_in_backward else AfterBackward
+        rounding = Rounding(settings.seed) if settings.weight_type == "bf16" else None
+        self.updates: Updates = steps(self.optimizer, settings.clip, rounding)
         self.index, self.world = processes()
         self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
         self.split = 1  # number of parts a batch is split into, after running out of memory
         self._order: tuple[int, Order] | None = None
         from_first(graft.state.values())
+        self.average = None if settings.ema is None else Average(graft.parameters, settings.ema)
 
     def __iter__(self) -> Iterator[Step]:
         audit: Audit | None = None
@@ -143,6 +145,7 @@ class Loop:
             self.graft.model.eval()
         finally:
             ahead.close()
+            self.updates.leave()
             for parameter in self.graft.parameters.values():
                 parameter.requires_grad_(True)  # as `attach` left it
 
@@ -153,6 +156,7 @@ class Loop:
         for name, parameter in everything.items():
             parameter.requires_grad_(name in phase.labels)
         self.parameters = {name: p for name, p in everything.items() if name in phase.labels}
+        self.updates.enter(self.parameters)
         self.forward.enter(phase)
         set_training(graft, phase.depth, phase.labels)
         moving, spare = moving_now(graft, phase.labels), spare_now(graft, phase.labels)
@@ -191,19 +195,19 @@ class Loop:
 
     def _take_step(self, work: Work, phase: Phase, audit: Audit | None) -> Step:
         settings = self.settings
-        scale = factor(self.step, settings.steps, settings.warmup, settings.schedule)
+        scale = factor(self.step, settings.steps, settings.warmup, settings.schedule, settings.decay)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
+        self.updates.begin(self.step, None if audit is None else audit.saw)
         sums = self._gradients(work)
         sum_gradients(self.parameters.values())
         if audit is not None:
             audit.after_backward()
-        clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip or math.inf)
-        loss, norm, terms = self._read(sums, clipped, work)
+        loss, norm, terms = self._read(sums, self.updates.norm(), work)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise NotFinite(self._not_finite(loss, norm, work))
-        self.optimizer.step()
+        self.updates.step(norm)
         self.step += 1
         if audit is not None:
             falling = (
@@ -214,6 +218,8 @@ class Loop:
                 last=self.step >= min(phase.start + self.per_epoch, settings.steps),
             )
         self.graft.after_step(self.step, settings.steps)
+        if self.average is not None:
+            self.average.update(self.step)
         self.optimizer.zero_grad()
         epoch, rows = self.step / self.per_epoch, sum(map(len, work.rows))
         told = ((), ()) if audit is None else (audit.unused, audit.zero)
@@ -243,6 +249,11 @@ class Loop:
             except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.updates.whole:
+                    raise UserError(
+                        f"a step does not fit into the memory of {self.forward.device} ({first_line(error)}), and cannot be split, "
+                        "as train.step_in_backward takes it in one backward pass; lower train.batch_size or data.max_length."
+                    ) from None
                 largest = max(len(batch.rows) for batch in work.own)
                 if self.split >= largest:
                     raise UserError(
@@ -262,14 +273,19 @@ class Loop:
             with _numpy_seeded(seed), fast_dropout(device, self.settings.seed, self.step, self.index):
                 for batch in (part for whole in work.own for part in self._parts(whole)):
                     terms = self.learn(self.forward, batch)
-                    self._total(terms, work.units).backward()
+                    total = self._total(terms, work.units)
+                    extra = self._extra() if self.updates.whole else None
+                    self.updates.backward(total if extra is None else total + extra)
                     sums.add(terms)
-            extra = (
-                self.graft.extra_loss() if self.index == 0 else None
-            )  # gradients are summed over processes
-            if extra is not None and extra.requires_grad:
-                extra.backward()
+            extra = None if self.updates.whole else self._extra()
+            if extra is not None:
+                self.updates.backward(extra)
         return sums
+
+    def _extra(self) -> Tensor | None:
+        """Return what the method adds to the loss; only in the first process, as gradients are summed over all."""
+        extra = self.graft.extra_loss() if self.index == 0 else None
+        return extra if extra is not None and extra.requires_grad else None
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return the batch, or its parts if memory has run out before."""
@@ -305,67 +321,47 @@ class Loop:
         places = "; ".join(self.source.where(row) for row in named[:8])
         more = f"; and {len(named) - 8} more" if len(named) > 8 else ""
         which = "rows whose own loss is not finite" if guilty else "rows of the batch"
+        changed = (
+            "so the run stopped; layers above have taken the step already, but nothing of it is saved"
+            if self.updates.whole and math.isfinite(loss)
+            else "so the weights were not changed and the run stopped"
+        )
         return (
-            f"{what} in step {self.step + 1}, so the weights were not changed and the run stopped. {which}: "
+            f"{what} in step {self.step + 1}, {changed}. {which}: "
             f"{places}{more}. Lower the learning rate (train.lr), check these rows, or use train.precision=fp32."
         )
 
+    @property
+    def before_decay(self) -> bool:
+        """Whether the next step is the first in which the learning rate of the schedule 'wsd' may fall."""
+        settings = self.settings
+        starts = 0 < self.step == decay_start(settings.steps, settings.decay)
+        return starts and settings.schedule == "wsd"
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """The bytes of all tensors in the optimizer's state, as allocated."""
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Compute with the averages of the parameters inside a `with` block, if the run keeps them."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     def save(self, folder: Path, position: dict[str, Any]) -> None:
         """Write a checkpoint of the current step."""
-        checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position)
+        position = {**position, "gradient_norm": self.updates.previous}
+        averages = None if self.average is None else self.average.values
+        checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position, averages)
 
     def restore(self, folder: Path) -> tuple[dict[str, Any] | None, list[checkpoint.Damaged]]:
         """Load the newest checkpoint that is whole; see `checkpoint.restore`."""
-        position, damaged = checkpoint.restore(folder, self.graft.state, self.optimizer)
+        averages = None if self.average is None else self.average.values
+        position, damaged = checkpoint.restore(folder, self.graft.state, self.optimizer, averages)
         if position is not None:
             self.step = position["step"]
+            self.updates.previous = position.get("gradient_norm", 0.0)
         return position, damaged
-
-
-class Sums:
-    """Sums over the batches of a step, kept on the device: for each term, its losses, its correct units, and whether
-    these are counted. A process without a batch in a step has zeros."""
-
-    def __init__(self, names: Iterable[str], device: torch.device) -> None:
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        zero = torch.zeros((), dtype=kind, device=device)
-        self.losses = dict.fromkeys(names, zero)
-        self.correct = dict(self.losses)
-        self.counted = dict(self.losses)
-        self.weights = dict.fromkeys(names, 1.0)
-
-    def add(self, terms: Terms) -> None:
-        """Add the terms of one batch; nothing is read back."""
-        for name, term in terms.items():
-            self.weights[name] = term.weight
-            zero = self.losses[name]
-            self.losses[name] = zero + term.losses.detach().sum().to(zero)
-            if term.correct is not None:
-                self.correct[name] = self.correct[name] + term.correct.sum().to(zero)
-                self.counted[name] = torch.ones_like(zero)
-
-
-def moving_now(graft: Graft, labels: Labels) -> set[str]:
-    """Return what may move while the parameters of `labels` are trained: these, their running statistics, and the
-    buffers of the graft's additions.
-    """
-    waiting = {name for name in graft.labels if name not in labels}
-    owners = {name.rpartition(".")[0] for name in waiting}
-    still = waiting | {name for name in graft.statistics if name.rpartition(".")[0] in owners}
-    return set(graft.state) - still
-
-
-def spare_now(graft: Graft, labels: Labels) -> set[str]:
-    """Return the base parameters of `labels` outside blocks and head, of methods that also train in the blocks."""
-    backbone = graft.backbone
-    sites = {site.name: site for site in backbone.sites}
-    owners = {name: sites[name.rpartition(".")[0]] for name in labels if name in backbone.base_parameters}
-    wide = {labels[name].method for name, site in owners.items() if site.block is not None}
-    return {
-        name
-        for name, site in owners.items()
-        if site.block is None and site.role != "head" and labels[name].method in wide
-    }
 
 
 @contextmanager

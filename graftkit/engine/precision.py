@@ -15,6 +15,7 @@ from torch import nn
 
 from graftkit.backbone.anatomy import has_statistics, is_linear
 from graftkit.files import special, write_json
+from graftkit.optim.labels import Labels
 
 WORTHWHILE = 1.3  # how much faster a bf16 matrix product must be to be chosen
 SIZE = 768
@@ -74,8 +75,23 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def full_precision_names(model: nn.Module, trained: Container[str]) -> set[str]:
-    """Return the parameters stored in fp32: trained ones, others in the same norm, and those of BatchNorm.
+def rounded_names(model: nn.Module, labels: Labels, weight_type: str) -> set[str]:
+    """Return the trained parameters stored in bf16 and rounded stochastically: matrices of the backbone's own.
+
+    Norms, biases and what a method adds have few values, and stay in fp32.
+    """
+    if weight_type != "bf16":
+        return set()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if name in labels and labels[name].role == "base" and parameter.dim() > 1
+    }
+
+
+def full_precision_names(model: nn.Module, trained: Container[str], rounded: Container[str] = ()) -> set[str]:
+    """Return the parameters stored in fp32: trained ones but those in `rounded`, others in the same norm, and those of
+    BatchNorm.
 
     A normalization needs its weight and bias in one type, and BatchNorm in that of its running statistics, which stay
     in fp32; linear layers and embeddings are cast by autocast.
@@ -83,16 +99,16 @@ def full_precision_names(model: nn.Module, trained: Container[str]) -> set[str]:
     names = set()
     for prefix, module in model.named_modules(remove_duplicate=True):
         own = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)]
-        kept = [name for name in own if name in trained]
+        kept = [name for name in own if name in trained and name not in rounded]
         whole = has_statistics(module) or (kept and not is_linear(module))
         names.update(own if whole else kept)
     return names
 
 
-def cast(model: nn.Module, trained: Container[str], precision: str) -> None:
-    """Convert frozen parameters to the compute type and trained ones to fp32, in place."""
+def cast(model: nn.Module, trained: Container[str], precision: str, rounded: Container[str] = ()) -> None:
+    """Convert frozen parameters to the compute type and trained ones to fp32, or bf16 if in `rounded`, in place."""
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
-    full = full_precision_names(model, trained)
+    full = full_precision_names(model, trained, rounded)
     for name, parameter in model.named_parameters():
         if parameter.dtype.is_floating_point:
             parameter.data = parameter.data.to(torch.float32 if name in full else frozen)

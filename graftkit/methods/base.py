@@ -125,6 +125,11 @@ class Method:
     def check_steps(self, steps: int) -> None:
         """Raise `UserError` if the method cannot be trained in a run of that many steps."""
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether `after_step` may read the gradients of the step, so that they must be there until then."""
+        return type(self).after_step is not Method.after_step
+
     def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
         """Return a scalar to add to the task's loss in each step, or None."""
         return None

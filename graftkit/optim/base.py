@@ -53,6 +53,13 @@ class Optimizer:
         """
         return sum(self.state_bytes(p.shape, dtype or p.dtype) for p in group["params"])
 
+    def total_bytes(self, groups: Iterable[ParamGroup], dtype: torch.dtype | None = None) -> int:
+        """Return the most bytes of state that exist at any time.
+
+        Override it if not all parameters have state at the same time.
+        """
+        return sum(self.group_bytes(group, dtype) for group in groups)
+
     def check(self, groups: Iterable[ParamGroup]) -> None:
         """Raise `UserError` if the optimizer makes no sense for these parameters."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +14,15 @@ from graftkit.grafts.fold import why_not
 from graftkit.grafts.graft import Graft
 from graftkit.methods.shared.advice import covering, selecting
 from graftkit.optim.base import Optimizer
+from graftkit.plan.memory import gradient_bytes, optimizer_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
     """Exact counts of one run; bytes include all tensors that stay for the whole run, but no activations.
 
+    `gradient_bytes`: the most that exist at once, with train.step_in_backward those of about one layer.
+    `ema_bytes`: the averages of the trained parameters, with train.ema.
     `schedule`: if a method unfreezes parameters gradually, how many are trained from which 1-based step on;
     `never_trained_parameters` are those that the run ends too early to unfreeze. `trained_parameters` includes these.
     `warnings` concern methods that add more parameters than the modules they adapt, and grafts that cannot be exported.
@@ -32,6 +35,7 @@ class Plan:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    ema_bytes: int
     rows: int
     batch_size: int
     steps_per_epoch: int
@@ -49,15 +53,16 @@ class Plan:
 
 
 def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
-              frozen_blocks: int, phases: Sequence[Phase] = ()) -> Plan:  # fmt: skip
+              frozen_blocks: int, phases: Sequence[Phase] = (), step_in_backward: bool = False, ema: bool = False,
+              rounded: Collection[str] = ()) -> Plan:  # fmt: skip
     """Count parameters and bytes of a graft, on real weights or on the `meta` device.
 
-    Frozen floating-point parameters are stored in the compute type, trained ones in fp32.
+    Frozen floating-point parameters are stored in the compute type, trained ones in fp32, or bf16 if in `rounded`.
     """
     frozen_size = 2 if precision == "bf16" else 4
     trained = total = weights = 0
     groups: dict[str, int] = {}
-    full = full_precision_names(graft.model, graft.labels)
+    full = full_precision_names(graft.model, graft.labels, rounded)
     for name, parameter in graft.model.named_parameters():
         count = parameter.numel()
         total += 2 * count if parameter.dtype == torch.uint8 else count  # two numbers of NF4 in a byte
@@ -72,11 +77,12 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
         {"step": phase.start + 1, "trained_parameters": _count(graft, phase), "frozen_blocks": phase.depth}
         for phase in phases
     ]
+    last = phases[-1].labels if phases else graft.labels
     reached = schedule[-1]["trained_parameters"] if schedule else trained
     return Plan(
-        str(graft.method), str(optimizer), trained, total, weights, 4 * reached,
-        _optimizer_bytes(graft, optimizer, phases), rows, batch_size,
-        steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
+        str(graft.method), str(optimizer), trained, total, weights,
+        gradient_bytes(graft, last, step_in_backward=step_in_backward, rounded=rounded), optimizer_bytes(graft, optimizer, last),
+        4 * trained if ema else 0, rows, batch_size, steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
         [*_oversized(graft), *_unexportable(graft)],
     )  # fmt: skip
@@ -120,16 +126,6 @@ def _oversized(graft: Graft) -> list[str]:
                 "which trains fewer"
             )
     return found
-
-
-def _optimizer_bytes(graft: Graft, optimizer: Optimizer, phases: Sequence[Phase]) -> int:
-    """Return the bytes of optimizer state for the parameters trained in the last phase, in fp32."""
-    labels = phases[-1].labels if phases else graft.labels
-    reached = {id(p) for name, p in graft.parameters.items() if name in labels}
-    groups = [
-        group | {"params": [p for p in group["params"] if id(p) in reached]} for group in graft.param_groups()
-    ]
-    return sum(optimizer.group_bytes(group, torch.float32) for group in groups)
 
 
 def _count(graft: Graft, phase: Phase) -> int:

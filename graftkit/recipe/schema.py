@@ -18,8 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from graftkit.errors import UserError, listing, nearest, shown
+from graftkit.errors import UserError, listing, shown
 from graftkit.recipe import catalogue, expressions, selection, sums
+from graftkit.recipe.problems import message
 from graftkit.recipe.values import DEPTH, place, read
 
 IN_MEMORY = "(in memory)"
@@ -70,6 +71,10 @@ class TrainRecipe(Section):
     optimizer: str = Field(
         default=DEFAULT_OPTIMIZER, description="the optimizer, for example galore(rank=128)"
     )
+    step_in_backward: bool = Field(
+        default=False,
+        description="take the step of each parameter within the backward pass and free its gradient at once",
+    )
     lr: float | None = Field(
         default=None,
         gt=0,
@@ -81,8 +86,22 @@ class TrainRecipe(Section):
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="fraction of the steps over which the learning rate warms up"
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="how the learning rate decays after the warm-up"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        default="linear",
+        description="how the learning rate decays after the warm-up; wsd: it is constant until train.decay",
+    )
+    decay: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="wsd: fraction of the steps, at the end, over which the learning rate decays",
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of an exponential moving average of the trained weights, such as 0.999, which is then "
+        "evaluated and saved; null: none",
     )
     clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     label_smoothing: float = Field(
@@ -112,6 +131,10 @@ class TrainRecipe(Section):
     trackers: list[str] = Field(
         default_factory=list,
         description="experiment trackers to log every line of metrics.jsonl to, such as [tensorboard] or [wandb]",
+    )
+    weight_type: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="number type of the backbone's trained weights; bf16: matrices only, rounded stochastically",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="number type of the matrix products"
@@ -198,8 +221,38 @@ class Recipe(Section):
         for key in ("early_stopping", "best"):
             if getattr(self.train, key) and self.data.eval is None:
                 raise UserError(f"train.{key} needs rows to evaluate on: set data.eval to a file or a share.")
+        if self.train.schedule == "wsd" and self.train.warmup + self.train.decay > 1:
+            raise UserError(
+                f"train.warmup={self.train.warmup} and train.decay={self.train.decay} are more than the whole run; lower one."
+            )
+        if self.train.weight_type == "bf16" and self.train.precision == "fp32":
+            raise UserError(
+                "train.weight_type=bf16 computes in bf16 too: leave train.precision=fp32 out, or train.weight_type."
+            )
+        self._fit_updates()
         self._fit_method()
         return self
+
+    def _fit_updates(self) -> None:
+        """Refuse what steps of single parameters cannot do."""
+        if self.train.step_in_backward and self.train.accumulate > 1:
+            raise UserError(
+                f"train.step_in_backward frees each gradient at once, so train.accumulate={self.train.accumulate} has nothing to "
+                "add to: use a larger train.batch_size instead, or leave train.step_in_backward out."
+            )
+        apart = {
+            "train.step_in_backward": self.train.step_in_backward,
+            "train.weight_type=bf16": self.train.weight_type == "bf16",
+        }
+        key = next((key for key, asked in apart.items() if asked), None)
+        optimizers = catalogue.entries("optimizer")
+        name = expressions.parse_one(self.train.optimizer, "optimizer").name
+        if key is not None and not optimizers[name].constants.get("steps_in_backward"):
+            able = [entry for entry in optimizers if optimizers[entry].constants.get("steps_in_backward")]
+            raise UserError(
+                f"{key}: {name}() needs more than the gradient of one parameter for its step; choose "
+                f"{listing([f'{entry}()' for entry in able], 12)}, or leave {key} out."
+            )
 
     def _fit_method(self) -> None:
         """Complete the method from the task: fill in its default, and add a head unless the model brings one."""
@@ -237,7 +290,7 @@ def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool 
     try:
         return Recipe.model_validate(dict(values), context={"stored": True} if stored else None)
     except ValidationError as error:
-        raise UserError(_message(error, origin)) from None
+        raise UserError(message(error, origin, keys())) from None
 
 
 def _check_values(value: Any, origin: str, keys: tuple[Any, ...]) -> None:
@@ -297,44 +350,6 @@ def keys() -> dict[str, str]:
                 for key, inner in section.model_fields.items()
             }
     return found
-
-
-def _message(error: ValidationError, origin: str) -> str:
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path = [str(part) for part in first["loc"] if str(part) not in ("str", "float", "int", "bool")]
-    path = [part for part in path if not part.startswith(("literal[", "function-"))]
-    key = ".".join(path)
-    known = keys()
-    if first["type"] == "extra_forbidden":
-        inner = [k for k in known if k.rpartition(".")[2] == path[-1]]
-        suggestion = (
-            f" Did you mean {inner[0]!r}?" if inner else nearest(key, known) or nearest(path[-1], known)
-        )
-        return f"{origin}: unknown key {shown(key)} (keys: {listing(known, 30)}).{suggestion}"
-    if first["type"] == "missing":
-        key = "data.train" if key == "data" else key  # the only key of this section without a default
-        return f"{origin}: {key!r} is missing: {known.get(key, '') or 'it is needed'}."
-    given = first.get("input")
-    if first["type"] == "model_type":
-        inner = [name.rpartition(".")[2] for name in known if name.startswith(f"{key}.")]
-        return f"{origin}: {key} is {shown(given)}, but must be a section with keys ({listing(inner, 4)})."
-    text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    text = text[0].lower() + text[1:]
-    options = [p for p in problems if ".".join(map(str, p["loc"])).startswith(key)]
-    if len(options) > 1:
-        text = " or ".join(
-            dict.fromkeys(
-                p["msg"].replace("Input should be", "").removeprefix("Value error, ").strip() for p in options
-            )
-        )
-        text = f"must be {text.removeprefix('must be ')}"
-    suggestion = ""
-    if first["type"] == "literal_error" and isinstance(given, str):
-        suggestion = nearest(
-            given, str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        )
-    return f"{origin}: {key} is {shown(given)}, but {text}.{suggestion}"
 
 
 def schema() -> dict[str, Any]:

@@ -146,7 +146,8 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
             *(("warning", text) for text in plan["warnings"]),
             ("frozen", _frozen(plan["frozen_blocks"], plan["blocks"])),
             ("memory", f"weights {size(plan['weight_bytes'])}, gradients {size(plan['gradient_bytes'])}, "
-                       f"optimizer {size(plan['optimizer_bytes'])}; activations come on top"),
+                       f"optimizer {size(plan['optimizer_bytes'])}"
+                       f"{', average ' + size(plan['ema_bytes']) if plan['ema_bytes'] else ''}; activations come on top"),
             ("steps", f"{count(plan['steps'])} of {plan['batch_size']} rows ({count(plan['steps_per_epoch'])} an epoch)"
                       f"{' with ' + plan['optimizer'] if plan['steps'] else ''}, {plan['precision']}"),
         ]

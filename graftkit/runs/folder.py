@@ -17,7 +17,7 @@ from graftkit.errors import UserError, listing
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 
-RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
+RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, BEFORE_DECAY = (
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -27,8 +27,9 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
     "checkpoints",
     "worst.jsonl",
     "trackers",
+    "before-decay",
 )
-ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS)
+ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, BEFORE_DECAY)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
 
 
@@ -168,9 +169,15 @@ def how_to_resume(recipe: Recipe, folder: Path) -> str:
 def go_on(folder: Path) -> str:
     """Return how to train a finished run further.
 
-    Its optimizer state is gone and its learning rate has decayed, so start a new run from its graft.
+    Its optimizer state is gone and its learning rate has decayed, so start a new run from its graft, or from the state
+    before its decay if that was kept.
     """
     run = shlex.quote(str(folder))
+    if checkpoint.existing(folder / BEFORE_DECAY):
+        return (
+            f"To train it further, go on from before its learning rate decayed, with N epochs in all: graftkit tune "
+            f"{run}/recipe.yaml train.from={run} train.epochs=N --out NEW"
+        )
     return (
         f"To train it further, start a new run from its graft: graftkit tune {run}/recipe.yaml train.from={run} "
         "train.epochs=N --out NEW"

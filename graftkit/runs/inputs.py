@@ -13,6 +13,7 @@ from graftkit.engine.parallel import processes
 from graftkit.engine.tracking import flat
 from graftkit.errors import UserError, listing
 from graftkit.files import checksum
+from graftkit.recipe import schema as recipes
 from graftkit.recipe.expressions import parse
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.folder import PLAN, RECIPE
@@ -90,6 +91,9 @@ def _changes(
                 f"{source}: the {name} rows are not those that it started with (their texts, labels, order or tokens differ)"
             )
     stored = _entries(before, VALUES)
+    if stored:  # a key that came since has its default
+        default = _values(recipes.make({"model": "", "data": {"train": ""}}))
+        stored = {name: value for name, value in default.items() if name not in PLACES} | stored
     for name in sorted({*stored, *now[VALUES]} if stored else ()):
         if stored.get(name) != now[VALUES].get(name):
             found.append(f"{folder / RECIPE}: {name} was {stored.get(name)} and is {now[VALUES].get(name)}")

@@ -27,7 +27,7 @@ from graftkit.report.console import Console
 from graftkit.report.summary import show_end, title
 from graftkit.runs import folder as run_folder
 from graftkit.runs.best import best_of
-from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
+from graftkit.runs.folder import BEFORE_DECAY, CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.reporting import subject_of
@@ -147,6 +147,11 @@ class Watch:
         """Evaluate on the evaluation rows, and save the weights if they are the best so far."""
         if "eval" not in self.datasets:
             return
+        with self.loop.averaged():
+            self._evaluate(step, console)
+        self.checkpoint()
+
+    def _evaluate(self, step: int, console: Console) -> None:
         metrics = self.metrics("eval", lambda found: self.choice.better(found, self.best))
         self.pending.append({"kind": "evaluation", "step": step, **metrics})
         task = self.prepared.rows.task
@@ -163,7 +168,6 @@ class Watch:
         )
         figures = ", ".join(f"{title(name)} {metrics[name]:.4f}" for name in names)
         console.line(f"step {step}: evaluation {figures}{' (best so far)' if better else ''}")
-        self.checkpoint()
 
     def maybe_checkpoint(self, every: int | None, force: bool) -> None:
         due = (
@@ -185,6 +189,25 @@ class Watch:
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
+
+    def keep_before_decay(self) -> None:
+        """Keep the state of the moment before the learning rate decays, which a longer run can go on from."""
+        if self.loop.before_decay and self.main:
+            with self._telling_how_to_go_on():
+                self.loop.save(self.folder / BEFORE_DECAY, {})
+
+    def go_further(self, console: Console) -> None:
+        """Go on from the state before its decay of the run in train.from, unless this run has steps of its own."""
+        further = self.prepared.further
+        if further is None or self.loop.step:
+            return
+        _, damaged = self.loop.restore(further)
+        wait()  # until all processes have read it
+        for one in damaged:
+            raise UserError(one.error)
+        console.line(
+            f"goes on from step {self.loop.step} of {further.parent}, before its decay, to {self.prepared.settings.steps}"
+        )
 
     @contextmanager
     def _telling_how_to_go_on(self) -> Iterator[None]:
@@ -226,7 +249,8 @@ class Watch:
                 f"{fault} They are the best weights of the run so far. To train from the first step again, remove "
                 f"{folder} and resume the run."
             )
-        checkpoint.save_best(folder, self.loop.graft.tensors)
+        with self.loop.averaged():
+            checkpoint.save_best(folder, self.loop.graft.tensors)
 
     def finish(self, console: Console) -> dict[str, Any]:
         """Restore the best weights, evaluate on the test rows, and write graft, card and result."""
@@ -236,6 +260,8 @@ class Watch:
     def _finished(self, console: Console) -> dict[str, Any]:
         prepared, folder = self.prepared, self.folder
         wait()  # until the best weights are written
+        if self.loop.average is not None:
+            self.loop.average.keep()
         if self.best is not None:
             checkpoint.load_best(folder / CHECKPOINTS, self.loop.graft.tensors)
         seconds = self.seconds
@@ -289,6 +315,7 @@ class Watch:
             "total_parameters": self.prepared.plan.total_parameters,
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(self.prepared.device),
+            "optimizer_bytes": self.loop.optimizer_bytes,
             "steps": self.loop.step,
             "precision": self.prepared.precision,
             "device": str(self.prepared.device),

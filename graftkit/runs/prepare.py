@@ -36,6 +36,7 @@ from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.best import best_of
+from graftkit.runs.further import check_further
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 from graftkit.tasks.shared.alike import alike
 
@@ -84,6 +85,7 @@ class Prepared:
     max_length: int
     train: Dataset
     learn: Learn
+    further: Path | None  # the state before its decay of the run that this one goes on from
 
     @property
     def depth(self) -> int:
@@ -100,8 +102,30 @@ def method_of(recipe: Recipe) -> Chain:
     return read_method(recipe.method) if recipe.method else Chain()
 
 
+def refuse_step_in_backward(recipe: Recipe) -> None:
+    """Raise `UserError` if train.step_in_backward is asked of a method or several processes that need the gradients later.
+
+    The recipe has refused the optimizers that do already.
+    """
+    if not recipe.train.step_in_backward:
+        return
+    world = parallel.processes()[1]
+    if world > 1:
+        raise UserError(
+            f"train.step_in_backward takes steps in one process, but there are {world}: their gradients are summed after the "
+            "backward pass. Start one process, or leave train.step_in_backward out."
+        )
+    for method in method_of(recipe).methods:
+        if method.reads_gradients:
+            raise UserError(
+                f"train.step_in_backward: {method.name}() reads the gradients of a step after it, when they are freed; leave "
+                "train.step_in_backward out, or use another method."
+            )
+
+
 def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test: Any = None) -> Rows:
     """Read and check every row before a model is loaded. `train` etc. are tables in memory, from Python."""
+    refuse_step_in_backward(recipe)
     task = make_task(recipe.task)
     data = recipe.data
     reading = reading_of(recipe)
@@ -236,9 +260,11 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     """
     backbone, graft, max_length = _grafted(recipe, rows, source or source_of(recipe), meta=meta)
     device = parallel.device()
-    kind = precision.choose(recipe.train.precision, device)
+    bf16 = recipe.train.weight_type == "bf16"
+    kind = precision.choose("bf16" if bf16 else recipe.train.precision, device)
+    rounded = precision.rounded_names(graft.model, graft.labels, recipe.train.weight_type)
     if not meta:
-        precision.cast(graft.model, graft.labels, kind)
+        precision.cast(graft.model, graft.labels, kind, rounded)
         move(graft.model, device)
     config: Any = getattr(graft.model, "config", None)
     if config is not None:
@@ -248,15 +274,18 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     per_epoch = steps_per_epoch(len(dataset), train.batch_size, train.accumulate * parallel.processes()[1])
     steps = (train.steps or math.ceil(train.epochs * per_epoch)) if rows.task.trains else 0
     graft.method.check_steps(steps)
+    further = check_further(recipe, steps)
     optimizer = as_optimizer(train.optimizer)
     phases = find_phases(graft, steps, per_epoch)
     plan = make_plan(
         graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
-        steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases,
+        steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
+        ema=train.ema is not None, rounded=rounded,
     )  # fmt: skip
     settings = Settings(
-        steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay, train.warmup,
-        train.schedule, train.clip, recipe.seed,
+        steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay,
+        0.0 if further else train.warmup, train.schedule, train.clip, recipe.seed, train.step_in_backward, train.decay,
+        train.ema, train.weight_type,
     )  # fmt: skip
     return Prepared(
         recipe,
@@ -271,4 +300,5 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
         max_length,
         dataset,
         rows.task.learner(dataset, rows.labels, train.label_smoothing),
+        further,
     )

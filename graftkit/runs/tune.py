@@ -240,6 +240,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     watch = Watch(prepared, datasets, folder, loop, start)
     if resumed:
         watch.restore(console)
+    watch.go_further(console)
     watch.track(console)
     console.heading("Training" if prepared.settings.steps else "Evaluation")
     console.start(prepared.settings.steps, loop.step)
@@ -250,6 +251,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                 smooth.add(step)
                 watch.log(step)
                 watch.tell(step, console)
+                watch.keep_before_decay()
                 console.step(
                     step.number, prepared.settings.steps, step.epoch, smooth.loss, smooth.accuracy, step.rows
                 )

@@ -71,6 +71,14 @@ def test_a_recipe_that_was_edited_is_refused(command, place, key, value, says):
     assert "--force" in done.err and not (place / "run" / "result.json").exists()
 
 
+def test_a_key_that_the_run_did_not_know_yet_has_its_default(command, place):
+    plan = place / "run" / "plan.json"
+    values = json.loads(plan.read_text())
+    assert values["recipe"].pop("train.step_in_backward") is False
+    plan.write_text(json.dumps(values))
+    assert command("tune", "--resume", "run").status == 0
+
+
 def test_what_was_accepted_is_reported(command, place):
     change_recipe(place, "train.lr", 0.02)
     done = command("tune", "--resume", "run", "--force")
