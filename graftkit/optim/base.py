@@ -11,7 +11,8 @@ import torch
 from graftkit.recipe.catalogue import check_values, entry_name
 from graftkit.recipe.expressions import as_expression, build, parse_one
 
-# a dict with 'params', 'lr', 'weight_decay' and 'hidden'; without 'hidden', all parameters count as hidden
+# a dict with 'params', 'lr', 'weight_decay' and 'hidden', and 'blocks': for each parameter the number of the backbone's block
+# that it lies in, or None. Without 'hidden', all parameters count as hidden; without 'blocks', they lie in none.
 ParamGroup = dict[str, Any]
 
 
@@ -52,6 +53,13 @@ class Optimizer:
         Override it if the state depends on `hidden`, which `state_bytes` does not know.
         """
         return sum(self.state_bytes(p.shape, dtype or p.dtype) for p in group["params"])
+
+    def total_bytes(self, groups: Iterable[ParamGroup], dtype: torch.dtype | None = None) -> int:
+        """Return the most bytes of state that exist at any time.
+
+        Override it if not all parameters have state at the same time.
+        """
+        return sum(self.group_bytes(group, dtype) for group in groups)
 
     def check(self, groups: Iterable[ParamGroup]) -> None:
         """Raise `UserError` if the optimizer makes no sense for these parameters."""

@@ -126,10 +126,12 @@ def _optimizer_bytes(graft: Graft, optimizer: Optimizer, phases: Sequence[Phase]
     """Return the bytes of optimizer state for the parameters trained in the last phase, in fp32."""
     labels = phases[-1].labels if phases else graft.labels
     reached = {id(p) for name, p in graft.parameters.items() if name in labels}
-    groups = [
-        group | {"params": [p for p in group["params"] if id(p) in reached]} for group in graft.param_groups()
-    ]
-    return sum(optimizer.group_bytes(group, torch.float32) for group in groups)
+    groups = []
+    for group in graft.param_groups():
+        chosen = [index for index, p in enumerate(group["params"]) if id(p) in reached]
+        members = {key: [group[key][index] for index in chosen] for key in ("params", "blocks")}
+        groups.append(group | members)
+    return optimizer.total_bytes(groups, torch.float32)
 
 
 def _count(graft: Graft, phase: Phase) -> int:
