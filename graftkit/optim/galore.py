@@ -81,6 +81,7 @@ class ProjectedAdamW(PartlyAdamW):
         super().__init__(groups, (options.beta1, options.beta2), options.eps)
         self.options = options
 
+    @torch.no_grad()
     def project(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
         """Return the projection of a gradient, or of that of one batch of several, (m, r) or (r, n) in fp32.
 
@@ -94,6 +95,7 @@ class ProjectedAdamW(PartlyAdamW):
         self._renew(parameter, gradient, state)
         return project(gradient, state["space"])
 
+    @torch.no_grad()
     def update(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
