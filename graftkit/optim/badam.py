@@ -39,6 +39,7 @@ class BAdam(Optimizer):
     """
 
     steps_in_backward: ClassVar[bool] = True
+    moves_all: ClassVar[bool] = False
 
     interval: int = option(50, "steps of a turn", at_least=1)
     order: str = option("random", "order of the blocks", choices=("random", "ascending", "descending"))

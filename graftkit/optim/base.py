@@ -26,6 +26,8 @@ class Optimizer:
 
     # the step of a parameter needs only its own gradient, so it can be taken as soon as the backward pass computed that
     steps_in_backward: ClassVar[bool] = False
+    # every step moves all parameters that have a gradient
+    moves_all: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_values(self)
