@@ -23,8 +23,8 @@ class Fira(Projecting):
     Chen et al. 2024, 'Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?', algorithm 1: with
     N the step that Adam takes for the projected gradient R, each column of G - P R is multiplied by ||N|| / ||R|| of that
     column, and the result is added to `scale` P N. Its norm may grow by 1% from step to step. The space and which weights
-    are projected are as in `galore()`, and so are the weights that the paper reports: a rank of a quarter of the width,
-    a learning rate of 0.01. The authors' code multiplies the projection by `scale` before it is subtracted from G; here
+    are projected are as in `galore()`, and so are the paper's settings: a rank of a quarter of the width, a
+    learning rate of 0.01. The authors' code multiplies the projection by `scale` before it is subtracted from G; here
     it is not, as in the paper. With scale=1 both are the same.
 
     When: as for `galore()`, which learns less per step at small ranks.

@@ -34,7 +34,7 @@ class GaLore(Projecting):
     method. The paper pre-trains with a rank of about a quarter of the width and a learning rate of 0.01. `scale`
     multiplies the learning rate of projected weights, so `train.lr` has to be larger than with AdamW.
     With `svd='randomized'` the singular vectors are those of Halko et al. 2011, 'Finding Structure with Randomness', with
-    `power` iterations: approximate, and many times faster for large matrices. If vectors cannot be computed, the space
+    `power` iterations: approximate, and much less work if the matrix is far larger than the rank. If vectors cannot be computed, the space
     before is kept, and a warning names the reason. With `bits=8`, all moments are quantized as in `adamw8bit()`. The space
     has the dtype of its weight.
 
