@@ -33,7 +33,7 @@ from graftkit.recipe import schema as recipe
 from graftkit.recipe.catalogue import Entry, Option, entries
 
 FOLDER = Path(__file__).parent
-PAGES = ("methods.md", "reference/recipe.md", "reference/cli.md")
+PAGES = ("methods.md", "reference/recipe.md", "reference/cli.md", "guides/optimizers.md")
 MATRIX = FOLDER / "matrix.json"
 NOTES = ("When", "Parameters", "Memory")
 
@@ -105,6 +105,33 @@ def optimizers() -> str:
     return "\n\n".join(_entry(entry, 3) for entry in packaged("optimizer"))
 
 
+# the optimizers of the table of memory: those of which the plain form is of no use there, as they are written
+WRITTEN = {
+    "galore": ("galore(rank=1024)", "galore(rank=1024, bits=8)"),
+    "fira": ("fira(rank=1024)",),
+    "apollo": ("apollo(rank=256)", "apollo(mini=True)"),
+}
+
+
+def memory() -> str:
+    """Bytes of state for each weight of a matrix of a Llama of 7 billion parameters, in 32 blocks, from `state_bytes`."""
+    import torch
+
+    from graftkit.optim.base import as_optimizer
+
+    rows = ["| optimizer | state, fp32 weights | state, bf16 weights |", "| --- | ---: | ---: |"]
+    for entry in packaged("optimizer"):
+        for text in WRITTEN.get(entry.name, (f"{entry.name}()",)):
+            cells = [f"`{text}`"]
+            for dtype in (torch.float32, torch.bfloat16):
+                matrices = [torch.empty(4096, 11008, device="meta", dtype=dtype) for _ in range(32)]
+                group = {"params": matrices, "hidden": True, "blocks": list(range(32))}
+                kept = as_optimizer(text).total_bytes([group])
+                cells.append(f"{kept / sum(m.numel() for m in matrices):.2f}")
+            rows.append(_row(*cells))
+    return "\n".join(rows)
+
+
 def keys() -> str:
     """One row for each key of a recipe."""
     schema = recipe.Recipe.model_json_schema()
@@ -173,6 +200,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "matrix": matrix,
     "tasks": tasks,
     "optimizers": optimizers,
+    "memory": memory,
     "keys": keys,
     "commands": commands,
 }

@@ -27,7 +27,8 @@ class Audit:
 
     `trained`: the labels or names of the trained parameters. `state`: other tensors that may move, such as running
     statistics. `settled`: parameters trained and audited in an earlier phase. `spare`: parameters that may have no
-    gradient; `unused` are those that have none, `zero` those whose gradient was zero for a whole epoch.
+    gradient; `unused` are those that have none, `zero` those whose gradient was zero for a whole epoch. `moves_all`: the
+    optimizer moves every parameter that has a gradient, in each step.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Audit:
         state: Collection[str] = (),
         settled: Container[str] = (),
         spare: Collection[str] = (),
+        moves_all: bool = True,
     ) -> None:
         self.model = model
+        self.moves_all = moves_all
         self.state, self.spare = set(state), set(spare)
         self.unused: tuple[str, ...] = ()
         self.zero: tuple[str, ...] = ()
@@ -66,7 +69,8 @@ class Audit:
     def done(self) -> bool:
         young = min(self.age.values(), default=STEPS) < STEPS
         told = self.idle | set(self.unused) | set(self.zero)
-        return not young and set(self.age) <= (self.with_gradient & self.moved) | told
+        decided = self.with_gradient & self.moved if self.moves_all else self.with_gradient
+        return not young and set(self.age) <= decided | told
 
     @property
     def idle(self) -> set[str]:
@@ -131,7 +135,7 @@ class Audit:
         trains = {self.methods.get(name) for name in self.with_gradient} - {None}
         self.zero = tuple(sorted(n for n in silent & self.reached if self.methods.get(n) in trains))
         silent -= set(self.zero)
-        still = set() if rising else (due & self.with_gradient) - self.moved
+        still = set() if rising or not self.moves_all else (due & self.with_gradient) - self.moved
         leaked = changed - self.labelled - self.state if first_look else set()
         stray = self.reached - self.labelled - self.moved if first_look else set()
         problems = [

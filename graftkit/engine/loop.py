@@ -164,7 +164,9 @@ class Loop:
             audit.free(phase.labels, moving, spare)
         elif self.step - phase.start < STEPS:
             before = [earlier.labels for earlier in self.phases if earlier.end <= phase.start]
-            audit = Audit(graft.model, phase.labels, moving, before[-1] if before else (), spare)
+            settled = before[-1] if before else ()
+            moves_all = self.settings.optimizer.moves_all
+            audit = Audit(graft.model, phase.labels, moving, settled, spare, moves_all)
         return audit
 
     def batches(self, step: int) -> list[np.ndarray]:

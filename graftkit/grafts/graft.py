@@ -109,10 +109,10 @@ class Graft:
 
         `lr` replaces the learning rate of every method whose options do not name one. Norms and biases (one
         dimension) are not decayed. A group says whether its parameters are `hidden`: weights of the backbone's own
-        linear layers, without embeddings and head.
+        linear layers, without embeddings and head; and in which of the backbone's `blocks` each parameter lies.
         """
-        hidden = hidden_matrices(self.backbone)
-        return param_groups(self.parameters, self.labels, lr, weight_decay, hidden)
+        hidden, blocks = hidden_matrices(self.backbone), self.backbone.blocks
+        return param_groups(self.parameters, self.labels, lr, weight_decay, hidden, blocks)
 
     def optimizer(
         self,

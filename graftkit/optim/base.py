@@ -11,7 +11,8 @@ import torch
 from graftkit.recipe.catalogue import check_values, entry_name
 from graftkit.recipe.expressions import as_expression, build, parse_one
 
-# a dict with 'params', 'lr', 'weight_decay' and 'hidden'; without 'hidden', all parameters count as hidden
+# a dict with 'params', 'lr', 'weight_decay' and 'hidden', and 'blocks': for each parameter the number of the backbone's block
+# that it lies in, or None. Without 'hidden', all parameters count as hidden; without 'blocks', they lie in none.
 ParamGroup = dict[str, Any]
 
 
@@ -25,6 +26,8 @@ class Optimizer:
 
     # the step of a parameter needs only its own gradient, so it can be taken as soon as the backward pass computed that
     steps_in_backward: ClassVar[bool] = False
+    # every step moves all parameters that have a gradient
+    moves_all: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftkit.errors import UserError
-from graftkit.optim.base import Optimizer, ParamGroup, can_be_fused
+from graftkit.optim.base import ParamGroup
+from graftkit.optim.shared.lowbit import adamw_step
+from graftkit.optim.shared.moments import FULL, bias_corrections, moment_bytes, moments_in, update
+from graftkit.optim.shared.partly import PartlyAdamW, decay
+from graftkit.optim.shared.projecting import Projecting
+from graftkit.optim.shared.projection import back, project, singular_space
 from graftkit.recipe.catalogue import option
+
+BITS = (FULL, 8)
 
 
 @dataclass(frozen=True)
-class GaLore(Optimizer):
+class GaLore(Projecting):
     """AdamW on a projection of the gradient of each large matrix onto `rank` dimensions, so that moments are small.
 
     Zhao et al. 2024, 'GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection', algorithm 2: every
@@ -26,137 +33,92 @@ class GaLore(Optimizer):
     sides are larger than `rank`. Everything else uses plain AdamW: embeddings, norms, biases, and parameters added by a
     method. The paper pre-trains with a rank of about a quarter of the width and a learning rate of 0.01. `scale`
     multiplies the learning rate of projected weights, so `train.lr` has to be larger than with AdamW.
+    With `svd='randomized'` the singular vectors are those of Halko et al. 2011, 'Finding Structure with Randomness', with
+    `power` iterations: approximate, and much less work if the matrix is far larger than the rank. If vectors cannot be computed, the space
+    before is kept, and a warning names the reason. With `bits=8`, all moments are quantized as in `adamw8bit()`. The space
+    has the dtype of its weight.
 
     When: full() or unfreeze() trains large matrices, but Adam's two numbers for each parameter do not fit into
     memory. Gradients are still stored in full for a step.
     Memory: m * rank + 2 * n * rank numbers for a projected matrix (m, n), m <= n, instead of 2 * m * n.
     """
 
-    steps_in_backward: ClassVar[bool] = True
+    svd: str = option("randomized", "how singular vectors are computed", choices=("randomized", "full"))
+    power: int = option(2, "power iterations of a randomized decomposition", at_least=0, at_most=20)
+    bits: int = option(32, "bits of each number of the moments, 32 or 8", at_least=8, at_most=32)
 
-    rank: int = option(128, "dimensions of the space in which Adam works", at_least=1)
-    interval: int = option(200, "steps between updates of the space", at_least=1)
-    scale: float = option(0.25, "factor on the steps of projected matrices", above=0)
-    beta1: float = option(0.9, "decay of the mean of gradients", at_least=0, below=1)
-    beta2: float = option(0.999, "decay of the mean of squared gradients", at_least=0, below=1)
-    eps: float = option(1e-8, "added to the denominator", above=0)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in BITS:
+            raise UserError(f"galore(): bits is {self.bits}, but must be 32 or 8.")
 
     def make(self, groups: list[ParamGroup]) -> torch.optim.Optimizer:
-        projection = asdict(Projection(self.rank, self.interval, self.scale))
-        split = []
-        for group in groups:
-            low = {id(p) for p in group["params"] if self.projects(group, p.shape)}
-            whole = [p for p in group["params"] if id(p) not in low]
-            if low:
-                chosen = [p for p in group["params"] if id(p) in low]
-                split.append(group | {"params": chosen, "projection": projection})
-            if whole:
-                split.append(group | {"params": whole})
-        return ProjectedAdamW(
-            split or [{"params": []}],
-            betas=(self.beta1, self.beta2),
-            eps=self.eps,
-            fused=can_be_fused(groups),
-        )
+        split = self.split(groups)
+        if self.bits != FULL:  # moments of the others are quantized too
+            split = [group | {"own": True, "projected": group["own"]} for group in split]
+        return ProjectedAdamW(split, self)
 
-    def projects(self, group: ParamGroup, shape: Sequence[int]) -> bool:
-        """Return whether the gradient of a parameter of a group is projected."""
-        return group.get("hidden", True) and len(shape) == 2 and min(shape) > self.rank
+    def projected_bytes(self, short: int, long: int, dtype: torch.dtype) -> int:
+        """Return the bytes of the space in the parameter's dtype, and of two moments."""
+        return short * self.rank * dtype.itemsize + moment_bytes(long * self.rank, self.bits)
 
-    def state_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Return the bytes of the space and two moments in fp32, for a projected parameter of any dtype.
-
-        For others, those of two moments in the parameter's dtype and of the step count in fp32.
-        """
-        if not self.projects({}, shape):
-            return _whole_bytes(shape, dtype)
-        short, long = sorted(shape)
-        return (short + 2 * long) * self.rank * torch.float32.itemsize
-
-    def group_bytes(self, group: ParamGroup, dtype: torch.dtype | None = None) -> int:
-        if group.get("hidden", True):
-            return super().group_bytes(group, dtype)
-        return sum(_whole_bytes(p.shape, dtype or p.dtype) for p in group["params"])
-
-    def check(self, groups: Iterable[ParamGroup]) -> None:
-        if not any(self.projects(group, p.shape) for group in groups for p in group["params"]):
-            raise UserError(
-                f"train.optimizer={self}: no trained linear layer of the backbone has more than {self.rank} rows "
-                "and columns, so nothing would be projected; lower rank, train more of the backbone, or leave "
-                "train.optimizer out."
-            )
+    def whole_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        if self.bits == FULL:
+            return super().whole_bytes(shape, dtype)
+        return moment_bytes(math.prod(shape), self.bits)
 
 
-def _whole_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return 2 * math.prod(shape) * dtype.itemsize + torch.float32.itemsize
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Adam works in a space of `rank` dimensions, updated every `interval` steps; `scale`: factor on its steps."""
-
-    rank: int
-    interval: int
-    scale: float
-
-
-class ProjectedAdamW(torch.optim.AdamW):
-    """AdamW that takes the steps of groups with a `projection`, a dict of rank, interval and scale, in low rank.
+class ProjectedAdamW(PartlyAdamW):
+    """AdamW that takes the steps of projected parameters in low rank.
 
     For a gradient G (m, n) with m >= n the space is V_r, the first right singular vectors of a G, (n, r), and R = G V_r;
     otherwise U_r (m, r) and R = U_r' G. Adam's step N of R becomes W <- W (1 - lr decay) - lr scale N V_r' (or U_r N).
-    State of such a parameter: `step`, exp_avg and exp_avg_sq of R's shape, and `space`. The step is a Python
-    number, so that no step has to wait for the device.
+    State of such a parameter: `step`; `space`; `renewed`, the step in which that was computed; and both moments of R. Steps
+    are Python numbers, so that no step has to wait for the device.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._step_supports_amp_scaling = False  # gradients are to be unscaled before they are projected
+    def __init__(self, groups: list[ParamGroup], options: GaLore) -> None:
+        super().__init__(groups, (options.beta1, options.beta2), options.eps)
+        self.options = options
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        every = self.param_groups
-        for group in every:
-            if group.get("projection") is not None:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        _step(parameter, self.state[parameter], group)
-        self.param_groups = [group for group in every if group.get("projection") is None]
-        try:
-            super().step()
-        finally:
-            self.param_groups = every
-        return loss
+    def project(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
+        """Return the projection of a gradient, or of that of one batch of several, (m, r) or (r, n) in fp32.
 
+        If a new space is due, it is that of this gradient. Projections of one step can be added up and given to `update`.
+        None: the parameter is not projected.
+        """
+        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+        if not group.get("projected", group["own"]):
+            return None
+        state = self.state[parameter]
+        self._renew(parameter, gradient, state)
+        return project(gradient, state["space"])
 
-def _step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    assert parameter.grad is not None
-    projection = group["projection"]
-    gradient = parameter.grad.float()
-    tall = gradient.shape[0] >= gradient.shape[1]
-    taken = state.get("step", 0)
-    if taken % projection["interval"] == 0:
-        state["space"] = space(gradient, projection["rank"])
-    low = gradient @ state["space"] if tall else state["space"].T @ gradient
-    if taken == 0:
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
-    count = state["step"] = taken + 1
-    first, second = group["betas"]
-    state["exp_avg"].lerp_(low, 1 - first)
-    state["exp_avg_sq"].mul_(second).addcmul_(low, low, value=1 - second)
-    root = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
-    change = state["exp_avg"] / (1 - first**count) / root
-    whole = change @ state["space"].T if tall else state["space"] @ change
-    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-    parameter.add_(whole.to(parameter.dtype), alpha=-group["lr"] * projection["scale"])
+    @torch.no_grad()
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        """Take a step with a gradient, or with what `project` returned for it."""
+        if not group.get("projected", True):
+            adamw_step(parameter, gradient, state, group, self.options.bits)
+            return
+        if gradient.shape == parameter.shape:
+            self._renew(parameter, gradient, state)
+            gradient = project(gradient, state["space"])
+        step = state["step"] = state.get("step", 0) + 1
+        moments = moments_in(state, gradient, self.options.bits)
+        first, second = update(moments, gradient, group["betas"], self.options.bits)
+        mean_size, root_size = bias_corrections(group["betas"], step)
+        root = (second.sqrt() / root_size).add_(group["eps"])
+        change = back(first / root, state["space"], parameter.shape)
+        decay(parameter, group)
+        parameter.add_(change.to(parameter.dtype), alpha=-group["lr"] * self.options.scale / mean_size)
 
-
-def space(gradient: Tensor, rank: int) -> Tensor:
-    """Return the first singular vectors of the shorter side of a gradient (m, n): (min(m, n), rank), fp32."""
-    left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
-    tall = gradient.shape[0] >= gradient.shape[1]
-    return (right[:rank].T if tall else left[:, :rank]).contiguous()
+    def _renew(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+        options, taken = self.options, state.get("step", 0)
+        if "space" in state and (taken % options.interval or state["renewed"] == taken):
+            return
+        before = state.get("space")
+        found = singular_space(gradient, options.rank, options.svd, options.power, taken, before)
+        state["space"], state["renewed"] = found.to(parameter.dtype), taken

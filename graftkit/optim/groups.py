@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -49,17 +49,32 @@ def param_groups(
     lr: float | None,
     weight_decay: float,
     hidden: Collection[str] = (),
+    blocks: Sequence[str] = (),
 ) -> list[ParamGroup]:
     """Return one optimizer group for each (rate, decay, hidden); every labelled parameter lands in exactly one.
 
-    `hidden`: names of the matrices in the network's body, for which some optimizers have special updates.
+    `hidden`: names of the matrices in the network's body, for which some optimizers have special updates. `blocks`: the
+    names of the backbone's blocks, in order.
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         label = labels[name]
         key = rate(label, lr), decay(label, parameter, weight_decay), name in hidden
-        groups.setdefault(key, []).append(parameter)
+        groups.setdefault(key, {})[name] = parameter
     assert sum(map(len, groups.values())) == len(labels), "a labelled parameter is missing from the groups"
+    owners = {f"{block}.": number for number, block in enumerate(blocks)}
     return [
-        {"params": members, "lr": r, "weight_decay": d, "hidden": h} for (r, d, h), members in groups.items()
+        {
+            "params": list(members.values()),
+            "lr": r,
+            "weight_decay": d,
+            "hidden": h,
+            "blocks": [_block(name, owners) for name in members],
+        }
+        for (r, d, h), members in groups.items()
     ]
+
+
+def _block(name: str, owners: Mapping[str, int]) -> int | None:
+    """Return the number of the block that a parameter lies in. `owners`: numbers by the prefix of the block's names."""
+    return next((number for prefix, number in owners.items() if name.startswith(prefix)), None)

@@ -25,44 +25,42 @@ def folder(tmp_path, monkeypatch) -> Path:
     assert code is not None and code[1].count("\n") < 80
     own = tmp_path / "own"
     own.mkdir()
-    (own / "lion.py").write_text(code[1], encoding="utf-8")
+    (own / "signum.py").write_text(code[1], encoding="utf-8")
     monkeypatch.setenv("GRAFTKIT_OPTIMIZERS", str(own))
     return own
 
 
 def test_the_command_line_knows_it(folder, command):
-    assert "sign(beta1 m + (1 - beta1) g)" in command("optimizers").out
-    shown = command("optimizers", "lion").out
-    assert "Memory: 1 number" in shown and "beta2 = 0.99  decay of the moment" in shown
-    assert "lion(beta1=0.9, beta2=0.99)" in json.dumps(recipes.schema())
+    assert "sign(m) + decay W" in command("optimizers").out
+    shown = command("optimizers", "signum").out
+    assert "Memory: 1 number" in shown and "beta = 0.9  decay of the moment" in shown
+    assert "signum(beta=0.9)" in json.dumps(recipes.schema())
 
 
 def test_plan_and_run(folder, tiny_bert, rows_folder, tmp_path, command):
     method = "full() + layerwise_lr() + head()"
-    words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=3", "train.optimizer=lion()",
+    words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=3", "train.optimizer=signum()",
                        "--json", method=method)  # fmt: skip
     planned = json.loads(command("plan", *words[1:]).out)
-    assert planned["optimizer"] == "lion()"
+    assert planned["optimizer"] == "signum()"
     assert planned["optimizer_bytes"] == 4 * planned["trained_parameters"]
     done = command(*words)
     assert done.status == 0, done.err
-    assert json.loads(done.out)["optimizer"] == "lion()"
-    assert "with lion()" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert json.loads(done.out)["optimizer"] == "signum()"
+    assert "with signum()" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
 def test_steps_are_those_of_the_paper(folder):
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = (torch.randn(5, 3, generator=generator) for _ in range(7))
     parameter = torch.nn.Parameter(weight.clone())
-    optimizer = graftkit.Lion(beta1=0.8, beta2=0.95).make(
-        [{"params": [parameter], "lr": 0.1, "weight_decay": 0.3}]
-    )
+    optimizer = graftkit.Signum(beta=0.8).make([{"params": [parameter], "lr": 0.1, "weight_decay": 0.3}])
     moment = torch.zeros(5, 3)
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()
-        weight = weight - 0.1 * (torch.sign(0.8 * moment + 0.2 * gradient) + 0.3 * weight)
-        moment = 0.95 * moment + 0.05 * gradient
+        moment = 0.8 * moment + 0.2 * gradient
+        weight = weight - 0.1 * (torch.sign(moment) + 0.3 * weight)
     torch.testing.assert_close(parameter.detach(), weight)
 
 
@@ -76,7 +74,7 @@ def test_it_passes_the_contract_suite(folder, monkeypatch):
         "-n",
         "0",
         "-k",
-        "lion",
+        "signum",
         "tests/optim/test_optimizer_contract.py",
     ]
     monkeypatch.delitem(
@@ -90,11 +88,11 @@ def test_it_passes_the_contract_suite(folder, monkeypatch):
 @pytest.mark.parametrize(
     "setting,told",
     [
-        ("lion(beta=0.5)", "lion() has no option 'beta' (options: beta1, beta2). Did you mean 'beta"),
-        ("lion(beta1=1)", "lion(): beta1 is 1, but must be below 1"),
-        ("lio()", "there is no optimizer 'lio' (known: adamw, galore, lion). Did you mean 'lion'?"),
+        ("signum(betta=0.5)", "signum() has no option 'betta' (options: beta). Did you mean 'beta'?"),
+        ("signum(beta=1)", "signum(): beta is 1, but must be below 1"),
+        ("signom()", "muon, signum). Did you mean 'signum'?"),
         ("lora(rank=8)", "lora() is a method, not an optimizer: write method=lora(rank=8)"),
-        ("lion() + adamw()", "a run has one optimizer"),
+        ("signum() + adamw()", "a run has one optimizer"),
         ("3", "train.optimizer is 3, but must be a valid string"),
     ],
 )
@@ -104,8 +102,8 @@ def test_what_a_recipe_cannot_say(folder, setting, told, command):
 
 
 def test_methods_that_are_optimizers_are_refused_with_what_to_write(folder, command):
-    done = command("tune", "--model", "m", "--train", "t.csv", "--method", "lion(beta1=0.5) + head()")
-    assert "write train.optimizer=lion(beta1=0.5) instead, beside method=full()" in done.err
+    done = command("tune", "--model", "m", "--train", "t.csv", "--method", "signum(beta=0.5) + head()")
+    assert "write train.optimizer=signum(beta=0.5) instead, beside method=full()" in done.err
 
 
 def test_a_folder_that_is_none(monkeypatch, command):

@@ -18,10 +18,16 @@ SHAPES = {
     "wide": (5, 9),
     "thin": (9, 2),
     "convolution": (4, 3, 3),
+    "large": (67, 63),  # more than 4,096, and not a multiple of a block or of two
 }
 # options beside the defaults, where these would leave out what an optimizer does
-OPTIONS = {"galore": "rank=3, interval=2"}
-EXPRESSIONS = [f"{name}({OPTIONS.get(name, '')})" for name in entries("optimizer")]
+OPTIONS = {
+    "galore": ("rank=3, interval=2", "rank=3, interval=2, svd='full'", "rank=62, interval=2, bits=8"),
+    "fira": ("rank=3, interval=2",),
+    "apollo": ("rank=3, interval=2", "mini=True, interval=2"),
+    "badam": ("interval=2", "interval=2, outside='turn'"),
+}
+EXPRESSIONS = [f"{name}({text})" for name in entries("optimizer") for text in OPTIONS.get(name, ("",))]
 
 
 def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -53,6 +59,7 @@ def take(optimizer: torch.optim.Optimizer, members: dict[str, nn.Parameter], ste
 
 def kept(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int:
     tensors = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value)]
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -71,6 +78,9 @@ def test_state_bytes_are_those_of_the_state(text, dtype):
     take(optimizer, members, range(2))
     for group in groups:
         assert value.group_bytes(group) == sum(kept(optimizer, p) for p in group["params"])
+    assert value.total_bytes(groups) == sum(kept(optimizer, p) for p in members.values())
+    planned = [group | {"params": [p.float() for p in group["params"]]} for group in groups]
+    assert value.total_bytes(planned, dtype) == value.total_bytes(groups)
 
 
 @pytest.mark.parametrize("text", EXPRESSIONS)
@@ -91,6 +101,22 @@ def test_a_state_comes_back_from_a_checkpoint_bit_for_bit(text, tmp_path):
         for key, kept in states[0].items():
             assert type(states[1][key]) is type(kept)
             assert torch.equal(torch.as_tensor(states[1][key]), torch.as_tensor(kept)), (name, key)
+    take(after, second, range(3, 5))
+    assert all(torch.equal(second[name], whole[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text", EXPRESSIONS)
+def test_a_state_comes_back_from_a_state_dict_bit_for_bit(text, dtype):
+    """torch casts what it loads to the dtype of the parameter, which is wrong for indices and moments in fp32."""
+    value = as_optimizer(text)
+    whole, first = parameters(dtype=dtype), parameters(dtype=dtype)
+    optimizer, before = value.make(grouped(whole)), value.make(grouped(first))
+    take(optimizer, whole, range(5))
+    take(before, first, range(3))
+    second = {name: nn.Parameter(p.detach().clone()) for name, p in first.items()}
+    after = value.make(grouped(second))
+    after.load_state_dict(before.state_dict())
     take(after, second, range(3, 5))
     assert all(torch.equal(second[name], whole[name]) for name in SHAPES)
 
