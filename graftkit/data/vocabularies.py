@@ -191,7 +191,7 @@ def _refuse_small(size: int, needed: int) -> None:
     if needed > size:
         raise UserError(
             f"vocab={size:,} is smaller than the alphabet: the special tokens and the characters of these texts need {needed:,}. "
-            f"Set vocab to {needed:,} or more, better to twice that; kind bpe needs no more than 256 for any text."
+            f"Set vocab to {needed:,} or more, better to twice that, or use kind bpe, which starts from the 256 bytes."
         )
 
 

@@ -16,20 +16,26 @@ ENDS = re.compile(
     rf"|(?P<mark>(?<![.!?…])[.!?…]++)[{CLOSING}]*+(?=\s)"
     r"|(?P<line>(?<!\s)[^\S\n]*+\n\s*+)"
 )
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # never the last word of a sentence, as a name or number follows
-TITLES = frozenset(
+TITLES = _words(
     "mr mrs ms mx dr prof rev fr hon pres gov sen rep gen col maj capt cpt lt cmdr sgt adm st mt messrs mmes mme mlle "
-    "no nos vol vols fig figs eq eqs sec ch pp p cf vs viz ca approx e.g i.e eg ie al art op ed eds nr".split()
+    "no nos vol vols fig figs eq eqs sec ch pp p cf vs viz ca approx e.g i.e eg ie al art op ed eds nr"
 )
 # may be the last word: it is, if the next word is one with which sentences begin
-OTHERS = frozenset(
+OTHERS = _words(
     "etc inc ltd co corp bros jr sr esq ph.d phd m.d b.a m.a b.sc m.sc u.s u.k u.n e.u u.s.a d.c a.m p.m a.d b.c dept est "
-    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun ave blvd rd hwy".split()
+    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun ave blvd rd hwy"
 )
-STARTERS = frozenset(
+STARTERS = _words(
     "the a an this that these those it its he she they we you i his her their our my there here in on at by for from with "
     "to of and but or so if when while after before as since although however then thus what who why how where no not one "
-    "some many most all both each".split()
+    "some many most all both each"
 )
 WORD = re.compile(r"[^\s\"'“‘(\[{]*$")
 NEXT = re.compile(rf"\s*[{OPENING}\-–—]*\s*(?P<first>\S)(?P<rest>[\w']*)")
