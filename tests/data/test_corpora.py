@@ -34,7 +34,9 @@ def test_every_form_gives_the_same_documents(tmp_path, small_shards) -> None:
     flat = [text.replace("\n", " ") for text in documents]
     draw = random.Random(0)
     gaps = ["\n\n", "\n \n", "\r\n\r\n", "\n\n\n\n", "\n\u3000\n\n"]
-    (tmp_path / "paragraphs.txt").write_text("".join(text + draw.choice(gaps[:4]) for text in documents), newline="")
+    (tmp_path / "paragraphs.txt").write_text(
+        "".join(text + draw.choice(gaps[:4]) for text in documents), newline=""
+    )
     (tmp_path / "lines.txt").write_text("\n".join(flat) + "\n")
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"id": 1, "text": text}) for text in documents))
     table = pyarrow.table({"text": pyarrow.array([None, *documents]).dictionary_encode(), "id": range(201)})
@@ -43,7 +45,9 @@ def test_every_form_gives_the_same_documents(tmp_path, small_shards) -> None:
     for number, text in enumerate(documents):
         (tmp_path / "files" / f"{number:03d}.txt").write_text(text)
     (tmp_path / "wide.txt").write_text("\n\n".join(documents), encoding="utf-16")
-    (tmp_path / "chinese.txt").write_text("\n\n".join(documents).replace("é", "e").replace("Ü", "U"), encoding="gb18030")
+    (tmp_path / "chinese.txt").write_text(
+        "\n\n".join(documents).replace("é", "e").replace("Ü", "U"), encoding="gb18030"
+    )
 
     for name in ("paragraphs.txt", "rows.jsonl", "rows.parquet", "files"):
         corpus = open_corpus(tmp_path / name)
@@ -52,7 +56,9 @@ def test_every_form_gives_the_same_documents(tmp_path, small_shards) -> None:
     corpus = open_corpus(tmp_path / "lines.txt")
     assert corpus.reading.documents == "lines"
     assert list(corpus.documents()) == by_parts(corpus) == flat
-    assert by_parts(open_corpus(tmp_path / "wide.txt", encoding="utf-16", documents="paragraphs")) == documents
+    assert (
+        by_parts(open_corpus(tmp_path / "wide.txt", encoding="utf-16", documents="paragraphs")) == documents
+    )
     plain = [text.replace("é", "e").replace("Ü", "U") for text in documents]
     corpus = open_corpus(tmp_path / "chinese.txt", encoding="gb18030")
     assert by_parts(corpus) == list(corpus.documents()) == plain
@@ -63,7 +69,9 @@ def test_parts_of_any_size_have_each_document_once(how, tmp_path, monkeypatch) -
     draw = random.Random(5)
     for round_ in range(20):
         path = tmp_path / f"{round_}.txt"
-        path.write_bytes(b"".join(draw.choices([b"ab\n", b"\n", b" \n", b"c", "é\n".encode(), b"\r\n"], k=60)))
+        path.write_bytes(
+            b"".join(draw.choices([b"ab\n", b"\n", b" \n", b"c", "é\n".encode(), b"\r\n"], k=60))
+        )
         whole = list(open_corpus(path, documents=how).documents())
         for size in (1, 2, 3, 7, 20, 59):
             monkeypatch.setattr(corpus_files, "SMALLEST_SHARD", size)
@@ -88,7 +96,9 @@ def test_cleaning_counts_what_it_leaves_out(tmp_path) -> None:
     assert clean("\ufeff a\x00b\r\nc\rd\u2028\ud800e\ufffd\x9f ", counts) == "ab\nc\nd\ne"
     assert counts == Counts(undecodable=2, control=3)
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "good \\ud800"}\n{"text": "caf\xe9 caf\xc3\xa9"}\n{"text": null}\n{"text": " "}\n')
+    path.write_bytes(
+        b'{"text": "good \\ud800"}\n{"text": "caf\xe9 caf\xc3\xa9"}\n{"text": null}\n{"text": " "}\n'
+    )
     corpus = open_corpus(path)
     counts = Counts()
     part = reading.Part(str(path), "json lines", path.stat().st_size)
@@ -110,7 +120,10 @@ def bad_files() -> dict:
         "packed.jsonl": (gzip.compress(random.Random(0).randbytes(3000)), "binary file"),
         "zeros.txt": (b"a\0b\0\0\0\0\0" * 20, "zero bytes"),
         "wide.txt": ("some text of words".encode("utf-16"), "utf-16"),
-        "latin.txt": (("é à ö ü ß ç ñ " * 20).encode("latin-1"), "is not utf-8: .* cannot be decoded. Perhaps"),
+        "latin.txt": (
+            ("é à ö ü ß ç ñ " * 20).encode("latin-1"),
+            "is not utf-8: .* cannot be decoded. Perhaps",
+        ),
         "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         "table.csv": (b"text\na\n", "has the ending '.csv'"),
         "no_ending": (b"text\na\n", "has no ending"),
@@ -159,7 +172,9 @@ def test_a_line_of_50_megabytes(how, tmp_path) -> None:
     start = b'{"text": "a"}\n{"text": "' if how == "json" else b"first\nx"
     path.write_bytes(start + b"word " * 20_000)
     os.truncate(path, 50_000_000)  # the rest takes no place on the disk
-    message = "50,000,000 bytes" if how == "file" else "long.*, line 2: a document of more than 10,000,000 bytes"
+    message = (
+        "50,000,000 bytes" if how == "file" else "long.*, line 2: a document of more than 10,000,000 bytes"
+    )
     with pytest.raises(UserError, match=message):
         list(open_corpus(path, documents="auto" if how == "json" else how).documents())
 

@@ -36,7 +36,11 @@ def test_sentences(case: str) -> None:
 
 def test_lines() -> None:
     poem = "帝京篇十首 一\n秦川雄帝宅，函谷壯皇居。\n綺殿千尋起，\n離宮百雉餘。"
-    assert split_sentences(poem) == ["帝京篇十首 一", "秦川雄帝宅，函谷壯皇居。", "綺殿千尋起，\n離宮百雉餘。"]
+    assert split_sentences(poem) == [
+        "帝京篇十首 一",
+        "秦川雄帝宅，函谷壯皇居。",
+        "綺殿千尋起，\n離宮百雉餘。",
+    ]
     verse = "All:\nWhat authority surfeits on\nwould relieve us. If they\nwould yield, it\nis well.\n\nTitle\n\nText"
     assert split_sentences(verse) == [
         "All:\nWhat authority surfeits on\nwould relieve us.", "If they\nwould yield, it\nis well.", "Title", "Text",
@@ -47,7 +51,7 @@ def test_lines() -> None:
 def test_nothing_is_lost_and_long_runs_take_linear_time() -> None:
     draw = random.Random(1)
     for _ in range(300):
-        text = "".join(draw.choices("aB.。!？\"”」\n ,，字I", k=draw.randint(0, 40)))
+        text = "".join(draw.choices('aB.。!？"”」\n ,，字I', k=draw.randint(0, 40)))
         found = split_sentences(text)
         assert "".join("".join(found).split()) == "".join(text.split())
         assert all(sentence == sentence.strip() != "" for sentence in found)

@@ -53,7 +53,9 @@ def read_megatron(prefix: Path) -> tuple[list[list[int]], list[int]]:
     return found, documents.tolist()
 
 
-def write_megatron(prefix: Path, sequences: list[list[int]], documents: list[int], code: int = 4, kind=np.int32) -> None:
+def write_megatron(
+    prefix: Path, sequences: list[list[int]], documents: list[int], code: int = 4, kind=np.int32
+) -> None:
     """Write a pair as Megatron-LM does."""
     lengths = [len(sequence) for sequence in sequences]
     size = np.dtype(kind).itemsize
