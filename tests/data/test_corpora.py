@@ -88,7 +88,7 @@ def test_folders_are_sorted_and_other_files_left_alone(tmp_path) -> None:
     (tmp_path / "empty.txt").touch()
     corpus = open_corpus([tmp_path])
     assert [file.name for file in corpus.files] == ["a.jsonl", "b/10.txt", "b/2.txt"]
-    assert list(corpus.documents())[0] == "of a.jsonl"
+    assert next(corpus.documents()) == "of a.jsonl"
 
 
 def test_cleaning_counts_what_it_leaves_out(tmp_path) -> None:

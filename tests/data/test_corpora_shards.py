@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -73,7 +74,7 @@ def test_megatron_reads_what_a_plain_tokenizer_says(
     for prefix in prefixes:
         sequences, index = read_megatron(prefix)
         assert index[-1] == len(sequences)
-        found += [sequences[first:last] for first, last in zip(index, index[1:])]
+        found += [sequences[first:last] for first, last in itertools.pairwise(index)]
     assert found == expected
     flat = [tokens for one in expected for tokens in one]
     assert shards.lengths.tolist() == list(map(len, flat))
@@ -86,7 +87,7 @@ def test_megatron_reads_what_a_plain_tokenizer_says(
         assert shards.tokens(sequence, 2, 5).tolist() == flat[sequence][2:5]
         assert shards.tokens(sequence, 1).tolist() == flat[sequence][1:]
         assert shards.tokens(sequence, 3, 10**9).tolist() == flat[sequence][3:]
-    assert shards.document(33).tolist() == sum(expected[33], [])
+    assert shards.document(33).tolist() == [token for tokens in expected[33] for token in tokens]
     about = shards.statistics
     assert about["documents"] == 150 and about["tokens"] == sum(map(len, flat)) == shards.lengths.sum()
     assert about["bytes"] == sum(len(text.encode()) for text in documents)
@@ -213,7 +214,7 @@ def test_damaged_shards_are_found_and_made_again(damage, corpus, tokenizer, tmp_
     for suffix in (".bin", ".idx", ".npy", ".json"):
         damage(folder / f"shard-00002{suffix}")
         kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*") if "00002" not in path.name}
-        with pytest.raises(UserError, match="shard-00002.* Tokenize the corpus again"):
+        with pytest.raises(UserError, match=r"shard-00002.* Tokenize the corpus again"):
             open_shards(folder)
         assert tokenized(corpus, tokenizer, folder).digest() == open_shards(folder).digest() == whole
         assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -261,7 +262,7 @@ def test_a_moved_corpus_is_the_same(corpus, tokenizer, tmp_path) -> None:
 def test_empty_and_undecodable_corpora(tokenizer, tmp_path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text(" \n\n \n")
-    with pytest.raises(UserError, match="the corpus is empty: .* no document with text"):
+    with pytest.raises(UserError, match=r"the corpus is empty: .* no document with text"):
         tokenized(open_corpus(path), tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     path.write_bytes(b"plain words\n\n" * 6000 + bytes(range(160, 250)) * 2000)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-WORDS = "apple pear plum cherry grape the a my is was very old new here there and of 天地 玄黃 宇宙 café Ünder".split()
+SPACED = (
+    "apple pear plum cherry grape the a my is was very old new here there and of 天地 玄黃 宇宙 café Ünder"
+)
+WORDS = SPACED.split()
 
 
 def make_documents(count: int, seed: int = 0, longest: int = 30) -> list[str]:

@@ -80,17 +80,8 @@ def tokenized(
         claims.remove_leftovers(folder)
         if not (folder / stored.CORPUS).exists():
             write_json(folder / stored.CORPUS, about)
-        descriptions = _whole(folder, len(jobs))
-        missing = [number for number in range(len(jobs)) if number not in descriptions]
-        if missing:
-            at_once = _processes(processes, corpus)
-            if not keep_duplicates:
-                jobs = _without_duplicates(jobs, encoder, folder, at_once)
-            for place, description in crew.done([jobs[number] for number in missing], encoder, at_once):
-                descriptions[missing[place]] = description
-                if show is not None:
-                    show(round(corpus.size * len(descriptions) / len(jobs)), corpus.size)
-        found = assembled(folder, about, [descriptions[number] for number in range(len(jobs))])
+        descriptions = _complete(jobs, folder, encoder, corpus, keep_duplicates, processes, show)
+        found = assembled(folder, about, descriptions)
         if not found.statistics["tokens"]:
             names = listing((file.path for file in corpus.files), 4)
             _remove(folder, len(jobs))
@@ -98,6 +89,24 @@ def tokenized(
                 f"{corpus.name}: the corpus is empty: {names} has no document with text. Name others."
             )
     return found
+
+
+def _complete(
+    jobs: Sequence[Job], folder: Path, encoder: Encoder, corpus: Corpus, keep_duplicates: bool, processes: int | None,
+    show: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Make the shards that are not there or not whole; return the descriptions of all."""
+    found = _whole(folder, len(jobs))
+    missing = [number for number in range(len(jobs)) if number not in found]
+    if missing:
+        at_once = _processes(processes, corpus)
+        if not keep_duplicates:
+            jobs = _without_duplicates(jobs, encoder, folder, at_once)
+        for place, description in crew.done([jobs[number] for number in missing], encoder, at_once):
+            found[missing[place]] = description
+            if show is not None:
+                show(round(corpus.size * len(found) / len(jobs)), corpus.size)
+    return [found[number] for number in range(len(jobs))]
 
 
 def _refuse_other(folder: Path, about: dict[str, Any]) -> None:
