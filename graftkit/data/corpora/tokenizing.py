@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -161,14 +160,12 @@ def _without_duplicates(jobs: Sequence[Job], encoder: Encoder, folder: Path, pro
         paths = [work / f"{number}.npy" for number in range(len(jobs))]
         for _ in crew.done(jobs, encoder, processes, paths):
             pass
-        found = [np.load(path, allow_pickle=False) for path in paths]
+        found = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+        later = is_repeated(np.concatenate(found))
     finally:
         claims.remove(work)
-    sizes = [len(one) for one in found]
-    later = is_repeated(np.concatenate(found))
-    ends = np.cumsum(sizes)
-    unwanted = [tuple(np.flatnonzero(later[end - size : end]).tolist()) for end, size in zip(ends, sizes)]
-    return [dataclasses.replace(job, left_out=places) for job, places in zip(jobs, unwanted)]
+    ends = np.cumsum([len(one) for one in found])
+    return [job.without(later[end - len(one) : end]) for job, one, end in zip(jobs, found, ends)]
 
 
 def is_repeated(fingerprints: np.ndarray) -> np.ndarray:
@@ -177,8 +174,9 @@ def is_repeated(fingerprints: np.ndarray) -> np.ndarray:
     They are compared in 16 parts, by their lowest bits, so that the memory is little more than that of the fingerprints.
     """
     later = np.zeros(len(fingerprints), bool)
+    part_of = fingerprints.astype(np.uint8) & 15
     for part in range(16):
-        places = np.flatnonzero((fingerprints & np.uint64(15)) == part)
+        places = np.flatnonzero(part_of == part)
         some = fingerprints[places]
         order = np.argsort(some, kind="stable")
         equal = some[order[1:]] == some[order[:-1]]
