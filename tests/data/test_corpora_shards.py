@@ -275,6 +275,18 @@ def test_empty_and_undecodable_corpora(tokenizer, tmp_path) -> None:
         tokenized(open_corpus(path), tokenizer, tmp_path / "more", processes=0)
 
 
+def test_parts_without_a_document(documents, tokenizer, tmp_path) -> None:
+    """A document that is longer than a shard leaves shards in which none begins."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(documents) + "\n\na plum")
+    corpus = open_corpus(path, documents="paragraphs")
+    for keep in (True, False):
+        shards = tokenized(corpus, tokenizer, tmp_path / f"out{keep}", keep_duplicates=keep)
+        assert shards.statistics["shards"] > 4 and shards.statistics["documents"] == 2
+        assert shards.document(0).tolist() == tokenizer.encode("\n".join(documents), add_special_tokens=False).ids
+        assert len(open_shards(tmp_path / f"out{keep}").document(1)) == 2
+
+
 def test_texts_that_spell_special_tokens(tokenizer, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("a [MASK] plum")
     found = tokenized(open_corpus(tmp_path / "a.txt"), tokenizer, tmp_path / "out").document(0)
