@@ -128,7 +128,9 @@ def write_new(
     """
     import torch
     import transformers
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = configuration(geometry, tokenizer)
     kind = auto(config.model_type)
     if kind is None:

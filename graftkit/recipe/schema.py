@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from graftkit.errors import UserError, shown
+from graftkit.errors import UserError, listing, shown
 from graftkit.recipe import catalogue, expressions, selection, sums
 from graftkit.recipe.faults import message_of
 from graftkit.recipe.values import DEPTH, place, read, seconds
@@ -297,6 +297,28 @@ def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool 
         return Recipe.model_validate(dict(values), context={"stored": True} if stored else None)
     except ValidationError as error:
         raise UserError(message_of(error, origin, keys())) from None
+
+
+def for_pretraining(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
+    """Make a recipe of an objective from nested values; without a model or a size, the model is a new one.
+
+    Raises `UserError` as `make` does, and for a task that is no objective.
+    """
+    known = catalogue.entries("task")
+    objectives = [name for name, entry in known.items() if entry.constants.get("makes_model", False)]
+    if values.get("task") is None:
+        raise UserError(
+            f"{origin}: the objective is missing; name one with --objective ({listing(objectives)})."
+        )
+    new = not any(values.get(key) for key in ("model", "size", "budget"))
+    recipe = make({**values, "model": NEW} if new else values, origin)
+    task = expressions.parse(recipe.task, "task")[0].name
+    if task not in objectives:
+        raise UserError(
+            f"{task}() is no objective but a task with labels; use `graftkit tune` for it, or choose one of "
+            f"{listing(objectives)}."
+        )
+    return recipe
 
 
 def _check_values(value: Any, origin: str, keys: tuple[Any, ...]) -> None:
