@@ -160,6 +160,7 @@ AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_TO_SEQ_CAUSAL_LM": "AutoModelForSeq2SeqLM",
     "MASKED_LM": "AutoModelForMaskedLM",
+    "PRETRAINING": "AutoModelForPreTraining",
 }
 
 
