@@ -21,7 +21,7 @@ from graftkit.recipe.schema import NEW, Recipe
 from graftkit.recipe.values import seconds
 from graftkit.report.console import Console, count, duration
 from graftkit.runs.prepare import Rows
-from graftkit.tasks.base import Task
+from graftkit.tasks.objectives.base import Objective
 from graftkit.tasks.objectives.documents import Documents
 from graftkit.tasks.shared.scores import token_scores
 
@@ -62,6 +62,7 @@ def budgeted(recipe: Recipe, rows: Rows, console: Console) -> Recipe:
         return recipe
     _refuse(recipe)
     budget, task = seconds(recipe.budget), rows.task
+    assert isinstance(task, Objective)  # the recipe was checked
     found = _measured(recipe, task, budget)
     chosen = found[-1]
     batch = (
@@ -95,7 +96,7 @@ def _refuse(recipe: Recipe) -> None:
             )
 
 
-def _measured(recipe: Recipe, task: Task, budget: float) -> list[Measured]:
+def _measured(recipe: Recipe, task: Objective, budget: float) -> list[Measured]:
     """Measure the size that the recipe names; without one, sizes from small to large as long as they see enough tokens.
     The last of them is chosen."""
     if recipe.model != NEW:
@@ -111,14 +112,14 @@ def _measured(recipe: Recipe, task: Task, budget: float) -> list[Measured]:
     return found
 
 
-def _of_geometry(geometry: Geometry, recipe: Recipe, task: Task) -> Measured:
+def _of_geometry(geometry: Geometry, recipe: Recipe, task: Objective) -> Measured:
     config = shaped(geometry, recipe.vocabulary or geometry.vocabulary)
     return _timed(
         geometry.name, config, min(recipe.data.max_length or LENGTH, geometry.positions), recipe, task
     )
 
 
-def _of_folder(recipe: Recipe, task: Task) -> Measured:
+def _of_folder(recipe: Recipe, task: Objective) -> Measured:
     import transformers
 
     folder = Path(recipe.model).expanduser()
@@ -131,7 +132,7 @@ def _of_folder(recipe: Recipe, task: Task) -> Measured:
     return _timed(recipe.model, config, min(recipe.data.max_length or LENGTH, positions), recipe, task)
 
 
-def _timed(name: str, config: Any, length: int, recipe: Recipe, task: Task) -> Measured:
+def _timed(name: str, config: Any, length: int, recipe: Recipe, task: Objective) -> Measured:
     """Time forward and backward passes of a random model."""
     import transformers
 
