@@ -193,6 +193,7 @@ OTHER_MEANINGS = {
     ("", "head"): "a role of sites and of labels, and a word of selections",
     ("", "norms"): "a word of selections",
     ("data", "tag"): "a column of a table",
+    ("tasks/objectives", "span"): "what is masked",
     ("tasks", "prompt"): "a column of a table",
     ("libraries.py", "peft"): "the name of a package",
     ("methods/shared/peft_lora.py", "pissa"): "a value of PEFT's init_lora_weights",
