@@ -26,7 +26,7 @@ from pathlib import Path
 
 from common import MODEL, ROOT, child_arguments, machine
 
-from graftkit.recipe.schema import DEFAULT_OPTIMIZER
+from graftkit.recipe.sections import DEFAULT_OPTIMIZER
 
 FOLDER = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "results.md"

@@ -194,6 +194,7 @@ OTHER_MEANINGS = {
     ("", "norms"): "a word of selections",
     ("data", "tag"): "a column of a table",
     ("optim", "full"): "an exact singular value decomposition",
+    ("tasks/objectives", "span"): "what is masked",
     ("tasks", "prompt"): "a column of a table",
     ("libraries.py", "peft"): "the name of a package",
     ("methods/shared/peft_lora.py", "pissa"): "a value of PEFT's init_lora_weights",

@@ -168,16 +168,19 @@ AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_TO_SEQ_CAUSAL_LM": "AutoModelForSeq2SeqLM",
     "MASKED_LM": "AutoModelForMaskedLM",
+    "PRETRAINING": "AutoModelForPreTraining",
 }
 
 
 def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
     """Return the auto class of transformers that builds this architecture with a head of one of these families, or None."""
-    if source.folder is None:
-        return None
+    return None if source.folder is None else class_of(config_of(source.folder).get("model_type"), families)
+
+
+def class_of(kind: str | None, families: Sequence[str]) -> str | None:
+    """Return the auto class that builds models of this type with a head of one of these families, or None."""
     from transformers.models.auto import modeling_auto
 
-    kind = config_of(source.folder).get("model_type")
     for family in families:
         if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
             return AUTO_CLASSES[family]

@@ -24,7 +24,7 @@ from graftkit.methods.base import Chain
 from graftkit.optim.base import Optimizer, as_optimizer
 from graftkit.optim.groups import hidden_matrices, param_groups
 from graftkit.optim.labels import Labels
-from graftkit.recipe.schema import DEFAULT_OPTIMIZER
+from graftkit.recipe.sections import DEFAULT_OPTIMIZER
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -21,153 +19,11 @@ from pydantic import (
 from graftkit.errors import UserError, listing, shown
 from graftkit.recipe import catalogue, expressions, selection, sums
 from graftkit.recipe.problems import message
-from graftkit.recipe.values import DEPTH, place, read
+from graftkit.recipe.sections import MOST, DataRecipe, Section, TrainRecipe, one_call
+from graftkit.recipe.values import DEPTH, place, read, seconds
 
 IN_MEMORY = "(in memory)"
-DEFAULT_OPTIMIZER = "adamw()"
-MOST = 10**9  # of any count
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, serialize_by_alias=True
-    )
-
-
-class DataRecipe(Section):
-    """Where the rows come from and how to read them."""
-
-    train: str = Field(description="training rows: a CSV, TSV, JSON lines, Parquet or Arrow file")
-    eval: str | float | None = Field(
-        default=0.1,
-        description="a file, or the fraction of the training rows to hold out; null: no evaluation",
-    )
-    test: str | None = Field(default=None, description="a file of test rows, evaluated once after training")
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="the column that holds each input: {text: ..., text_pair: ..., label: ...}",
-    )
-    encoding: str = Field(default="utf-8", description="encoding of text files, for example gb18030")
-    skip_bad: bool = Field(default=False, description="skip bad rows and count them instead of stopping")
-    max_length: int | None = Field(
-        default=None, ge=2, le=MOST, description="maximum number of tokens per row; null: the model's limit"
-    )
-
-    @field_validator("eval")
-    @classmethod
-    def _share(cls, value: str | float | None) -> str | float | None:
-        if isinstance(value, float | int) and not 0 < value < 1:
-            raise ValueError("must be a file, a share between 0 and 1, or null")
-        return value
-
-
-class TrainRecipe(Section):
-    """How the trained parameters are optimized."""
-
-    epochs: float = Field(default=5, gt=0, le=10**6, description="passes over the training rows")
-    steps: int | None = Field(default=None, ge=1, le=MOST, description="optimizer steps; replaces epochs")
-    batch_size: int = Field(default=32, ge=1, le=MOST, description="rows in one forward pass")
-    accumulate: int = Field(default=1, ge=1, le=MOST, description="forward passes before one optimizer step")
-    optimizer: str = Field(
-        default=DEFAULT_OPTIMIZER, description="the optimizer, for example galore(rank=128)"
-    )
-    step_in_backward: bool = Field(
-        default=False,
-        description="take the step of each parameter within the backward pass and free its gradient at once",
-    )
-    lr: float | None = Field(
-        default=None,
-        gt=0,
-        description="learning rate of each method that does not set its own; null: the methods' defaults",
-    )
-    weight_decay: float = Field(
-        default=0.01, ge=0, description="weight decay of trained matrices; norms and biases are not decayed"
-    )
-    warmup: float = Field(
-        default=0.1, ge=0, lt=1, description="fraction of the steps over which the learning rate warms up"
-    )
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
-        default="linear",
-        description="how the learning rate decays after the warm-up; wsd: it is constant until train.decay",
-    )
-    decay: float = Field(
-        default=0.2,
-        gt=0,
-        le=1,
-        description="wsd: fraction of the steps, at the end, over which the learning rate decays",
-    )
-    ema: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="decay of an exponential moving average of the trained weights, such as 0.999, which is then "
-        "evaluated and saved; null: none",
-    )
-    clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="probability mass of each target that is spread over all classes"
-    )
-    evaluate_every: int | str = Field(
-        default="epoch", description="steps between evaluations, or 'epoch', '2 epochs' and so on, or 'end'"
-    )
-    start: str | None = Field(
-        default=None,
-        alias="from",
-        description="a run, or the folder of a graft, to initialize the new graft from; null: a fresh initialization",
-    )
-    best: str | None = Field(
-        default=None,
-        description="the evaluation metric that selects the best weights, such as macro_f1 or loss; null: the task's first",
-    )
-    early_stopping: int | None = Field(
-        default=None, ge=1, le=MOST, description="stop after this many evaluations without improvement"
-    )
-    checkpoint_every: int | None = Field(
-        default=None,
-        ge=1,
-        le=MOST,
-        description="steps between checkpoints; null: every two minutes and at each evaluation",
-    )
-    trackers: list[str] = Field(
-        default_factory=list,
-        description="experiment trackers to log every line of metrics.jsonl to, such as [tensorboard] or [wandb]",
-    )
-    weight_type: Literal["fp32", "bf16"] = Field(
-        default="fp32",
-        description="number type of the backbone's trained weights; bf16: matrices only, rounded stochastically",
-    )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="number type of the matrix products"
-    )
-
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _optimizer(cls, value: Any) -> Any:
-        return _one_call(value, "optimizer")
-
-    @field_validator("evaluate_every")
-    @classmethod
-    def _interval(cls, value: int | str) -> int | str:
-        words = isinstance(value, str) and (
-            value in ("epoch", "end") or re.fullmatch(r"[1-9]\d{0,8} epochs?", value)
-        )
-        if not words and (isinstance(value, str) or not 1 <= value <= MOST):
-            raise ValueError(
-                f"must be from 1 to {MOST:,}, or 'epoch', a number of epochs such as '2 epochs', or 'end'"
-            )
-        return value
-
-
-def _one_call(value: Any, family: str) -> Any:
-    """Check the one call of a key and return it as text; YAML may hold a mapping instead, `{tag: {scheme: bio}}`."""
-    if isinstance(value, dict) and len(value) == 1:
-        (name, options), *_ = value.items()
-        value = str(expressions.Call(str(name).replace("-", "_"), options or {}))
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"^[a-z]+(-[a-z]+)+", lambda name: name[0].replace("-", "_"), value.strip())
-    expressions.parse_one(value, family)
-    return value
+NEW = "(new)"  # the model of a recipe that names a size instead
 
 
 class Recipe(Section):
@@ -176,6 +32,21 @@ class Recipe(Section):
     model: str = Field(description="a folder in transformers format, a hub id, or package.module:function")
     weights: str | None = Field(
         default=None, description="a safetensors file for the module that package.module:function returns"
+    )
+    size: str | None = Field(
+        default=None,
+        description="instead of a model: a new one of this size, such as mini or bert-small, initialized at random",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="of a new model: a folder that holds one; null: a new one, trained on the training texts",
+    )
+    vocabulary: int | None = Field(
+        default=None, ge=16, le=MOST, description="tokens of a new tokenizer; null: what suits the size"
+    )
+    budget: str | None = Field(
+        default=None,
+        description="pre-training: how long it may take, such as '20 min'; chooses size, batch and steps",
     )
     quantize: Literal["nf4", "int8"] | None = Field(
         default=None, description="store the frozen linear layers in 4 or 8 bits; requires bitsandbytes"
@@ -214,7 +85,25 @@ class Recipe(Section):
     @field_validator("task", mode="before")
     @classmethod
     def _task(cls, value: Any) -> Any:
-        return _one_call(value, "task")
+        return one_call(value, "task")
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds(value)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new(cls, values: Any) -> Any:
+        if (
+            isinstance(values, dict)
+            and not values.get("model")
+            and (values.get("size") or values.get("budget"))
+        ):
+            return {**values, "model": NEW}
+        return values
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
@@ -229,6 +118,7 @@ class Recipe(Section):
             raise UserError(
                 "train.weight_type=bf16 computes in bf16 too: leave train.precision=fp32 out, or train.weight_type."
             )
+        self._fit_start()
         self._fit_updates()
         self._fit_method()
         return self
@@ -253,6 +143,25 @@ class Recipe(Section):
                 f"{key}: {name}() needs more than the gradient of one parameter for its step; choose "
                 f"{listing([f'{entry}()' for entry in able], 12)}, or leave {key} out."
             )
+
+    def _fit_start(self) -> None:
+        """Check what concerns new models and pre-training."""
+        task = expressions.parse(self.task, "task")[0].name
+        constants = catalogue.entries("task")[task].constants
+        if self.model != NEW:
+            for key in ("size", "tokenizer", "vocabulary"):
+                if getattr(self, key) is not None:
+                    raise UserError(
+                        f"{key} is for a new model, but model {shown(self.model)} is named too, which brings its own; leave "
+                        "out one of the two."
+                    )
+        elif self.tokenizer is not None and self.vocabulary is not None:
+            raise UserError(
+                "vocabulary is for a new tokenizer, but tokenizer names one; leave out one of the two."
+            )
+        for key, value in (("budget", self.budget), ("data.probe", self.data.probe)):
+            if value is not None and not constants.get("makes_model", False):
+                raise UserError(f"{key} is for pre-training, but the task is {task}(); leave it out.")
 
     def _fit_method(self) -> None:
         """Complete the method from the task: fill in its default, and add a head unless the model brings one."""
@@ -291,6 +200,28 @@ def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool 
         return Recipe.model_validate(dict(values), context={"stored": True} if stored else None)
     except ValidationError as error:
         raise UserError(message(error, origin, keys())) from None
+
+
+def for_pretraining(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
+    """Make a recipe of an objective from nested values; without a model or a size, the model is a new one.
+
+    Raises `UserError` as `make` does, and for a task that is no objective.
+    """
+    known = catalogue.entries("task")
+    objectives = [name for name, entry in known.items() if entry.constants.get("makes_model", False)]
+    if values.get("task") is None:
+        raise UserError(
+            f"{origin}: the objective is missing; name one with --objective ({listing(objectives)})."
+        )
+    new = not any(values.get(key) for key in ("model", "size", "budget"))
+    recipe = make({**values, "model": NEW} if new else values, origin)
+    task = expressions.parse(recipe.task, "task")[0].name
+    if task not in objectives:
+        raise UserError(
+            f"{task}() is no objective but a task with labels; use `graftkit tune` for it, or choose one of "
+            f"{listing(objectives)}."
+        )
+    return recipe
 
 
 def _check_values(value: Any, origin: str, keys: tuple[Any, ...]) -> None:

@@ -25,7 +25,7 @@ from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.loop import Settings
-from graftkit.errors import NoGoodRows, UserError
+from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.load import begin_with
@@ -37,13 +37,12 @@ from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.best import best_of
 from graftkit.runs.further import check_further
+from graftkit.runs.probe import Probe, read_probe
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 from graftkit.tasks.shared.alike import alike
 
 # torch's messages for shapes too large for any memory
 TOO_LARGE = re.compile(r"size calculation overflowed|Overflow when unpacking|without overflow")
-
-SAMPLE = 4  # rows that are encoded before weights are read
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Rows:
     train: Examples
     eval: Examples | None
     test: Examples | None
+    probe: Probe | None = None
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -141,14 +141,13 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
     if evaluation is not None or isinstance(data.eval, str):
         held = _examples(task, read(data.eval, evaluation, "eval"), columns, labels, data.skip_bad)
     elif data.eval is not None:
-        kept, out = task.hold_out(examples, data.eval, recipe.seed)
-        held, examples = examples.take(out), examples.take(kept)
+        examples, held = task.split(examples, data.eval, recipe.seed)
     task = task.resolve(examples, labels, recipe.seed)
     best_of(task, labels, recipe.train.best)  # raises for an unknown one before a model is loaded
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
-    return Rows(task, columns, labels, examples, held, tested)
+    return Rows(task, columns, labels, examples, held, tested, read_probe(recipe))
 
 
 def _examples(
@@ -170,7 +169,9 @@ def prepare_backbone(
     if not task.head:
         if native is None and source.made is None and task.families:
             raise UserError(f"model {source.name!r} is not a language model that {task.name}() can use.")
-        backbone = load_backbone(source, native, complete=native is not None, meta=meta, seed=seed)
+        backbone = load_backbone(
+            source, native, complete=native is not None and not task.new_head, meta=meta, seed=seed
+        )
         task.settle(backbone)
         return backbone, method
     outputs = Outputs(
@@ -212,12 +213,11 @@ def rehearse(recipe: Recipe, rows: Rows, source: Source) -> None:
     """
     if source.made is not None:
         return
-    few = rows.train.take(range(min(SAMPLE, len(rows.train))))
     with by_shapes():
         backbone, graft, max_length = _grafted(recipe, rows, source, meta=True)
         if recipe.train.steps is not None and rows.task.trains:
             graft.method.check_steps(recipe.train.steps)
-        rows.task.dataset(few, backbone, max_length, training=True)
+        rows.task.rehearse(rows.train, backbone, max_length)
 
 
 @contextmanager
@@ -249,6 +249,12 @@ def _grafted(recipe: Recipe, rows: Rows, source: Source, *, meta: bool) -> tuple
         graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
     if recipe.train.start is not None:
         begin_with(graft, Path(recipe.train.start).expanduser(), rows.labels)
+    lacking = sorted(set(backbone.missing) - set(graft.labels)) if rows.task.new_head else ()
+    if lacking:
+        raise UserError(
+            f"the weights of {backbone.source!r} lack the head for {rows.task.name} ({listing(lacking, 3)}), so it is new, but "
+            f"{graft.method} does not train it. Add unfreeze('head') to the method, or use full()."
+        )
     if rows.task.trains:
         as_optimizer(recipe.train.optimizer).check(graft.param_groups())
     return backbone, graft, rows.task.max_length(recipe.data.max_length, backbone)
