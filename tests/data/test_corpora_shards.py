@@ -283,7 +283,10 @@ def test_parts_without_a_document(documents, tokenizer, tmp_path) -> None:
     for keep in (True, False):
         shards = tokenized(corpus, tokenizer, tmp_path / f"out{keep}", keep_duplicates=keep)
         assert shards.statistics["shards"] > 4 and shards.statistics["documents"] == 2
-        assert shards.document(0).tolist() == tokenizer.encode("\n".join(documents), add_special_tokens=False).ids
+        assert (
+            shards.document(0).tolist()
+            == tokenizer.encode("\n".join(documents), add_special_tokens=False).ids
+        )
         assert len(open_shards(tmp_path / f"out{keep}").document(1)) == 2
 
 
