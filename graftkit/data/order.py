@@ -74,11 +74,11 @@ class Permuted:
         half, mask = np.uint64(self.bits), np.uint64((1 << self.bits) - 1)
         left, right = places >> half, places & mask
         for key in self.keys:
-            left, right = right, left ^ (_mixed(right + key) & mask)
+            left, right = right, left ^ (mixed(right + key) & mask)
         return (left << half) | right
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def mixed(x: np.ndarray) -> np.ndarray:
     """64 bits, each of which depends on all of those of x (the finalizer of SplitMix64, Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

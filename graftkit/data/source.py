@@ -23,10 +23,14 @@ LOSS = "loss"  # name of the one term of most losses
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the rows. All random draws in it are functions of (seed, epoch, row)."""
+    """One pass over the rows. All random draws in it are functions of (seed, epoch, row).
+
+    `progress`: the fraction of the run's steps that are done, for what follows a schedule; 0 outside of training.
+    """
 
     seed: int = 0
     epoch: int = 0
+    progress: float = 0.0
 
     def generator(self, row: int, *stream: int) -> np.random.Generator:
         """Return the random generator of a row in this pass; `stream`: numbers that distinguish several uses."""

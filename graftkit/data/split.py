@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Hashable, Sequence
 
+import numpy as np
+
+from graftkit.data.order import mixed
 from graftkit.errors import UserError
 
 
@@ -56,3 +59,23 @@ def _groups(labels: Sequence[object]) -> list[list[int]]:
     for row, label in enumerate(labels):
         groups.setdefault(label, []).append(row)
     return list(groups.values())
+
+
+def held_out(documents: int, share: float, seed: int) -> np.ndarray:
+    """Return (documents,) which documents of a corpus are held out, at least one and not all.
+
+    Whether a document is held out depends on the seed and its number alone, so appending documents to a corpus moves
+    none from one side to the other. Raises `UserError` if there are fewer than 2.
+    """
+    if documents < 2:
+        raise UserError(
+            f"the corpus has {documents} document{'s' * (documents != 1)}, so none can be held out for evaluation. Name a "
+            "file with data.eval, set data.eval=null, or split it differently: documents='paragraphs' or 'lines' of the "
+            "objective"
+        )
+    start = mixed(np.array([seed], dtype=np.uint64))
+    draws = mixed(np.arange(1, documents + 1, dtype=np.uint64) + start)
+    held = draws < np.uint64(int(share * 2.0**64))
+    if held.all() or not held.any():
+        held[draws.argmax() if held.all() else draws.argmin()] ^= True
+    return held

@@ -175,7 +175,8 @@ class Loop:
 
     def work(self, step: int) -> Work:
         """Make the batches of a step. A pure function of the step, as it runs ahead in another thread."""
-        return self.made(self.batches(step), Pass(self.settings.seed, step // self.per_epoch))
+        progress = step / max(1, self.settings.steps)
+        return self.made(self.batches(step), Pass(self.settings.seed, step // self.per_epoch, progress))
 
     def made(self, rows: list[np.ndarray], at: Pass) -> Work:
         """Make the batches of a step from the row numbers of all processes."""

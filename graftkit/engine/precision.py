@@ -15,6 +15,7 @@ from torch import nn
 
 from graftkit.backbone.anatomy import has_statistics, is_linear
 from graftkit.files import special, write_json
+from graftkit.recipe.environment import cache_folder
 
 WORTHWHILE = 1.3  # how much faster a bf16 matrix product must be to be chosen
 SIZE = 768
@@ -33,7 +34,7 @@ def choose(wanted: str, device: torch.device) -> str:
 
 def cpu_speedup() -> float:
     """Return how many times faster this CPU multiplies bf16 matrices than fp32 ones."""
-    cache = Path(os.environ.get("GRAFTKIT_CACHE") or "~/.cache/graftkit").expanduser() / "machine.json"
+    cache = cache_folder() / "machine.json"
     key = f"{_cpu_name()} threads={torch.get_num_threads()} torch={torch.__version__}"
     try:
         known = {} if special(cache) else json.loads(cache.read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ class Family:
     """A kind of entry in the catalogue.
 
     `folder`: its folder in this package. `key`: its recipe key. `example`: an expression with an option; `plain`: one
-    without.
+    without. `collection`: a folder below with more entries, one file each, whose base class stands in its own `base.py`.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Family:
     key: str
     example: str
     plain: str
+    collection: str | None = None
 
     @property
     def plural(self) -> str:
@@ -63,7 +64,7 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("method", "methods", "method", "lora(rank=8) + head()", "full()"),
-        Family("task", "tasks", "task", "classify(class_weights='balanced')", "classify()"),
+        Family("task", "tasks", "task", "classify(class_weights='balanced')", "classify()", "objectives"),
         Family("optimizer", "optim", "train.optimizer", "galore(rank=128)", "adamw()"),
     )
 }
@@ -145,11 +146,14 @@ def _entries(family: str, own: str) -> dict[str, Entry]:
 
 @functools.cache
 def _packaged(family: str) -> dict[str, Entry]:
-    """Return the built-in entries: the files of the family's folder, and NAME/task.py below it."""
+    """Return the built-in entries: the files of the family's folder, NAME/task.py below it, and those of its collection."""
     about = FAMILIES[family]
     folder = declared.PACKAGE / about.folder
+    paths = {*folder.glob("*.py"), *folder.glob(f"*/{family}.py")} - {about.base[0]}
+    if about.collection is not None:
+        paths |= set((folder / about.collection).glob("*.py")) - {folder / about.collection / "base.py"}
     found = {}
-    for path in sorted({*folder.glob("*.py"), *folder.glob(f"*/{family}.py")} - {about.base[0]}):
+    for path in sorted(paths):
         module = ".".join(("graftkit", *path.relative_to(declared.PACKAGE).with_suffix("").parts))
         entry = _read(path, module, about)
         if entry is not None:

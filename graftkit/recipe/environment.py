@@ -1,13 +1,19 @@
-"""Environment variables that say which of several processes this is, as `torchrun` sets them. No torch here."""
+"""Environment variables: which of several processes this is, as `torchrun` sets them, and the cache folder. No torch here."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from graftkit.errors import UserError, shown
 
 LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1}  # -1: a process alone
 UNSET = "Unset it, or start the processes with torchrun or accelerate launch, which set it"
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again: GRAFTKIT_CACHE, or ~/.cache/graftkit."""
+    return Path(os.environ.get("GRAFTKIT_CACHE") or "~/.cache/graftkit").expanduser()
 
 
 def check_processes() -> None:

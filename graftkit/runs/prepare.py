@@ -25,7 +25,7 @@ from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.loop import Settings
-from graftkit.errors import NoGoodRows, UserError
+from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.load import begin_with
@@ -41,8 +41,6 @@ from graftkit.tasks.shared.alike import alike
 
 # torch's messages for shapes too large for any memory
 TOO_LARGE = re.compile(r"size calculation overflowed|Overflow when unpacking|without overflow")
-
-SAMPLE = 4  # rows that are encoded before weights are read
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
     if evaluation is not None or isinstance(data.eval, str):
         held = _examples(task, read(data.eval, evaluation, "eval"), columns, labels, data.skip_bad)
     elif data.eval is not None:
-        kept, out = task.hold_out(examples, data.eval, recipe.seed)
-        held, examples = examples.take(out), examples.take(kept)
+        examples, held = task.split(examples, data.eval, recipe.seed)
     task = task.resolve(examples, labels, recipe.seed)
     best_of(task, labels, recipe.train.best)  # raises for an unknown one before a model is loaded
     tested = None
@@ -146,7 +143,9 @@ def prepare_backbone(
     if not task.head:
         if native is None and source.made is None and task.families:
             raise UserError(f"model {source.name!r} is not a language model that {task.name}() can use.")
-        backbone = load_backbone(source, native, complete=native is not None, meta=meta, seed=seed)
+        backbone = load_backbone(
+            source, native, complete=native is not None and not task.new_head, meta=meta, seed=seed
+        )
         task.settle(backbone)
         return backbone, method
     outputs = Outputs(
@@ -188,12 +187,11 @@ def rehearse(recipe: Recipe, rows: Rows, source: Source) -> None:
     """
     if source.made is not None:
         return
-    few = rows.train.take(range(min(SAMPLE, len(rows.train))))
     with by_shapes():
         backbone, graft, max_length = _grafted(recipe, rows, source, meta=True)
         if recipe.train.steps is not None and rows.task.trains:
             graft.method.check_steps(recipe.train.steps)
-        rows.task.dataset(few, backbone, max_length, training=True)
+        rows.task.rehearse(rows.train, backbone, max_length)
 
 
 @contextmanager
@@ -225,6 +223,12 @@ def _grafted(recipe: Recipe, rows: Rows, source: Source, *, meta: bool) -> tuple
         graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
     if recipe.train.start is not None:
         begin_with(graft, Path(recipe.train.start).expanduser(), rows.labels)
+    lacking = sorted(set(backbone.missing) - set(graft.labels)) if rows.task.new_head else ()
+    if lacking:
+        raise UserError(
+            f"the weights of {backbone.source!r} lack the head for {rows.task.name} ({listing(lacking, 3)}), so it is new, but "
+            f"{graft.method} does not train it. Add unfreeze('head') to the method, or use full()."
+        )
     if rows.task.trains:
         as_optimizer(recipe.train.optimizer).check(graft.param_groups())
     return backbone, graft, rows.task.max_length(recipe.data.max_length, backbone)

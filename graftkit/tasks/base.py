@@ -28,6 +28,7 @@ from graftkit.recipe.catalogue import check_values, entry_name
 from graftkit.recipe.expressions import as_expression
 
 MAX_DEFAULT_LENGTH = 512
+SAMPLE = 4  # examples that are encoded before weights are read
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,11 @@ class Reader:
         whole = targets.tolist() if isinstance(targets, np.ndarray) else [0] * len(examples)
         return hold_out(whole, share, seed)
 
+    def split(self, examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+        """Return the examples to train on and those to evaluate on."""
+        kept, out = self.hold_out(examples, share, seed)
+        return examples.take(kept), examples.take(out)
+
     def given(self, items: list[Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
         """Return rows made from items passed to `predict` without a file; None if the items already form a table.
 
@@ -256,6 +262,11 @@ class Encoder:
     ) -> Dataset:
         """Encode the examples. `training`: the rows are trained on, so augmentation applies."""
         raise NotImplementedError
+
+    def rehearse(self, examples: Examples, backbone: Backbone, max_length: int) -> None:
+        """Encode a few examples on the meta device, before weights are read, to raise what would be raised later."""
+        few = examples.take(range(min(SAMPLE, len(examples))))
+        self.dataset(few, backbone, max_length, training=True)
 
     def rendered(self, dataset: Dataset) -> str:
         """Return a row as the model reads it, to show before training; empty if there is nothing to show."""
@@ -356,6 +367,10 @@ class Task(Reader, Encoder, Learner, Scorer):
     modality: ClassVar[str] = "text"
     method: ClassVar[str] = "lora() + head()"
     head: ClassVar[bool] = True
+    new_head: ClassVar[bool] = (
+        False  # if the model's weights lack its own head, it may be a new one, which is trained
+    )
+    makes_model: ClassVar[bool] = False  # a run ends with a plain model in RUN/model, beside its graft
     trains: ClassVar[bool] = True  # False: the model is used unchanged, and a run has no steps and no method
     using: ClassVar[tuple[str, ...]] = ()  # options that may be overridden when a finished run is used
 

@@ -23,8 +23,8 @@ from graftkit import Backbone, NotFoldable, UserError, attach, detach, load
 from graftkit.backbone.fit import token_rows
 from graftkit.data.chat import TEMPLATES
 from graftkit.engine.checkpoint import load_parameters
-from graftkit.tasks.generate.scores import token_scores
 from graftkit.tasks.generate.text import Writing, write
+from graftkit.tasks.shared.scores import token_scores
 
 V = tiny.VOCABULARY
 NEW = "new_tokens(['<order>', '<card>'], first_id={})"

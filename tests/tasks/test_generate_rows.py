@@ -19,8 +19,8 @@ from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 from graftkit.methods.base import read as read_method
 from graftkit.tasks.generate.data import conversation
-from graftkit.tasks.generate.scores import scores_of, token_scores
 from graftkit.tasks.generate.task import Generate
+from graftkit.tasks.shared.scores import scores_of, token_scores
 
 pytestmark = pytest.mark.sampled
 

@@ -20,8 +20,8 @@ from graftkit.data.ragged import Ragged, mask
 from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples
-from graftkit.tasks.generate.scores import token_scores
 from graftkit.tasks.generate.text import Writing, decoder_start
+from graftkit.tasks.shared.scores import token_scores
 
 OPEN, CLOSE = "⟦", "⟧"  # around target tokens in a row that is shown
 SHOWN = 2000  # maximum number of characters of a row that is shown

@@ -32,11 +32,11 @@ from graftkit.tasks.generate.data import (
     prompted_rows,
     start_of,
 )
-from graftkit.tasks.generate.scores import LABEL, MEAN, OTHER
 from graftkit.tasks.generate.talks import hold_out_talks, read_talks
 from graftkit.tasks.generate.text import Writing, ends_of, room_for, write
 from graftkit.tasks.shared.items import check_kinds
 from graftkit.tasks.shared.labels import is_missing
+from graftkit.tasks.shared.scores import LABEL, MEAN, OTHER
 from graftkit.tasks.shared.texts import made_up_texts, text_problem, tokenizer_of
 
 PROMPT = ("instruction", "question", "query", "source", "article", "document")
