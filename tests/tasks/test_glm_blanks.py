@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from graftkit.tasks.objectives.blanks import (
+from graftkit.tasks.shared.blanks import (
     LONGEST_SPAN,
     MIXTURE,
     MODES,

@@ -9,13 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from graftkit.errors import UserError, listing
 
 SHARE = 0.15  # of the tokens, in token and sentence mode
 MEAN_SPAN, LONGEST_SPAN = 3, 39  # of the Poisson distribution of span lengths
 SHORTEST_DOCUMENT = 0.25  # share of the text that is left out in document mode, at least
 MIXTURE = (0.5, 0.3, 0.2)  # token, sentence and document mode in the 10B recipe
+
+# tokens that a GLM needs beside those of any tokenizer, by the fields of `Marks`
+NAMES = {
+    "sentence": "[sMASK]",
+    "document": "[gMASK]",
+    "start": "<|startofpiece|>",
+    "end": "<|endofpiece|>",
+    "block": "[dBLOCK]",
+}
 
 Spans = np.ndarray  # (spans, 2) int64: start and end, exclusive, of each, in the order of the text
 
@@ -49,6 +61,10 @@ class Marks:
     end: int
     block: int
 
+    @property
+    def masks(self) -> tuple[int, int, int]:
+        return self.token, self.sentence, self.document
+
 
 @dataclass(frozen=True)
 class Infilling:
@@ -63,6 +79,20 @@ class Infilling:
     part_a: int
     positions: np.ndarray
     targets: np.ndarray
+
+
+def marks_of(tokenizer: Any, owner: str) -> Marks:
+    """Return the marks of a tokenizer. Raises `UserError`, for `owner`, if it lacks some."""
+    known = tokenizer.get_vocab()
+    lacking = [name for name in NAMES.values() if name not in known]
+    if tokenizer.mask_token_id is None:
+        lacking.insert(0, "a mask token")
+    if lacking:
+        raise UserError(
+            f"{owner} needs the tokens of a GLM, but the tokenizer of the model lacks {listing(lacking)}. Begin with a new "
+            "model, such as size=glm-mini, whose tokenizer has them."
+        )
+    return Marks(tokenizer.mask_token_id, **{field: known[name] for field, name in NAMES.items()})
 
 
 def draw_lengths(random: np.random.Generator, runs: Spans, total: int, most: int) -> list[list[int]]:
