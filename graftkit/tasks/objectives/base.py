@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.corpora.corpus import open_corpus
-from graftkit.data.corpora.shards import tokenized
+from graftkit.data.corpora.tokenizing import tokenized
 from graftkit.data.order import Order, Permuted
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
@@ -192,12 +192,12 @@ class Objective(Task):
         return self.rows(replace(examples, count=len(texts)), texts, backbone, max_length, training)
 
     def shards_of(self, examples: Documents, tokenizer: Any) -> Path:
-        """Return the folder of the tokenized corpus, by what decides its content except the files' own."""
+        """Return the folder of the tokenized corpus in the cache, named by all that decides its content."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         what = (
-            [str(Path(path).expanduser().absolute()) for path in examples.paths], sorted(examples.table.columns),
-            self.documents, self.duplicates, self.sentences, vocabulary,
+            _stamps(examples.paths), sorted(examples.table.columns), self.documents, self.duplicates, self.sentences,
+            vocabulary,
         )  # fmt: skip
         return cache_folder() / SHARDS / hashlib.sha256(repr(what).encode()).hexdigest()[:24]
 
@@ -254,6 +254,13 @@ class Objective(Task):
         """Return the mean loss and the accuracy of a term over all rows."""
         sums = np.sum(outcomes, axis=0)[2 * term : 2 * term + 2] / max(1.0, self.units(dataset)[term])
         return float(sums[0]), float(sums[1])
+
+
+def _stamps(paths: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return place, size and time of change of each file."""
+    named = [Path(path).expanduser().absolute() for path in paths]
+    files = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def token_term(scores: Tensor, batch: Batch, weight: float = 1.0) -> Term:
