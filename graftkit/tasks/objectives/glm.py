@@ -58,7 +58,9 @@ class Glm(Objective):
     mode: str = option(
         "token", "what is left out of a text", choices=("token", "sentence", "document", "mixture")
     )
-    shuffle: bool = option(True, "write the blanks in random order, so that each is learned given any of the others")
+    shuffle: bool = option(
+        True, "write the blanks in random order, so that each is learned given any of the others"
+    )
     block: float = option(
         0.1, "token mode: share of the tokens of blanks that are hidden from those after them, as [dBLOCK]",
         at_least=0, below=1,

@@ -17,7 +17,9 @@ from graftkit.tasks.shared.blanks import Infilling, Marks, Text, corrupt
 
 # tokens of a row for each token of its text: a blank takes two, and of n tokens about 0.05 n begin a blank
 GROWTH = 1.14
-REMEMBERED = 256  # rows of which the draws are kept, as they are needed to count the targets and again to make a batch
+REMEMBERED = (
+    256  # rows of which the draws are kept, as they are needed to count the targets and again to make a batch
+)
 
 
 class BlankRows(TokenRows):
@@ -118,7 +120,9 @@ class BlankRows(TokenRows):
             ROWS: np.repeat(everything, list(map(len, targets))),
             PLACES: np.concatenate([np.arange(one.part_a, len(one.ids)) for one in made]),
         }
-        return {name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()}
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()
+        }
 
     def where(self, row: int) -> str:
         number = int(np.searchsorted(self.begins, row * self.body, side="right")) - 1

@@ -136,7 +136,11 @@ def write_blanks(
         while not all(pen.done for pen in pens) and (room is None or step < room):
             known = torch.cat([known, known.new_ones(len(pens), 1)], dim=1)
             state = torch.tensor([[pen.token, pen.place, pen.number] for pen in pens], device=device)
-            place = state[:, 1:2] if not consecutive else torch.from_numpy(given.lengths + step)[:, None].to(device)
+            place = (
+                state[:, 1:2]
+                if not consecutive
+                else torch.from_numpy(given.lengths + step)[:, None].to(device)
+            )
             logits = model(
                 input_ids=state[:, :1], attention_mask=known, position_ids=place,
                 block_position_ids=state[:, 2:], past_key_values=cache,
