@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _FRONT = {
     "tune": "graftkit.runs.tune",
+    "pretrain": "graftkit.runs.pretrain",
     "resume": "graftkit.runs.tune",
     "check": "graftkit.runs.check",
     "Run": "graftkit.runs.tune",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from graftkit.grafts.mixing import using as using
     from graftkit.recipe.schema import Recipe as Recipe
     from graftkit.runs.check import check as check
+    from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tune import Run as Run
     from graftkit.runs.tune import resume as resume
     from graftkit.runs.tune import tune as tune

@@ -164,25 +164,29 @@ AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_TO_SEQ_CAUSAL_LM": "AutoModelForSeq2SeqLM",
     "MASKED_LM": "AutoModelForMaskedLM",
+    "PRETRAINING": "AutoModelForPreTraining",
 }
 
 
 def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
     """Return the auto class of transformers that builds this architecture with a head of one of these families, or None."""
-    if source.folder is None:
-        return None
-    kind = config_of(source.folder).get("model_type")
-    return next((AUTO_CLASSES[family] for family in families if belongs_to(kind, family)), None)
+    return None if source.folder is None else class_of(config_of(source.folder).get("model_type"), families)
 
 
-def belongs_to(kind: Any, family: str) -> bool:
-    """Return whether transformers, or code that registered a class with it, has a model of this type in a family."""
+def class_of(kind: str | None, families: Sequence[str]) -> str | None:
+    """Return the auto class that builds models of this type with a head of one of these families, or None.
+
+    The type is one of transformers, or one that other code registered with it.
+    """
     from transformers.models.auto import configuration_auto, modeling_auto
 
-    if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
-        return True
     added = configuration_auto.CONFIG_MAPPING
-    return kind in added and added[kind] in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING")
+    for family in families:
+        if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
+            return AUTO_CLASSES[family]
+        if kind in added and added[kind] in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING"):
+            return AUTO_CLASSES[family]
+    return None
 
 
 def register_own(kind: Any) -> None:

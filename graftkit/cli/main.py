@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftkit.cli import data as cli_data
+from graftkit.cli import pretraining
 from graftkit.cli import runs as cli_runs
 from graftkit.cli.options import (
     Arguments,
@@ -208,6 +209,7 @@ def _choices(option: Option) -> str:
     return f" ({', '.join(map(str, choices))})" if choices else ""
 
 
+app.command()(pretraining.pretrain)
 app.add_typer(cli_data.app, name="data")
 for finished in (cli_runs.evaluate, cli_runs.predict, cli_runs.merge, cli_runs.export):
     app.command()(finished)

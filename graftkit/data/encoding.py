@@ -44,7 +44,7 @@ def decode_blocks(blocks: Iterable[bytes], source: str, encoding: str) -> Iterat
         for raw, last in _with_last(blocks):
             if not offset:
                 if is_utf8:
-                    _refuse_wide_characters(raw, source, encoding)
+                    refuse_wide_characters(raw, source, encoding)
                 elif name in ("utf-16", "utf-32") and not raw.startswith(UTF16_MARKS + UTF32_MARKS):
                     name += f"-{sys.byteorder[0]}e"  # without a byte-order mark, native byte order
                 decoder = codecs.getincrementaldecoder("utf-8" if is_utf8 else name)()
@@ -58,10 +58,10 @@ def decode_blocks(blocks: Iterable[bytes], source: str, encoding: str) -> Iterat
         byte, line = seen[error.start], line + seen.count(b"\n", left, error.start)
         raise UserError(
             f"{source} is not {encoding}: byte 0x{byte:02x} at offset {offset - left + error.start} (line {line}) "
-            f"cannot be decoded. {_suggest_encoding(seen, is_utf8)}"
+            f"cannot be decoded. {suggest_encoding(seen, is_utf8)}"
         ) from None
     except UnicodeError as error:
-        raise UserError(f"{source} is not {encoding}: {error}. {_suggest_encoding(raw, False)}") from None
+        raise UserError(f"{source} is not {encoding}: {error}. {suggest_encoding(raw, False)}") from None
     except (LookupError, ValueError):
         hint = nearest(encoding, [*ENCODINGS, *encodings.aliases.aliases.values()])
         raise UserError(
@@ -79,7 +79,7 @@ def _with_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield before or b"", True
 
 
-def _refuse_wide_characters(raw: bytes, source: str, encoding: str) -> None:
+def refuse_wide_characters(raw: bytes, source: str, encoding: str) -> None:
     """Raise `UserError` for UTF-16 and UTF-32 files: if they contain only ASCII, they decode as UTF-8, with zero bytes."""
     if raw.startswith(UTF16_MARKS + UTF32_MARKS):
         name = (
@@ -95,7 +95,7 @@ def _refuse_wide_characters(raw: bytes, source: str, encoding: str) -> None:
         raise UserError(f"{source} is not a text file: it is full of zero bytes. Give a text file")
 
 
-def _suggest_encoding(raw: bytes, tried_utf8: bool) -> str:
+def suggest_encoding(raw: bytes, tried_utf8: bool) -> str:
     if len(re.findall(rb"[\x00-\x08\x0e-\x1f]", raw[:4096])) * 50 > len(raw[:4096]):
         return "It looks like a binary file: give a text file"
     as_utf8 = raw.decode("utf-8", errors="replace")

@@ -18,11 +18,13 @@ from pydantic import (
     model_validator,
 )
 
-from graftkit.errors import UserError, listing, nearest, shown
+from graftkit.errors import UserError, listing, shown
 from graftkit.recipe import catalogue, expressions, selection, sums
-from graftkit.recipe.values import DEPTH, place, read
+from graftkit.recipe.faults import message_of
+from graftkit.recipe.values import DEPTH, place, read, seconds
 
 IN_MEMORY = "(in memory)"
+NEW = "(new)"  # the model of a recipe that names a size instead
 DEFAULT_OPTIMIZER = "adamw()"
 MOST = 10**9  # of any count
 
@@ -42,6 +44,10 @@ class DataRecipe(Section):
         description="a file, or the fraction of the training rows to hold out; null: no evaluation",
     )
     test: str | None = Field(default=None, description="a file of test rows, evaluated once after training")
+    probe: str | None = Field(
+        default=None,
+        description="pre-training: labelled rows, up to 500 of which are classified from frozen features at each evaluation",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="the column that holds each input: {text: ..., text_pair: ..., label: ...}",
@@ -154,6 +160,21 @@ class Recipe(Section):
     weights: str | None = Field(
         default=None, description="a safetensors file for the module that package.module:function returns"
     )
+    size: str | None = Field(
+        default=None,
+        description="instead of a model: a new one of this size, such as mini or bert-small, initialized at random",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="of a new model: a folder that holds one; null: a new one, trained on the training texts",
+    )
+    vocabulary: int | None = Field(
+        default=None, ge=16, le=MOST, description="tokens of a new tokenizer; null: what suits the size"
+    )
+    budget: str | None = Field(
+        default=None,
+        description="pre-training: how long it may take, such as '20 min'; chooses size, batch and steps",
+    )
     quantize: Literal["nf4", "int8"] | None = Field(
         default=None, description="store the frozen linear layers in 4 or 8 bits; requires bitsandbytes"
     )
@@ -193,13 +214,51 @@ class Recipe(Section):
     def _task(cls, value: Any) -> Any:
         return _one_call(value, "task")
 
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds(value)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new(cls, values: Any) -> Any:
+        if (
+            isinstance(values, dict)
+            and not values.get("model")
+            and (values.get("size") or values.get("budget"))
+        ):
+            return {**values, "model": NEW}
+        return values
+
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
         for key in ("early_stopping", "best"):
             if getattr(self.train, key) and self.data.eval is None:
                 raise UserError(f"train.{key} needs rows to evaluate on: set data.eval to a file or a share.")
+        self._fit_start()
         self._fit_method()
         return self
+
+    def _fit_start(self) -> None:
+        """Check what concerns new models and pre-training."""
+        task = expressions.parse(self.task, "task")[0].name
+        constants = catalogue.entries("task")[task].constants
+        if self.model != NEW:
+            for key in ("size", "tokenizer", "vocabulary"):
+                if getattr(self, key) is not None:
+                    raise UserError(
+                        f"{key} is for a new model, but model {shown(self.model)} is named too, which brings its own; leave "
+                        "out one of the two."
+                    )
+        elif self.tokenizer is not None and self.vocabulary is not None:
+            raise UserError(
+                "vocabulary is for a new tokenizer, but tokenizer names one; leave out one of the two."
+            )
+        for key, value in (("budget", self.budget), ("data.probe", self.data.probe)):
+            if value is not None and not constants.get("makes_model", False):
+                raise UserError(f"{key} is for pre-training, but the task is {task}(); leave it out.")
 
     def _fit_method(self) -> None:
         """Complete the method from the task: fill in its default, and add a head unless the model brings one."""
@@ -237,7 +296,29 @@ def make(values: Mapping[str, Any], origin: str = "the recipe", *, stored: bool 
     try:
         return Recipe.model_validate(dict(values), context={"stored": True} if stored else None)
     except ValidationError as error:
-        raise UserError(_message(error, origin)) from None
+        raise UserError(message_of(error, origin, keys())) from None
+
+
+def for_pretraining(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
+    """Make a recipe of an objective from nested values; without a model or a size, the model is a new one.
+
+    Raises `UserError` as `make` does, and for a task that is no objective.
+    """
+    known = catalogue.entries("task")
+    objectives = [name for name, entry in known.items() if entry.constants.get("makes_model", False)]
+    if values.get("task") is None:
+        raise UserError(
+            f"{origin}: the objective is missing; name one with --objective ({listing(objectives)})."
+        )
+    new = not any(values.get(key) for key in ("model", "size", "budget"))
+    recipe = make({**values, "model": NEW} if new else values, origin)
+    task = expressions.parse(recipe.task, "task")[0].name
+    if task not in objectives:
+        raise UserError(
+            f"{task}() is no objective but a task with labels; use `graftkit tune` for it, or choose one of "
+            f"{listing(objectives)}."
+        )
+    return recipe
 
 
 def _check_values(value: Any, origin: str, keys: tuple[Any, ...]) -> None:
@@ -297,44 +378,6 @@ def keys() -> dict[str, str]:
                 for key, inner in section.model_fields.items()
             }
     return found
-
-
-def _message(error: ValidationError, origin: str) -> str:
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path = [str(part) for part in first["loc"] if str(part) not in ("str", "float", "int", "bool")]
-    path = [part for part in path if not part.startswith(("literal[", "function-"))]
-    key = ".".join(path)
-    known = keys()
-    if first["type"] == "extra_forbidden":
-        inner = [k for k in known if k.rpartition(".")[2] == path[-1]]
-        suggestion = (
-            f" Did you mean {inner[0]!r}?" if inner else nearest(key, known) or nearest(path[-1], known)
-        )
-        return f"{origin}: unknown key {shown(key)} (keys: {listing(known, 30)}).{suggestion}"
-    if first["type"] == "missing":
-        key = "data.train" if key == "data" else key  # the only key of this section without a default
-        return f"{origin}: {key!r} is missing: {known.get(key, '') or 'it is needed'}."
-    given = first.get("input")
-    if first["type"] == "model_type":
-        inner = [name.rpartition(".")[2] for name in known if name.startswith(f"{key}.")]
-        return f"{origin}: {key} is {shown(given)}, but must be a section with keys ({listing(inner, 4)})."
-    text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    text = text[0].lower() + text[1:]
-    options = [p for p in problems if ".".join(map(str, p["loc"])).startswith(key)]
-    if len(options) > 1:
-        text = " or ".join(
-            dict.fromkeys(
-                p["msg"].replace("Input should be", "").removeprefix("Value error, ").strip() for p in options
-            )
-        )
-        text = f"must be {text.removeprefix('must be ')}"
-    suggestion = ""
-    if first["type"] == "literal_error" and isinstance(given, str):
-        suggestion = nearest(
-            given, str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        )
-    return f"{origin}: {key} is {shown(given)}, but {text}.{suggestion}"
 
 
 def schema() -> dict[str, Any]:

@@ -152,3 +152,26 @@ def place(values: dict[str, Any], dotted: str, value: Any) -> None:
         inside[part] = dict(held or {})
         inside = inside[part]
     inside[last] = value
+
+
+UNITS = {
+    "s": 1,
+    "sec": 1,
+    "second": 1,
+    "m": 60,
+    "min": 60,
+    "minute": 60,
+    "h": 3600,
+    "hour": 3600,
+    "d": 86400,
+    "day": 86400,
+}
+
+
+def seconds(text: str) -> float:
+    """Return a time such as '20 min' or '1.5 h' in seconds. Raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]+?)s?\s*", text)
+    unit = None if found is None else UNITS.get(found[2], UNITS.get(f"{found[2]}s"))
+    if found is None or unit is None or not float(found[1]):
+        raise ValueError("must be a time such as '30 s', '20 min' or '2 h'")
+    return float(found[1]) * unit

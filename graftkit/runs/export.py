@@ -15,7 +15,7 @@ from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, lo
 from graftkit.export.transformers import Transformers
 from graftkit.files import assembling, read_json, write_json, write_text
 from graftkit.grafts.fold import why_not
-from graftkit.runs.folder import CARD, PLAN, RECIPE
+from graftkit.runs.folder import CARD, MODEL, PLAN, RECIPE
 from graftkit.runs.predict import Loaded, load_run, open_run
 from graftkit.runs.prepare import by_shapes, reading_of
 
@@ -42,8 +42,16 @@ def export(
         return _export(folder, place, exporter, model)
 
 
-def _export(folder: Path, to: Path, exporter: Exporter, model: str | None) -> dict[str, Any]:
-    opened = open_run(folder, model=model)
+def write_model(folder: Path) -> Path:
+    """Write the plain model of a pre-training run to RUN/model, just before its result is written; return that folder."""
+    _export(folder, folder / MODEL, Transformers(), None, finished=False)
+    return folder / MODEL
+
+
+def _export(
+    folder: Path, to: Path, exporter: Exporter, model: str | None, finished: bool = True
+) -> dict[str, Any]:
+    opened = open_run(folder, model=model, finished=finished)
     with by_shapes():
         shapes = _exportable(load_run(opened, meta=True))
         exporter.refuse(shapes)

@@ -17,7 +17,7 @@ from graftkit.errors import UserError, listing
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 
-RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
+RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, INITIAL, MODEL = (
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -27,8 +27,10 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS = (
     "checkpoints",
     "worst.jsonl",
     "trackers",
+    "initial",
+    "model",
 )
-ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS)
+ENTRIES = (RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, INITIAL, MODEL)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
 
 
@@ -117,7 +119,9 @@ def _foreign(folder: Path, names: list[str]) -> list[str]:
     if foreign or PLAN in names:
         return foreign
     kept = sorted(name for name in names if not LEFTOVER.fullmatch(name))
-    return [] if kept == [RECIPE] and _is_saved(folder) else kept
+    if kept == [INITIAL] and (folder / INITIAL / "config.json").is_file():
+        return []
+    return [] if kept in ([RECIPE], [INITIAL, RECIPE]) and _is_saved(folder) else kept
 
 
 def _is_saved(folder: Path) -> bool:
@@ -128,14 +132,21 @@ def _is_saved(folder: Path) -> bool:
         return False
 
 
-def clear(folder: Path) -> None:
-    """Delete the files of a run, and nothing else. Raises `UserError` if that is not permitted.
+def at_home(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a run with the initial model in its folder, if it has one, wherever that is now."""
+    here = folder / INITIAL
+    return recipe.model_copy(update={"model": str(here)}) if here.is_dir() else recipe
+
+
+def clear(folder: Path, keep: Path | None = None) -> None:
+    """Delete the files of a run, except `keep`, and nothing else. Raises `UserError` if that is not permitted.
 
     What is left if the process is killed says at no moment that it is finished, and is a run that can be resumed or
     overwritten: the result is deleted first, and what a run is recognized by last.
     """
     order = {RESULT: -1, PLAN: 1, RECIPE: 2}
-    own = [path for path in folder.iterdir() if path.name in ENTRIES or LEFTOVER.fullmatch(path.name)]
+    found = [path for path in folder.iterdir() if path != keep]
+    own = [path for path in found if path.name in ENTRIES or LEFTOVER.fullmatch(path.name)]
     for path in sorted(own, key=lambda path: (order.get(path.name, 0), path.name)):
         try:
             if path.is_dir() and not path.is_symlink():

@@ -25,7 +25,7 @@ VALUES, CONFIG = "recipe", "config_sha256"
 BEGAN = "checksum_of_train_from"  # of the values that train.from gave the graft
 PROCESSES = "processes"
 # where things are, which may change; rows and weights are compared by what they hold
-PLACES = {"model", "weights", "out", "data.train", "data.eval", "data.test", "train.from"}
+PLACES = {"model", "weights", "out", "data.train", "data.eval", "data.test", "data.probe", "train.from"}
 LOGGING = {"train.trackers", "train.checkpoint_every"}  # no effect on the result
 VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
 

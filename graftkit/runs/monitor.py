@@ -27,6 +27,7 @@ from graftkit.report.console import Console
 from graftkit.report.summary import show_end, title
 from graftkit.runs import folder as run_folder
 from graftkit.runs.best import best_of
+from graftkit.runs.export import write_model
 from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
@@ -47,6 +48,9 @@ class Watch:
         self.prepared, self.datasets, self.folder, self.loop = prepared, datasets, folder, loop
         self.start = start
         self.seconds_before = 0.0
+        self.tokens = 0  # trained on, without padding
+        self.stepping = 0.0  # seconds spent in steps, without evaluations
+        self.mark = time.monotonic()
         self.last_checkpoint = time.monotonic()
         self.best: dict[str, Any] | None = None
         self.waited = 0
@@ -79,6 +83,7 @@ class Watch:
         return patience is not None and self.waited >= patience
 
     def log(self, step: Step) -> None:
+        self.tokens, self.stepping = self.tokens + step.tokens, self.stepping + time.monotonic() - self.mark
         right = {} if step.accuracy is None else {"accuracy": step.accuracy}
         self.pending.append({
             "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss, **right,
@@ -181,7 +186,7 @@ class Watch:
             if self.main:
                 position = {
                     "best": self.best, "waited": self.waited, "seconds": self.seconds, "worst": self.best_worst,
-                    "unused": sorted(self.unused), "zero": self.zero,
+                    "unused": sorted(self.unused), "zero": self.zero, "tokens": self.tokens, "stepping": self.stepping,
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
@@ -208,6 +213,7 @@ class Watch:
             self.best, self.waited = position["best"], position["waited"]
             self.seconds_before, self.best_worst = position["seconds"], position["worst"]
             self.unused, self.zero = set(position.get("unused", ())), position.get("zero", [])
+            self.tokens, self.stepping = position.get("tokens", 0), position.get("stepping", 0.0)
         in_first(lambda: self._check_best(step))
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
@@ -255,6 +261,9 @@ class Watch:
                 self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
             self.flush()
             self._describe(result, found, worst)
+            if task.makes_model:
+                with self._reporting("writing the plain model"):
+                    result["model"] = str(write_model(folder))
             result["problems"] = list(self.problems)
             write_json(folder / RESULT, result)  # last: with it, the run is finished
             run_folder.tidy(folder)
@@ -286,6 +295,8 @@ class Watch:
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(self.prepared.device),
             "steps": self.loop.step,
+            "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens / self.stepping, 1) if self.stepping else None,
             "precision": self.prepared.precision,
             "device": str(self.prepared.device),
             "method": str(self.prepared.graft.method) or "none",

@@ -30,6 +30,7 @@ from graftkit.grafts.stored import DESCRIPTION
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, held, writing
+from graftkit.runs.folder import at_home
 from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of, source_of
 from graftkit.runs.saved import read_result
 from graftkit.tasks.base import Dataset, Examples, Task
@@ -74,21 +75,26 @@ class Loaded:
     forward: Forward
 
 
-def open_run(folder: Path, options: Mapping[str, Any] | None = None, model: str | None = None) -> Opened:
+def open_run(
+    folder: Path, options: Mapping[str, Any] | None = None, model: str | None = None, *, finished: bool = True
+) -> Opened:
     """Read what a run says about itself.
 
-    `options`: task options to override. `model`: the new location of the backbone, if it has moved.
+    `options`: task options to override. `model`: the new location of the backbone, if it has moved. `finished`: raise
+    `UserError` if the run has no result yet.
     """
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{str(folder)!r} is not a run folder (it has no recipe.yaml).")
-    if not (folder / "result.json").is_file():
+    if finished and not (folder / "result.json").is_file():
         raise UserError(
             f"the run in {folder} is not finished; resume it with `graftkit tune --resume {folder}`."
         )
-    read_result(folder / "result.json")
+    if finished:
+        read_result(folder / "result.json")
     recipe = recipes.make(recipes.read(folder / "recipe.yaml"), str(folder / "recipe.yaml"), stored=True)
+    recipe = at_home(recipe, folder)
     about = graft_files.read(folder / "graft").about
     if not {"labels", "precision", "task", "columns", "max_length"} <= set(about):
         raise UserError(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from graftkit.claims import remove_leftovers
 from graftkit.engine.cached import PhasedForward, make_forward
 from graftkit.engine.forward import Forward
-from graftkit.engine.loop import Loop, Step
+from graftkit.engine.loop import Loop
 from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.engine.tracking import refuse_missing
 from graftkit.errors import Interrupted, UserError
@@ -30,8 +29,10 @@ from graftkit.runs.folder import METRICS, PLAN, RECIPE, RESULT, go_on, how_to_re
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse, source_of
+from graftkit.runs.progress import Smooth, due, stop_signals
 from graftkit.runs.reporting import found_in
 from graftkit.runs.saved import log_lines, read_plan, read_result
+from graftkit.runs.starting import part_of, put_in_place, started
 from graftkit.tasks.base import Dataset
 
 
@@ -127,14 +128,17 @@ def run_recipe(
         claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
         folder = claimed or run_folder.named(str(recipe.out))
         rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        recipe = stack.enter_context(started(recipe, rows, folder))
         source = source_of(recipe)
         rehearse(recipe, rows, source)
         prepared = prepare(recipe, rows, source)
         prepared, datasets = _encode(prepared)
+        if processes()[0] == 0 and overwrite:
+            run_folder.clear(folder, keep=part_of(recipe, folder))
+        recipe = put_in_place(recipe, folder)
+        prepared.backbone.source = recipe.model
         prepared = replace(prepared, recipe=_resolved(recipe, prepared, folder))
         if processes()[0] == 0:
-            if overwrite:
-                run_folder.clear(folder)
             write_text(folder / RECIPE, prepared.recipe.dump())
             write_json(folder / PLAN, _planned(prepared, datasets))
         return _train(prepared, datasets, folder, console, resumed=False)
@@ -173,6 +177,7 @@ def resume_run(
     if not (folder / RECIPE).is_file():
         raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE), stored=True)
+    recipe = run_folder.at_home(recipe, folder)
     if (folder / RESULT).is_file():
         result = read_result(folder / RESULT)
         console.line(
@@ -209,7 +214,8 @@ def plan(recipe: Recipe, console: Console) -> Plan:
     """Print what `tune` prints before its first step; no weights are read and nothing is trained."""
     refuse_missing(recipe.train.trackers)
     rows = prepare_rows(recipe)
-    prepared = prepare(recipe, rows, meta=True)
+    with TemporaryDirectory() as place, started(recipe, rows, Path(place)) as recipe:
+        prepared = prepare(recipe, rows, meta=True)
     datasets = {"train": prepared.train}
     show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
     show_plan(console, prepared.plan.as_dict())
@@ -243,9 +249,10 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     watch.track(console)
     console.heading("Training" if prepared.settings.steps else "Evaluation")
     console.start(prepared.settings.steps, loop.step)
-    smooth = _Smooth()
+    smooth = Smooth()
     try:
-        with _stop_signals() as stopped:
+        with stop_signals() as stopped:
+            watch.mark = time.monotonic()
             for step in loop if not watch.ended else ():
                 smooth.add(step)
                 watch.log(step)
@@ -253,7 +260,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                 console.step(
                     step.number, prepared.settings.steps, step.epoch, smooth.loss, smooth.accuracy, step.rows
                 )
-                if _due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
+                if due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
                     watch.evaluate(step.number, console)
                 stop = bool(stopped)
                 if loop.world > 1:  # if one process is signalled, all stop
@@ -266,6 +273,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                     )
                 if watch.ended:
                     break
+                watch.mark = time.monotonic()
         if not prepared.settings.steps and watch.best is None:
             watch.evaluate(0, console)
     except BaseException:
@@ -319,33 +327,6 @@ def statistics(prepared: Prepared, datasets: Mapping[str, Dataset]) -> dict[str,
     return {name: rows.task.statistics(dataset, rows.labels) for name, dataset in datasets.items()}
 
 
-def _due(every: int | str, step: Step, per_epoch: int, total: int) -> bool:
-    if step.number == total:
-        return True
-    if every == "end":
-        return False
-    if isinstance(every, str):  # 'epoch', or '2 epochs'
-        every = per_epoch * int("".join(filter(str.isdigit, every)) or 1)
-    return step.number % every == 0
-
-
-class _Smooth:
-    """Running means for the progress line; no accuracy if the task has none in training."""
-
-    def __init__(self) -> None:
-        self.loss = self.weight = 0.0
-        self.accuracy: float | None = 0.0
-
-    def add(self, step: Step) -> None:
-        self.weight = 0.98 * self.weight + 0.02
-        share = 0.02 / self.weight
-        self.loss += share * (step.loss - self.loss)
-        if step.accuracy is None or self.accuracy is None:
-            self.accuracy = None
-        else:
-            self.accuracy += share * (step.accuracy - self.accuracy)
-
-
 def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     """Return the recipe with defaults resolved and absolute paths, so that it can be run from anywhere."""
 
@@ -367,30 +348,3 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
         "model": model, "weights": absolute(recipe.weights), "data": data, "train": train, "method": method,
         "out": str(folder),
     })  # fmt: skip
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C, SIGTERM and SIGHUP (a closed terminal) instead of being interrupted within a step.
-
-    A second one interrupts at once.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

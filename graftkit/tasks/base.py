@@ -371,6 +371,11 @@ class Task(Reader, Encoder, Learner, Scorer):
         False  # if the model's weights lack its own head, it may be a new one, which is trained
     )
     makes_model: ClassVar[bool] = False  # a run ends with a plain model in RUN/model, beside its graft
+    geometry: ClassVar[str] = "bert"  # the family of a new model whose size is named without one
+    vocabulary: ClassVar[str] = "wordpiece"  # the kind of tokenizer that is trained for a new model
+    special_tokens: ClassVar[
+        tuple[str, ...]
+    ] = ()  # tokens that it needs besides those that its kind has anyway
     trains: ClassVar[bool] = True  # False: the model is used unchanged, and a run has no steps and no method
     using: ClassVar[tuple[str, ...]] = ()  # options that may be overridden when a finished run is used
 

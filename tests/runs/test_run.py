@@ -10,7 +10,7 @@ from conftest import equal_bits, graft_tensors, make_rows, tune_words
 
 import graftkit
 from graftkit.engine.loop import Step
-from graftkit.runs.tune import _due
+from graftkit.runs.progress import due
 
 pytestmark = pytest.mark.sampled
 
@@ -274,4 +274,4 @@ def test_real_data_and_a_real_model(shared, tmp_path):
 )
 def test_evaluations_come_when_the_recipe_says(every: int | str, steps: list[int]) -> None:
     taken = [Step(n, n / 5, 0.0, 0.0, 1.0, 1, 1.0, 0.0, 1) for n in range(1, 18)]
-    assert [step.number for step in taken if _due(every, step, per_epoch=5, total=17)] == steps
+    assert [step.number for step in taken if due(every, step, per_epoch=5, total=17)] == steps

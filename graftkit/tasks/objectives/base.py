@@ -65,6 +65,7 @@ class TokenRows(Dataset):
 
     keeps = False  # masks differ between epochs
     uniform = True
+    hidden: ClassVar[tuple[str, ...]] = (TARGETS, ROWS, PLACES)  # inputs that the model does not get
 
     def __init__(self, examples: Examples, texts: Texts, rows: int, length: int, predicted: int) -> None:
         super().__init__(examples, np.broadcast_to(np.int64(length), (rows,)))
@@ -84,7 +85,7 @@ class TokenRows(Dataset):
 
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return the inputs of a batch without what belongs to the targets."""
-        return {name: t for name, t in batch.inputs.items() if name not in (TARGETS, ROWS, PLACES)}
+        return {name: t for name, t in batch.inputs.items() if name not in self.hidden}
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
         """Return `token_scores` of the target tokens, (targets, 3)."""

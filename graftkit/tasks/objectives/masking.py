@@ -161,3 +161,29 @@ def replaced(
     if all_masks:
         return np.full_like(ids, vocabulary.mask)
     return np.where(fate < KEPT, ids, np.where(fate < KEPT + RANDOM, drawn, vocabulary.mask))
+
+
+def masked(
+    random: np.random.Generator,
+    ids: np.ndarray,
+    count: int,
+    vocabulary: Vocabulary,
+    unit: str,
+    all_masks: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a row (length,) with `count` of its tokens masked, and their positions (count,) in order."""
+    free = np.flatnonzero(~vocabulary.special[ids])
+    if len(free) < count:  # almost only special tokens
+        free = np.arange(len(ids))
+    begins = None if vocabulary.begins is None else vocabulary.begins[ids[free]]
+    places, groups = UNITS[unit](random, free, begins, count)
+    made = ids.copy()
+    made[places] = replaced(random, ids[places], groups, vocabulary, all_masks)
+    return made, places
+
+
+def edges(tokenizer: Any) -> tuple[int | None, int | None]:
+    """Return the tokens that begin and end a row: [CLS] and [SEP], or <s> and </s>; None where there is none."""
+    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    return first, last

@@ -14,7 +14,7 @@ from graftkit.data.source import Batch, Pass
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.objectives.base import PLACES, ROWS, TARGETS, Objective, TokenRows
 from graftkit.tasks.objectives.documents import Documents, Texts
-from graftkit.tasks.objectives.masking import EVALUATED, UNITS, Share, parse_share, replaced, vocabulary_of
+from graftkit.tasks.objectives.masking import EVALUATED, Share, edges, masked, parse_share, vocabulary_of
 from graftkit.tasks.shared.bodies import scores_of_chosen
 
 
@@ -67,15 +67,10 @@ class MaskedRows(TokenRows):
 
     def mask(self, ids: np.ndarray, row: int, at: Pass) -> tuple[np.ndarray, np.ndarray]:
         """Return a row with masks, and the positions of its target tokens in order."""
-        random, special, count = at.generator(row), self.vocabulary.special[ids], self.masked(at)
-        free = np.flatnonzero(~special)
-        if len(free) < count:  # almost only separators
-            free = np.arange(len(ids))
-        begins = None if self.vocabulary.begins is None else self.vocabulary.begins[ids[free]]
-        places, groups = UNITS[self.task.unit](random, free, begins, count)
-        masked = ids.copy()
-        masked[places] = replaced(random, ids[places], groups, self.vocabulary, self.task.replace == "mask")
-        return masked, places
+        task = self.task
+        return masked(
+            at.generator(row), ids, self.masked(at), self.vocabulary, task.unit, task.replace == "mask"
+        )
 
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         texts = np.stack([self.text(int(row)) for row in rows])
@@ -102,13 +97,6 @@ class MaskedRows(TokenRows):
         return self.tokenizer.decode(
             self.inputs(np.zeros(1, dtype=np.int64), Pass())["input_ids"][0].tolist()
         )
-
-
-def edges(tokenizer: Any) -> tuple[int | None, int | None]:
-    """Return the tokens that begin and end a row: [CLS] and [SEP], or <s> and </s>; None where there is none."""
-    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    return first, last
 
 
 @dataclass(frozen=True)

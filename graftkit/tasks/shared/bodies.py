@@ -23,14 +23,14 @@ def scores_of_chosen(
     body = getattr(model, "base_model", None)
     if body is None or body is model:
         return token_scores(model, inputs, rows, places, targets)
-    with only_at(body, rows, places):
+    with chosen_states(body, rows, places):
         return token_scores(
             model, inputs, torch.zeros_like(rows), torch.arange(len(places), device=places.device), targets
         )
 
 
 @contextmanager
-def only_at(body: nn.Module, rows: Tensor, places: Tensor) -> Iterator[None]:
+def chosen_states(body: nn.Module, rows: Tensor, places: Tensor) -> Iterator[None]:
     """Make a body return its last states at these places only, (1, places, width)."""
 
     def choose(module: nn.Module, args: Any, output: Any) -> Any:

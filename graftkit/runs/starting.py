@@ -1,0 +1,112 @@
+"""The new model that a recipe with a size starts from: its tokenizer, and random weights in RUN/initial."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graftkit.backbone.geometries import Geometry, geometry_of, write_new
+from graftkit.backbone.source import class_of
+from graftkit.claims import is_leftover, remove, temporary
+from graftkit.data.corpora.vocabulary import train_tokenizer
+from graftkit.engine.parallel import in_first, wait
+from graftkit.errors import UserError, first_line
+from graftkit.recipe.schema import NEW, Recipe
+from graftkit.runs.folder import INITIAL
+from graftkit.runs.prepare import Rows
+from graftkit.tasks.base import Task
+from graftkit.tasks.objectives.documents import Documents
+
+DEFAULT_SIZE = "mini"
+
+
+@contextmanager
+def started(recipe: Recipe, rows: Rows, folder: Path) -> Iterator[Recipe]:
+    """Yield the recipe with a model to load. If it names a size, one is written to `folder` under a temporary name, which
+    is removed on exit unless `put_in_place` was called."""
+    if recipe.model != NEW:
+        yield recipe
+        return
+    part = temporary(folder / INITIAL)
+    try:
+        in_first(lambda: write_start(recipe, rows, part))
+        wait()
+        found = next(iter(sorted(folder.glob(f"{INITIAL}.*.part"))))
+        yield with_start(recipe, rows.task, str(found))
+    finally:
+        remove(part)
+
+
+def write_start(recipe: Recipe, rows: Rows, folder: Path) -> None:
+    """Write the tokenizer and the random model of a recipe to a folder."""
+    task, geometry = rows.task, size_of(recipe, rows.task)
+    tokenizer = tokenizer_for(recipe, rows, geometry)
+    write_new(geometry, lambda kind: class_of(kind, task.families), tokenizer, folder, recipe.seed)
+
+
+def with_start(recipe: Recipe, task: Task, model: str) -> Recipe:
+    """Return a recipe that starts from a model instead of a size; the size decides the default learning rate."""
+    whole = recipe.train.lr is None and recipe.method is not None and not recipe.method.count("lr=")
+    lr = size_of(recipe, task).lr if whole else recipe.train.lr
+    none = {"size": None, "tokenizer": None, "vocabulary": None}
+    return recipe.model_copy(
+        update={"model": model, "train": recipe.train.model_copy(update={"lr": lr}), **none}
+    )
+
+
+def part_of(recipe: Recipe, folder: Path) -> Path | None:
+    """Return where the new model of a run stands until the run begins; None if it has none."""
+    path = Path(recipe.model)
+    return path if path.parent == folder and is_leftover(path) else None
+
+
+def put_in_place(recipe: Recipe, folder: Path) -> Recipe:
+    """Move the new model of a run, if it has one, to its final name; return the recipe with that."""
+    part = part_of(recipe, folder)
+    if part is None:
+        return recipe
+    in_first(lambda: os.replace(part, folder / INITIAL))
+    wait()
+    return recipe.model_copy(update={"model": str(folder / INITIAL)})
+
+
+def size_of(recipe: Recipe, task: Task) -> Geometry:
+    """Return the geometry that a recipe names, by default the family's mini."""
+    return geometry_of(recipe.size or DEFAULT_SIZE, task.geometry)
+
+
+def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry) -> Any:
+    """Return the tokenizer that a recipe names, or a new one that is trained on its texts."""
+    task = rows.task
+    if recipe.tokenizer is not None:
+        return named_tokenizer(recipe.tokenizer)
+    if not isinstance(rows.train, Documents):
+        raise UserError(
+            f"a new model for {task.name}() needs a tokenizer; name a folder that holds one: tokenizer=FOLDER."
+        )
+    return train_tokenizer(
+        rows.train.corpus,
+        kind=task.vocabulary,
+        size=recipe.vocabulary or geometry.vocabulary,
+        special=task.special_tokens,
+    )
+
+
+def named_tokenizer(name: str) -> Any:
+    """Load the tokenizer in a folder. Raises `UserError` if there is none."""
+    import transformers
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"tokenizer {name!r} is not a folder; name one with tokenizer.json, such as a model's."
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise UserError(f"the tokenizer in {name!r} cannot be read: {first_line(error)}") from None
