@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry) -> Any:
     """Return the tokenizer that a recipe names, or a new one that is trained on its texts."""
     task = rows.task
     if recipe.tokenizer is not None:
-        return named_tokenizer(recipe.tokenizer)
+        return with_tokens(named_tokenizer(recipe.tokenizer), task.special_tokens)
     if not isinstance(rows.train, Documents):
         raise UserError(
             f"a new model for {task.name}() needs a tokenizer; name a folder that holds one: tokenizer=FOLDER."
@@ -93,6 +93,18 @@ def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry) -> Any:
         size=recipe.vocabulary or geometry.vocabulary,
         special=task.special_tokens,
     )
+
+
+def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
+    """Add the special tokens that an objective needs and a tokenizer lacks. The model is new, so it has room for them."""
+    known, more = tokenizer.get_vocab(), {}
+    if tokenizer.mask_token is None and "[MASK]" in tokens:
+        more["mask_token"] = "[MASK]"
+    lacking = [token for token in tokens if token not in known and token not in more.values()]
+    tokenizer.add_special_tokens(
+        {**more, "extra_special_tokens": lacking}, replace_extra_special_tokens=False
+    )
+    return tokenizer
 
 
 def named_tokenizer(name: str) -> Any:

@@ -183,6 +183,16 @@ def test_without_the_second_position_places_go_on(backbone: Backbone, folder: Pa
         assert (batch["block_position_ids"][row] > 0).any()
 
 
+def test_rows_too_short_for_blanks_are_refused(backbone: Backbone, folder: Path) -> None:
+    task = Glm(documents="lines")
+    table = task.read(folder / "corpus.txt", Reading(), "train")
+    examples = task.examples(table, {"text": "text"}, (), False)
+    with pytest.raises(UserError, match=r"data.max_length is 15, but glm\(\) needs at least 16"):
+        task.dataset(examples, backbone, 15)
+    rows = task.dataset(examples, backbone, 16, training=True)
+    assert rows.inputs(np.arange(len(rows)), Pass())["input_ids"].shape[1] <= 16
+
+
 def test_models_and_tokenizers_that_do_not_fit_are_refused(backbone: Backbone, tiny_bert: Path) -> None:
     import transformers
 

@@ -24,6 +24,9 @@ from graftkit.tasks.shared.items import check_kinds, check_texts
 from graftkit.tasks.shared.texts import read_texts, tokenizer_of
 
 
+SHORTEST = 16  # tokens of a row
+
+
 class Prompts(Dataset):
     """Texts with blanks to fill. `prompts`: part A of each, (tokens,)."""
 
@@ -91,6 +94,10 @@ class Glm(Objective):
     def rows(
         self, examples: Documents, texts: Texts, backbone: Backbone, max_length: int, training: bool
     ) -> TokenRows:
+        if max_length < SHORTEST:
+            raise UserError(
+                f"data.max_length is {max_length}, but {self.name}() needs at least {SHORTEST} tokens for a text and its blanks."
+            )
         tokenizer = backbone.processor
         evaluated = "token" if self.mode == "mixture" else self.mode
         two = backbone.model.config.block_positions  # type: ignore[union-attr]
