@@ -83,7 +83,7 @@ def measure(variant: str, seed: int, data: Path, how: dict[str, Any]) -> dict[st
             train=str(folder / "train.txt"), eval=str(folder / "held.txt"), method="full()", out=folder / "run",
             settings={
                 "seed": seed, "train.steps": how["steps"], "train.batch_size": how["batch_size"], "train.lr": how["lr"],
-                "train.evaluate_every": "end", "train.checkpoint_every": "end", "train.precision": "fp32",
+                "train.evaluate_every": "end", "train.precision": "fp32",
             },
         )  # fmt: skip
         texts, wanted = blanks(folder / "held.txt", how["blanks"])
