@@ -15,6 +15,7 @@ _FRONT = {
     "pretrain": "graftkit.runs.pretrain",
     "resume": "graftkit.runs.tune",
     "check": "graftkit.runs.check",
+    "train_tokenizer": "graftkit.runs.tokenizer",
     "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.attach",
     "detach": "graftkit.grafts.attach",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from graftkit.recipe.schema import Recipe as Recipe
     from graftkit.runs.check import check as check
     from graftkit.runs.pretrain import pretrain as pretrain
+    from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer
     from graftkit.runs.tune import Run as Run
     from graftkit.runs.tune import resume as resume
     from graftkit.runs.tune import tune as tune

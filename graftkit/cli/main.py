@@ -14,6 +14,7 @@ import typer
 from graftkit.cli import data as cli_data
 from graftkit.cli import pretraining
 from graftkit.cli import runs as cli_runs
+from graftkit.cli import tokenizer as cli_tokenizer
 from graftkit.cli.options import (
     Arguments,
     Eval,
@@ -211,7 +212,13 @@ def _choices(option: Option) -> str:
 
 app.command()(pretraining.pretrain)
 app.add_typer(cli_data.app, name="data")
-for finished in (cli_runs.evaluate, cli_runs.predict, cli_runs.merge, cli_runs.export):
+for finished in (
+    cli_runs.evaluate,
+    cli_runs.predict,
+    cli_runs.merge,
+    cli_runs.export,
+    cli_tokenizer.tokenizer,
+):
     app.command()(finished)
 
 

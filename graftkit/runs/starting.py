@@ -11,12 +11,13 @@ from typing import Any
 from graftkit.backbone.geometries import Geometry, geometry_of, write_new
 from graftkit.backbone.source import class_of
 from graftkit.claims import is_leftover, remove, temporary
-from graftkit.data.corpora.vocabulary import train_tokenizer
+from graftkit.data.vocabularies import SPECIAL
 from graftkit.engine.parallel import in_first, wait
-from graftkit.errors import UserError, first_line
+from graftkit.errors import UserError
 from graftkit.recipe.schema import NEW, Recipe
 from graftkit.runs.folder import INITIAL
 from graftkit.runs.prepare import Rows
+from graftkit.runs.tokenizer import load_tokenizer, train_tokenizer
 from graftkit.tasks.base import Task
 from graftkit.tasks.objectives.documents import Documents
 
@@ -43,7 +44,7 @@ def started(recipe: Recipe, rows: Rows, folder: Path) -> Iterator[Recipe]:
 def write_start(recipe: Recipe, rows: Rows, folder: Path) -> None:
     """Write the tokenizer and the random model of a recipe to a folder."""
     task, geometry = rows.task, size_of(recipe, rows.task)
-    tokenizer = tokenizer_for(recipe, rows, geometry)
+    tokenizer = tokenizer_for(recipe, rows, geometry, folder)
     write_new(geometry, lambda kind: class_of(kind, task.families), tokenizer, folder, recipe.seed)
 
 
@@ -78,21 +79,21 @@ def size_of(recipe: Recipe, task: Task) -> Geometry:
     return geometry_of(recipe.size or DEFAULT_SIZE, task.geometry)
 
 
-def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry) -> Any:
-    """Return the tokenizer that a recipe names, or a new one that is trained on its texts."""
-    task = rows.task
+def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry, folder: Path) -> Any:
+    """Return the tokenizer that a recipe names, or a new one that is trained on its texts in `folder`."""
+    task, train = rows.task, rows.train
     if recipe.tokenizer is not None:
-        return with_tokens(named_tokenizer(recipe.tokenizer), task.special_tokens)
-    if not isinstance(rows.train, Documents):
+        return with_tokens(load_tokenizer(recipe.tokenizer), task.special_tokens)
+    if not isinstance(train, Documents):
         raise UserError(
             f"a new model for {task.name}() needs a tokenizer; name a folder that holds one: tokenizer=FOLDER."
         )
-    return train_tokenizer(
-        rows.train.corpus,
-        kind=task.vocabulary,
-        size=recipe.vocabulary or geometry.vocabulary,
-        special=task.special_tokens,
-    )
+    special = next(name for name, tokens in SPECIAL.items() if set(task.special_tokens) <= set(tokens))
+    train_tokenizer(
+        list(train.paths), kind=task.vocabulary, vocab=recipe.vocabulary or geometry.vocabulary, out=folder,
+        special=special, column=train.column, documents=train.documents, encoding=recipe.data.encoding,
+    )  # fmt: skip
+    return load_tokenizer(str(folder))
 
 
 def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
@@ -105,20 +106,3 @@ def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
         {**more, "extra_special_tokens": lacking}, replace_extra_special_tokens=False
     )
     return tokenizer
-
-
-def named_tokenizer(name: str) -> Any:
-    """Load the tokenizer in a folder. Raises `UserError` if there is none."""
-    import transformers
-
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"tokenizer {name!r} is not a folder; name one with tokenizer.json, such as a model's."
-        )
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise UserError(f"the tokenizer in {name!r} cannot be read: {first_line(error)}") from None

@@ -28,8 +28,15 @@ SUFFIXES = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffi
 DOCUMENTS = ("auto", "paragraphs", "lines", "file")
 HEAD = 1 << 16  # bytes of a file that are looked at
 FEW = 16  # characters that cannot be decoded are cleaned if there are no more of them in a head
-ARTICLES, ARTICLE = 10, 1 << 20  # text files are taken as a document each if there are as many, none of more bytes
-SHARD, SMALLEST_SHARD, SHARDS = 1 << 26, 1 << 20, 16  # bytes at most and at least; number if neither is reached
+ARTICLES, ARTICLE = (
+    10,
+    1 << 20,
+)  # text files are taken as a document each if there are as many, none of more bytes
+SHARD, SMALLEST_SHARD, SHARDS = (
+    1 << 26,
+    1 << 20,
+    16,
+)  # bytes at most and at least; number if neither is reached
 WHOLE = 1 << 26  # bytes; of larger files samples are compared
 BLOCKS, BLOCK = 64, 1 << 16
 
@@ -101,7 +108,12 @@ class Corpus:
         """
         files = [[file.name, file.size, _checksum(Path(file.path), file.size)] for file in self.files]
         reading = self.reading
-        return {"files": files, "column": reading.column, "split": reading.documents, "encoding": reading.encoding}
+        return {
+            "files": files,
+            "column": reading.column,
+            "split": reading.documents,
+            "encoding": reading.encoding,
+        }
 
 
 def open_corpus(
@@ -126,7 +138,9 @@ def open_corpus(
     Raises UserError for files that are missing, empty, binary, in an unknown format or without the column.
     """
     if documents not in DOCUMENTS:
-        raise UserError(f"documents={documents!r} is none of {listing(DOCUMENTS)}.{nearest(str(documents), DOCUMENTS)}")
+        raise UserError(
+            f"documents={documents!r} is none of {listing(DOCUMENTS)}.{nearest(str(documents), DOCUMENTS)}"
+        )
     try:
         codecs.lookup(encoding)
         b"".decode(encoding)
@@ -136,12 +150,16 @@ def open_corpus(
         ) from None
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths or ())
     if not given:
-        raise UserError(f"{name}: no file is named. Name text files, JSON lines, Parquet files or folders of these.")
+        raise UserError(
+            f"{name}: no file is named. Name text files, JSON lines, Parquet files or folders of these."
+        )
     files = [file for path in given for file in _found(os.fspath(path))]
     _refuse_twice(files)
     filled = [file for file in files if file.size]
     if not filled:
-        raise UserError(f"{name}: the corpus is empty: {listing((file.path for file in files), 4)} has no text. Name others.")
+        raise UserError(
+            f"{name}: the corpus is empty: {listing((file.path for file in files), 4)} has no text. Name others."
+        )
     heads = {file: _head(file) for file in filled}
     reading = Reading(column or "text", _how(heads, documents), encoding)
     for file in filled:
@@ -157,7 +175,9 @@ def _found(given: str) -> Iterator[File]:
             pass
         if (kind := SUFFIXES.get(path.suffix.lower())) is None:
             ending = f"the ending '{path.suffix}'" if path.suffix else "no ending"
-            raise UserError(f"{given} has {ending}, and a corpus is of {listing(SUFFIXES)}. Rename or convert it.")
+            raise UserError(
+                f"{given} has {ending}, and a corpus is of {listing(SUFFIXES)}. Rename or convert it."
+            )
         yield File(path.name, str(path), kind, path.stat().st_size)
         return
     inside = sorted(
@@ -171,7 +191,9 @@ def _found(given: str) -> Iterator[File]:
         key=lambda found: found.relative_to(path).as_posix(),
     )
     if not inside:
-        raise UserError(f"{given} has no file with one of the endings of a corpus ({listing(SUFFIXES)}). Name another folder.")
+        raise UserError(
+            f"{given} has no file with one of the endings of a corpus ({listing(SUFFIXES)}). Name another folder."
+        )
     for found in inside:
         if (wrong := irregular(found)) is not None:
             raise UserError(f"{found} {wrong}.")

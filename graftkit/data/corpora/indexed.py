@@ -45,7 +45,9 @@ def index_bytes(lengths: np.ndarray, documents: np.ndarray, kind: np.dtype) -> b
     np.cumsum(lengths[:-1], out=places[1:], dtype="<i8")
     places *= kind.itemsize
     header = HEADER.pack(MAGIC, 1, code, len(lengths), len(documents))
-    return b"".join([header, lengths.astype("<i4").tobytes(), places.tobytes(), documents.astype("<i8").tobytes()])
+    return b"".join(
+        [header, lengths.astype("<i4").tobytes(), places.tobytes(), documents.astype("<i8").tobytes()]
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ def open_pair(prefix: str | Path) -> Pair:
     raw = _mapped(index)
     kind, sequences, entries = _header(index, raw)
     stop = HEADER.size + sequences * 12 + entries * 8
-    if not stop <= len(raw) <= stop + sequences:  # with a byte for the mode of each sequence in multimodal ones
+    if (
+        not stop <= len(raw) <= stop + sequences
+    ):  # with a byte for the mode of each sequence in multimodal ones
         raise UserError(f"{index} has {len(raw):,} bytes, but its header announces {stop:,}; {AGAIN}.")
     first, second = HEADER.size + sequences * 4, HEADER.size + sequences * 12
     lengths = raw[HEADER.size : first].view("<i4")
@@ -100,7 +104,12 @@ def open_pair(prefix: str | Path) -> Pair:
     content = _mapped(binary)
     if sequences:
         ends = places + lengths.astype(np.int64) * kind.itemsize
-        if lengths.min() < 0 or places.min() < 0 or int(ends.max()) > len(content) or (places % kind.itemsize).any():
+        if (
+            lengths.min() < 0
+            or places.min() < 0
+            or int(ends.max()) > len(content)
+            or (places % kind.itemsize).any()
+        ):
             raise UserError(
                 f"{binary} has {len(content):,} bytes, but {index.name} places sequences up to byte {int(ends.max()):,}; "
                 f"{AGAIN}."
@@ -120,10 +129,14 @@ def _header(index: Path, raw: np.ndarray) -> tuple[np.dtype, int, int]:
     """Return the tokens' type, the number of sequences, and of entries of the index of documents."""
     head = raw[: HEADER.size].tobytes()
     if not head.startswith(MAGIC) or len(head) < HEADER.size:
-        raise UserError(f"{index} is not the index of a token file (it does not begin with MMIDIDX); {AGAIN}.")
+        raise UserError(
+            f"{index} is not the index of a token file (it does not begin with MMIDIDX); {AGAIN}."
+        )
     _, version, code, sequences, entries = HEADER.unpack(head)
     if version != 1:
-        raise UserError(f"{index} has version {version}, and only version 1 can be read; write the pair again in that form.")
+        raise UserError(
+            f"{index} has version {version}, and only version 1 can be read; write the pair again in that form."
+        )
     if code not in TYPES:
         kind = "numbers with a fraction, not tokens" if code in FLOATS else f"an unknown type ({code})"
         raise UserError(f"{index} says that its .bin file holds {kind}; name a pair of token files.")

@@ -49,7 +49,9 @@ class Reading:
     def read(self, part: Part, counts: Counts) -> Iterator[str]:
         """Yield the cleaned text of each document of a part that is not empty."""
         if Path(part.path).stat().st_size != part.size:
-            raise UserError(f"{part.path} has changed while it was being read. Start again when it is complete.")
+            raise UserError(
+                f"{part.path} has changed while it was being read. Start again when it is complete."
+            )
         with telling_why(Path(part.path), part.path):
             for text in self._texts(part):
                 text = clean(text, counts)
@@ -145,12 +147,16 @@ class Reading:
 def text_of(row: Any, column: str, where: Any) -> str:
     """Return the text of a row of JSON; an empty one for null. Raises UserError for a row without that column."""
     if not isinstance(row, dict):
-        raise UserError(f"{where()}: {shown(row, 40)} is not an object with named values. Write one object on each line.")
+        raise UserError(
+            f"{where()}: {shown(row, 40)} is not an object with named values. Write one object on each line."
+        )
     if column not in row:
         raise UserError(missing(f"{where()}: the row", column, list(row)))
     value = row[column]
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where()}: column '{column}' is {shown(value, 40)}, not a text. Name another column.")
+        raise UserError(
+            f"{where()}: column '{column}' is {shown(value, 40)}, not a text. Name another column."
+        )
     return value or ""
 
 

@@ -37,7 +37,11 @@ class Shards:
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], document_bytes: np.ndarray | None, statistics: dict[str, Any], checksums: Sequence[str]
+        self,
+        pairs: Sequence[Pair],
+        document_bytes: np.ndarray | None,
+        statistics: dict[str, Any],
+        checksums: Sequence[str],
     ) -> None:
         self._pairs = tuple(pairs)
         self._checksums = tuple(checksums)
@@ -63,7 +67,9 @@ class Shards:
         """Return a copy of all tokens of a document, as int64."""
         document = range(len(self.documents) - 1)[document]
         first, last = int(self.documents[document]), int(self.documents[document + 1])
-        return np.concatenate([self.tokens(sequence) for sequence in range(first, last)] or [np.zeros(0, np.int64)])
+        return np.concatenate(
+            [self.tokens(sequence) for sequence in range(first, last)] or [np.zeros(0, np.int64)]
+        )
 
     def digest(self) -> str:
         """Return a checksum of the shards' checksums, which tells whether two corpora hold the same tokens in the same
@@ -89,7 +95,9 @@ class Shards:
 def _largest(pair: Pair) -> int:
     low, high = pair.range()
     if low < 0:
-        raise UserError(f"{pair.prefix}.bin holds the token {low:,}; tokens are not negative. Make the pair again.")
+        raise UserError(
+            f"{pair.prefix}.bin holds the token {low:,}; tokens are not negative. Make the pair again."
+        )
     return high
 
 
@@ -121,7 +129,9 @@ def _own(folder: Path) -> Shards:
     try:
         return assembled(folder, about, [stored.read_description(prefix, whole) for prefix in prefixes])
     except UserError as error:
-        raise UserError(f"{error} Tokenize the corpus again into the same folder; what is whole is kept.") from None
+        raise UserError(
+            f"{error} Tokenize the corpus again into the same folder; what is whole is kept."
+        ) from None
 
 
 def is_read_whole(prefixes: Sequence[Path]) -> bool:
@@ -157,17 +167,25 @@ def _foreign(path: Path) -> Shards:
     if path.is_dir():
         indices = sorted(path.glob("*.idx"))
         if not indices:
-            raise UserError(f"{path} holds no pair of .bin and .idx files. Name the folder or the prefix of a tokenized corpus.")
+            raise UserError(
+                f"{path} holds no pair of .bin and .idx files. Name the folder or the prefix of a tokenized corpus."
+            )
         prefixes = [str(index.with_suffix("")) for index in indices]
         lost = [f"{prefix}.bin" for prefix in prefixes if not Path(f"{prefix}.bin").exists()]
         lone = sorted({str(found.with_suffix("")) for found in path.glob("*.bin")} - set(prefixes))
         if lost or lone:
-            raise UserError(f"{path} lacks {listing([*lost, *(f'{one}.idx' for one in lone)], 4)}. Restore it from a copy.")
+            raise UserError(
+                f"{path} lacks {listing([*lost, *(f'{one}.idx' for one in lone)], 4)}. Restore it from a copy."
+            )
     else:
         given = str(path)
         prefixes = [given.removesuffix(".idx").removesuffix(".bin")]
-        if not any(Path(f"{prefixes[0]}{suffix}").exists() or special(Path(given)) for suffix in (".idx", ".bin")):
-            raise UserError(f"{path} does not exist, and neither do {prefixes[0]}.bin and .idx. Check the path.")
+        if not any(
+            Path(f"{prefixes[0]}{suffix}").exists() or special(Path(given)) for suffix in (".idx", ".bin")
+        ):
+            raise UserError(
+                f"{path} does not exist, and neither do {prefixes[0]}.bin and .idx. Check the path."
+            )
     pairs = [open_pair(prefix) for prefix in prefixes]
     statistics: dict[str, Any] = {
         "documents": sum(len(pair.documents) - 1 for pair in pairs),

@@ -1,9 +1,9 @@
 """What a folder of shards holds, and whether it is whole.
 
-    corpus.json                      what the shards were made of and how, and how many there are
-    shard-00000.bin, shard-00000.idx a pair in Megatron's form
-    shard-00000.npy                  for each document its bytes and its fingerprint
-    shard-00000.json                 counts, and sizes and checksums of these files; it is written last
+corpus.json                      what the shards were made of and how, and how many there are
+shard-00000.bin, shard-00000.idx a pair in Megatron's form
+shard-00000.npy                  for each document its bytes and its fingerprint
+shard-00000.json                 counts, and sizes and checksums of these files; it is written last
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ FORMAT = 1
 DOCUMENTS = np.dtype([("bytes", "<i8"), ("fingerprint", "<u8")])
 ENDINGS = (".bin", ".idx", ".npy")
 BLOCKS, BLOCK = 32, 1 << 16  # of a sample
-FULL = 1 << 30  # bytes of a corpus whose shards are read as a whole when it is opened; of larger ones samples are
+FULL = (
+    1 << 30
+)  # bytes of a corpus whose shards are read as a whole when it is opened; of larger ones samples are
 
 
 def prefix_of(folder: Path, number: int) -> Path:

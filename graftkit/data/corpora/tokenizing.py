@@ -63,10 +63,18 @@ def tokenized(
     encoder = Encoder.of(tokenizer)
     options = {"sentences": sentences, "keep_duplicates": keep_duplicates}
     shards = corpus.shards()
-    about = {"format": stored.FORMAT, "shards": len(shards), "vocabulary": encoder.vocabulary, "tokenizer": encoder.digest()}
+    about = {
+        "format": stored.FORMAT,
+        "shards": len(shards),
+        "vocabulary": encoder.vocabulary,
+        "tokenizer": encoder.digest(),
+    }
     about |= options | corpus.identity()
     _refuse_other(folder, about)
-    jobs = [Job(str(stored.prefix_of(folder, n)), tuple(parts), corpus.reading, sentences) for n, parts in enumerate(shards)]
+    jobs = [
+        Job(str(stored.prefix_of(folder, n)), tuple(parts), corpus.reading, sentences)
+        for n, parts in enumerate(shards)
+    ]
     with claims.claimed(folder):
         _refuse_other(folder, about)  # another process may have begun there in between
         claims.remove_leftovers(folder)
@@ -86,7 +94,9 @@ def tokenized(
         if not found.statistics["tokens"]:
             names = listing((file.path for file in corpus.files), 4)
             _remove(folder, len(jobs))
-            raise UserError(f"{corpus.name}: the corpus is empty: {names} has no document with text. Name others.")
+            raise UserError(
+                f"{corpus.name}: the corpus is empty: {names} has no document with text. Name others."
+            )
     return found
 
 
@@ -96,7 +106,9 @@ def _refuse_other(folder: Path, about: dict[str, Any]) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder for the tokenized corpus.")
-    names = [path.name for path in folder.iterdir() if path.name != claims.LOCK and not claims.is_leftover(path)]
+    names = [
+        path.name for path in folder.iterdir() if path.name != claims.LOCK and not claims.is_leftover(path)
+    ]
     if stored.CORPUS not in names:
         if names:
             raise UserError(

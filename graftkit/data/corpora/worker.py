@@ -21,7 +21,9 @@ from graftkit.errors import UserError
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all processes; the first one decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # which a terminal sends to all processes; the first one decides
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print is no answer
     lines: SimpleQueue[str] = SimpleQueue()

@@ -42,14 +42,18 @@ class Encoder:
         """Return the encoder of a tokenizer of transformers, or of a `tokenizers.Tokenizer`."""
         from tokenizers import Tokenizer
 
-        fast = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+        fast = (
+            tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+        )
         unknown = getattr(tokenizer, "unk_token_id", None)
         if isinstance(fast, Tokenizer):
             return Encoder.read(fast.to_str(), unknown)
         largest = max(tokenizer.get_vocab().values(), default=-1)
 
         def call(texts: list[str]) -> list[list[int]]:
-            return tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]
+            return tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
+                "input_ids"
+            ]
 
         return Encoder(call, max(len(tokenizer), largest + 1), unknown, None)
 
@@ -79,7 +83,11 @@ class Encoder:
             texts = ["The quick brown fox, 1 2 3.", "天地玄黃，宇宙洪荒。", "Ünïcödé — 🙂"]
             return xxhash.xxh3_64_hexdigest(json.dumps([self.vocabulary, self.call(texts)]).encode())
         parts = json.loads(self.portable)
-        rest = {key: value for key, value in parts.items() if key not in ("truncation", "padding", "post_processor")}
+        rest = {
+            key: value
+            for key, value in parts.items()
+            if key not in ("truncation", "padding", "post_processor")
+        }
         return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 

@@ -37,8 +37,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
-from graftkit.data.corpora.corpus import open_corpus
-from graftkit.data.corpora.tokenizing import tokenized
+from graftkit.data.corpora import open_corpus, tokenized
 from graftkit.data.order import Order, Permuted
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
@@ -144,7 +143,17 @@ class Objective(Task):
         corpus = open_corpus(
             list(paths), column=column, documents=self.documents, encoding=reading.encoding, name=name
         )
-        return CorpusTable({column or "text": []}, ", ".join(paths), [], "document", (), corpus, paths)
+        return CorpusTable(
+            {column or "text": []},
+            ", ".join(paths),
+            [],
+            "document",
+            (),
+            corpus,
+            paths,
+            column,
+            self.documents,
+        )
 
     def examples(
         self, table: Table, columns: dict[str, str], labels: Sequence[str], skip_bad: bool, targets: bool = True,

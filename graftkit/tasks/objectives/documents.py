@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from graftkit.data.corpora.corpus import Corpus
-from graftkit.data.corpora.shards import Shards
+from graftkit.data.corpora import Corpus, Shards
 from graftkit.data.read import Table
 from graftkit.data.split import held_out
 from graftkit.tasks.base import Examples
@@ -22,6 +21,8 @@ class CorpusTable(Table):
 
     corpus: Corpus | None = None
     paths: tuple[str, ...] = ()
+    column: str | None = None
+    documents: str = "auto"
 
     def take(self, rows: Sequence[int]) -> CorpusTable:
         """Return the corpus unchanged: its documents are chosen once they are counted."""
@@ -60,6 +61,18 @@ class Documents(Examples):
         assert isinstance(self.table, CorpusTable)
         return self.table.paths
 
+    @property
+    def column(self) -> str | None:
+        """The column of texts that the recipe names, if it does."""
+        assert isinstance(self.table, CorpusTable)
+        return self.table.column
+
+    @property
+    def documents(self) -> str:
+        """How text files are split into documents."""
+        assert isinstance(self.table, CorpusTable)
+        return self.table.documents
+
     def take(self, rows: Sequence[int]) -> Documents:
         return self
 
@@ -96,7 +109,8 @@ class Texts:
     @property
     def bytes(self) -> int:
         """The size of the documents' texts in UTF-8."""
-        return int(np.asarray(self.shards.document_bytes)[self.numbers].sum())
+        known = self.shards.document_bytes
+        return 0 if known is None else int(np.asarray(known)[self.numbers].sum())
 
     def sentences(self, document: int) -> range:
         """Return the sequences of a document, its sentences if the corpus was split into these."""
