@@ -44,17 +44,20 @@ T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seed
 
 def prepare(data: Path, how: dict[str, Any], folder: Path) -> Any:
     """Write train.txt and held.txt, a paragraph each line, and return a tokenizer that was trained on the first."""
-    from graftkit.data.corpora import open_corpus
-    from graftkit.data.corpora.vocabulary import train_tokenizer
-    from graftkit.tasks.objectives.glm import Glm
+    from transformers import AutoTokenizer
+
+    import graftkit
 
     for name, kept in (("texts", "train.txt"), ("held", "held.txt")):
         share = 1 if name == "texts" else 4
         text = (data / how[name]).read_text(encoding="utf-8")[: how["characters"] // share]
         lines = [line.strip() for line in text.splitlines()]
         (folder / kept).write_text("\n".join(line for line in lines if len(line) > 100), encoding="utf-8")
-    corpus = open_corpus([str(folder / "train.txt")], documents="lines")
-    return train_tokenizer(corpus, kind="wordpiece", size=how["vocabulary"], special=Glm.special_tokens)
+    graftkit.train_tokenizer(
+        str(folder / "train.txt"), kind="wordpiece", vocab=how["vocabulary"], special="glm", lowercase=True,
+        documents="lines", out=folder / "tokenizer",
+    )  # fmt: skip
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def measure(variant: str, seed: int, data: Path, how: dict[str, Any]) -> dict[str, Any]:
