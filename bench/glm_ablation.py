@@ -89,7 +89,7 @@ def measure(variant: str, seed: int, data: Path, how: dict[str, Any]) -> dict[st
                 "train.evaluate_every": "end", "train.precision": "fp32",
             },
         )  # fmt: skip
-        texts, wanted = blanks(folder / "held.txt", how["blanks"])
+        texts, wanted = blanks(folder / "held.txt", how, tokenizer)
         found = [answer["blanks"][0] for answer in run.predict(texts, {"max_new_tokens": 16})]
         read = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
     exact = sum(a == b for a, b in zip(found, read)) / len(read)
@@ -99,16 +99,15 @@ def measure(variant: str, seed: int, data: Path, how: dict[str, Any]) -> dict[st
     }  # fmt: skip
 
 
-def blanks(path: Path, count: int) -> tuple[list[str], list[str]]:
-    """Return texts of about 40 words with one to three of them left out, the same each time, and these words."""
+def blanks(path: Path, how: dict[str, Any], tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Return texts of 20 words with one to three of them left out, the same each time, and these words."""
     import numpy as np
 
     random, texts, wanted = np.random.default_rng(0), [], []
     for line in path.read_text(encoding="utf-8").splitlines():
-        words = line.split()
-        if len(words) < 20 or len(texts) == count:
+        words = line.split()[:20]
+        if len(tokenizer(" ".join(words))["input_ids"]) > how["length"] or len(texts) == how["blanks"]:
             continue
-        words = words[:30]
         size = int(random.integers(1, 4))
         start = int(random.integers(1, len(words) - size))
         wanted.append(" ".join(words[start : start + size]))

@@ -23,7 +23,6 @@ from graftkit.tasks.shared.filling import Sampling, filled, prompt_of, write_bla
 from graftkit.tasks.shared.items import check_kinds, check_texts
 from graftkit.tasks.shared.texts import read_texts, tokenizer_of
 
-
 SHORTEST = 16  # tokens of a row
 
 
