@@ -6,8 +6,9 @@
 All variants have the same tokenizer, texts, batches, steps and blanks to fill in; they differ in the order of the blanks in
 part B and in the positions of their tokens. The figures of a run are kept in bench/results/, so that an interrupted
 measurement goes on. The evaluation leaves out the same spans of held-out documents in every run, in the order of the text:
-`loss` and `token_accuracy` of a token given those before it in its blank, and all blanks before; `exact`, the share of
-blanks that greedy decoding fills word for word, of texts with one blank each.
+`loss` and `token_accuracy` of a token given those before it in its blank, and all blanks before; and of texts with
+one blank each, `single`, the loss of a token of the blank, and `exact`, the share of blanks that greedy decoding fills word
+for word.
 """
 
 from __future__ import annotations
@@ -91,11 +92,13 @@ def measure(variant: str, seed: int, data: Path, how: dict[str, Any]) -> dict[st
         )  # fmt: skip
         texts, wanted = blanks(folder / "held.txt", how, tokenizer)
         found = [answer["blanks"][0] for answer in run.predict(texts, {"max_new_tokens": 16})]
+        model = AutoModelForMaskedLM.from_pretrained(folder / "run" / "model").eval()
+        single = loss_of(model, tokenizer, texts, wanted)
         read = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
     exact = sum(a == b for a, b in zip(found, read)) / len(read)
     return {
         "variant": variant, "seed": seed, "machine": machine(), "how": how, "seconds": time.perf_counter() - start,
-        "loss": run.metrics["loss"], "token_accuracy": run.metrics["token_accuracy"], "exact": exact,
+        "loss": run.metrics["loss"], "token_accuracy": run.metrics["token_accuracy"], "single": single, "exact": exact,
     }  # fmt: skip
 
 
@@ -113,6 +116,28 @@ def blanks(path: Path, how: dict[str, Any], tokenizer: Any) -> tuple[list[str], 
         wanted.append(" ".join(words[start : start + size]))
         texts.append(" ".join([*words[:start], "[MASK]", *words[start + size :]]))
     return texts, wanted
+
+
+def loss_of(model: Any, tokenizer: Any, texts: list[str], wanted: list[str]) -> float:
+    """Return the mean cross-entropy of the tokens of the blanks and their ends, for texts with one blank each."""
+    import torch
+
+    from graftkit.tasks.shared.blanks import marks_of
+
+    marks, losses = marks_of(tokenizer, "the bench"), []
+    for text, words in zip(texts, wanted):
+        part_a, blank = tokenizer(text)["input_ids"], tokenizer(words, add_special_tokens=False)["input_ids"]
+        first, length = len(part_a), len(part_a) + len(blank) + 1
+        places = [*range(first), *[part_a.index(marks.token)] * (len(blank) + 1)]
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.tensor([[*part_a, marks.start, *blank]]),
+                position_ids=torch.tensor([places if model.config.block_positions else range(length)]),
+                block_position_ids=torch.tensor([[0] * first + list(range(1, len(blank) + 2))]),
+            ).logits[0, first:]
+        targets = torch.tensor([*blank, marks.end])
+        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    return torch.cat(losses).mean().item()
 
 
 def path_of(variant: str, seed: int, quick: bool) -> Path:
@@ -150,9 +175,18 @@ def show(quick: bool) -> str:
         ]
         lines.append([
             variant, str(len(runs)), f"{means[0]:.4f}", f"{math.exp(means[0]):.1f}", f"{means[1]:.4f}", f"{means[2]:.4f}",
-            interval(differences) if variant != "both" else "",
+            f"{means[3]:.4f}", interval(differences) if variant != "both" else "",
         ])  # fmt: skip
-    head = ["variant", "seeds", "loss", "perplexity", "token accuracy", "exact blanks", "loss above both"]
+    head = [
+        "variant",
+        "seeds",
+        "loss",
+        "perplexity",
+        "token accuracy",
+        "loss of single blanks",
+        "exact",
+        "loss above both",
+    ]
     rows = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
     return "\n".join([*rows, "", kept[0]["machine"]])
 
