@@ -169,7 +169,8 @@ def show(quick: bool) -> str:
         runs = [one for one in kept if one["variant"] == variant]
         if not runs:
             continue
-        means = [statistics.mean(one[name] for one in runs) for name in ("loss", "token_accuracy", "exact")]
+        names = "loss", "token_accuracy", "single", "exact"
+        means = [statistics.mean(one[name] for one in runs) for name in names]
         differences = [
             one["loss"] - losses[both] for one in runs if (both := ("both", one["seed"])) in losses
         ]
@@ -177,17 +178,8 @@ def show(quick: bool) -> str:
             variant, str(len(runs)), f"{means[0]:.4f}", f"{math.exp(means[0]):.1f}", f"{means[1]:.4f}", f"{means[2]:.4f}",
             f"{means[3]:.4f}", interval(differences) if variant != "both" else "",
         ])  # fmt: skip
-    head = [
-        "variant",
-        "seeds",
-        "loss",
-        "perplexity",
-        "token accuracy",
-        "loss of single blanks",
-        "exact",
-        "loss above both",
-    ]
-    rows = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
+    head = "variant", "seeds", "loss", "perplexity", "token accuracy", "single blanks", "exact", "loss above both"
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *lines)]
     return "\n".join([*rows, "", kept[0]["machine"]])
 
 

@@ -129,6 +129,11 @@ def configuration(geometry: Geometry, tokenizer: Any) -> Any:
     return kind(vocab_size=len(tokenizer), **geometry.values(), **unnamed | named)
 
 
+def shaped(geometry: Geometry, vocabulary: int) -> Any:
+    """Return the configuration of a model of this size and number of tokens, without special tokens."""
+    return FAMILIES[geometry.family].config_class()(vocab_size=vocabulary, **geometry.values())
+
+
 def write_new(
     geometry: Geometry, auto: Callable[[str], str | None], tokenizer: Any, folder: Path, seed: int
 ) -> None:

@@ -31,6 +31,7 @@ from graftkit.runs.export import write_model
 from graftkit.runs.folder import CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
 from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
+from graftkit.runs.probe import METRIC
 from graftkit.runs.reporting import subject_of
 from graftkit.runs.saved import log_lines
 from graftkit.tasks.base import Dataset
@@ -148,11 +149,19 @@ class Watch:
             self.worst = rows.task.worst(outcomes, dataset, rows.labels, WORST_ROWS)
         return metrics
 
+    def probed(self) -> dict[str, float]:
+        """Return the accuracy of the probe, if the run has one."""
+        prepared, probe = self.prepared, self.prepared.rows.probe
+        if probe is None:
+            return {}
+        where = prepared.backbone, prepared.device, prepared.precision
+        return {METRIC: probe.accuracy(probe.features(*where, prepared.max_length))}
+
     def evaluate(self, step: int, console: Console) -> None:
         """Evaluate on the evaluation rows, and save the weights if they are the best so far."""
         if "eval" not in self.datasets:
             return
-        metrics = self.metrics("eval", lambda found: self.choice.better(found, self.best))
+        metrics = self.metrics("eval", lambda found: self.choice.better(found, self.best)) | self.probed()
         self.pending.append({"kind": "evaluation", "step": step, **metrics})
         task = self.prepared.rows.task
         better = self.choice.better(metrics, self.best)
@@ -164,7 +173,7 @@ class Watch:
         else:
             self.waited += 1
         names = dict.fromkeys(
-            [name for name in (*task.headline, self.choice.figure) if name in metrics] + ["loss"]
+            [name for name in (*task.headline, self.choice.figure, METRIC) if name in metrics] + ["loss"]
         )
         figures = ", ".join(f"{title(name)} {metrics[name]:.4f}" for name in names)
         console.line(f"step {step}: evaluation {figures}{' (best so far)' if better else ''}")

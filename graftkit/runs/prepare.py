@@ -36,6 +36,7 @@ from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.best import best_of
+from graftkit.runs.probe import Probe, read_probe
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 from graftkit.tasks.shared.alike import alike
 
@@ -53,6 +54,7 @@ class Rows:
     train: Examples
     eval: Examples | None
     test: Examples | None
+    probe: Probe | None = None
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -121,7 +123,7 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
-    return Rows(task, columns, labels, examples, held, tested)
+    return Rows(task, columns, labels, examples, held, tested, read_probe(recipe))
 
 
 def _examples(

@@ -19,9 +19,10 @@ from graftkit.runs.folder import INITIAL
 from graftkit.runs.prepare import Rows
 from graftkit.runs.tokenizer import load_tokenizer, train_tokenizer
 from graftkit.tasks.base import Task
+from graftkit.tasks.objectives.base import Objective
 from graftkit.tasks.objectives.documents import Documents
 
-DEFAULT_SIZE = "mini"
+DEFAULT_SIZE, DEFAULT_FAMILY = "mini", "bert"
 
 
 @contextmanager
@@ -76,15 +77,17 @@ def put_in_place(recipe: Recipe, folder: Path) -> Recipe:
 
 def size_of(recipe: Recipe, task: Task) -> Geometry:
     """Return the geometry that a recipe names, by default the family's mini."""
-    return geometry_of(recipe.size or DEFAULT_SIZE, task.geometry)
+    family = task.geometry if isinstance(task, Objective) else DEFAULT_FAMILY
+    return geometry_of(recipe.size or DEFAULT_SIZE, family)
 
 
 def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry, folder: Path) -> Any:
     """Return the tokenizer that a recipe names, or a new one that is trained on its texts in `folder`."""
     task, train = rows.task, rows.train
     if recipe.tokenizer is not None:
-        return with_tokens(load_tokenizer(recipe.tokenizer), task.special_tokens)
-    if not isinstance(train, Documents):
+        special = task.special_tokens if isinstance(task, Objective) else ()
+        return with_tokens(load_tokenizer(recipe.tokenizer), special)
+    if not isinstance(train, Documents) or not isinstance(task, Objective):
         raise UserError(
             f"a new model for {task.name}() needs a tokenizer; name a folder that holds one: tokenizer=FOLDER."
         )

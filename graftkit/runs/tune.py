@@ -25,6 +25,7 @@ from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
+from graftkit.runs.budget import budgeted
 from graftkit.runs.folder import METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
@@ -128,6 +129,7 @@ def run_recipe(
         claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
         folder = claimed or run_folder.named(str(recipe.out))
         rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        recipe = budgeted(recipe, rows, console)
         recipe = stack.enter_context(started(recipe, rows, folder))
         source = source_of(recipe)
         rehearse(recipe, rows, source)
@@ -214,6 +216,7 @@ def plan(recipe: Recipe, console: Console) -> Plan:
     """Print what `tune` prints before its first step; no weights are read and nothing is trained."""
     refuse_missing(recipe.train.trackers)
     rows = prepare_rows(recipe)
+    recipe = budgeted(recipe, rows, console)
     with TemporaryDirectory() as place, started(recipe, rows, Path(place)) as recipe:
         prepared = prepare(recipe, rows, meta=True)
     datasets = {"train": prepared.train}
@@ -337,6 +340,7 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
 
     data = recipe.data.model_copy(update={
         "train": absolute(recipe.data.train), "eval": absolute(recipe.data.eval), "test": absolute(recipe.data.test),
+        "probe": absolute(recipe.data.probe),
         "columns": prepared.rows.columns,
     })  # fmt: skip
     train = recipe.train.model_copy(

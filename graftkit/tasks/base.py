@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -26,36 +26,10 @@ from graftkit.data.stream import slices, stream_table
 from graftkit.errors import NoGoodRows, UserError
 from graftkit.recipe.catalogue import check_values, entry_name
 from graftkit.recipe.expressions import as_expression
+from graftkit.tasks.examples import Examples
 
 MAX_DEFAULT_LENGTH = 512
 SAMPLE = 4  # examples that are encoded before weights are read
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Validated rows of one table, and a message for each bad row that was skipped.
-
-    `values`: one value per row for each of the task's columns. `targets`: one target per row, in a form of the task's
-    choice; None for prediction.
-    """
-
-    table: Table
-    values: dict[str, list[Any]]
-    targets: Sequence[Any] | np.ndarray | None = None
-    skipped: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def where(self, row: int) -> str:
-        return self.table.where(row)
-
-    def take(self, rows: Sequence[int]) -> Examples:
-        targets = self.targets
-        if targets is not None:
-            targets = targets[list(rows)] if isinstance(targets, np.ndarray) else [targets[i] for i in rows]
-        values = {name: [column[i] for i in rows] for name, column in self.values.items()}
-        return replace(self, table=self.table.take(rows), values=values, targets=targets)
 
 
 class Dataset(Source):
@@ -371,11 +345,6 @@ class Task(Reader, Encoder, Learner, Scorer):
         False  # if the model's weights lack its own head, it may be a new one, which is trained
     )
     makes_model: ClassVar[bool] = False  # a run ends with a plain model in RUN/model, beside its graft
-    geometry: ClassVar[str] = "bert"  # the family of a new model whose size is named without one
-    vocabulary: ClassVar[str] = "wordpiece"  # the kind of tokenizer that is trained for a new model
-    special_tokens: ClassVar[
-        tuple[str, ...]
-    ] = ()  # tokens that it needs besides those that its kind has anyway
     trains: ClassVar[bool] = True  # False: the model is used unchanged, and a run has no steps and no method
     using: ClassVar[tuple[str, ...]] = ()  # options that may be overridden when a finished run is used
 

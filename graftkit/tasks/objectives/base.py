@@ -117,6 +117,12 @@ class Objective(Task):
     head: ClassVar[bool] = False  # the model has the head of its pre-training
     makes_model: ClassVar[bool] = True
     new_head: ClassVar[bool] = True
+    geometry: ClassVar[str] = "bert"  # the family of a new model whose size is named without one
+    vocabulary: ClassVar[str] = "wordpiece"  # the kind of tokenizer that is trained for a new model
+    special_tokens: ClassVar[tuple[str, ...]] = ()  # tokens that it needs besides BERT's
+    scored: ClassVar[float] = (
+        0.15  # about the share of the tokens of a row that are targets, to estimate the speed
+    )
     sentences: ClassVar[bool] = False  # whether documents are split into sentences
     accuracy: ClassVar[str] = "token_accuracy"  # the name of the accuracy over target tokens
     headline: ClassVar[tuple[str, ...]] = ("loss", "bits_per_byte")

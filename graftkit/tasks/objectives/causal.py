@@ -128,6 +128,7 @@ class Causal(Objective):
     families: ClassVar[tuple[str, ...]] = ("CAUSAL_LM",)
     geometry: ClassVar[str] = "gpt"
     vocabulary: ClassVar[str] = "bpe"
+    scored: ClassVar[float] = 1.0
     headline: ClassVar[tuple[str, ...]] = ("loss", "token_accuracy", "bits_per_byte")
 
     apart: bool = option(

@@ -125,5 +125,7 @@ class Texts:
         return self.shards.document(int(self.numbers[document]))[start:end]
 
     def statistics(self) -> dict[str, Any]:
-        found = dict(self.shards.statistics)
-        return {f"corpus_{name}": value for name, value in found.items()}
+        """Return what was counted in the whole corpus while it was read."""
+        names = ("documents", "tokens", "bytes", "unknown", "undecodable", "duplicates")
+        found = self.shards.statistics
+        return {"corpus": {name: found[name] for name in names if name in found}}
