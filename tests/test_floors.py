@@ -193,6 +193,7 @@ OTHER_MEANINGS = {
     ("", "head"): "a role of sites and of labels, and a word of selections",
     ("", "norms"): "a word of selections",
     ("data", "tag"): "a column of a table",
+    ("tasks/objectives", "span"): "what is masked",
     ("tasks", "prompt"): "a column of a table",
     ("libraries.py", "peft"): "the name of a package",
     ("backbone/geometries.py", "glm"): "a family of models",

@@ -122,7 +122,8 @@ def _unigram(texts: Texts, size: int, special: list[str], lowercase: bool) -> To
         return made
 
     made = blank(models.Unigram())
-    _refuse_small(size, len(special) + 1 + len(_characters(texts, made)))
+    # the mark for a space; and one piece more, as the trainer knows no end if the characters alone fill the vocabulary
+    _refuse_small(size, len(special) + len(_characters(texts, made)) + 2)
     trainer = trainers.UnigramTrainer(
         vocab_size=size, special_tokens=special, unk_token=UNKNOWN, show_progress=False
     )
@@ -191,7 +192,7 @@ def _refuse_small(size: int, needed: int) -> None:
     if needed > size:
         raise UserError(
             f"vocab={size:,} is smaller than the alphabet: the special tokens and the characters of these texts need {needed:,}. "
-            f"Set vocab to {needed:,} or more, better to twice that; kind bpe needs no more than 256 for any text."
+            f"Set vocab to {needed:,} or more, better to twice that, or use kind bpe, which starts from the 256 bytes."
         )
 
 

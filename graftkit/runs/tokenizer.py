@@ -63,11 +63,10 @@ def train_tokenizer(
 
     Returns a dict: `tokenizer` (the folder), `kind`, `vocab` (tokens reached), `asked`, `bytes_per_token`,
     `characters_per_token`, `unknown_share` (unknown tokens of all tokens), `held_out` (whether the texts that were measured
-    were held out: a twentieth of the corpus, unless it is a handful of lines), `texts`, `warnings`, `seconds`, and `compare`
-    with the same figures.
+    were held out: a twentieth of the corpus, unless it is a handful of texts), `texts`, `warnings`, `seconds`, and `compare`
+    with the same figures. The same corpus gives the same tokenizer.
 
-    The same corpus gives the same tokenizer. Raises UserError for a vocabulary that has no place for the characters, and
-    as `open_corpus` does.
+    Raises UserError for a vocabulary that has no place for the characters, and as `open_corpus` does.
     """
     begun = time.perf_counter()
     console = console or Console(quiet=True)
@@ -79,13 +78,7 @@ def train_tokenizer(
     tokens = SPECIAL[special] + ((END_OF_TEXT,) if kind == "bpe" else ())
     texts, held_out = _held_out(corpus)
     made = _learn(corpus, kind, vocab, tokens, lowercase, held_out)
-    reached = made.get_vocab_size()
-    found: dict[str, Any] = {"tokenizer": str(folder), "kind": kind, "vocab": reached, "asked": vocab}
-    found |= measure(made, texts) | {
-        "held_out": held_out,
-        "texts": len(texts),
-        "warnings": _warnings(reached, vocab, held_out),
-    }
+    found = {"tokenizer": str(folder), "kind": kind, **_figures(made, vocab, texts, held_out)}
     if other is not None:
         found["compare"] = {"model": compare, "vocab": len(other), **measure(other, texts)}
     found["seconds"] = round(time.perf_counter() - begun, 3)
@@ -181,17 +174,20 @@ def _learn(
         ) from None
 
 
-def _warnings(reached: int, asked: int, held_out: bool) -> list[str]:
-    found = []
+def _figures(made: Any, asked: int, texts: Sequence[str], held_out: bool) -> dict[str, Any]:
+    reached, warnings = made.get_vocab_size(), []
     if reached < asked:
-        found.append(
+        warnings.append(
             f"the corpus has no more than {reached:,} tokens of this kind, so the vocabulary has {reached:,} instead of {asked:,}"
         )
     if not held_out:
-        found.append(
+        warnings.append(
             "the corpus is too small to hold texts out, so the figures are those of texts that were trained on"
         )
-    return found
+    return {
+        "vocab": reached, "asked": asked, **measure(made, texts), "held_out": held_out, "texts": len(texts),
+        "warnings": warnings,
+    }  # fmt: skip
 
 
 def measure(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:

@@ -27,7 +27,7 @@ KINDS = {
 SUFFIXES = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
 DOCUMENTS = ("auto", "paragraphs", "lines", "file")
 HEAD = 1 << 16  # bytes of a file that are looked at
-FEW = 16  # characters that cannot be decoded are cleaned if there are no more of them in a head
+FEW = 16  # control characters, and those that cannot be decoded, are cleaned if a head has no more of them
 ARTICLES, ARTICLE = (
     10,
     1 << 20,
@@ -259,8 +259,11 @@ def _check_text(path: str, head: bytes, encoding: str) -> None:
         refuse_wide_characters(head, path, encoding)
     text = head.decode(encoding, "replace")
     control = sum(character < " " and character not in "\t\n\r\f\x1b" for character in text)
-    if control * 50 > len(text):
-        raise UserError(f"{path} is a binary file: {control:,} of its first {len(text):,} characters are control characters. Give a text file.")  # fmt: skip
+    if control > FEW and control * 50 > len(text):
+        raise UserError(
+            f"{path} is a binary file: {control:,} of its first {len(text):,} characters are control characters. Give a text "
+            "file."
+        )
     wrong = text.count("\ufffd")
     others = sum(character > "\x7f" for character in text) - wrong
     if wrong > FEW and wrong > others:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,10 +106,11 @@ class Reading:
         Lines of an encoding in which they cannot be told by their bytes come as UTF-8.
         """
         with open(part.path, "rb") as file:
-            offset, readline = 0, file.readline
+            offset = 0
+            readline: Callable[[int], bytes] = file.readline
             if is_wide(self.encoding):
                 text = io.TextIOWrapper(file, self.encoding, "replace", newline="\n")
-                readline = lambda size: text.readline(size).encode("utf-8", "surrogatepass")  # noqa: E731
+                readline = partial(_recoded, text)
             elif part.start:
                 file.seek(part.start - 1)
                 offset = part.start - 1 + _skip_line(file)
@@ -177,6 +179,11 @@ def too_long(part: Part, number: str) -> UserError:
 
 def is_wide(encoding: str) -> bool:
     return codecs.lookup(encoding).name.startswith(WIDE)
+
+
+def _recoded(text: io.TextIOWrapper, size: int) -> bytes:
+    """Return a line as UTF-8."""
+    return text.readline(size).encode("utf-8", "surrogatepass")
 
 
 def _skip_line(file: BinaryIO) -> int:

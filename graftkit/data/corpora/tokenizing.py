@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,17 +79,8 @@ def tokenized(
         claims.remove_leftovers(folder)
         if not (folder / stored.CORPUS).exists():
             write_json(folder / stored.CORPUS, about)
-        descriptions = _whole(folder, len(jobs))
-        missing = [number for number in range(len(jobs)) if number not in descriptions]
-        if missing:
-            at_once = _processes(processes, corpus)
-            if not keep_duplicates:
-                jobs = _without_duplicates(jobs, encoder, folder, at_once)
-            for place, description in crew.done([jobs[number] for number in missing], encoder, at_once):
-                descriptions[missing[place]] = description
-                if show is not None:
-                    show(round(corpus.size * len(descriptions) / len(jobs)), corpus.size)
-        found = assembled(folder, about, [descriptions[number] for number in range(len(jobs))])
+        descriptions = _complete(jobs, folder, encoder, corpus, keep_duplicates, processes, show)
+        found = assembled(folder, about, descriptions)
         if not found.statistics["tokens"]:
             names = listing((file.path for file in corpus.files), 4)
             _remove(folder, len(jobs))
@@ -98,6 +88,24 @@ def tokenized(
                 f"{corpus.name}: the corpus is empty: {names} has no document with text. Name others."
             )
     return found
+
+
+def _complete(
+    jobs: Sequence[Job], folder: Path, encoder: Encoder, corpus: Corpus, keep_duplicates: bool, processes: int | None,
+    show: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Make the shards that are not there or not whole; return the descriptions of all."""
+    found = _whole(folder, len(jobs))
+    missing = [number for number in range(len(jobs)) if number not in found]
+    if missing:
+        at_once = _processes(processes, corpus)
+        if not keep_duplicates:
+            jobs = _without_duplicates(jobs, encoder, folder, at_once)
+        for place, description in crew.done([jobs[number] for number in missing], encoder, at_once):
+            found[missing[place]] = description
+            if show is not None:
+                show(round(corpus.size * len(found) / len(jobs)), corpus.size)
+    return [found[number] for number in range(len(jobs))]
 
 
 def _refuse_other(folder: Path, about: dict[str, Any]) -> None:
@@ -152,14 +160,12 @@ def _without_duplicates(jobs: Sequence[Job], encoder: Encoder, folder: Path, pro
         paths = [work / f"{number}.npy" for number in range(len(jobs))]
         for _ in crew.done(jobs, encoder, processes, paths):
             pass
-        found = [np.load(path, allow_pickle=False) for path in paths]
+        found = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+        later = is_repeated(np.concatenate(found))
     finally:
         claims.remove(work)
-    sizes = [len(one) for one in found]
-    later = is_repeated(np.concatenate(found))
-    ends = np.cumsum(sizes)
-    unwanted = [tuple(np.flatnonzero(later[end - size : end]).tolist()) for end, size in zip(ends, sizes)]
-    return [dataclasses.replace(job, left_out=places) for job, places in zip(jobs, unwanted)]
+    ends = np.cumsum([len(one) for one in found])
+    return [job.without(later[end - len(one) : end]) for job, one, end in zip(jobs, found, ends)]
 
 
 def is_repeated(fingerprints: np.ndarray) -> np.ndarray:
@@ -168,8 +174,9 @@ def is_repeated(fingerprints: np.ndarray) -> np.ndarray:
     They are compared in 16 parts, by their lowest bits, so that the memory is little more than that of the fingerprints.
     """
     later = np.zeros(len(fingerprints), bool)
+    part_of = fingerprints.astype(np.uint8) & 15
     for part in range(16):
-        places = np.flatnonzero((fingerprints & np.uint64(15)) == part)
+        places = np.flatnonzero(part_of == part)
         some = fingerprints[places]
         order = np.argsort(some, kind="stable")
         equal = some[order[1:]] == some[order[:-1]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +95,13 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to make. `left_out`: the places of documents that are not wanted, in order."""
+    """A shard to make. `left_out`: a bit for each document, whether it is not wanted, in base64; empty for none."""
 
     prefix: str
     parts: tuple[Part, ...]
     reading: Reading
     sentences: bool
-    left_out: tuple[int, ...] = ()
+    left_out: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,7 +110,16 @@ class Job:
     def of(values: dict[str, Any]) -> Job:
         parts = tuple(Part(**part) for part in values["parts"])
         reading = Reading(**values["reading"])
-        return Job(values["prefix"], parts, reading, values["sentences"], tuple(values["left_out"]))
+        return Job(values["prefix"], parts, reading, values["sentences"], values["left_out"])
+
+    def without(self, unwanted: np.ndarray) -> Job:
+        """Return the job without documents, given one bool for each, shape (documents,)."""
+        return replace(self, left_out=base64.b64encode(np.packbits(unwanted).tobytes()).decode())
+
+    @property
+    def unwanted(self) -> np.ndarray:
+        """Whether a document is not wanted, as bool, for at least as many documents as there are, or for none."""
+        return np.unpackbits(np.frombuffer(base64.b64decode(self.left_out), np.uint8)).astype(bool)
 
     def texts(self, counts: Counts) -> Iterator[str]:
         """Yield the text of each document of the shard, those that are not wanted too."""
@@ -145,11 +156,13 @@ def write_shard(job: Job, encoder: Encoder) -> dict[str, Any]:
     with replacing(stored.ending(prefix, ".idx")) as path:
         path.write_bytes(index_bytes(lengths, np.array(made.documents, np.int64), made.kind))
     with replacing(stored.ending(prefix, ".npy")) as path, path.open("wb") as file:
-        np.save(file, np.array(made.known, stored.DOCUMENTS), allow_pickle=False)
+        known = np.zeros(len(made.bytes), stored.DOCUMENTS)
+        known["bytes"], known["fingerprint"] = made.bytes, made.fingerprints
+        np.save(file, known, allow_pickle=False)
     about: dict[str, Any] = {
-        "documents": len(made.known), "sequences": len(lengths), "tokens": int(lengths.sum()),
-        "bytes": sum(size for size, _ in made.known), "characters": made.characters, "unknown": made.unknown,
-        "left_out": len(job.left_out), **counts.as_dict(), "seconds": round(time.perf_counter() - begun, 3),
+        "documents": len(known), "sequences": len(lengths), "tokens": int(lengths.sum()),
+        "bytes": int(known["bytes"].sum()), "characters": made.characters, "unknown": made.unknown,
+        "left_out": int(job.unwanted.sum()), **counts.as_dict(), "seconds": round(time.perf_counter() - begun, 3),
     }  # fmt: skip
     about["empty"] += made.empty
     return stored.describe(prefix, about)
@@ -161,18 +174,17 @@ class _Made:
     def __init__(self, encoder: Encoder, job: Job) -> None:
         self.encoder, self.job = encoder, job
         self.kind = token_type(encoder.vocabulary)
-        self.lengths: list[int] = []
-        self.documents = [0]
-        self.known: list[tuple[int, int]] = []
+        self.lengths, self.documents = array("q"), array("q", [0])
+        self.bytes, self.fingerprints = array("q"), array("Q")
         self.characters = self.unknown = self.empty = 0
 
     def batches(self, texts: Iterator[str]) -> Iterator[np.ndarray]:
         """Tokenize documents, some at a time, and yield their tokens in order."""
         waiting: list[str] = []
         size = 0
-        unwanted = set(self.job.left_out)
+        unwanted = self.job.unwanted
         for place, text in enumerate(texts):
-            if place in unwanted:
+            if len(unwanted) and unwanted[place]:
                 continue
             waiting.append(text)
             size += len(text)
@@ -192,9 +204,10 @@ class _Made:
                 self.empty += 1
                 continue
             kept += found
-            self.lengths += map(len, found)
+            self.lengths.extend(map(len, found))
             self.documents.append(len(self.lengths))
-            self.known.append((len(text.encode()), fingerprint(text)))
+            self.bytes.append(len(text.encode()))
+            self.fingerprints.append(fingerprint(text))
             self.characters += len(text)
         tokens = np.fromiter((token for one in kept for token in one), self.kind)
         if self.encoder.unknown is not None:
