@@ -183,6 +183,22 @@ def test_without_the_second_position_places_go_on(backbone: Backbone, folder: Pa
         assert (batch["block_position_ids"][row] > 0).any()
 
 
+def test_a_named_tokenizer_gets_the_tokens_that_it_lacks(tiny_bert: Path, tiny_gpt2: Path) -> None:
+    import transformers
+
+    from graftkit.runs.starting import with_tokens
+
+    for folder in (tiny_bert, tiny_gpt2):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        size, mask = len(tokenizer), tokenizer.mask_token_id
+        with_tokens(tokenizer, Glm.special_tokens)
+        marks = marks_of(tokenizer, "glm()")
+        assert len(tokenizer) == size + len(Glm.special_tokens) - (mask is not None)
+        assert marks.token == tokenizer.mask_token_id and mask in (None, marks.token)
+        ids = tokenizer("[sMASK] <|startofpiece|>", add_special_tokens=False)["input_ids"]
+        assert [i for i in ids if i >= size] == [marks.sentence, marks.start]
+
+
 def test_rows_too_short_for_blanks_are_refused(backbone: Backbone, folder: Path) -> None:
     task = Glm(documents="lines")
     table = task.read(folder / "corpus.txt", Reading(), "train")
