@@ -22,6 +22,7 @@ _FRONT = {
     "load": "graftkit.grafts.load",
     "using": "graftkit.grafts.mixing",
     "merge": "graftkit.grafts.merge",
+    "fill": "graftkit.tasks.shared.filling",
     "Graft": "graftkit.grafts.graft",
     "Backbone": "graftkit.backbone",
     "Recipe": "graftkit.recipe.schema",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from graftkit.runs.tune import Run as Run
     from graftkit.runs.tune import resume as resume
     from graftkit.runs.tune import tune as tune
+    from graftkit.tasks.shared.filling import fill as fill
 
 
 def _named() -> dict[str, Any]:

@@ -197,6 +197,8 @@ OTHER_MEANINGS = {
     ("tasks/objectives", "span"): "what is masked",
     ("tasks", "prompt"): "a column of a table",
     ("libraries.py", "peft"): "the name of a package",
+    ("backbone/geometries.py", "glm"): "a family of models",
+    ("data/vocabularies.py", "glm"): "the special tokens of such a model",
     ("methods/shared/peft_lora.py", "pissa"): "a value of PEFT's init_lora_weights",
 }  # fmt: skip
 FAMILY_FOLDERS = {"method": "methods", "task": "tasks", "optimizer": "optim"}

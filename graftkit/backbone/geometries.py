@@ -1,7 +1,7 @@
 """Sizes of models that are made new, by name: a configuration of transformers with a number of layers, a width and so on.
 
-Sizes of BERT: Turc et al. 2019, "Well-Read Students Learn Better"; of GPT: minGPT's gpt-mini and GPT-2 (Radford et al. 2019);
-of Llama: the models of 60 M and 130 M parameters of GaLore (Zhao et al. 2024, table 11).
+Sizes of BERT and GLM: Turc et al. 2019, "Well-Read Students Learn Better"; of GPT: minGPT's gpt-mini and GPT-2 (Radford et
+al. 2019); of Llama: the models of 60 M and 130 M parameters of GaLore (Zhao et al. 2024, table 11).
 """
 
 from __future__ import annotations
@@ -70,9 +70,16 @@ def _gpt(g: Geometry) -> dict[str, Any]:
     }
 
 
+def _glm() -> Any:
+    from graftkit.backbone.glm import GraftKitGlmConfig  # which registers it with transformers
+
+    return GraftKitGlmConfig
+
+
 FAMILIES = {
     "bert": Family("BertConfig", _bert),
     "gpt": Family("GPT2Config", _gpt),
+    "glm": Family(_glm, _bert),
     "llama": Family("LlamaConfig", _bert),  # writes its sizes as BERT does
 }
 GEOMETRIES: dict[str, Geometry] = {
@@ -83,6 +90,9 @@ GEOMETRIES: dict[str, Geometry] = {
         Geometry("bert-small", 4, 512, 8, 2048, 512, 16384, 5e-4),
         Geometry("bert-medium", 8, 512, 8, 2048, 512, 30522, 5e-4),
         Geometry("bert-base", 12, 768, 12, 3072, 512, 30522, 2e-4),
+        Geometry("glm-tiny", 2, 128, 2, 512, 128, 4096, 2e-3),
+        Geometry("glm-mini", 4, 256, 4, 1024, 256, 8192, 1e-3),
+        Geometry("glm-small", 4, 512, 8, 2048, 512, 16384, 5e-4),
         Geometry("gpt-tiny", 4, 128, 4, 512, 128, 4096, 2e-3),
         Geometry("gpt-mini", 6, 192, 6, 768, 256, 8192, 1e-3),
         Geometry("gpt-small", 12, 768, 12, 3072, 1024, 50257, 6e-4),

@@ -18,9 +18,13 @@ CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 def default_pooling(backbone: Backbone) -> str:
     """Return the default pooling of a model.
 
-    'last' if attention is causal, so that only the last token has seen the whole text; 'cls' if a class token comes
-    first, as in text encoders; 'mean' for others: feature maps, audio, users' own modules.
+    What its class says as `pools`; else 'last' if attention is causal, so that only the last token has seen the whole
+    text; 'cls' if a class token comes first, as in text encoders; 'mean' for others: feature maps, audio, users' own
+    modules.
     """
+    says = getattr(backbone.model, "pools", None)
+    if isinstance(says, str):
+        return says
     text = getattr(backbone.model, "main_input_name", None) == "input_ids"
     if text and (backbone.is_decoder or takes_decoder_inputs(backbone.model)):
         return "last"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.folder import (
@@ -97,6 +99,7 @@ def _folder(name: str, folder: Path) -> Source:
             hint = " This is an adapter, not a model: name the model it was trained on."
         raise UserError(f"model folder {name!r} has no config.json, so it is not a transformers model.{hint}")
     config = config_of(folder)
+    register_own(config.get("model_type"))
     refuse_strange_files(folder)
     if not any(folder.glob("*.safetensors")):
         pickles = [pickle for pickle in PICKLES if (folder / pickle).exists()]
@@ -158,6 +161,7 @@ def pooling_of(folder: Path | None) -> str | None:
     return next((mode for key, mode in names.items() if config.get(key)), None)
 
 
+OWN = "graftkit_"  # in front of the model types of GraftKit's own architectures
 CLASSES = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
 AUTO_CLASSES = {
     "SEQUENCE_CLASSIFICATION": "AutoModelForSequenceClassification",
@@ -178,13 +182,26 @@ def auto_class(source: Source, families: Sequence[str] = CLASSES) -> str | None:
 
 
 def class_of(kind: str | None, families: Sequence[str]) -> str | None:
-    """Return the auto class that builds models of this type with a head of one of these families, or None."""
-    from transformers.models.auto import modeling_auto
+    """Return the auto class that builds models of this type with a head of one of these families, or None.
 
+    The type is one of transformers, or one that other code registered with it.
+    """
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    added = configuration_auto.CONFIG_MAPPING
     for family in families:
         if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
             return AUTO_CLASSES[family]
+        if kind is not None and kind in added and added[kind] in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING"):
+            return AUTO_CLASSES[family]
     return None
+
+
+def register_own(kind: Any) -> None:
+    """Register an architecture of GraftKit's own with transformers: type `graftkit_NAME` is in `graftkit/backbone/NAME.py`."""
+    name = kind.removeprefix(OWN) if isinstance(kind, str) and kind.startswith(OWN) else ""
+    if name.isidentifier() and (Path(__file__).parent / f"{name}.py").is_file():
+        importlib.import_module(f"graftkit.backbone.{name}")
 
 
 def has_two_towers(source: Source) -> bool:

@@ -90,7 +90,8 @@ class Transformers:
             classifier = script["Classifier"](folder, device=run.device)
             found = classifier.logits(values["text"][:count], pairs and pairs[:count])
             return list(found.cpu().unsqueeze(1))
-        kind = getattr(transformers, type(run.graft.model).__name__)
+        own = type(run.graft.model)
+        kind: Any = getattr(transformers, own.__name__, own)  # its own class, of an architecture of graftkit's
         model = kind.from_pretrained(folder, local_files_only=True).to(run.device)
         return logits(model.eval(), sample, run.device)
 
@@ -98,7 +99,10 @@ class Transformers:
         if not self.native(run):
             asked = "'a text' 'its pair'" if "text_pair" in run.columns else "'a text'"
             return f"python {to / SCRIPT} {asked}   (or import Classifier from it; it needs torch and transformers only)"
-        name, place = type(run.graft.model).__name__, json.dumps(str(to))
+        kind, place = type(run.graft.model), json.dumps(str(to))
+        name = kind.__name__
+        if not hasattr(transformers, name):
+            return f"{kind.__module__}.{name}.from_pretrained({place})"
         pipeline = _pipeline(name)
         if pipeline is None:
             return f"transformers.{name}.from_pretrained({place})"

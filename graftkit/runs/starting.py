@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry, folder: Path) 
     """Return the tokenizer that a recipe names, or a new one that is trained on its texts in `folder`."""
     task, train = rows.task, rows.train
     if recipe.tokenizer is not None:
-        return load_tokenizer(recipe.tokenizer)
+        special = task.special_tokens if isinstance(task, Objective) else ()
+        return with_tokens(load_tokenizer(recipe.tokenizer), special)
     if not isinstance(train, Documents) or not isinstance(task, Objective):
         raise UserError(
             f"a new model for {task.name}() needs a tokenizer; name a folder that holds one: tokenizer=FOLDER."
@@ -96,3 +97,15 @@ def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry, folder: Path) 
         special=special, column=train.column, documents=train.documents, encoding=recipe.data.encoding,
     )  # fmt: skip
     return load_tokenizer(str(folder))
+
+
+def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
+    """Add the special tokens that an objective needs and a tokenizer lacks. The model is new, so it has room for them."""
+    known, more = tokenizer.get_vocab(), {}
+    if tokenizer.mask_token is None and "[MASK]" in tokens:
+        more["mask_token"] = "[MASK]"
+    lacking = [token for token in tokens if token not in known and token not in more.values()]
+    tokenizer.add_special_tokens(
+        {**more, "extra_special_tokens": lacking}, replace_extra_special_tokens=False
+    )
+    return tokenizer

@@ -18,8 +18,8 @@ from graftkit.errors import UserError
 from graftkit.recipe import schema as recipes
 from graftkit.report.console import Console
 from graftkit.runs.tune import plan
-from graftkit.tasks.prompting.task import Prompting
-from graftkit.tasks.prompting.template import draw_shots, read_template
+from graftkit.tasks.prompting import Prompting
+from graftkit.tasks.shared.prompts.template import draw_shots, read_template
 
 pytestmark = pytest.mark.sampled
 

@@ -1,9 +1,9 @@
-"""Prompting an unchanged pre-trained model with a hard prompt and in-context examples."""
+"""Base of tasks that ask a language model for the word of a label, and the prompts of their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -16,20 +16,12 @@ from graftkit.backbone.fit import check_token_ids
 from graftkit.data.columns import Column
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
-from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Dataset, Examples
-from graftkit.tasks.prompting.asking import Asking
-from graftkit.tasks.prompting.scores import Prompt
-from graftkit.tasks.prompting.template import (
-    Template,
-    check_shots,
-    draw_shots,
-    read_template,
-    template_for,
-    words_for,
-)
 from graftkit.tasks.shared.labels import LABEL, LabelTask
+from graftkit.tasks.shared.prompts.asking import Asking
+from graftkit.tasks.shared.prompts.scores import Prompt
+from graftkit.tasks.shared.prompts.template import Template, read_template
 from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, read_texts
 
 
@@ -39,7 +31,7 @@ class Prompts(Dataset):
     keeps = False  # a row can be several for the model
 
     def __init__(
-        self, examples: Examples, prompts: Sequence[Prompt], asking: Asking, calibrate: bool
+        self, examples: Examples, prompts: Sequence[Prompt], asking: Asking, calibrate: bool = False
     ) -> None:
         super().__init__(examples, np.array([prompt.length for prompt in prompts]))
         self.prompts = prompts
@@ -78,13 +70,8 @@ class Prompts(Dataset):
 
 
 @dataclass(frozen=True)
-class Prompting(TextTask, LabelTask):
-    """Classification by prompting the unchanged pre-trained model, with in-context examples; nothing is trained.
-
-    A label is scored by the probability of its word after the prompt (causal models) or in place of a mask (masked models,
-    Schick and Schütze 2021). `calibrate` divides the probabilities by those for a content-free prompt (Zhao et al. 2021,
-    "Calibrate Before Use").
-    """
+class PromptTask(TextTask, LabelTask):
+    """Base of tasks that score each label by its word in a prompt. A subclass says in `asking` how prompts are built."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("text", (*FIRST, *TEXT), "text"),
@@ -92,7 +79,6 @@ class Prompting(TextTask, LabelTask):
         Column("label", LABEL, "label"),
     )
     head: ClassVar[bool] = False
-    trains: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ("MASKED_LM", "CAUSAL_LM")
 
     template: str | None = option(
@@ -100,26 +86,11 @@ class Prompting(TextTask, LabelTask):
         "the prompt, with {text}, {text_pair} and {label}; [MASK] is {label}; null: 'Text: {text}\\nLabel: {label}'",
     )
     words: dict | None = option(None, "the word of each label, {label: word}; null: the labels themselves")
-    shots: int = option(
-        0, "number of in-context examples, drawn at random from the training rows", at_least=0
-    )
-    shown: tuple | None = option(
-        None, "in-context examples, [text, label] or [text, text_pair, label]; null: drawn at random"
-    )
-    separator: str = option("\n\n", "text between examples")
-    score: str = option(
-        "sum", "sum or mean of the log-probabilities of a word's tokens", choices=("sum", "mean")
-    )
-    calibrate: bool = option(False, "subtract the words' scores for a content-free prompt")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.template is not None:
             read_template(self.template)
-        if self.shown is not None and self.shots not in (0, len(self.shown)):
-            raise UserError(
-                f"prompting(): shots is {self.shots}, but shown holds {len(self.shown)} examples; leave shots out."
-            )
 
     @cached_property
     def form(self) -> Template:
@@ -138,46 +109,19 @@ class Prompting(TextTask, LabelTask):
         kept, values, skipped = read_texts(table, columns, wrong, skip_bad)
         return Examples(kept, values, self.numbers(kept, columns, labels) if targets else None, skipped)
 
-    def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Prompting:
-        """Fill in the whole prompt: template, a word for each label, and the in-context examples."""
-        columns = tuple(examples.values)
-        shown = (
-            draw_shots(examples, labels, self.shots, seed)
-            if self.shown is None
-            else check_shots(self.shown, columns, labels)
-        )
-        return replace(
-            self,
-            template=template_for(self.template, columns),
-            words=words_for(self.words, labels),
-            shown=shown,
-            shots=len(shown),
-        )
+    def asking(self, backbone: Backbone, max_length: int, columns: Sequence[str]) -> Asking:
+        """Return the prompt with its words and examples for the tokenizer of a model."""
+        raise NotImplementedError
 
-    def dataset(
-        self, examples: Examples, backbone: Backbone, max_length: int, training: bool = False
-    ) -> Dataset:
-        assert self.words is not None and self.shown is not None  # since `resolve`
-        asking = Asking(
-            self.form, self.words, self.shown, self.separator, self.score, backbone, self, max_length,
-            tuple(examples.values),
-        )  # fmt: skip
+    def prompts(self, examples: Examples, backbone: Backbone, max_length: int) -> tuple[Asking, list[Prompt]]:
+        """Return the prompt of each row. Raises `UserError` for a token that the model has no embedding for."""
+        asking = self.asking(backbone, max_length, tuple(examples.values))
         prompts = asking.prompts(examples)
         for form in asking.lengths:
             check_token_ids(backbone, (prompt.ids[form] for prompt in prompts), examples.where)
         check_token_ids(backbone, asking.words, lambda i: f"words: the one of {list(self.words or ())[i]!r}")
-        return Prompts(examples, prompts, asking, self.calibrate)
+        return asking, prompts
 
     def rendered(self, dataset: Dataset) -> str:
         assert isinstance(dataset, Prompts)
-        text = dataset.asking.rendered(dataset.prompts[0])
-        if dataset.dropped:
-            text += (
-                f"\n\n({dataset.dropped} of {len(dataset)} rows have no room for all {self.shots} examples in "
-                f"{dataset.asking.max_length} tokens, and are asked with fewer; see data.max_length)"
-            )
-        return text
-
-    def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict:
-        assert isinstance(dataset, Prompts)
-        return super().statistics(dataset, labels) | {"rows_with_fewer_examples": dataset.dropped}
+        return dataset.asking.rendered(dataset.prompts[0])

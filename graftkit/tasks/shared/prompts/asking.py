@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.errors import UserError
 from graftkit.tasks.base import Examples, Task
-from graftkit.tasks.prompting.scores import Move, Prompt, causal_scores, masked_scores, padded
-from graftkit.tasks.prompting.template import Template
+from graftkit.tasks.shared.blanks import marks_of
+from graftkit.tasks.shared.prompts.scores import Move, Prompt, causal_scores, masked_scores, padded
+from graftkit.tasks.shared.prompts.template import Template
 from graftkit.tasks.shared.texts import tokenizer_of
 
 NO_CONTENT = (
@@ -40,6 +41,8 @@ class Asking:
         self.separator, self.mean = separator, score == "mean"
         self.tokenizer = tokenizer_of(backbone, task)
         self.masked = _is_masked(backbone)
+        blanks = getattr(backbone.model, "fills_blanks", False)
+        self.opening = marks_of(self.tokenizer, f"{task.name}()").start if blanks else None
         if not self.masked and {name for _, name in template.after} & set(columns):
             raise UserError(
                 f"{backbone.source} is a causal model, which reads from left to right, so all texts stand before the "
@@ -49,11 +52,14 @@ class Asking:
         self.words = [self._tokens(label, word) for label, word in words.items()]
         self._refuse_twins(words)
         self.lengths = sorted({len(word) for word in self.words}) if self.masked else [0]
+        if self.opening is not None:
+            self.lengths = [1]  # one mask for a word of any length
         probe = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         self.tail = (
             0 if self.masked else next(i for i, added in enumerate(reversed([0, *probe])) if not added)
         )
-        self.room = max_length - (0 if self.masked else max(map(len, self.words)) - 1)
+        behind = max(map(len, self.words)) - (self.opening is None)
+        self.room = max_length - (0 if self.masked and self.opening is None else behind)
 
     def _tokens(self, label: str, word: str) -> tuple[int, ...]:
         """Return the ids of a word in the prompt, including the space before it, if any."""
@@ -170,8 +176,9 @@ class Asking:
 
     def scores(self, model: nn.Module, prompts: Sequence[Prompt], move: Move) -> Tensor:
         """Return the scores of all words, (rows, words), in fp32."""
-        way = masked_scores if self.masked else causal_scores
-        found = way(model, prompts, self.words, self.tokenizer.pad_token_id or 0, move)
+        given = model, prompts, self.words, self.tokenizer.pad_token_id or 0, move
+        whole = self.masked and self.opening is None
+        found = masked_scores(*given) if whole else causal_scores(*given, self.opening)
         if self.mean:
             found = found / found.new_tensor([len(word) for word in self.words])
         return found
@@ -189,7 +196,7 @@ class Asking:
 
 
 def _is_masked(backbone: Backbone) -> bool:
-    """Return whether a model is a masked language model; otherwise it is causal."""
+    """Return whether a model reads a mask in the place of the answer; otherwise it is causal."""
     from transformers.models.auto import modeling_auto
 
     kind = type(backbone.model).__name__
@@ -198,4 +205,5 @@ def _is_masked(backbone: Backbone) -> bool:
             f"{backbone.source} has an encoder and a decoder, which prompting() does not ask; name a causal or a masked "
             "language model."
         )
-    return kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return masked or getattr(backbone.model, "fills_blanks", False)

@@ -1,4 +1,4 @@
-"""Log-probabilities of words after a prompt, or in place of a mask, in few forward passes."""
+"""Log-probabilities of words after a prompt, in place of a mask, or in a blank, in few forward passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Move = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Prompt:
     """Token ids of the prompt of a row. For a masked model: one sequence for each word length, with as many masks, and the
-    position of its first mask; for a causal model one sequence, which the words follow."""
+    position of its first mask; for a GLM one with a single mask; for a causal model one sequence, which the words follow."""
 
     ids: dict[int, np.ndarray]
     places: dict[int, int]
@@ -32,26 +32,47 @@ class Prompt:
 
 
 def causal_scores(
-    model: nn.Module, prompts: Sequence[Prompt], words: Sequence[Sequence[int]], pad: int, move: Move
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    words: Sequence[Sequence[int]],
+    pad: int,
+    move: Move,
+    opening: int | None = None,
 ) -> Tensor:
     """Return the sum over the tokens of each word of log p(token | prompt, tokens before it), (rows, words), in fp32.
 
+    `opening`: the token that begins a blank of a GLM, which writes the words behind the prompt, at the place of its mask.
     Needs one pass for each word prefix (all tokens but the last) that is not part of a longer one: a single pass if all
     words are single tokens.
     """
     starts = sorted({tuple(word[:-1]) for word in words}, key=len, reverse=True)
     passes = [s for i, s in enumerate(starts) if not any(t[: len(s)] == s for t in starts[:i])]
-    given = [prompt.ids[0] for prompt in prompts]
+    first = [] if opening is None else [opening]
+    given = [np.concatenate([*prompt.ids.values(), first]) for prompt in prompts]
     scores: dict[int, Tensor] = {}
     for start in passes:
         rows = [np.concatenate([ids, start]).astype(np.int64) for ids in given]
         at = np.array([[len(ids) - 1 + i for i in range(len(start) + 1)] for ids in given])
-        logs = _logs(model, _moved(padded(rows, pad), move), at)
+        inputs = padded(rows, pad)
+        if opening is not None:
+            inputs |= _blank_positions(model, prompts, inputs["input_ids"].shape[1])
+        logs = _logs(model, _moved(inputs, move), at)
         for number, word in enumerate(words):
             if number not in scores and tuple(word[:-1]) == start[: len(word) - 1]:
                 picked = [logs[:, i, token] for i, token in enumerate(word)]
                 scores[number] = torch.stack(picked, dim=1).sum(dim=1)
     return torch.stack([scores[number] for number in range(len(words))], dim=1)
+
+
+def _blank_positions(model: Any, prompts: Sequence[Prompt], length: int) -> dict[str, Tensor]:
+    """Return both positions of a GLM's inputs, (rows, length), for one blank behind each prompt."""
+    sizes = np.array([[prompt.length] for prompt in prompts])
+    places = np.array([[place] for prompt in prompts for place in prompt.places.values()])
+    order = np.arange(length)[None].repeat(len(prompts), axis=0)
+    found = {"block_position_ids": np.maximum(0, order - sizes + 1)}
+    if model.config.block_positions:
+        found["position_ids"] = np.where(order < sizes, order, places)
+    return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
 def masked_scores(
@@ -87,11 +108,12 @@ def _logs(model: nn.Module, inputs: dict[str, Tensor], at: np.ndarray) -> Tensor
 
     Models that support it skip all other positions, whose logits take most of the memory for a large vocabulary.
     """
-    places, more = torch.from_numpy(at).to(inputs["input_ids"].device), {}
+    device, more = inputs["input_ids"].device, {}
     if "logits_to_keep" in parameters_of(model):
-        kept, places = places.unique(return_inverse=True)
-        more["logits_to_keep"] = kept
+        kept, inverse = np.unique(at, return_inverse=True)  # here, as a device would have to be waited for
+        at, more["logits_to_keep"] = inverse.reshape(at.shape), torch.from_numpy(kept).to(device)
     output: Any = model(**inputs, **more)
     logits = output if isinstance(output, Tensor) else output.logits
-    rows = torch.arange(len(places), device=places.device).unsqueeze(1)
+    places = torch.from_numpy(at).to(device)
+    rows = torch.arange(len(places), device=device).unsqueeze(1)
     return logits[rows, places].float().log_softmax(dim=-1)
