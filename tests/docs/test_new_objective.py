@@ -24,7 +24,7 @@ def objective(tmp_path, monkeypatch) -> None:
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None and code[1].count("\n") < 130
     (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "cloze.py").write_text(code[1], encoding="utf-8")
+    (tmp_path / "own" / "gaps.py").write_text(code[1], encoding="utf-8")
     monkeypatch.setenv("GRAFTKIT_TASKS", str(tmp_path / "own"))
 
 
@@ -48,7 +48,7 @@ def tuned(bert: Path, tmp_path: Path, name: str, **settings) -> Path:
     texts = write_csv(tmp_path / "texts.csv", [{"text": row["text"]} for row in make_rows(48, 1)])
     given = {"train.precision": "fp32", "train.batch_size": 8, **settings}
     made = graftkit.tune(
-        model=str(bert), task="cloze(share=0.3)", train=texts, eval=None, method="full(lr=0.003)",
+        model=str(bert), task="gaps(share=0.3)", train=texts, eval=None, method="full(lr=0.003)",
         out=tmp_path / name, settings=given,
     )  # fmt: skip
     return made.path
