@@ -184,7 +184,11 @@ def class_of(kind: str | None, families: Sequence[str]) -> str | None:
     for family in families:
         if kind in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING_NAMES"):
             return AUTO_CLASSES[family]
-        if kind is not None and kind in added and added[kind] in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING"):
+        if (
+            kind is not None
+            and kind in added
+            and added[kind] in getattr(modeling_auto, f"MODEL_FOR_{family}_MAPPING")
+        ):
             return AUTO_CLASSES[family]
     return None
 
