@@ -34,7 +34,7 @@ A graft on `{subject.model}`: {count(result["trained_parameters"])} trained para
 ## Use
 
 ```
-graftkit predict {result["run"]} {subject.predict}
+{_first_use(subject, result["run"])}
 graftkit evaluate {result["run"]} --data FILE
 {_export(subject, result["run"])}graftkit tune {result["run"]}/recipe.yaml --out AGAIN    # repeat the run
 ```
@@ -149,6 +149,13 @@ def _figure(metrics: dict[str, Any], name: str) -> str:
         return ""
     low, high = metrics.get(f"{name}_interval") or (None, None)
     return f"{metrics[name]:.4f}" + ("" if low is None else f" ({low:.4f} to {high:.4f})")
+
+
+def _first_use(subject: Subject, run: str) -> str:
+    """Return the command that a run is for: to predict, or to tune the model that it made."""
+    if subject.makes_model:
+        return f"graftkit tune --model {run}/model --task TASK --train FILE    # {run}/model is a plain model"
+    return f"graftkit predict {run} {subject.predict}"
 
 
 def _export(subject: Subject, run: str) -> str:

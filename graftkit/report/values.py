@@ -89,7 +89,8 @@ class Subject:
 
     `task` and `method` are expressions; `model` and `data` are as written in the recipe. `model_class` is a class of
     transformers if `plain`; `exports`: whether the run can be exported. `predict`: the arguments of
-    `graftkit predict RUN`. `skipped`: the number of bad training rows skipped.
+    `graftkit predict RUN`. `skipped`: the number of bad training rows skipped. `makes_model`: the run ends with a plain
+    model instead of predictions.
     """
 
     model: str
@@ -109,3 +110,4 @@ class Subject:
     batch_size: int
     optimizer: str  # empty if nothing is trained
     seed: int
+    makes_model: bool = False

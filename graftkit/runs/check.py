@@ -57,6 +57,11 @@ class _Checker:
     def __init__(self, recipe: Recipe, tables: Mapping[str, Any], with_model: bool) -> None:
         self.recipe, self.tables, self.with_model = recipe, tables, with_model
         self.task = make_task(recipe.task)
+        if self.task.makes_model:
+            raise UserError(
+                f"`data check` is for rows with labels, and {self.task.name}() reads a corpus, whose text is cleaned and counted "
+                "when it is tokenized. `graftkit plan` does that and trains nothing."
+            )
         self.reading = replace(reading_of(recipe), skip_bad=True)
         self.problems: list[Finding] = []
         self.warnings: list[Finding] = []

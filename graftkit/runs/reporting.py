@@ -85,4 +85,5 @@ def subject_of(prepared: Prepared) -> Subject:
         batch_size=prepared.plan.batch_size,
         optimizer=prepared.plan.optimizer if prepared.rows.task.trains else "",
         seed=recipe.seed,
+        makes_model=rows.task.makes_model,
     )

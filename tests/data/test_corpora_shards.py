@@ -142,7 +142,8 @@ def test_repeated_fingerprints() -> None:
     assert tokenizing.is_repeated(found).tolist() == expected
 
 
-def test_a_kill_at_any_moment(documents, tokenizer, tmp_path) -> None:
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment(stride, documents, tokenizer, tmp_path) -> None:
     """What a killed call leaves is whole or unfinished, and the next call makes the same as one that nothing stops."""
     path = tmp_path / "corpus.txt"
     path.write_text("\n\n".join(documents[:40]))
@@ -151,7 +152,7 @@ def test_a_kill_at_any_moment(documents, tokenizer, tmp_path) -> None:
     whole = files_of(tmp_path / "whole")
     moment, kept = 0, []
     while True:
-        moment += 7
+        moment += stride
         folder = tmp_path / f"killed-{moment}"
 
         def work(folder=folder, moment=moment) -> None:
@@ -163,7 +164,7 @@ def test_a_kill_at_any_moment(documents, tokenizer, tmp_path) -> None:
             break
         assert done.status == -signal.SIGKILL, done.err
         before = {path.name: path.stat().st_ino for path in folder.glob("shard-*.json")}
-        if before:
+        if 0 < len(before) < sum(name.endswith(".idx") for name in whole):
             with pytest.raises(UserError, match="Tokenize the corpus again"):
                 open_shards(folder)
         tokenized(corpus, tokenizer, folder, keep_duplicates=False)
@@ -275,6 +276,20 @@ def test_empty_and_undecodable_corpora(tokenizer, tmp_path) -> None:
         tokenized(open_corpus(path), tokenizer, tmp_path / "more", processes=0)
 
 
+def test_a_finished_corpus_is_opened_where_nothing_can_be_written(
+    corpus, tokenizer, tmp_path, monkeypatch
+) -> None:
+    whole = tokenized(corpus, tokenizer, tmp_path / "out").digest()
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("graftkit.claims.claimed", refused)
+    assert tokenized(corpus, tokenizer, tmp_path / "out").digest() == whole
+    with pytest.raises(UserError, match="cannot be written to: Permission denied"):
+        tokenized(corpus, tokenizer, tmp_path / "other")
+
+
 def test_parts_without_a_document(documents, tokenizer, tmp_path) -> None:
     """A document that is longer than a shard leaves shards in which none begins."""
     path = tmp_path / "corpus.txt"
@@ -283,7 +298,10 @@ def test_parts_without_a_document(documents, tokenizer, tmp_path) -> None:
     for keep in (True, False):
         shards = tokenized(corpus, tokenizer, tmp_path / f"out{keep}", keep_duplicates=keep)
         assert shards.statistics["shards"] > 4 and shards.statistics["documents"] == 2
-        assert shards.document(0).tolist() == tokenizer.encode("\n".join(documents), add_special_tokens=False).ids
+        assert (
+            shards.document(0).tolist()
+            == tokenizer.encode("\n".join(documents), add_special_tokens=False).ids
+        )
         assert len(open_shards(tmp_path / f"out{keep}").document(1)) == 2
 
 

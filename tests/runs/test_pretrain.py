@@ -107,6 +107,8 @@ def test_result_and_log_have_the_promised_figures(finished, name):
     found = result["metrics"]
     assert {"loss", "bits_per_byte", "perplexity"} <= set(found)
     assert found["perplexity"] == pytest.approx(math.exp(found.get("masked_loss", found["loss"])))
+    card = (run.path / "README.md").read_text()
+    assert f"graftkit tune --model {run.path}/model" in card and "graftkit predict" not in card
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line["kind"] == "step")
     assert found["loss"] < first["loss"]
@@ -231,6 +233,11 @@ def test_a_budget_chooses_steps_and_batch_and_tells_why(texts, models, tmp_path,
     assert result["steps"] >= 1
     recipe = graftkit.runs.tune.recipes.read(tmp_path / "run" / "recipe.yaml")
     assert recipe["train"]["steps"] == result["steps"] and recipe["budget"] is None
+
+
+def test_checking_rows_is_not_for_corpora(texts, command):
+    done = command("data", "check", "--task", "mlm", "--train", texts)
+    assert done.status == 1 and "reads a corpus" in done.err
 
 
 def test_a_plan_of_a_new_model_trains_nothing(texts, tmp_path, command):

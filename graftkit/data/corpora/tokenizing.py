@@ -74,7 +74,9 @@ def tokenized(
         Job(str(stored.prefix_of(folder, n)), tuple(parts), corpus.reading, sentences)
         for n, parts in enumerate(shards)
     ]
-    with claims.claimed(folder):
+    if _is_tidy(folder) and len(known := _whole(folder, len(jobs))) == len(jobs):  # it need not be writable
+        return assembled(folder, about, [known[number] for number in range(len(jobs))])
+    with stored.held(folder):
         _refuse_other(folder, about)  # another process may have begun there in between
         claims.remove_leftovers(folder)
         if not (folder / stored.CORPUS).exists():
@@ -130,6 +132,13 @@ def _refuse_other(folder: Path, about: dict[str, Any]) -> None:
             f"{folder} holds a corpus that was tokenized with {' and '.join(other) or 'another version'}. Delete it, or name "
             "another folder."
         )
+
+
+def _is_tidy(folder: Path) -> bool:
+    """Return whether shards are there and nothing of a process at work, or of one that was killed."""
+    if not (folder / stored.CORPUS).exists():
+        return False
+    return not any(path.name == claims.LOCK or claims.is_leftover(path) for path in folder.iterdir())
 
 
 def _whole(folder: Path, shards: int) -> dict[int, dict[str, Any]]:

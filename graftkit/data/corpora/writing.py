@@ -130,7 +130,7 @@ class Job:
 def fingerprints(job: Job, to: Path) -> None:
     """Write the fingerprint of each document of a shard, as a file of uint64."""
     found = np.fromiter((fingerprint(text) for text in job.texts(Counts())), np.uint64)
-    with to.open("wb") as file:
+    with replacing(to) as path, path.open("wb") as file:
         np.save(file, found, allow_pickle=False)
 
 
