@@ -91,9 +91,7 @@ class Transformers:
             found = classifier.logits(values["text"][:count], pairs and pairs[:count])
             return list(found.cpu().unsqueeze(1))
         own = type(run.graft.model)
-        kind: Any = getattr(
-            transformers, own.__name__, own
-        )  # its own class, of an architecture of graftkit's
+        kind: Any = getattr(transformers, own.__name__, own)  # transformers lacks those of graftkit itself
         model = kind.from_pretrained(folder, local_files_only=True).to(run.device)
         return logits(model.eval(), sample, run.device)
 

@@ -85,8 +85,8 @@ def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry, folder: Path) 
     """Return the tokenizer that a recipe names, or a new one that is trained on its texts in `folder`."""
     task, train = rows.task, rows.train
     if recipe.tokenizer is not None:
-        needed = task.special_tokens if isinstance(task, Objective) else ()
-        return with_tokens(load_tokenizer(recipe.tokenizer), needed)
+        tokens = task.special_tokens if isinstance(task, Objective) else ()
+        return with_tokens(load_tokenizer(recipe.tokenizer), tokens)
     if not isinstance(train, Documents) or not isinstance(task, Objective):
         raise UserError(
             f"a new model for {task.name}() needs a tokenizer; name a folder that holds one: tokenizer=FOLDER."

@@ -164,7 +164,7 @@ def test_steps_of_apollo_are_those_of_the_authors(shape, mini, monkeypatch):
         (Apollo(rank=3), lambda m, n: 2 * n * 3 + 1),
         (Apollo(mini=True), lambda m, n: 2 * n + 1),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_the_state_has_exactly_as_many_elements_as_the_papers_say(value, elements, shape):
     """APOLLO's tables count one more, the seed, which is a number of Python here."""
