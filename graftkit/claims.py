@@ -20,6 +20,10 @@ LEFTOVER = re.compile(rf"(?P<of>.+)\.\d+{re.escape(TEMPORARY)}")
 HOLDER = re.compile(r"process (?P<process>\d+) on (?P<host>\S+)")
 
 
+class InUse(UserError):
+    """A folder is held by another process."""
+
+
 def temporary(path: Path) -> Path:
     """Return the name under which this process writes `path` before it is complete."""
     return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
@@ -94,7 +98,7 @@ def _take(folder: Path, new: bool) -> tuple[list[Path], int]:
         if not _lock(descriptor):
             who = _named(descriptor)
             os.close(descriptor)
-            raise UserError(
+            raise InUse(
                 f"{folder} is in use by {who}, which is still writing to it. Wait until it has finished, or name another "
                 f"folder. (If that process is gone, for example with its machine, remove {folder / LOCK}.)"
             )

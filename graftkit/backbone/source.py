@@ -95,6 +95,8 @@ def _folder(name: str, folder: Path) -> Source:
         hint = ""
         if (folder / "recipe.yaml").is_file():
             hint = " This is a run of graftkit: use `graftkit predict` or `graftkit evaluate` with it."
+            if (folder / "model" / CONFIG).is_file():
+                hint = f" This is a pre-training run of graftkit: its model is {str(folder / 'model')!r}."
         elif (folder / "adapter_config.json").is_file():
             hint = " This is an adapter, not a model: name the model it was trained on."
         raise UserError(f"model folder {name!r} has no config.json, so it is not a transformers model.{hint}")

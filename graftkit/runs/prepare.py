@@ -239,6 +239,18 @@ def source_of(recipe: Recipe) -> Source:
     return find_source(recipe.model, recipe.weights, recipe.quantize)
 
 
+def refuse_untrained(graft: Graft, task: Task) -> None:
+    """Raise `UserError` if the model's head is new and the method leaves it frozen."""
+    named = dict(graft.model.named_parameters(remove_duplicate=False))  # a bias may have two names
+    trained = {id(named[name]) for name in graft.labels if name in named}
+    lacking = [name for name in graft.backbone.missing if name in named and id(named[name]) not in trained]
+    if lacking:
+        raise UserError(
+            f"the weights of {graft.backbone.source!r} lack the head for {task.name} ({listing(lacking, 3)}), so it is new, but "
+            f"{graft.method} does not train it. Add unfreeze('head') to the method, or use full()."
+        )
+
+
 def _grafted(recipe: Recipe, rows: Rows, source: Source, *, meta: bool) -> tuple[Backbone, Graft, int]:
     """Load the backbone and attach the graft. Return both with the maximum number of tokens of a row."""
     backbone, method = prepare_backbone(
@@ -249,12 +261,8 @@ def _grafted(recipe: Recipe, rows: Rows, source: Source, *, meta: bool) -> tuple
         graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
     if recipe.train.start is not None:
         begin_with(graft, Path(recipe.train.start).expanduser(), rows.labels)
-    lacking = sorted(set(backbone.missing) - set(graft.labels)) if rows.task.new_head else ()
-    if lacking:
-        raise UserError(
-            f"the weights of {backbone.source!r} lack the head for {rows.task.name} ({listing(lacking, 3)}), so it is new, but "
-            f"{graft.method} does not train it. Add unfreeze('head') to the method, or use full()."
-        )
+    if rows.task.new_head:
+        refuse_untrained(graft, rows.task)
     if rows.task.trains:
         as_optimizer(recipe.train.optimizer).check(graft.param_groups())
     return backbone, graft, rows.task.max_length(recipe.data.max_length, backbone)

@@ -208,6 +208,57 @@ def test_a_lora_on_a_pre_trained_model_ends_in_a_plain_model(texts, models, tmp_
     assert (run.path / "model" / "model.safetensors").is_file()
 
 
+def test_a_model_without_the_head_gets_a_new_one_that_is_trained(texts, models, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    bare = tmp_path / "bare"  # as sentence encoders are
+    AutoModel.from_pretrained(models["bert"]).save_pretrained(bare)
+    AutoTokenizer.from_pretrained(models["bert"]).save_pretrained(bare)
+    given = {"objective": "mlm", "train": texts, "model": str(bare), "settings": FAST}
+    with pytest.raises(UserError, match=r"lack the head for mlm .*unfreeze"):
+        graftkit.pretrain(method="lora(rank=2)", out=tmp_path / "frozen", **given)
+    run = graftkit.pretrain(method="lora(rank=2) + unfreeze('head')", out=tmp_path / "run", **given)
+    assert run.result["problems"] == [] and (run.path / "model" / "model.safetensors").is_file()
+    assert run.evaluate(texts)["loss"] < math.log(37) * 1.5
+
+
+def test_a_corpus_that_another_run_tokenizes_is_waited_for(texts, models, monkeypatch):
+    from graftkit.claims import InUse
+    from graftkit.tasks.objectives import base
+
+    tries = []
+
+    def busy(*given, **more):
+        tries.append(given)
+        if len(tries) < 3:
+            raise InUse("the folder is in use by process 1")
+        return "shards"
+
+    monkeypatch.setattr(base, "tokenized", busy)
+    monkeypatch.setattr(base, "POLL", 0.0)
+    from transformers import AutoTokenizer
+
+    from graftkit.runs.prepare import make_task
+    from graftkit.tasks.base import Reading
+
+    task = make_task("mlm")
+    table = task.read(texts, Reading(), "train")
+    examples = task.examples(table, {}, (), False)
+    assert (
+        task.shards(examples, AutoTokenizer.from_pretrained(models["bert"])) == "shards" and len(tries) == 3
+    )
+
+
+def test_a_run_in_the_place_of_a_model_is_an_error_that_names_its_model(finished, texts, tmp_path):
+    refused(
+        "its model is .*model",
+        objective="mlm",
+        train=texts,
+        model=str(finished["mlm"].path),
+        out=tmp_path / "run",
+    )
+
+
 def test_a_probe_is_logged_at_each_evaluation(texts, models, tmp_path):
     rows = [{"text": f"{WORDS[(3 * i) % 30]} {WORDS[i % 2]}", "label": "ab"[i % 2]} for i in range(60)]
     probe = write_csv(tmp_path / "probe.csv", rows)

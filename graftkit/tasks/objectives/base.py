@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +37,9 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.claims import InUse
 from graftkit.data.columns import Column
-from graftkit.data.corpora import open_corpus, tokenized
+from graftkit.data.corpora import Shards, open_corpus, tokenized
 from graftkit.data.order import Order, Permuted
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
@@ -51,6 +53,7 @@ from graftkit.tasks.shared.texts import tokenizer_of
 
 TOKENS = "tokens"  # the term over target tokens
 TARGETS, ROWS, PLACES = "targets", "target_rows", "target_places"  # of the inputs of a batch; see above
+POLL = 0.5  # seconds between two looks at a corpus that another run tokenizes
 SHARDS = "shards"  # folder of tokenized corpora in the cache
 
 
@@ -196,16 +199,28 @@ class Objective(Task):
         assert isinstance(examples, Documents)
         tokenizer = tokenizer_of(backbone, self)
         self.refuse(tokenizer, backbone)
-        shards = tokenized(
-            examples.corpus, tokenizer, self.shards_of(examples, tokenizer), sentences=self.sentences,
-            keep_duplicates=self.duplicates,
-        )  # fmt: skip
+        shards = self.shards(examples, tokenizer)
         texts = Texts(shards, examples.numbers(len(shards.documents) - 1))
         if not texts.lengths.sum():
             raise UserError(
                 f"{examples.table.source} has no text{' that is held out' * examples.held}: it is empty."
             )
         return self.rows(replace(examples, count=len(texts)), texts, backbone, max_length, training)
+
+    def shards(self, examples: Documents, tokenizer: Any) -> Shards:
+        """Tokenize the corpus, unless an earlier run did. If another run is at it, wait for that."""
+        folder = self.shards_of(examples, tokenizer)
+        while True:
+            try:
+                return tokenized(
+                    examples.corpus,
+                    tokenizer,
+                    folder,
+                    sentences=self.sentences,
+                    keep_duplicates=self.duplicates,
+                )
+            except InUse:
+                time.sleep(POLL)
 
     def shards_of(self, examples: Documents, tokenizer: Any) -> Path:
         """Return the folder of the tokenized corpus in the cache, named by all that decides its content."""
