@@ -1,0 +1,323 @@
+"""Pre-training on real texts: what the objectives learn in minutes, and whether it helps a task with few rows.
+
+    python bench/pretraining.py objectives   # mlm_nsp, causal and glm on WikiText-2, beside the entropy of single tokens
+    python bench/pretraining.py transfer     # 500 rows of banking77 with a pre-trained model and a random one, three seeds
+    python bench/pretraining.py continued    # MiniLM continued on banking77's sentences, then ten rows of each class
+    python bench/pretraining.py chinese      # poems of the Tang: lines written and completed
+    python bench/pretraining.py muon         # steps that muon needs to reach AdamW's last loss, both over the same grid
+    python bench/pretraining.py show         # the tables of all that has been run
+
+Texts come from ../shared/data (`--data`). Figures are kept in bench/results/pretrain-*.json, so that what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import random
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common import MODEL, ROOT, machine
+
+RESULTS = ROOT / "bench" / "results"
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
+SEEDS = (0, 1, 2)
+SHORT = {
+    "data.max_length": 64,
+    "train.batch_size": 32,
+    "train.evaluate_every": "end",
+    "train.schedule": "cosine",
+}
+
+
+def kept(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of a measurement, from its file if it has been made."""
+    path = RESULTS / f"pretrain-{name}.json"
+    if not path.exists():
+        print(f"{name} ...", flush=True)
+        found = {**measure(), "machine": machine()}
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def ran(out: Path, objective: str, train: Any, steps: int, **more: Any) -> Any:
+    """Pre-train, and return the run."""
+    import graftkit
+
+    settings = {**SHORT, "train.steps": steps, "seed": more.pop("seed", 0), **more.pop("settings", {})}
+    return graftkit.pretrain(
+        objective=objective, train=train, out=out, settings=settings, overwrite=True, **more
+    )
+
+
+def single_tokens(model: Path, train: Path, test: Path) -> tuple[float, float]:
+    """Return the cross-entropy of the test tokens under the frequencies of the training tokens, in nats, and the share of
+    the most frequent one."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    counts = []
+    for path in (train, test):
+        ids = tokenizer(path.read_text(encoding="utf-8").splitlines(), add_special_tokens=False)["input_ids"]
+        counts.append(np.bincount([i for line in ids for i in line], minlength=len(tokenizer)))
+    frequencies = (counts[0] + 1) / (counts[0] + 1).sum()
+    return float(-(counts[1] * np.log(frequencies)).sum() / counts[1].sum()), float(
+        counts[1].max() / counts[1].sum()
+    )
+
+
+def objectives(data: Path) -> None:
+    """What each objective learns of WikiText-2 in minutes, on its test part."""
+    train, test = data / "text" / "wikitext2_valid.txt", data / "text" / "wikitext2_test.txt"
+    for objective in ("mlm", "mlm_nsp", "causal", "glm"):
+        steps = 4000
+
+        def measure(objective: str = objective, steps: int = steps) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                settings = {"train.evaluate_every": steps // 4}
+                run = ran(
+                    Path(folder),
+                    objective,
+                    train,
+                    steps,
+                    size="tiny",
+                    vocabulary=2048,
+                    test=test,
+                    settings=settings,
+                )
+                entropy, most = single_tokens(Path(folder) / "model", train, test)
+                lines = [
+                    json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
+                ]
+                losses = [round(line["loss"], 4) for line in lines if line["kind"] == "evaluation"]
+                result = run.result
+            return {"objective": objective, "test": run.metrics, "held_out": losses, "entropy": entropy, "most": most,
+                    **{key: result[key] for key in ("steps", "tokens", "tokens_per_second", "seconds", "total_parameters")}}  # fmt: skip
+
+        kept(f"objective-{objective}", measure)
+
+
+def sample(data: Path, count: int, seed: int, folder: Path, each: bool = False) -> Path:
+    """Write `count` rows of banking77 (`each`: of each class), the same number of each class as far as they go."""
+    with (data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    random.Random(seed).shuffle(rows)
+    taken: dict[str, int] = {}
+    most = count if each else math.ceil(count / 77)
+    chosen = []
+    for row in rows:
+        if taken.get(row["category"], 0) < most:
+            taken[row["category"]] = taken.get(row["category"], 0) + 1
+            chosen.append(row)
+    path = folder / "rows.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "category"])
+        writer.writeheader()
+        writer.writerows(chosen if each else chosen[:count])
+    return path
+
+
+def sentences(data: Path, folder: Path) -> Path:
+    """Write the texts of banking77's training rows, one a line, without their labels."""
+    with (data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
+        texts = [" ".join(row["text"].split()) for row in csv.DictReader(file)]
+    path = folder / "sentences.txt"
+    path.write_text("\n".join(texts), encoding="utf-8")
+    return path
+
+
+def tuned(model: str, rows: Path, data: Path, folder: Path, seed: int, method: str, epochs: int) -> float:
+    """Return the test accuracy of a model that was fine-tuned on some rows."""
+    import graftkit
+
+    run = graftkit.tune(
+        model=model, task="classify", train=rows, eval=None, test=data / "banking77" / "test.csv", method=method,
+        out=folder / "tuned", overwrite=True,
+        settings={"train.epochs": epochs, "train.batch_size": 16, "seed": seed, "data.columns": {"label": "category"},
+                  "data.max_length": 64},
+    )  # fmt: skip
+    return run.metrics["accuracy"]
+
+
+def transfer(data: Path) -> None:
+    """500 rows of banking77 with a model that saw the 10,003 sentences without labels, and with a random one."""
+    for seed in SEEDS:
+
+        def measure(seed: int = seed) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                rows = sample(data, 500, seed, folder)
+                settings = {"data.documents": "lines", "data.eval": None}
+                ran(folder / "pre", "mlm", sentences(data, folder), 3000, size="tiny", vocabulary=2048, seed=seed,
+                    settings=settings)  # fmt: skip
+                method = "full(lr=0.001) + head(pooling='mean')"
+                made = {
+                    which: tuned(str(folder / "pre" / which), rows, data, folder, seed, method, 30)
+                    for which in ("initial", "model")
+                }
+            return {"seed": seed, "random": made["initial"], "pretrained": made["model"]}
+
+        kept(f"transfer-{seed}", measure)
+
+
+def continued(data: Path) -> None:
+    """MiniLM continued by masked language modelling on banking77's sentences, then ten rows of each class."""
+    for seed in SEEDS:
+
+        def measure(seed: int = seed) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                rows = sample(data, 10, seed, folder, each=True)
+                settings = {"data.documents": "lines", "data.eval": None, "train.lr": 5e-5}
+                ran(folder / "pre", "mlm", sentences(data, folder), 300, model=MODEL, method="full()", seed=seed,
+                    settings=settings)  # fmt: skip
+                method = "lora() + head(pooling='mean')"
+                before = tuned(MODEL, rows, data, folder, seed, method, 10)
+                after = tuned(str(folder / "pre" / "model"), rows, data, folder, seed, method, 10)
+            return {"seed": seed, "before": before, "after": after}
+
+        kept(f"continued-{seed}", measure)
+
+
+def chinese(data: Path) -> None:
+    """Pre-train on poems of the Tang; write one, and complete a line."""
+
+    def measure() -> dict[str, Any]:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            texts = folder / "poems.txt"
+            texts.write_text(
+                (data / "text" / "tang_poems.txt").read_text(encoding="utf-8")[:900_000], encoding="utf-8"
+            )
+            found: dict[str, Any] = {}
+            run = ran(folder / "causal", "causal", texts, 3000, size="tiny", vocabulary=4096)
+            found["causal"] = run.metrics
+            tokenizer = AutoTokenizer.from_pretrained(folder / "causal" / "model")
+            model = AutoModelForCausalLM.from_pretrained(folder / "causal" / "model").eval()
+            torch.manual_seed(0)
+            start = tokenizer("明月", return_tensors="pt")
+            poem = model.generate(**start, do_sample=True, top_k=20, max_new_tokens=40)
+            found["poem"] = tokenizer.decode(poem[0], skip_special_tokens=True)
+            run = ran(folder / "glm", "glm", texts, 3000, size="tiny", vocabulary=4096)
+            found["glm"] = run.metrics
+            lines = ["床前明月光，疑是地上[MASK]。", "春眠不覺曉，處處聞[MASK]。"]
+            found["filled"] = run.predict(lines)
+            shutil.rmtree(folder / "glm")
+        return found
+
+    kept("chinese", measure)
+
+
+def muon(data: Path) -> None:
+    """How many steps muon needs for AdamW's last training loss, each with the best learning rate of the same grid."""
+    train = data / "text" / "wikitext2_valid.txt"
+    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    steps = 1500
+    best: dict[str, tuple[float, float]] = {}
+    for optimizer in ("adamw()", "muon()"):
+        for rate in rates:
+
+            def measure(optimizer: str = optimizer, rate: float = rate, steps: int = steps) -> dict[str, Any]:
+                with tempfile.TemporaryDirectory() as folder:
+                    settings = {"train.optimizer": optimizer, "train.lr": rate}
+                    run = ran(
+                        Path(folder),
+                        "causal",
+                        train,
+                        steps,
+                        size="llama-tiny",
+                        vocabulary=2048,
+                        settings=settings,
+                    )
+                return {"optimizer": optimizer, "lr": rate, "steps": steps, "loss": run.metrics["loss"]}
+
+            found = kept(f"muon-{optimizer[:-2]}-{rate}-{steps}", measure)
+            best[optimizer] = min(best.get(optimizer, (math.inf, 0.0)), (found["loss"], rate))
+    for share in (0.65, 0.58, 0.5):
+
+        def shorter(share: float = share) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                settings = {"train.optimizer": "muon()", "train.lr": best["muon()"][1]}
+                count = round(share * steps)
+                run = ran(
+                    Path(folder),
+                    "causal",
+                    train,
+                    count,
+                    size="llama-tiny",
+                    vocabulary=2048,
+                    settings=settings,
+                )
+            return {"optimizer": "muon()", "share": share, "steps": count, "loss": run.metrics["loss"],
+                    "wanted": best["adamw()"][0]}  # fmt: skip
+
+        kept(f"muon-share-{share}", shorter)
+
+
+def found_of(start: str) -> Iterator[dict[str, Any]]:
+    for path in sorted(RESULTS.glob(f"pretrain-{start}*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def interval(values: list[float]) -> str:
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    half = T_95[len(values)] * spread / len(values) ** 0.5
+    return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
+
+
+def show() -> None:
+    """Print the tables."""
+    print(
+        "| objective | parameters | steps | tokens | seconds | held-out loss on the way | test | single tokens |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | --- | --- | --- |")
+    for one in found_of("objective-"):
+        names = ("loss", "perplexity", "bits_per_byte", "masked_accuracy", "token_accuracy", "nsp_accuracy")
+        test = ", ".join(f"{name} {one['test'][name]:.3f}" for name in names if name in one["test"])
+        losses = ", ".join(f"{loss:.2f}" for loss in one["held_out"])
+        print(f"| `{one['objective']}` | {one['total_parameters']:,} | {one['steps']:,} | {one['tokens']:,} | "
+              f"{one['seconds']:.0f} | {losses} | {test} | entropy {one['entropy']:.3f}, most frequent {one['most']:.4f} |")  # fmt: skip
+    for name, left, right in (("transfer", "random", "pretrained"), ("continued", "before", "after")):
+        rows = list(found_of(f"{name}-"))
+        if len(rows) > 1:
+            pairs = "; ".join(f"{row[left]:.4f} {row[right]:.4f}" for row in rows)
+            gain = interval([row[right] - row[left] for row in rows])
+            print(f"{name}: {left} and {right}, by seed: {pairs}. Gain: {gain} (95%)")
+    for one in found_of("chinese"):
+        print(f"Chinese: causal loss {one['causal']['loss']:.3f}; {one['poem']!r}; {one['filled']}")
+    for one in found_of("muon-"):
+        print({key: value for key, value in one.items() if key != "machine"})
+
+
+COMMANDS = {
+    "objectives": objectives,
+    "transfer": transfer,
+    "continued": continued,
+    "chinese": chinese,
+    "muon": muon,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", nargs="+", choices=[*COMMANDS, "show"])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    given = parser.parse_args()
+    for command in given.command:
+        show() if command == "show" else COMMANDS[command](given.data)
+
+
+if __name__ == "__main__":
+    main()
