@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from errno import EIO, ENOSPC
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from graftkit.cli.options import (
     console_of,
     emit,
     flush_output,
+    lost_output,
     given_values,
     recipe_values,
 )
@@ -289,6 +291,8 @@ def _run(arguments: list[str] | None) -> None:
     except PermissionError as error:
         _stop(1, f"error: {error.filename} may not be read or written by this user; {PERMIT}.", as_json)
     except (MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (ENOSPC, EIO):
+            _stop(1, f"error: {lost_output(error)}", as_json=False)
         from graftkit.backbone.memory import is_out_of_memory
 
         if not is_out_of_memory(error):

@@ -91,7 +91,12 @@ def flush_output() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        from graftkit.report.streams import drop
+        raise UserError(lost_output(error)) from None
 
-        drop(sys.stdout)
-        raise UserError(f"standard output cannot be written: {error.strerror or error}.") from None
+
+def lost_output(error: OSError) -> str:
+    """Say that standard output cannot take what was printed, and print nothing more there."""
+    from graftkit.report.streams import drop
+
+    drop(sys.stdout)
+    return f"standard output cannot be written: {error.strerror or error}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.report.table import check_path, held, writing
 from graftkit.runs.folder import at_home
-from graftkit.runs.prepare import make_task, method_of, prepare_backbone, reading_of, source_of
+from graftkit.runs.prepare import make_task, method_of, outputs_of, prepare_backbone, reading_of, source_of
 from graftkit.runs.saved import read_result
 from graftkit.tasks.base import Dataset, Examples, Task
 from graftkit.tasks.shared.items import check_items
@@ -118,14 +118,14 @@ def load_run(run: Opened, *, exact: bool = False, meta: bool = False) -> Loaded:
             source, method_of(recipe), task, run.labels, meta=meta, seed=recipe.seed
         )
     device = parallel.device()
+    with torch.device("meta") if meta else nullcontext():
+        graft = load(backbone, run.folder / "graft")
+    _check_outputs(run, source, graft)
     if meta:
-        with torch.device("meta"):
-            graft = load(backbone, run.folder / "graft")
         forward = Forward(graft, device, "fp32")
         return Loaded(
             recipe, source, backbone, graft, task, run.labels, run.columns, about["max_length"], forward
         )
-    graft = load(backbone, run.folder / "graft")
     kind = "fp32" if exact else about["precision"]
     precision.cast(graft.model, graft.labels, kind)
     move(graft.model, device)
@@ -137,6 +137,18 @@ def load_run(run: Opened, *, exact: bool = False, meta: bool = False) -> Loaded:
     return Loaded(
         recipe, source, backbone, graft, task, run.labels, run.columns, about["max_length"], forward
     )
+
+
+def _check_outputs(run: Opened, source: Source, graft: Graft) -> None:
+    """Raise `UserError` if the head has another number of outputs than the labels need: one of the two was changed."""
+    if not run.task.head:
+        return
+    try:
+        graft.method.for_outputs(outputs_of(source, run.task, run.labels))
+    except UserError as error:
+        raise UserError(
+            f"{run.folder / 'graft' / DESCRIPTION}: labels and method do not belong together ({error}) Restore it from a copy."
+        ) from None
 
 
 @contextmanager

@@ -174,11 +174,7 @@ def prepare_backbone(
         )
         task.settle(backbone)
         return backbone, method
-    outputs = Outputs(
-        task.name, source.name, task.outputs(labels), task.outputs(labels) == len(labels), task.per_token,
-        native is not None, source.made is not None,
-        not task.per_token and source.made is None and pooling_of(source.folder) is not None,
-    )  # fmt: skip
+    outputs = outputs_of(source, task, labels)
     method = method.for_outputs(outputs)
     own = method.own_head(outputs)
     backbone = load_backbone(
@@ -188,6 +184,15 @@ def prepare_backbone(
     )  # fmt: skip
     task.settle(backbone)
     return backbone, method
+
+
+def outputs_of(source: Source, task: Task, labels: tuple[str, ...]) -> Outputs:
+    """Return what a head has to know of the task and the model."""
+    return Outputs(
+        task.name, source.name, task.outputs(labels), task.outputs(labels) == len(labels), task.per_token,
+        auto_class(source, task.families) is not None, source.made is not None,
+        not task.per_token and source.made is None and pooling_of(source.folder) is not None,
+    )  # fmt: skip
 
 
 def attach_new(backbone: Backbone, method: Chain, *, meta: bool, keep_base: bool = False) -> Graft:

@@ -175,6 +175,8 @@ BROKEN = [
         )
     ),
     Attack("graft-without-labels", "does not describe a run", PREDICT, files={GRAFT: edited(labels=...)}),
+    Attack("graft-with-a-label-less", "graft.json: labels and method do not belong together", PREDICT, files={GRAFT: edited(labels=["tool"])}),
+    Attack("graft-with-a-label-more", "graft.json: labels and method do not belong together", PREDICT, files={GRAFT: edited(labels=["a", "b", "c"])}),
 ]  # fmt: skip
 
 
