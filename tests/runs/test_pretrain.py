@@ -249,6 +249,21 @@ def test_a_corpus_that_another_run_tokenizes_is_waited_for(texts, models, monkey
     )
 
 
+def test_several_files_are_one_corpus_in_python(texts, models, tmp_path):
+    more = write_texts(tmp_path / "more.txt", 20, seed=9)
+    run = graftkit.pretrain(
+        objective="causal",
+        train=[texts, more],
+        eval=texts,
+        model=str(models["gpt"]),
+        out=tmp_path / "run",
+        settings=FAST,
+    )
+    assert run.result["problems"] == [] and (run.path / "model" / "model.safetensors").is_file()
+    plan = json.loads((run.path / "plan.json").read_text())
+    assert plan["statistics"]["train"]["documents"] == 80 and plan["statistics"]["eval"]["documents"] == 60
+
+
 def test_a_run_in_the_place_of_a_model_is_an_error_that_names_its_model(finished, texts, tmp_path):
     refused(
         "its model is .*model",
