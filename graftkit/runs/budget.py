@@ -90,7 +90,7 @@ def _refuse(recipe: Recipe) -> None:
             "budget is for one process, as each would measure another speed; set train.steps instead."
         )
     for key in ("steps", "epochs"):
-        if key in recipe.train.model_fields_set and getattr(recipe.train, key) is not None:
+        if getattr(recipe.train, key) != type(recipe.train).model_fields[key].default:
             raise UserError(
                 f"budget decides the number of steps, but train.{key} is set too; leave out one of the two."
             )

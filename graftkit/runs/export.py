@@ -18,6 +18,7 @@ from graftkit.grafts.fold import why_not
 from graftkit.runs.folder import CARD, MODEL, PLAN, RECIPE
 from graftkit.runs.predict import Loaded, load_run, open_run
 from graftkit.runs.prepare import by_shapes, reading_of
+from graftkit.tasks.base import Examples
 
 MARKER = "graftkit_export.json"  # lists the files of an export: no others may be overwritten
 
@@ -42,16 +43,20 @@ def export(
         return _export(folder, place, exporter, model)
 
 
-def write_model(folder: Path) -> Path:
-    """Write the plain model of a pre-training run to RUN/model, just before its result is written; return that folder."""
-    _export(folder, folder / MODEL, Transformers(), None, finished=False)
+def write_model(folder: Path, examples: Examples) -> Path:
+    """Write the plain model of a pre-training run to RUN/model, just before its result is written; return that folder.
+
+    It is compared with the run on rows of `examples`.
+    """
+    _export(folder, folder / MODEL, Transformers(), None, examples)
     return folder / MODEL
 
 
 def _export(
-    folder: Path, to: Path, exporter: Exporter, model: str | None, finished: bool = True
+    folder: Path, to: Path, exporter: Exporter, model: str | None, examples: Examples | None = None
 ) -> dict[str, Any]:
-    opened = open_run(folder, model=model, finished=finished)
+    """Export a run that is finished, or one that has these `examples` in memory."""
+    opened = open_run(folder, model=model, finished=examples is None)
     with by_shapes():
         shapes = _exportable(load_run(opened, meta=True))
         exporter.refuse(shapes)
@@ -63,7 +68,10 @@ def _export(
     exporter.refuse(run)  # again: shapes alone do not always tell, as of a user's module
     if run.base is not None:
         _refuse(to, "the model that the run started from", run.base.resolve())
-    sample = _sample(loaded)
+    if examples is None:
+        sample = _sample(loaded)
+    else:
+        sample = Sample(loaded.task.dataset(examples, loaded.backbone, loaded.max_length), True)
     before = logits(run.graft.model, sample, run.device)
     run.graft.fold()
     how, native = exporter.how(run, to), exporter.native(run)

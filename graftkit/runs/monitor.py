@@ -302,7 +302,7 @@ class Watch:
             self._describe(result, found, worst)
             if task.makes_model:
                 with self._reporting("writing the plain model"):
-                    result["model"] = str(write_model(folder))
+                    result["model"] = str(write_model(folder, prepared.rows.train))
             result["problems"] = list(self.problems)
             write_json(folder / RESULT, result)  # last: with it, the run is finished
             run_folder.tidy(folder)

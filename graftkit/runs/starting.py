@@ -10,7 +10,7 @@ from typing import Any
 
 from graftkit.backbone.geometries import Geometry, geometry_of, write_new
 from graftkit.backbone.source import class_of
-from graftkit.claims import is_leftover, remove, temporary
+from graftkit.claims import is_leftover, remove, remove_leftovers, temporary
 from graftkit.data.vocabularies import SPECIAL
 from graftkit.engine.parallel import in_first, wait
 from graftkit.errors import UserError
@@ -33,8 +33,13 @@ def started(recipe: Recipe, rows: Rows, folder: Path) -> Iterator[Recipe]:
         yield recipe
         return
     part = temporary(folder / INITIAL)
+
+    def write() -> None:
+        remove_leftovers(folder)  # of a killed run, so that there is one model to find
+        write_start(recipe, rows, part)
+
     try:
-        in_first(lambda: write_start(recipe, rows, part))
+        in_first(write)
         wait()
         found = next(iter(sorted(folder.glob(f"{INITIAL}.*.part"))))
         yield with_start(recipe, rows.task, str(found))

@@ -185,6 +185,8 @@ def test_overwriting_keeps_nothing_of_the_old_run_and_mistakes_keep_it(texts, tm
     settings = {**FAST, "train.steps": 1}
     graftkit.pretrain(objective="mlm", settings=settings, **given)
     before = (out / "initial" / "model.safetensors").read_bytes()
+    for left in ("initial.1.part", "model.1.part"):  # of a killed process
+        (out / left).mkdir()
     with pytest.raises(UserError, match="at most"):
         graftkit.pretrain(
             objective="mlm", settings={**settings, "data.max_length": 4000}, overwrite=True, **given
@@ -247,6 +249,21 @@ def test_a_corpus_that_another_run_tokenizes_is_waited_for(texts, models, monkey
     assert (
         task.shards(examples, AutoTokenizer.from_pretrained(models["bert"])) == "shards" and len(tries) == 3
     )
+
+
+def test_several_files_are_one_corpus_in_python(texts, models, tmp_path):
+    more = write_texts(tmp_path / "more.txt", 20, seed=9)
+    run = graftkit.pretrain(
+        objective="causal",
+        train=[texts, more],
+        eval=texts,
+        model=str(models["gpt"]),
+        out=tmp_path / "run",
+        settings=FAST,
+    )
+    assert run.result["problems"] == [] and (run.path / "model" / "model.safetensors").is_file()
+    plan = json.loads((run.path / "plan.json").read_text())
+    assert plan["statistics"]["train"]["documents"] == 80 and plan["statistics"]["eval"]["documents"] == 60
 
 
 def test_a_run_in_the_place_of_a_model_is_an_error_that_names_its_model(finished, texts, tmp_path):

@@ -274,7 +274,7 @@ class Objective(Task):
         loss, correct = self.means(outcomes, dataset, 0)
         return {
             "loss": loss, self.accuracy: correct, "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": dataset.bits_per_byte(loss), "targets": self.units(dataset)[0], "rows": len(outcomes),
+            "bits_per_byte": dataset.bits_per_byte(loss), "targets": int(self.units(dataset)[0]), "rows": len(outcomes),
         }  # fmt: skip
 
     def units(self, dataset: TokenRows) -> list[float]:

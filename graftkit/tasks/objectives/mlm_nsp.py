@@ -167,6 +167,10 @@ class MlmNsp(Objective):
     accuracy: ClassVar[str] = "masked_accuracy"
     headline: ClassVar[tuple[str, ...]] = ("loss", "masked_accuracy", "nsp_accuracy", "bits_per_byte")
 
+    directions: ClassVar[Mapping[str, str | None]] = {
+        "loss": "min", "bits_per_byte": "min", "perplexity": "min", "masked_loss": "min", "nsp_loss": "min",
+    }  # fmt: skip
+
     share: float | str = option(
         0.15, "share of the tokens that are masked; '0.3->0.15': falling linearly over the run"
     )
