@@ -194,7 +194,6 @@ def chinese(data: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             texts = folder / "poems.txt"

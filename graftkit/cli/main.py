@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from errno import EIO, ENOSPC
 import sys
 from contextlib import suppress
+from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,8 +30,8 @@ from graftkit.cli.options import (
     console_of,
     emit,
     flush_output,
-    lost_output,
     given_values,
+    lost_output,
     recipe_values,
 )
 from graftkit.errors import Interrupted, UserError, first_line
