@@ -142,8 +142,7 @@ def test_repeated_fingerprints() -> None:
     assert tokenizing.is_repeated(found).tolist() == expected
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_kill_at_any_moment(stride, documents, tokenizer, tmp_path) -> None:
+def test_a_kill_at_any_moment(documents, tokenizer, tmp_path) -> None:
     """What a killed call leaves is whole or unfinished, and the next call makes the same as one that nothing stops."""
     path = tmp_path / "corpus.txt"
     path.write_text("\n\n".join(documents[:40]))
@@ -152,7 +151,7 @@ def test_a_kill_at_any_moment(stride, documents, tokenizer, tmp_path) -> None:
     whole = files_of(tmp_path / "whole")
     moment, kept = 0, []
     while True:
-        moment += stride
+        moment += 7
         folder = tmp_path / f"killed-{moment}"
 
         def work(folder=folder, moment=moment) -> None:
