@@ -54,7 +54,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Adapt a pre-trained model to a task: heads, LoRA, adapters, prefixes, partial and full fine-tuning.",
+    help="Pre-train models, and adapt pre-trained ones to a task: heads, LoRA, adapters, prefixes, partial and full fine-tuning.",
 )
 
 
