@@ -161,6 +161,7 @@ def _read_arrow(raw: bytes, kind: str, bad: BadRows) -> Table:
             table = pyarrow.feather.read_table(buffer)
         else:  # what `datasets` writes: the streaming format
             table = pyarrow.ipc.open_stream(buffer).read_all()
+        table.validate(full=True)  # pyarrow itself would read beyond the ends of damaged buffers
         kept = keep_columns(table.column_names, bad.source)
         unpacked = sum(text_bytes(table.column(name)) for name in kept)
         refuse_inflated(unpacked, table.num_rows * len(kept), len(raw), bad.source)

@@ -138,6 +138,7 @@ def _arrow_pieces(path: Path, source: str, kind: str, size: int) -> Iterator[Tab
     with telling_why(path, source):
         try:
             for batch in _batches(path, kind, size):
+                batch.validate(full=True)  # pyarrow itself would read beyond the ends of damaged buffers
                 kept = keep_columns(batch.schema.names, source)
                 unpacked = sum(text_bytes(batch.column(name)) for name in kept)
                 refuse_inflated(unpacked, 0, path.stat().st_size, source)

@@ -28,6 +28,20 @@ def repeated(text: str, rows: int) -> Callable[[Path], None]:
     return make
 
 
+def beyond_its_end(path: Path) -> None:
+    """An Arrow file with a text whose last byte lies far behind all bytes."""
+    import numpy as np
+    import pyarrow
+    from pyarrow import feather
+
+    feather.write_feather(
+        pyarrow.table({"text": ["a", "b"], "label": ["c", "d"]}), path, compression="uncompressed"
+    )
+    ends, wrong = np.array([0, 1, 2], np.int32).tobytes(), np.array([0, 1, 2**30], np.int32).tobytes()
+    assert ends in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(ends, wrong))
+
+
 HEAD = "model: model\nmethod: head()\ndata: {train: train.csv, eval: eval.csv}\n"
 LARGE = 3_000_000
 
@@ -311,6 +325,15 @@ ATTACKS = [
             ("long-texts-of-arrow", "t.arrow", "a" * 5_000_000, 1000),
         )
         for command in (PLAN.replace("train.csv", file), f"predict run --data {file}")
+    ],
+    *[
+        Attack(
+            f"arrow-beyond-{command.split()[0]}",
+            "t.arrow is not a whole Arrow file",
+            command,
+            {"t.arrow": beyond_its_end},
+        )
+        for command in (PLAN.replace("train.csv", "t.arrow"), "predict run --data t.arrow")
     ],
     Attack("table-missing", "nope.csv", "plan --model model --task classify --train nope.csv"),
     *RECIPES,
