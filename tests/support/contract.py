@@ -252,7 +252,8 @@ def attaches_on_meta(pair: Pair) -> None:
 
 
 def deepcopy_is_independent(pair: Pair) -> None:
-    graft = pair.shaken()
+    """The last promise that looks at the shaken graft, which it changes."""
+    graft = pair.as_shaken
     pair.results(graft.model.train())  # nothing of a pass may stand in the way of a copy
     wanted = pair.outputs(graft.model)
     twin = copy.deepcopy(graft)
@@ -264,7 +265,6 @@ def deepcopy_is_independent(pair: Pair) -> None:
     equal(pair.outputs(twin.model), changed, "outputs of the copy")
     twin.disable()
     equal(pair.outputs(twin.model), pair.base, "outputs of the copy, disabled")
-    equal(pair.outputs(copy.deepcopy(graft.model)), pair.outputs(graft.model), "outputs of a copied model")
 
 
 def expression_round_trips(pair: Pair) -> None:
@@ -349,12 +349,12 @@ PROMISES: tuple[Callable[[Pair], None], ...] = (
     disable_gives_the_base,
     folds_or_says_why_not,
     attaches_on_meta,
-    deepcopy_is_independent,
     expression_round_trips,
     failed_attach_leaves_the_model_as_it_was,
     detach_gives_the_plain_model_back,
     gradients_accumulate,
     shortcuts_give_the_same,
+    deepcopy_is_independent,
     trains_on_a_half_precision_base,
 )
 
