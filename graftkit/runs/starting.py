@@ -42,7 +42,12 @@ def started(recipe: Recipe, rows: Rows, folder: Path) -> Iterator[Recipe]:
         in_first(write)
         wait()
         found = next(iter(sorted(folder.glob(f"{INITIAL}.*.part"))))
-        yield with_start(recipe, rows.task, str(found))
+        try:
+            yield with_start(recipe, rows.task, str(found))
+        except UserError as error:
+            if str(found) not in str(error):
+                raise
+            raise UserError(str(error).replace(str(found), "the new model")) from None
     finally:
         remove(part)
 

@@ -371,6 +371,8 @@ def test_models_and_tokenizers_that_do_not_fit_are_refused(texts, models, tmp_pa
     refused("unknown", objective="mlm", size="enormous", **given)
     refused("takes at most 32 tokens", objective="mlm", train=texts, model=str(models["bert"]), out=tmp_path / "run",
             settings={"data.max_length": 33})  # fmt: skip
+    refused("the new model takes at most 128 tokens", objective="mlm", size="tiny", vocabulary=200,
+            train=texts, out=tmp_path / "run", settings={"data.max_length": 129})  # fmt: skip
     assert AutoTokenizer.from_pretrained(small) is not None
     assert not (tmp_path / "run").exists()
 
