@@ -158,7 +158,7 @@ def transfer(data: Path) -> None:
                 folder = Path(name)
                 rows = sample(data, 500, seed, folder)
                 settings = {"data.eval": None}
-                ran(folder / "pre", LINES, sentences(data, folder), 3000, size="tiny", vocabulary=2048, seed=seed,
+                ran(folder / "pre", LINES, sentences(data, folder), 2000, size="tiny", vocabulary=2048, seed=seed,
                     settings=settings)  # fmt: skip
                 method = "full(lr=0.001) + head(pooling='mean')"
                 made = {
@@ -311,7 +311,7 @@ def section() -> Iterator[str]:
         )
     yield ""
     said = {
-        "transfer": ("500 rows of banking77, test accuracy, from a random model and from the same model after 3,000 steps of `mlm` on the "
+        "transfer": ("500 rows of banking77, test accuracy, from a random model and from the same model after 2,000 steps of `mlm` on the "
                      "10,003 sentences without labels", "random", "pretrained"),
         "continued": ("Ten rows of each class of banking77, test accuracy of `lora()` on MiniLM as it is, and after 300 steps of `mlm` on "
                       "the sentences", "before", "after"),
