@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import forked, make_rows, write_csv
 
+pytestmark = pytest.mark.slow
+
 RUN = ["--task", "classify", "--method", "head()", "--out", "out", "train.epochs=1", "train.precision=fp32"]
 # what is forbidden, the command, and what its error says; the first file is the model's
 READ = [

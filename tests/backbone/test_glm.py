@@ -15,6 +15,8 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.glm import GraftKitGlmConfig, GraftKitGlmForMaskedLM, GraftKitGlmModel
 from graftkit.backbone.pooling import default_pooling
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH, A, SPANS = 40, 32, 7, (3, 2)
 
 

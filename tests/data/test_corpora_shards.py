@@ -22,6 +22,8 @@ from graftkit.data.corpora import corpus as corpus_files
 from graftkit.data.corpora import open_corpus, open_shards, split_sentences, tokenized, tokenizing
 from graftkit.data.corpora.writing import Encoder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):

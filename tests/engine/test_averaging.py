@@ -12,6 +12,8 @@ from torch import nn
 
 from graftkit.engine.averaging import Average
 
+pytestmark = pytest.mark.slow
+
 METHOD = "full(lr=0.001) + head(pooling='own')"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import forked
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_fullparam.py"
 ABSENT = ("pydantic", "datasets", "accelerate", "sklearn", "xxhash", "regex", "typer", "rich", "peft")
 

@@ -15,6 +15,8 @@ from graftkit.optim.base import as_optimizer
 from graftkit.plan.memory import gradient_bytes, optimizer_bytes
 from graftkit.recipe.catalogue import entries
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = dict.fromkeys(("galore", "fira", "apollo"), "rank=3, interval=2") | {"badam": "interval=2"}
 EXPRESSIONS = [f"{name}({OPTIONS.get(name, '')})" for name in entries("optimizer")]
 METHOD = "full(lr=0.001) + head(pooling='own')"

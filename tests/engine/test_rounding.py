@@ -11,6 +11,8 @@ from graftkit import AdamW
 from graftkit.engine.rounding import Rounding
 from graftkit.engine.updates import AfterBackward, Alone, WithinBackward
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_mean_of_many_roundings_is_the_value():
     draw = torch.Generator().manual_seed(0)

@@ -14,6 +14,8 @@ from graftkit.engine.loop import NotFinite
 from graftkit.engine.updates import AfterBackward, Alone, WithinBackward
 from graftkit.recipe.catalogue import entries
 
+pytestmark = pytest.mark.slow
+
 ABLE = [name for name, entry in entries("optimizer").items() if entry.constants.get("steps_in_backward")]
 OPTIONS = dict.fromkeys(("galore", "fira", "apollo"), "rank=3, interval=2") | {"badam": "interval=2"}
 EXPRESSIONS = [f"{name}({OPTIONS.get(name, '')})" for name in ABLE]

@@ -16,6 +16,8 @@ from objectives import WORDS, tiny_model, word_tokenizer, write_texts
 import graftkit
 from graftkit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 FAST = {
     "train.precision": "fp32",
     "train.batch_size": 8,

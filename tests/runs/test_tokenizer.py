@@ -18,6 +18,8 @@ from graftkit import UserError
 from graftkit.cli.main import main
 from graftkit.data.corpora.cleaning import fingerprint
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"wordpiece": 140, "bpe": 330, "unigram": 100}
 
 

@@ -11,6 +11,8 @@ from conftest import equal_bits, graft_tensors, tune_words
 
 from graftkit.optim.schedule import decay_start, factor
 
+pytestmark = pytest.mark.slow
+
 MODERN = (
     "train.schedule=wsd",
     "train.warmup=0",

@@ -20,6 +20,8 @@ from graftkit.grafts.attach import attach
 from graftkit.tasks.cloze import Cloze
 from graftkit.tasks.shared.blanks import marks_of
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = "my {text} is a {label} very"
 WORDS_OF = {"fruit": "plum", "tool": "very old saw", "animal": "very new"}
 COLUMNS = {"text": "text", "label": "label"}

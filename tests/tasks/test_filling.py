@@ -12,6 +12,8 @@ from graftkit import UserError
 from graftkit.tasks.shared.blanks import marks_of
 from graftkit.tasks.shared.filling import CHINESE, Sampling, fill, write_blanks
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["apple [MASK] hammer", "[gMASK]", "pear [MASK] saw [sMASK] plum apple [MASK]"]
 
 

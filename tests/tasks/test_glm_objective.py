@@ -24,6 +24,8 @@ from graftkit.tasks.objectives.glm import Glm
 from graftkit.tasks.shared.blanks import NAMES, marks_of
 from graftkit.tasks.shared.filling import fill
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 64
 
 
