@@ -16,6 +16,9 @@ MEMORY = 2**30  # bytes, for the same; it takes some kilobytes
 LONGEST = 10_000_000  # characters of a rendered conversation
 
 
+ONE = threading.Lock()  # the limit of memory is that of the process, so threads take turns
+
+
 class TooLong(Exception):
     """The time is over."""
 
@@ -24,7 +27,7 @@ class TooLong(Exception):
 def limited() -> Iterator[None]:
     """Raise `TooLong` in the block after `SECONDS`, and `MemoryError` (on Linux) if it takes more than `MEMORY` more."""
     in_time = _alarmed() if threading.current_thread() is threading.main_thread() else _interrupted()
-    with _limited_memory(), in_time:
+    with ONE, _limited_memory(), in_time:
         yield
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,15 +171,7 @@ def _batch(chosen: Measured, budget: float) -> int:
 
 
 def _corpus_tokens(rows: Rows) -> float:
-    if not isinstance(rows.train, Documents):
-        return math.nan
-    return sum(_bytes(map(Path, rows.train.paths))) / BYTES_PER_TOKEN
-
-
-def _bytes(paths: Iterable[Path]) -> Iterable[int]:
-    for path in paths:
-        files = path.rglob("*") if path.is_dir() else [path]
-        yield from (os.path.getsize(file) for file in files if file.is_file())
+    return rows.train.corpus.size / BYTES_PER_TOKEN if isinstance(rows.train, Documents) else math.nan
 
 
 def _show(

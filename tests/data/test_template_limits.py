@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from language_models import tokenizer
@@ -62,3 +63,21 @@ def test_in_a_thread(text, monkeypatch):
     thread.start()
     thread.join()
     assert found == ([True] * 2 if text == LOOP else ["a"] * 2)
+
+
+def test_threads_leave_the_limit_of_memory_as_it_was(monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(template_limits, "SECONDS", 0.2)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def work() -> None:
+        with pytest.raises(UserError, match="endless loop"):
+            Template(tokenizer(), LOOP, "m").write(TALK, False)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)  # so that the second begins before the first has ended
+    for thread in threads:
+        thread.join()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

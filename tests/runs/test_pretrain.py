@@ -253,6 +253,20 @@ def test_a_corpus_that_another_run_tokenizes_is_waited_for(texts, models, monkey
     )
 
 
+def test_another_encoding_is_another_corpus(models, tmp_path):
+    """A run with a wrong encoding stands in the way of none that has the right one."""
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\n\n".join(f"kara lone mishi café {i}" for i in range(60)).encode("latin-1"))
+    found = []
+    for encoding in ("latin-1", "cp1250"):
+        run = graftkit.pretrain(
+            objective="mlm", train=path, model=str(models["bert"]), out=tmp_path / encoding,
+            settings={**FAST, "data.encoding": encoding, "train.steps": 1},
+        )  # fmt: skip
+        found.append(run.result["steps"])
+    assert found == [1, 1]
+
+
 def test_several_files_are_one_corpus_in_python(texts, models, tmp_path):
     more = write_texts(tmp_path / "more.txt", 20, seed=9)
     run = graftkit.pretrain(

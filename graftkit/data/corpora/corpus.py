@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from graftkit.data.corpora.cleaning import Counts
 from graftkit.data.corpora.reading import END, LONGEST, Part, Reading, is_wide, missing, text_of
+from graftkit.data.corpora.stored import sample
 from graftkit.data.encoding import ENCODINGS, refuse_wide_characters, suggest_encoding
 from graftkit.data.json_text import parse_json
 from graftkit.data.read import broken, telling_why
@@ -38,7 +37,7 @@ SHARD, SMALLEST_SHARD, SHARDS = (
     16,
 )  # bytes at most and at least; number if neither is reached
 WHOLE = 1 << 26  # bytes; of larger files samples are compared
-BLOCKS, BLOCK = 64, 1 << 16
+BLOCKS = 64  # of a sample
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Corpus:
 
         Of a file of more than 64 MB the checksum is that of 64 blocks.
         """
-        files = [[file.name, file.size, _checksum(Path(file.path), file.size)] for file in self.files]
+        files = [[file.name, file.size, sample(Path(file.path), WHOLE, BLOCKS)] for file in self.files]
         reading = self.reading
         return {
             "files": files,
@@ -297,17 +296,3 @@ def _group_sizes(path: str) -> list[int]:
 
     about = pyarrow.parquet.read_metadata(path)
     return [about.row_group(group).total_byte_size for group in range(about.num_row_groups)]
-
-
-def _checksum(path: Path, size: int) -> str:
-    """Return the XXH3 of a file, or of blocks of a large one."""
-    found = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            while block := file.read(1 << 20):
-                found.update(block)
-        else:
-            for number in range(BLOCKS):
-                file.seek((size - BLOCK) * number // (BLOCKS - 1))
-                found.update(file.read(BLOCK))
-    return found.hexdigest()

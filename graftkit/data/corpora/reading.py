@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from graftkit.data.corpora.cleaning import Counts, clean
 from graftkit.data.json_text import parse_json
 from graftkit.data.read import broken, telling_why
+from graftkit.data.unpacked import open_parquet, refuse_inflated, text_bytes
 from graftkit.errors import UserError, listing, nearest, shown
 
 LONGEST = 10_000_000  # bytes of a document; a long book has five million
@@ -198,13 +199,14 @@ def _skip_line(file: BinaryIO) -> int:
 
 def _parquet(part: Part, column: str) -> Iterator[str]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(part.path) as file:
+        with open(part.path, "rb") as raw:
+            file = open_parquet(raw, part.size, part.path)
             groups = list(range(part.start, min(part.end, file.num_row_groups)))
             for batch in file.iter_batches(ROWS, groups, [column]):
                 values = batch.column(0)
+                refuse_inflated(text_bytes(values), 0, part.size, part.path)
                 if pyarrow.types.is_dictionary(values.type):
                     values = values.dictionary_decode()
                 for value in values.cast(pyarrow.large_binary()).to_pylist():

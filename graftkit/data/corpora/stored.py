@@ -62,15 +62,15 @@ def checksum(path: Path) -> str:
     return found.hexdigest()
 
 
-def sample(path: Path) -> str:
-    """Return the XXH3 of blocks of a file, its first and last among them; of all of it if it is small."""
+def sample(path: Path, whole: int = BLOCKS * BLOCK, blocks: int = BLOCKS) -> str:
+    """Return the XXH3 of blocks of a file, its first and last among them; of all of it up to `whole` bytes."""
     size = path.stat().st_size
-    if size <= BLOCKS * BLOCK:
+    if size <= whole:
         return checksum(path)
     found = xxhash.xxh3_64()
     with path.open("rb") as file:
-        for number in range(BLOCKS):
-            file.seek((size - BLOCK) * number // (BLOCKS - 1))
+        for number in range(blocks):
+            file.seek((size - BLOCK) * number // (blocks - 1))
             found.update(file.read(BLOCK))
     return found.hexdigest()
 

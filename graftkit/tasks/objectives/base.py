@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.claims import InUse
 from graftkit.data.columns import Column
-from graftkit.data.corpora import Shards, open_corpus, tokenized
+from graftkit.data.corpora import Corpus, Shards, open_corpus, tokenized
 from graftkit.data.order import Order, Permuted
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
@@ -226,10 +227,7 @@ class Objective(Task):
         """Return the folder of the tokenized corpus in the cache, named by all that decides its content."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-        what = (
-            _stamps(examples.paths), sorted(examples.table.columns), self.documents, self.duplicates, self.sentences,
-            vocabulary,
-        )  # fmt: skip
+        what = _stamps(examples.corpus), examples.corpus.reading, self.duplicates, self.sentences, vocabulary
         return cache_folder() / SHARDS / hashlib.sha256(repr(what).encode()).hexdigest()[:24]
 
     def rendered(self, dataset: Dataset) -> str:
@@ -287,11 +285,9 @@ class Objective(Task):
         return float(sums[0]), float(sums[1])
 
 
-def _stamps(paths: Sequence[str]) -> list[tuple[str, int, int]]:
+def _stamps(corpus: Corpus) -> list[tuple[str, int, int]]:
     """Return place, size and time of change of each file."""
-    named = [Path(path).expanduser().absolute() for path in paths]
-    files = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return [(os.path.abspath(file.path), file.size, os.stat(file.path).st_mtime_ns) for file in corpus.files]
 
 
 def token_term(scores: Tensor, batch: Batch, weight: float = 1.0) -> Term:

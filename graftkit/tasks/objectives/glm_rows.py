@@ -13,6 +13,7 @@ from graftkit.data.ragged import Ragged, mask
 from graftkit.data.source import Pass
 from graftkit.tasks.objectives.base import PLACES, ROWS, TARGETS, TokenRows
 from graftkit.tasks.objectives.documents import Documents, Texts
+from graftkit.tasks.objectives.masking import edges
 from graftkit.tasks.shared.blanks import Infilling, Marks, Text, corrupt
 
 # tokens of a row for each token of its text: a blank takes two, and of n tokens about 0.05 n begin a blank
@@ -133,10 +134,3 @@ class BlankRows(TokenRows):
         made = self.infilling(0, Pass())
         parts = made.ids[: made.part_a], made.ids[made.part_a :]
         return "\n\n".join(self.tokenizer.decode(part.tolist()) for part in parts)
-
-
-def edges(tokenizer: Any) -> tuple[int | None, int | None]:
-    """Return the tokens that begin and end a row: [CLS] and [SEP], or <s> and </s>; None where there is none."""
-    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    return first, last
