@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from graftkit.errors import UserError
@@ -67,6 +67,17 @@ def claimed(folder: Path, *, new: bool = False) -> Iterator[Path]:
         with suppress(OSError):  # something is in it
             for path in made:
                 path.rmdir()
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[Path]:
+    """As `claimed`, but raise `UserError` also if this user may not write there. `what` the folder is, for the message."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(claimed(folder))
+        except OSError as error:
+            raise UserError(f"{what} cannot be written to: {error.strerror or error}.") from None
+        yield folder
 
 
 def _is_left_by(path: Path, folder: Path) -> bool:

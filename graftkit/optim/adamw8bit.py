@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from graftkit.optim.base import Optimizer, ParamGroup
-from graftkit.optim.shared.lowbit import QuantizedAdamW
-from graftkit.optim.shared.moments import moment_bytes
-from graftkit.recipe.catalogue import option
+from graftkit.optim.shared.lowbit import LowBitAdamW
 
 
 @dataclass(frozen=True)
-class AdamW8bit(Optimizer):
+class AdamW8bit(LowBitAdamW):
     """AdamW whose two moments are stored in 8 bits each, in blocks of 256 numbers with a scale of their own.
 
     Dettmers et al. 2022, '8-bit Optimizers via Block-wise Quantization': both moments use the dynamic code, which spends more
@@ -28,16 +21,4 @@ class AdamW8bit(Optimizer):
     Memory: 2.03 bytes for each trained parameter, instead of 8.
     """
 
-    steps_in_backward: ClassVar[bool] = True
     BITS: ClassVar[int] = 8
-
-    beta1: float = option(0.9, "decay of the mean of gradients", at_least=0, below=1)
-    beta2: float = option(0.999, "decay of the mean of squared gradients", at_least=0, below=1)
-    eps: float = option(1e-8, "added to the denominator", above=0)
-
-    def make(self, groups: list[ParamGroup]) -> torch.optim.Optimizer:
-        return QuantizedAdamW(groups, (self.beta1, self.beta2), self.eps, self.BITS)
-
-    def state_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Return the bytes of indices and scales, or of moments in fp32 for a small tensor, whatever the dtype."""
-        return moment_bytes(math.prod(shape), self.BITS)

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from graftkit import claims
@@ -65,17 +65,9 @@ def claimed(recipe: Recipe, overwrite: bool) -> Iterator[Path]:
         yield folder
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[Path]:
+def held(folder: Path) -> AbstractContextManager[Path]:
     """Hold the folder of a run. Raises `UserError` if another process is using it."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(claims.claimed(folder))
-        except OSError as error:
-            raise UserError(
-                f"run folder {str(folder)!r} cannot be written to: {error.strerror or error}."
-            ) from None
-        yield folder
+    return claims.held(folder, f"run folder {str(folder)!r}")
 
 
 def named(out: str) -> Path:

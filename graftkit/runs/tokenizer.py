@@ -10,9 +10,9 @@ from typing import Any
 from graftkit import claims
 from graftkit.backbone.folder import PROCESSOR_FILES, refuse_faults, refuse_strange_files
 from graftkit.backbone.source import find_source
+from graftkit.claims import held
 from graftkit.data.corpora import Corpus, open_corpus
 from graftkit.data.corpora.cleaning import fingerprint
-from graftkit.data.corpora.stored import held
 from graftkit.data.corpora.writing import Encoder
 from graftkit.data.vocabularies import END_OF_TEXT, KINDS, SPECIAL, UNKNOWN, batches, learn_vocabulary
 from graftkit.errors import UserError, first_line, listing, nearest
@@ -83,7 +83,7 @@ def train_tokenizer(
     if other is not None:
         found["compare"] = {"model": compare, "vocab": len(other), **measure(other, texts)}
     found["seconds"] = round(time.perf_counter() - begun, 3)
-    with held(folder), assembling(folder, FILES, FILES[:1]) as part:
+    with held(folder, str(folder)), assembling(folder, FILES, FILES[:1]) as part:
         _refuse_used(folder, overwrite)
         _save(made, tokens, part)
         write_json(

@@ -191,5 +191,5 @@ def test_a_small_parquet_file_that_stands_for_too_much(tmp_path) -> None:
     text = pyarrow.array(["a" * 9_000_000])
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int8()), text)
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="t.parquet has .* too many for its size"):
+    with pytest.raises(UserError, match=r"t.parquet has .* too many for its size"):
         list(open_corpus(tmp_path / "t.parquet").documents())

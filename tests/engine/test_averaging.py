@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import equal_bits, graft_tensors, tune_words
+from killing import stopped_at
 from safetensors.torch import load_file
 from torch import nn
 
@@ -62,9 +63,6 @@ def test_averages_of_what_is_freed_later_begin_with_its_values(ready):
 
 @pytest.mark.slow
 def test_they_are_evaluated_saved_and_resumed(command, tiny_bert, rows_folder, tmp_path, monkeypatch):
-    from graftkit.engine.loop import Loop
-    from graftkit.errors import Interrupted
-
     def words(name: str, *more: str) -> list[str]:
         given = ("train.steps=6", "train.checkpoint_every=1", "train.evaluate_every=3", *more)
         return tune_words(tiny_bert, rows_folder, tmp_path / name, *given, method=METHOD)
@@ -84,18 +82,9 @@ def test_they_are_evaluated_saved_and_resumed(command, tiny_bert, rows_folder, t
         "without evaluation, the last ones"
     )
 
-    plain = Loop._take_step
-
-    def stop(self, *given):
-        if self.step == 4:
-            raise Interrupted("stopped")
-        return plain(self, *given)
-
-    monkeypatch.setattr(Loop, "_take_step", stop)
-    assert command(*words("parts", "train.ema=0.8")).status != 0
+    stopped_at(4, words("parts", "train.ema=0.8"), command, monkeypatch)
     newest = load_file(sorted((tmp_path / "parts" / "checkpoints").glob("step-*"))[-1])
     assert {n for n in newest if n.startswith("averages/")} == {f"averages/{name}" for name in found["0"]}
-    monkeypatch.setattr(Loop, "_take_step", plain)
     assert command("tune", "--resume", tmp_path / "parts").status == 0
     assert equal_bits(graft_tensors(tmp_path / "parts"), graft_tensors(tmp_path / "whole"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import equal_bits, graft_tensors, tune_words
+from killing import stopped_at
 from torch import nn
 
 from graftkit import AdamW
@@ -137,9 +138,6 @@ def test_both_ways_to_step_give_the_same_weights(ready):
 
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_rounds_the_same(command, tiny_bert, rows_folder, tmp_path, monkeypatch):
-    from graftkit.engine.loop import Loop
-    from graftkit.errors import Interrupted
-
     def words(name: str) -> list[str]:
         more = (
             "train.precision=bf16",
@@ -151,16 +149,7 @@ def test_a_run_that_is_interrupted_rounds_the_same(command, tiny_bert, rows_fold
         return tune_words(tiny_bert, rows_folder, tmp_path / name, *more, method=METHOD)
 
     assert command(*words("whole")).status == 0
-    plain = Loop._take_step
-
-    def stop(self, *given):
-        if self.step == 3:
-            raise Interrupted("stopped")
-        return plain(self, *given)
-
-    monkeypatch.setattr(Loop, "_take_step", stop)
-    assert command(*words("parts")).status != 0
-    monkeypatch.setattr(Loop, "_take_step", plain)
+    stopped_at(3, words("parts"), command, monkeypatch)
     assert command("tune", "--resume", tmp_path / "parts").status == 0
     assert equal_bits(graft_tensors(tmp_path / "parts"), graft_tensors(tmp_path / "whole"))
 

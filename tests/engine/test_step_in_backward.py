@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import equal_bits, graft_tensors, tune_words
+from killing import stopped_at
 from torch import nn
 
 from graftkit import AdamW, UserError
@@ -260,23 +261,12 @@ def test_a_run_that_is_interrupted_ends_with_the_same_weights(
     command, tiny_bert, rows_folder, tmp_path, monkeypatch
 ):
     """The norm that the next step is clipped by is in the checkpoint."""
-    from graftkit.engine.loop import Loop
-    from graftkit.errors import Interrupted
 
     def words(name: str) -> list[str]:
         more = ("train.steps=6", "train.step_in_backward=true", "train.clip=0.1", "train.checkpoint_every=1")
         return tune_words(tiny_bert, rows_folder, tmp_path / name, *more, method=METHOD)
 
     assert command(*words("whole")).status == 0
-    plain = Loop._take_step
-
-    def stop(self, *given):
-        if self.step == 3:
-            raise Interrupted("stopped")
-        return plain(self, *given)
-
-    monkeypatch.setattr(Loop, "_take_step", stop)
-    assert command(*words("parts")).status != 0
-    monkeypatch.setattr(Loop, "_take_step", plain)
+    stopped_at(3, words("parts"), command, monkeypatch)
     assert command("tune", "--resume", tmp_path / "parts").status == 0
     assert equal_bits(graft_tensors(tmp_path / "parts"), graft_tensors(tmp_path / "whole"))

@@ -147,6 +147,23 @@ def at_operation(number: int, root: Path, do: Callable[[], object]) -> None:
     sys.addaudithook(hook)
 
 
+def stopped_at(step: int, words: list[str], command, monkeypatch) -> None:
+    """Run a command whose training stops before this step (from 0), as by a signal."""
+    from graftkit.engine.loop import Loop
+    from graftkit.errors import Interrupted
+
+    plain = Loop._take_step
+
+    def stop(self, *given):
+        if self.step == step:
+            raise Interrupted("stopped")
+        return plain(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "_take_step", stop)
+        assert command(*words).status != 0
+
+
 def put_back(copy: Path, root: Path) -> None:
     shutil.rmtree(root)
     shutil.copytree(copy, root, symlinks=True)

@@ -55,7 +55,7 @@ def _template(model: Model, seed: int) -> nn.Module:
     return made
 
 
-class _Stamp(pickle.Pickler):
+class _Pickler(pickle.Pickler):
     """Pickle a module without its tensors, which are collected in `tensors`."""
 
     def __init__(self, file: io.BytesIO) -> None:
@@ -69,34 +69,34 @@ class _Stamp(pickle.Pickler):
         return id(value)
 
 
-class _Print(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     """Make a copy of a pickled module, with copies of its tensors."""
 
     def __init__(self, file: io.BytesIO, tensors: dict[int, Tensor]) -> None:
         super().__init__(file)
-        self.tensors, self.memo_of_tensors = tensors, {}
+        self.tensors, self.copied = tensors, {}
 
     def persistent_load(self, number: int) -> Tensor:
-        return copy.deepcopy(self.tensors[number], self.memo_of_tensors)
+        return copy.deepcopy(self.tensors[number], self.copied)
 
 
 @functools.cache
-def _stamp(model: Model, seed: int) -> tuple[bytes, dict[int, Tensor]] | None:
+def _pickled(model: Model, seed: int) -> tuple[bytes, dict[int, Tensor]] | None:
     file = io.BytesIO()
-    stamp = _Stamp(file)
+    pickler = _Pickler(file)
     try:
-        stamp.dump(_template(model, seed))
+        pickler.dump(_template(model, seed))
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):  # it has functions of its own
         return None
-    return file.getvalue(), stamp.tensors
+    return file.getvalue(), pickler.tensors
 
 
 def _copy_of(model: Model, seed: int) -> nn.Module:
     """What `copy.deepcopy` gives, several times as fast."""
-    stamped = _stamp(model, seed)
-    if stamped is None:
+    pickled = _pickled(model, seed)
+    if pickled is None:
         return copy.deepcopy(_template(model, seed))
-    return _Print(io.BytesIO(stamped[0]), stamped[1]).load()
+    return _Unpickler(io.BytesIO(pickled[0]), pickled[1]).load()
 
 
 @functools.cache

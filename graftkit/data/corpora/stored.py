@@ -9,15 +9,12 @@ shard-00000.json                 counts, and sizes and checksums of these files;
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from graftkit import claims
 from graftkit.errors import UserError
 from graftkit.files import irregular, read_json, write_json
 
@@ -29,19 +26,6 @@ BLOCKS, BLOCK = 32, 1 << 16  # of a sample
 FULL = (
     1 << 30
 )  # bytes of a corpus whose shards are read as a whole when it is opened; of larger ones samples are
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder, creating it if needed. Raises UserError if another process holds it or it cannot be written to."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(claims.claimed(folder))
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written to: {error.strerror or error}. Name another folder."
-            ) from None
-        yield
 
 
 def prefix_of(folder: Path, number: int) -> Path:

@@ -76,7 +76,7 @@ def tokenized(
     ]
     if _is_tidy(folder) and len(known := _whole(folder, len(jobs))) == len(jobs):  # it need not be writable
         return assembled(folder, about, [known[number] for number in range(len(jobs))])
-    with stored.held(folder):
+    with claims.held(folder, str(folder)):
         _refuse_other(folder, about)  # another process may have begun there in between
         claims.remove_leftovers(folder)
         if not (folder / stored.CORPUS).exists():

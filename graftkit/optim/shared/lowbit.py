@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from graftkit.optim.base import ParamGroup
-from graftkit.optim.shared.moments import bias_corrections, chunks, is_quantized, moments_in, update
+from graftkit.optim.base import Optimizer, ParamGroup
+from graftkit.optim.shared.moments import (
+    bias_corrections,
+    chunks,
+    is_quantized,
+    moment_bytes,
+    moments_in,
+    update,
+)
 from graftkit.optim.shared.partly import PartlyAdamW, split
+from graftkit.recipe.catalogue import option
+
+
+@dataclass(frozen=True)
+class LowBitAdamW(Optimizer):
+    """Base of the optimizers whose moments have `BITS` bits each."""
+
+    steps_in_backward: ClassVar[bool] = True
+    BITS: ClassVar[int]
+
+    beta1: float = option(0.9, "decay of the mean of gradients", at_least=0, below=1)
+    beta2: float = option(0.999, "decay of the mean of squared gradients", at_least=0, below=1)
+    eps: float = option(1e-8, "added to the denominator", above=0)
+
+    def make(self, groups: list[ParamGroup]) -> torch.optim.Optimizer:
+        return QuantizedAdamW(groups, (self.beta1, self.beta2), self.eps, self.BITS)
+
+    def state_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return the bytes of indices and scales, or of moments in fp32 for a small tensor, whatever the dtype."""
+        return moment_bytes(math.prod(shape), self.BITS)
 
 
 class QuantizedAdamW(PartlyAdamW):

@@ -127,7 +127,6 @@ class Objective(Task):
     scored: ClassVar[float] = (
         0.15  # about the share of the tokens of a row that are targets, to estimate the speed
     )
-    sentences: ClassVar[bool] = False  # whether documents are split into sentences
     accuracy: ClassVar[str] = "token_accuracy"  # the name of the accuracy over target tokens
     headline: ClassVar[tuple[str, ...]] = ("loss", "bits_per_byte")
     directions: ClassVar[Mapping[str, str | None]] = {
@@ -140,6 +139,11 @@ class Objective(Task):
         choices=("auto", "paragraphs", "lines", "file"),
     )
     duplicates: bool = option(True, "keep documents whose normalised text occurred before")
+
+    @property
+    def sentences(self) -> bool:
+        """Whether documents are split into sentences."""
+        return False
 
     # ---- the corpus
 

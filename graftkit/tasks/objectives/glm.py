@@ -76,10 +76,9 @@ class Glm(Objective):
     top_k: int = option(0, "sample from this many most likely tokens; 0 for all", at_least=0)
     seed: int = option(0, "random seed of sampling", at_least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # in all other objectives a class attribute
-        object.__setattr__(self, "sentences", self.mode in ("sentence", "mixture"))
+    @property
+    def sentences(self) -> bool:
+        return self.mode in ("sentence", "mixture")
 
     # ---- pre-training
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from graftkit.errors import UserError
+from graftkit.recipe.catalogue import option
 
 EVALUATED = 0.15  # share of the tokens that are masked in every evaluation
 SPAN_ENDS, LONGEST_SPAN = (
@@ -31,6 +32,21 @@ class Share:
 
     def at(self, progress: float) -> float:
         return self.first + (self.last - self.first) * min(1.0, max(0.0, progress))
+
+
+@dataclass(frozen=True)
+class MaskingOptions:
+    """The options of all objectives with masked tokens."""
+
+    share: float | str = option(
+        0.15, "share of the tokens that are masked; '0.3->0.15': falling linearly over the run"
+    )
+    replace: str = option(
+        "bert",
+        "what stands for a masked token: bert: the mask token in 80%, a random token in 10%, itself in 10%; mask: always "
+        "the mask token",
+        choices=("bert", "mask"),
+    )
 
 
 def parse_share(value: float | str, owner: str) -> Share:

@@ -14,7 +14,15 @@ from graftkit.data.source import Batch, Pass
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.objectives.base import PLACES, ROWS, TARGETS, Objective, TokenRows
 from graftkit.tasks.objectives.documents import Documents, Texts
-from graftkit.tasks.objectives.masking import EVALUATED, Share, edges, masked, parse_share, vocabulary_of
+from graftkit.tasks.objectives.masking import (
+    EVALUATED,
+    MaskingOptions,
+    Share,
+    edges,
+    masked,
+    parse_share,
+    vocabulary_of,
+)
 from graftkit.tasks.shared.bodies import scores_of_chosen
 
 
@@ -100,7 +108,7 @@ class MaskedRows(TokenRows):
 
 
 @dataclass(frozen=True)
-class Mlm(Objective):
+class Mlm(MaskingOptions, Objective):
     """Predict masked tokens (Devlin et al. 2018, section 3.1).
 
     Rows are cut from the documents in sequence. In each row the same number of tokens is masked, drawn anew in each epoch;
@@ -111,15 +119,6 @@ class Mlm(Objective):
     accuracy: ClassVar[str] = "masked_accuracy"
     headline: ClassVar[tuple[str, ...]] = ("loss", "masked_accuracy", "bits_per_byte")
 
-    share: float | str = option(
-        0.15, "share of the tokens that are masked; '0.3->0.15': falling linearly over the run"
-    )
-    replace: str = option(
-        "bert",
-        "what stands for a masked token: bert: the mask token in 80%, a random token in 10%, itself in 10%; mask: always "
-        "the mask token",
-        choices=("bert", "mask"),
-    )
     unit: str = option(
         "token", "what is masked: single tokens, whole words or spans", choices=("token", "word", "span")
     )

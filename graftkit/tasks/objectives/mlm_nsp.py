@@ -15,11 +15,17 @@ from graftkit.backbone import Backbone
 from graftkit.data.ragged import Ragged
 from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError
-from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Dataset, Term, Terms
 from graftkit.tasks.objectives.base import PLACES, ROWS, TARGETS, TOKENS, Objective, TokenRows, token_term
 from graftkit.tasks.objectives.documents import Documents, Texts
-from graftkit.tasks.objectives.masking import EVALUATED, Share, masked, parse_share, vocabulary_of
+from graftkit.tasks.objectives.masking import (
+    EVALUATED,
+    MaskingOptions,
+    Share,
+    masked,
+    parse_share,
+    vocabulary_of,
+)
 from graftkit.tasks.objectives.pairs import Pairs, Sentences, draw_pairs, truncated
 from graftkit.tasks.shared.bodies import chosen_states
 from graftkit.tasks.shared.scores import scores_of
@@ -155,7 +161,7 @@ def _check(sentences: Sentences, examples: Documents, task: MlmNsp) -> None:
 
 
 @dataclass(frozen=True)
-class MlmNsp(Objective):
+class MlmNsp(MaskingOptions, Objective):
     """Predict masked tokens, and whether a segment follows another: BERT's own pre-training (Devlin et al. 2018).
 
     Sentences are gathered to rows of two segments; half of the second ones come from other documents. The loss is the sum
@@ -163,7 +169,6 @@ class MlmNsp(Objective):
     """
 
     families: ClassVar[tuple[str, ...]] = ("PRETRAINING",)
-    sentences: ClassVar[bool] = True
     accuracy: ClassVar[str] = "masked_accuracy"
     headline: ClassVar[tuple[str, ...]] = ("loss", "masked_accuracy", "nsp_accuracy", "bits_per_byte")
 
@@ -171,15 +176,9 @@ class MlmNsp(Objective):
         "loss": "min", "bits_per_byte": "min", "perplexity": "min", "masked_loss": "min", "nsp_loss": "min",
     }  # fmt: skip
 
-    share: float | str = option(
-        0.15, "share of the tokens that are masked; '0.3->0.15': falling linearly over the run"
-    )
-    replace: str = option(
-        "bert",
-        "what stands for a masked token: bert: the mask token in 80%, a random token in 10%, itself in 10%; mask: always "
-        "the mask token",
-        choices=("bert", "mask"),
-    )
+    @property
+    def sentences(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
