@@ -7,11 +7,12 @@ import os
 import re
 import shutil
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from graftkit.errors import UserError
+from graftkit.errors import Note, UserError, listing
 
 TEMPORARY = ".part"
 LOCK = ".lock"  # in a folder that a process writes to; the operating system frees it when that process ends
@@ -35,9 +36,16 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left in a folder that this process holds."""
-    for path in [path for path in folder.rglob(f"*{TEMPORARY}") if is_leftover(path)]:
+    """Delete what killed processes left in a folder that this process holds, and say so."""
+    _remove_left([path for path in folder.rglob(f"*{TEMPORARY}") if is_leftover(path)])
+
+
+def _remove_left(paths: list[Path]) -> None:
+    for path in paths:
         remove(path)
+    if paths:
+        names = listing(map(str, paths), 4)
+        warnings.warn(Note(f"removed what a killed process had left: {names}."), stacklevel=3)
 
 
 def remove(path: Path) -> None:
@@ -59,8 +67,7 @@ def claimed(folder: Path, *, new: bool = False) -> Iterator[Path]:
     made, descriptor = _take(folder, new)
     try:
         with suppress(OSError):
-            for path in [path for path in folder.parent.iterdir() if _is_left_by(path, folder)]:
-                remove(path)
+            _remove_left([path for path in folder.parent.iterdir() if _is_left_by(path, folder)])
         yield folder
     finally:
         _release(folder, descriptor)

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake in the input. The command line prints only its message and exits with 1."""
 
 
+class Note(Warning):
+    """Something that a user should know, and that stops nothing. The command line prints its message."""
+
+
 class NoGoodRows(UserError):
     """All rows are bad; `skipped` has a message for each of them."""
 

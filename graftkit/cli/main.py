@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from contextlib import suppress
 from errno import EIO, ENOSPC
 from pathlib import Path
@@ -34,7 +35,7 @@ from graftkit.cli.options import (
     lost_output,
     recipe_values,
 )
-from graftkit.errors import Interrupted, UserError, first_line
+from graftkit.errors import Interrupted, Note, UserError, first_line
 from graftkit.files import PERMIT
 
 if TYPE_CHECKING:
@@ -260,7 +261,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; exit with 0, 1 for a user's mistake, 130 for Ctrl-C."""
     from graftkit.report.streams import standard_streams
 
-    with standard_streams():
+    with standard_streams(), warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        plain = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, Note):
+                print(f"note: {message}", file=sys.stderr)
+            else:
+                plain(message, category, *where, **more)
+
+        warnings.showwarning = show
         _run(arguments)
 
 

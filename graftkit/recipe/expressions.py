@@ -121,7 +121,10 @@ def _unknown(name: str, written: str, family: str) -> str:
             f"{name}() is {other.a}, not {FAMILIES[family].a}: write {other.key}={written} instead, beside "
             f"{FAMILIES[family].key}={FAMILIES[family].plain}, for example."
         )
-    hint = nearest(name, known)
+    meant = {
+        word: call for entry in known.values() for word, call in entry.constants.get("meant", {}).items()
+    }
+    hint = f" Write {meant[name]}." if name in meant else nearest(name, known)
     if not hint:
         a = FAMILIES[family].a
         hint = f" To use {a} of your own, set {FAMILIES[family].variable} to its folder."

@@ -338,6 +338,9 @@ class Task(Reader, Encoder, Learner, Scorer):
     """
 
     aliases: ClassVar[tuple[str, ...]] = ()  # other names that recipes may use
+    meant: ClassVar[
+        Mapping[str, str]
+    ] = {}  # names that people try, with the expression that they should write
     modality: ClassVar[str] = "text"
     method: ClassVar[str] = "lora() + head()"
     head: ClassVar[bool] = True

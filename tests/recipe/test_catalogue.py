@@ -315,3 +315,13 @@ def test_other_names_are_understood(written, family, name):
     assert parse(written.replace("-", "_"), family)[0].name == name
     if family == "task":
         assert make({"model": "m", "task": written, "data": {"train": "t.csv"}}).task
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("regression", "regression"), ("multi-label", "multi"), ("ordinal", "ordinal")]
+)
+def test_names_of_what_is_an_option_are_told_how_to_write_it(written, meant):
+    from graftkit.recipe.schema import make
+
+    with pytest.raises(UserError, match=rf"there is no task .* Write classify\(kind='{meant}'\)\.$"):
+        make({"model": "m", "task": written, "data": {"train": "t.csv"}})

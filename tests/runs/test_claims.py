@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from conftest import forked, make_rows, tune_words, write_csv
 
 import graftkit
 from graftkit.claims import LOCK, UNSUPPORTED, claimed, holder
-from graftkit.errors import UserError
+from graftkit.errors import Note, UserError
 
 HOLD = "import sys, time; from pathlib import Path; from graftkit.claims import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
@@ -91,13 +92,25 @@ def test_what_a_killed_process_built_beside_a_folder_is_removed(tmp_path):
     for name in ("out.123.part", "out.x.part", "other.123.part", "out.123.part.txt"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    with claimed(tmp_path / "out"):
+    with (
+        pytest.warns(Note, match=r"removed what a killed process had left: .*out\.123\.part\.$"),
+        claimed(tmp_path / "out"),
+    ):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "other.123.part",
         "out.123.part.txt",
         "out.x.part",
     ]
+
+
+def test_a_command_says_what_it_removed(command, finished, tmp_path):
+    (tmp_path / "merged.77.part").mkdir()
+    done = command("merge", finished, finished, "--out", tmp_path / "merged")
+    assert done.status == 0 and re.search(
+        "^note: removed what a killed process had left: .*merged.77.part.$", done.err, re.M
+    )
+    assert not (tmp_path / "merged.77.part").exists()
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from graftkit.errors import Note
+
 RANDOMIZED = "randomized"
 OVERSAMPLING = 8  # columns beyond the rank of a random sketch (Halko et al. 2011, section 4.2: 5 or 10)
 
 
-class ProjectionFallback(UserWarning):
+class ProjectionFallback(Note):
     """The singular vectors of a gradient could not be computed, and something else is used."""
 
 

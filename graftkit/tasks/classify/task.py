@@ -50,6 +50,12 @@ class Classify(TextTask):
         "sequence_classification",
         "sentiment_analysis",
     )
+    meant: ClassVar[Mapping[str, str]] = {
+        "regression": "classify(kind='regression')",
+        "multi_label": "classify(kind='multi')",
+        "multilabel": "classify(kind='multi')",
+        "ordinal": "classify(kind='ordinal')",
+    }
     columns: ClassVar[tuple[Column, ...]] = (
         Column("text", (*FIRST, *TEXT), "text"),
         Column("text_pair", SECOND, "text", required=False),
