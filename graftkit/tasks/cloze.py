@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from graftkit.backbone import Backbone
-from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.shared.prompts.asking import Asking
 from graftkit.tasks.shared.prompts.rows import Prompts, PromptTask
@@ -24,10 +23,6 @@ class Cloze(PromptTask):
     """
 
     method: ClassVar[str] = "lora()"
-
-    score: str = option(
-        "sum", "sum or mean of the log-probabilities of a word's tokens", choices=("sum", "mean")
-    )
 
     def resolve(self, examples: Examples, labels: Sequence[str], seed: int) -> Cloze:
         """Fill in the template and a word for each label."""

@@ -33,9 +33,6 @@ class Prompting(PromptTask):
         None, "in-context examples, [text, label] or [text, text_pair, label]; null: drawn at random"
     )
     separator: str = option("\n\n", "text between examples")
-    score: str = option(
-        "sum", "sum or mean of the log-probabilities of a word's tokens", choices=("sum", "mean")
-    )
     calibrate: bool = option(False, "subtract the words' scores for a content-free prompt")
 
     def __post_init__(self) -> None:

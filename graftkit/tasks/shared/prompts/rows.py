@@ -86,6 +86,9 @@ class PromptTask(TextTask, LabelTask):
         "the prompt, with {text}, {text_pair} and {label}; [MASK] is {label}; null: 'Text: {text}\\nLabel: {label}'",
     )
     words: dict | None = option(None, "the word of each label, {label: word}; null: the labels themselves")
+    score: str = option(
+        "sum", "sum or mean of the log-probabilities of a word's tokens", choices=("sum", "mean")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
