@@ -5,6 +5,7 @@
     python bench/pretraining.py continued    # MiniLM continued on banking77's sentences, then ten rows of each class
     python bench/pretraining.py chinese      # poems of the Tang: lines written and completed
     python bench/pretraining.py muon         # steps that muon needs to reach AdamW's last loss, both over the same grid
+    python bench/pretraining.py apart        # what it costs that packed documents do not attend to each other
     python bench/pretraining.py write        # the section of docs/results.md, from all that has been run
 
 Texts come from ../shared/data (`--data`). Figures are kept in bench/results/pretrain-*.json, so that what was interrupted goes on.
@@ -267,6 +268,32 @@ def muon(data: Path) -> None:
         kept(f"muon-share-{share}", shorter)
 
 
+def apart(data: Path) -> None:
+    """Tokens per second of `causal` with documents kept apart or not, in turn."""
+    train = data / "text" / "wikitext2_valid.txt"
+
+    def measure() -> dict[str, Any]:
+        found: dict[str, list[float]] = {"true": [], "false": []}
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(5):
+                for how, speeds in found.items():
+                    settings = {"data.max_length": 128, "data.eval": None}
+                    run = ran(
+                        Path(folder),
+                        f"causal(apart={how})",
+                        train,
+                        60,
+                        size="tiny",
+                        vocabulary=2048,
+                        settings=settings,
+                    )
+                    speeds.append(run.result["tokens_per_second"])
+        ratio = statistics.median(left / right for left, right in zip(found["true"], found["false"]))
+        return {"tokens_per_second": found, "ratio": ratio}
+
+    kept("apart", measure)
+
+
 def found_of(start: str) -> Iterator[dict[str, Any]]:
     for path in sorted(RESULTS.glob(f"pretrain-{start}*.json")):
         yield json.loads(path.read_text(encoding="utf-8"))
@@ -328,6 +355,11 @@ def section() -> Iterator[str]:
         what = f"{one['share']:.2f} of the steps" if "share" in one else f"learning rate {one['lr']}"
         wanted = f", to reach {one['wanted']:.4f}" if "wanted" in one else ""
         yield f"- `{one['optimizer']}`, {what} ({one['steps']:,}): held-out loss {one['loss']:.4f}{wanted}."
+    for one in found_of("apart"):
+        yield (
+            f"- `causal(apart=true)` against `apart=false`, rows of 128 tokens: {one['ratio']:.3f} of the tokens per second, median of "
+            f"{len(one['tokens_per_second']['true'])} pairs."
+        )
     yield ""
     yield f"Machine: {'; '.join(sorted(machines))}."
 
