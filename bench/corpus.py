@@ -5,9 +5,9 @@ for all but the first copy, so that documents are as long as real ones and hardl
 of 12,000 tokens, trained on the texts themselves. Each figure is of a process of its own; memory is the peak of that process
 and of the largest of those that it started.
 
-Measured on two cores that ten other processes shared, 2026-11: 10 MB 43 s, 100 MB 275 s with two processes of 85 and 87 MB beside
-one of 47 MB, for both sizes; open 0.07 and 0.21 s (with checksums of all bytes), shuffle 0.13 and 0.05 s, the batch of a late step
-0.3 and 0.4 ms, 66 MB at most. 1,000 MB was not measured. Usage: python bench/corpus.py [MB ...], default 10 100 1000.
+Measured on two cores with nothing else running, 2026-11: 10 MB in 4.6 s and 100 MB in 47 s with two processes, at most 133 and 157 MB
+of memory; opened in 0.01 and 0.06 s (with checksums of all bytes), shuffled in 0.014 and 0.017 s, the batch of a late step in 0.4 and
+0.5 ms, at most 44 and 66 MB. 1,000 MB was not measured. Usage: python bench/corpus.py [MB ...], default 10 100 1000.
 """
 
 from __future__ import annotations

@@ -381,6 +381,7 @@ COMMANDS = {
     "continued": continued,
     "chinese": chinese,
     "muon": muon,
+    "apart": apart,
 }
 
 
