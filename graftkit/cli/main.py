@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftkit.cli import data as cli_data
+from graftkit.cli import plan as cli_plan
 from graftkit.cli import pretraining
 from graftkit.cli import runs as cli_runs
 from graftkit.cli import tokenizer as cli_tokenizer
@@ -127,20 +128,7 @@ def tune(
     emit(as_json, run_recipe(recipe, console, overwrite=overwrite).result)
 
 
-@app.command()
-def plan(
-    arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None,
-    train: Train = None, eval: Eval = None, test: Test = None, method: MethodName = None, out: Out = None, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Show what a recipe will cost: parameters, bytes and steps. Nothing is trained."""
-    from graftkit.recipe import schema as recipes
-
-    recipe = recipes.make(
-        recipe_values(arguments, given_values(model, weights, task, train, eval, test, method, out))
-    )
-    from graftkit.runs.tune import plan as run_plan
-
-    emit(as_json, run_plan(recipe, console_of(as_json)).as_dict())
+app.command()(cli_plan.plan)
 
 
 @app.command()
