@@ -76,3 +76,14 @@ def child(script: str, arguments: dict) -> dict:
 def child_arguments() -> dict | None:
     """What `child` handed over, in the process it started; None in the parent."""
     return json.loads(sys.argv[2]) if sys.argv[1:2] == ["--child"] else None
+
+
+def section(name: str, lines: list[str]) -> None:
+    """Replace the section of docs/results.md between the marks of a name, or append it."""
+    page = ROOT / "docs" / "results.md"
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    text = page.read_text(encoding="utf-8")
+    if begin not in text:
+        text += f"\n{begin}{end}"
+    before, _, rest = text.partition(begin)
+    page.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2], encoding="utf-8")

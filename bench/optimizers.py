@@ -1,11 +1,14 @@
 """Optimizers: perplexity, bytes of state, peak memory and speed of a small Llama trained from scratch with each.
 
-    python bench/optimizers.py [--quick] [--size tiny|60m|quick] [--steps N] [--only galore] [--text FOLDER] [--out FILE]
+    python bench/optimizers.py [--quick] [--size tiny|60m|quick] [--steps N] [--scales 0.5,1,2] [--only galore] [--text FOLDER]
+    python bench/optimizers.py --size 60m --write
     python bench/optimizers.py --meta-7b
 
-A byte-level (tiny) or BPE (60m) language model of the text in FOLDER, the last tenth held out. One process for each
-optimizer, forked, with a linear warm-up over a tenth of the steps, then a cosine. Learning rates stand in `ROWS`; --lr-scale
-multiplies all. Rows marked 'per layer' step within the backward pass, so that no two gradients exist at once.
+A byte-level (tiny) or BPE (60m) language model of the text in FOLDER; of its last tenth, one half chooses the learning rate
+and the other gives the perplexity. One process for each run, forked, with a linear warm-up over a tenth of the steps, then a
+cosine. Learning rates stand in `ROWS`; --scales tries each times these. Products run in bf16 where this machine is made for
+them. Rows marked 'per layer' step within the backward pass, so that no two gradients exist at once. Each run is kept in
+bench/results/, so that what was interrupted goes on; --write puts the best of each row into docs/results.md.
 --meta-7b counts the bytes of LLaMA-7B in bf16, without weights, beside those of the GaLore paper.
 """
 
@@ -15,6 +18,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import re
 import resource
 import time
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ from typing import Any
 import common
 
 TEXT = common.ROOT.parent / "shared" / "data" / "text"
+RESULTS = common.ROOT / "bench" / "results"
 FILES = ("tinyshakespeare.txt", "wikitext2_valid.txt", "wikitext2_test.txt")
 
 
@@ -44,7 +49,7 @@ class Size:
 SIZES = {
     "tiny": Size(128, 344, 4, 4, 256, 128, 16, 600),
     "quick": Size(64, 172, 2, 4, 256, 64, 8, 25),  # that all of it runs
-    "60m": Size(512, 1376, 8, 8, 32000, 256, 32, 10_000),
+    "60m": Size(512, 1376, 8, 8, 32000, 256, 4, 300),  # the paper trains on 5,000 times as many tokens
 }
 
 
@@ -80,13 +85,13 @@ ROWS = (
 PAPER_LESS = 0.633
 
 
-def tokens(size: Size, folder: str) -> tuple[Any, Any, float]:
-    """Return training and held-out tokens, and the bytes of text for each held-out token."""
+def tokens(size: Size, folder: str) -> tuple[Any, Any, Any, float]:
+    """Return the tokens to train on, to choose by and to test on, and the bytes of text for each of the last."""
     import torch
 
     text = "\n".join((Path(folder) / name).read_text(encoding="utf-8") for name in FILES)
-    cut = len(text) * 9 // 10
-    parts = text[:cut], text[cut:]
+    cuts = len(text) * 18 // 20, len(text) * 19 // 20
+    parts = text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]
     if size.vocabulary == 256:
         made = [torch.tensor(list(part.encode())) for part in parts]
     else:
@@ -95,7 +100,7 @@ def tokens(size: Size, folder: str) -> tuple[Any, Any, float]:
         tokenizer = ByteLevelBPETokenizer()
         tokenizer.train_from_iterator(parts[:1], vocab_size=size.vocabulary, show_progress=False)
         made = [torch.tensor(tokenizer.encode(part).ids) for part in parts]
-    return made[0], made[1], len(parts[1].encode()) / len(made[1])
+    return made[0], made[1], made[2], len(parts[2].encode()) / len(made[2])
 
 
 def llama(size: Size, **options: Any) -> Any:
@@ -110,16 +115,18 @@ def llama(size: Size, **options: Any) -> Any:
 
 
 def train(name: str, size_name: str, steps: int, lr_scale: float, text: str) -> dict[str, Any]:
-    """Train from scratch, and return the figures of a row."""
+    """Train from scratch, and return the figures of a run."""
     import torch
 
     from graftkit import attach
+    from graftkit.engine.precision import autocast, choose
     from graftkit.optim.base import as_optimizer
 
     row, size = next(row for row in ROWS if row.name == name), SIZES[size_name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    fit, held_out, bytes_per_token = tokens(size, text)
+    fit, held_out, test, bytes_per_token = tokens(size, text)
+    precision = choose("auto", device)
     rank = size.width // 4
     graft = attach(llama(size).to(device), row.method.format(rank=rank))
     model, value = graft.model.train(), as_optimizer(row.optimizer.format(rank=rank))
@@ -137,23 +144,27 @@ def train(name: str, size_name: str, steps: int, lr_scale: float, text: str) -> 
         starts = torch.randint(len(fit) - size.length, (size.batch,), generator=generator)
         rows = torch.stack([fit[start : start + size.length] for start in starts]).to(device)
         began = time.perf_counter()
-        model(input_ids=rows, labels=rows).loss.backward()
+        with autocast(device, precision):
+            loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
         if not row.per_layer:
             made[0].step()
             made[0].zero_grad()
         seconds += time.perf_counter() - began if step else 0.0  # the first step allocates
-    loss = evaluate(model, held_out, size, device)
+    with autocast(device, precision):
+        chosen_by, loss = evaluate(model, held_out, size, device), evaluate(model, test, size, device)
     states = [v for o in made for state in o.state.values() for v in state.values() if torch.is_tensor(v)]
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "name": name, "optimizer": str(value), "trained": sum(p.numel() for p in graft.parameters.values()),
+        "name": name, "optimizer": str(value), "lr": row.lr * lr_scale, "precision": precision, "held_out_loss": chosen_by, "trained": sum(p.numel() for p in graft.parameters.values()),
         "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token,
         "state_bytes": sum(v.numel() * v.element_size() for v in states),
         "planned_bytes": value.total_bytes(groups), "peak_bytes": peak,
         "tokens_per_second": per_step * (steps - 1) / seconds if seconds else 0.0, "steps": steps,
+        "machine": common.machine(),
     }  # fmt: skip
 
 
@@ -229,15 +240,43 @@ def gb(count: float) -> str:
 
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
-        "| | optimizer | perplexity | bits per byte | state, MB | peak, MB | tokens/s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| | optimizer | learning rate | perplexity | bits per byte | state, MB | peak, MB | tokens/s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in found:
         lines.append(
-            f"| {row['name']} | `{row['optimizer']}` | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} | "
+            f"| {row['name']} | `{row['optimizer']}` | {row['lr']:g} | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} | "
             f"{row['state_bytes'] / 1e6:.2f} | {row['peak_bytes'] / 1e6:.0f} | {row['tokens_per_second']:,.0f} |"
         )
     return "\n".join(lines)
+
+
+def kept(name: str, size: str, steps: int, scale: float, text: str) -> dict[str, Any]:
+    """Return the figures of a run, from its file if it has been made."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    path = RESULTS / f"optimizer-{size}-{steps}-{plain}-{scale:g}.json"
+    if not path.exists():
+        path.write_text(json.dumps(forked(name, size, steps, scale, text), indent=1) + "\n", encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(size: str, steps: int) -> None:
+    """Put the run of each row that is best on the held-out text into docs/results.md."""
+    best: dict[str, dict[str, Any]] = {}
+    for path in RESULTS.glob(f"optimizer-{size}-{steps}-*.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["held_out_loss"] < best.get(run["name"], run)["held_out_loss"] or run["name"] not in best:
+            best[run["name"]] = run
+    rows = [best[row.name] for row in ROWS if row.name in best]
+    shape = SIZES[size]
+    intro = (
+        f"From `bench/optimizers.py --size {size}`: a Llama of {shape.layers} blocks of width {shape.width} and a vocabulary of "
+        f"{shape.vocabulary:,}, {rows[0]['trained'] / 1e6:.1f} M parameters, from scratch, {steps} steps of {shape.batch} rows of "
+        f"{shape.length} tokens. The learning rate is the best of those tried, on held-out text; perplexity is that of other text. "
+        "Peak is that of the process."
+    )
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    common.section("optimizers", ["## Optimizers", "", intro, "", table(rows), "", f"Machine: {machines}."])
 
 
 def forked(*arguments: Any) -> dict[str, Any]:
@@ -255,10 +294,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a check that all of it runs: --size quick")
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--lr-scale", type=float, default=1.0)
+    parser.add_argument("--scales", default="1", help="learning rates to try, times those of the rows")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/results.md")
     parser.add_argument("--only", default="", help="rows whose name or optimizer contains this")
     parser.add_argument("--text", default=str(TEXT), help=f"a folder with {', '.join(FILES)}")
-    parser.add_argument("--out", help="also write the rows to this JSON file")
     parser.add_argument("--meta-7b", action="store_true", help="bytes of LLaMA-7B, from shapes alone")
     options = parser.parse_args()
     if options.meta_7b:
@@ -266,17 +305,20 @@ def main() -> None:
         return
     size = "quick" if options.quick else options.size
     steps, found = options.steps or SIZES[size].steps, []
+    if options.write:
+        write(size, steps)
+        return
+    make = forked if options.quick else kept
     for row in ROWS:
         if options.only.lower() in f"{row.name} {row.optimizer}".lower():
-            found.append(forked(row.name, size, steps, options.lr_scale, options.text))
-            print(f"{row.name}: perplexity {found[-1]['perplexity']:.2f}", flush=True)
+            for scale in map(float, options.scales.split(",")):
+                found.append(make(row.name, size, steps, scale, options.text))
+                print(
+                    f"{row.name}, {found[-1]['lr']:g}: perplexity {found[-1]['perplexity']:.2f}", flush=True
+                )
     print(f"\n{size}, {steps} steps of {SIZES[size].batch} rows of {SIZES[size].length} tokens\n")
     print(table(found))
     print(f"\n{common.machine()}")
-    if options.out:
-        Path(options.out).write_text(
-            json.dumps({"machine": common.machine(), "rows": found}, indent=1) + "\n"
-        )
 
 
 if __name__ == "__main__":

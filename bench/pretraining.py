@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 from common import MODEL, ROOT, machine
 
 RESULTS = ROOT / "bench" / "results"
-PAGE = ROOT / "docs" / "results.md"
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
 SEEDS = (0, 1, 2)
 LINES = "mlm(documents='lines')"
@@ -391,13 +391,7 @@ def section() -> Iterator[str]:
 
 def write() -> None:
     """Replace the section in docs/results.md."""
-    begin, end = "<!-- pre-training -->\n", "<!-- end of pre-training -->\n"
-    text = PAGE.read_text(encoding="utf-8")
-    if begin not in text:
-        text += f"\n{begin}{end}"
-    before, _, rest = text.partition(begin)
-    after = rest.partition(end)[2]
-    PAGE.write_text(before + begin + "\n".join(section()) + "\n" + end + after, encoding="utf-8")
+    common.section("pre-training", list(section()))
 
 
 COMMANDS = {
