@@ -250,7 +250,7 @@ def chinese(data: Path) -> None:
 def muon(data: Path) -> None:
     """How many steps muon needs for AdamW's last training loss, each with the best learning rate of the same grid."""
     train = data / "text" / "wikitext2_valid.txt"
-    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
     steps = 1500
     best: dict[str, tuple[float, float]] = {}
     for optimizer in ("adamw()", "muon()"):
