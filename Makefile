@@ -30,7 +30,10 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/graftkit demo --overwrite
 
-# Two workers of one thread each: the tests use tiny models, which do not gain from more threads.
+# Two workers of one thread each: the tests use tiny models, which do not gain from more threads. They and the processes
+# that they start share compiled files, also where the environment says to write none.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
+
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,13 +41,13 @@ test: $(VENV)/.dev
 	@$(MAKE) --no-print-directory suite
 
 suite: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 # Both ends of the ranges in pyproject.toml. Torch comes from pip's index there, on Linux with CUDA: some GB.
 test-oldest test-newest: test-%: build/%.txt

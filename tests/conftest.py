@@ -110,6 +110,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if chosen == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # runs too, whatever the machine has
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for CUDA must not forbid to fork
+    # Only a loss of power shows what was not synced; tests of that (`killing.moments`) replace it themselves.
+    os.fsync = os.fstat  # type: ignore[assignment]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

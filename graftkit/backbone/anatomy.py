@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from graftkit.backbone.walk import modules_of
+
 Q_NAMES = {"q", "query", "q_proj", "q_lin", "to_q", "wq", "query_proj", "q_linear"}
 BY_WEIGHT = {"WavLMAttention"}  # pass the weights of their linear layers to `multi_head_attention_forward`
 QKV_NAMES = {"qkv", "qkv_proj", "c_attn", "query_key_value", "in_proj", "wqkv", "attn_qkv"}
@@ -112,9 +114,9 @@ def is_norm(module: nn.Module) -> bool:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, module) for each module that no method added."""
     added: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if isinstance(module, Added):
-            added |= set(module.modules())
+            added |= set(modules_of(module).values())
         if module not in added:
             yield name, module
 

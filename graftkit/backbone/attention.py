@@ -16,6 +16,7 @@ from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.calls import parameters_of
 from graftkit.backbone.tokens import by_name, position_tables
+from graftkit.backbone.walk import modules_of
 from graftkit.errors import UserError
 from graftkit.libraries import set_attention
 
@@ -147,7 +148,9 @@ def release(model: nn.Module, implementation: str | None) -> None:
     config = getattr(model, "config", None)
     if implementation is None or getattr(config, "_attn_implementation", None) != NAME:
         return
-    if implementation != NAME and not any(isinstance(module, AddedKeysValues) for module in model.modules()):
+    if implementation != NAME and not any(
+        isinstance(module, AddedKeysValues) for module in modules_of(model).values()
+    ):
         set_attention(model, implementation)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from graftkit.backbone.anatomy import Site, features, is_conv, is_linear, is_map, is_norm
 from graftkit.backbone.parts import find_sites
 from graftkit.backbone.quantized import shape_of
+from graftkit.backbone.walk import parameters_of
 from graftkit.errors import UserError
 from graftkit.libraries import warn_of_untested
 
@@ -48,7 +49,7 @@ class Backbone:
         own = {site.name: site.module for site in self.sites}
         return {
             name: shape_of(own[name.rpartition(".")[0]], name.rpartition(".")[2], parameter)
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in parameters_of(self.model).items()
             if name.rpartition(".")[0] in own
         }
 

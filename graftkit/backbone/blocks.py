@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from graftkit.backbone.anatomy import base_modules, holds_query, is_map
+from graftkit.backbone.walk import modules_of, parameters_of
 
 Members = list[tuple[str, nn.Module]]
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -29,7 +30,7 @@ def find_blocks(model: nn.Module) -> Members:
         beside = not any(_nested(name, other) for name, _ in members for other, _ in classes[largest])
         if kind is largest or (beside and sizes[kind] >= SHARE * sizes[largest]):
             chosen += members
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    order = {name: index for index, name in enumerate(modules_of(model))}
     blocks = [block for member in chosen for block in _within(*member)]
     return sorted(blocks, key=lambda block: order[block[0]])
 
@@ -58,14 +59,14 @@ def _listed(model: nn.Module) -> dict[type, Members]:
 
 def _within(name: str, block: nn.Module) -> Members:
     """Return the block itself, or the blocks of the list in it if it is a stage."""
-    for list_name, container in block.named_modules():
+    for list_name, container in modules_of(block).items():
         children = list(container.named_children()) if isinstance(container, LISTS) else []
         alike = len({type(child) for _, child in children}) == 1
         if not alike or not all(_is_composite(child) for _, child in children):
             continue
         outside = [
             module
-            for path, module in block.named_modules()
+            for path, module in modules_of(block).items()
             if not _nested(path, list_name) and holds_query(path, module)
         ]
         if 2 * _size(container) > _size(block) and not outside:
@@ -75,7 +76,7 @@ def _within(name: str, block: nn.Module) -> Members:
 
 
 def _is_composite(module: nn.Module) -> bool:
-    return sum(is_map(part) for part in module.modules()) >= 2
+    return sum(is_map(part) for part in modules_of(module).values()) >= 2
 
 
 def _nested(name: str, other: str) -> bool:
@@ -84,4 +85,4 @@ def _nested(name: str, other: str) -> bool:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in parameters_of(module).values())

@@ -25,6 +25,7 @@ from graftkit.backbone.anatomy import (
     is_uncalled,
 )
 from graftkit.backbone.blocks import find_blocks
+from graftkit.backbone.walk import modules_of
 
 K_NAMES = {"k", "key", "k_proj", "k_lin", "to_k", "wk", "key_proj", "k_linear"}
 V_NAMES = {"v", "value", "v_proj", "v_lin", "to_v", "wv", "value_proj", "v_linear"}
@@ -37,7 +38,7 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[str, ...]]:
     """Return all sites of a model in definition order, and the names of its blocks."""
     blocks, base = find_blocks(model), _base_of(model)
     classifiers = _classifiers_of_timm(model)
-    poolers = tuple(f"{name}." for name, module in model.named_modules() if _is_pooler(name, module))
+    poolers = tuple(f"{name}." for name, module in modules_of(model).items() if _is_pooler(name, module))
     owner = {name: index for index, (name, _) in enumerate(blocks)}
     attention = [_attention_parts(block) for _, block in blocks]
     sites = []
@@ -81,7 +82,7 @@ def _classifiers_of_timm(model: nn.Module) -> tuple[str, ...]:
 
 def _attention_parts(block: nn.Module) -> tuple[str, ...]:
     """Return the relative names of attention modules in a block: the outermost one around each query projection."""
-    modules = dict(block.named_modules())
+    modules = modules_of(block)
     parts: list[str] = []
     for name, module in modules.items():
         if not holds_query(name, module) or any(name.startswith(f"{part}.") for part in parts):

@@ -26,6 +26,7 @@ from graftkit.backbone.tokens import (
     position_tables,
     shorten,
 )
+from graftkit.backbone.walk import modules_of
 from graftkit.errors import UserError
 from graftkit.libraries import tokens_seen
 
@@ -142,7 +143,9 @@ def refuse_crowd(backbone: Backbone, tokens: int, method: str) -> None:
 
 def positions_taken(model: nn.Module) -> int:
     """Return how many of a model's positions its grafts take from the text."""
-    return sum(getattr(module, "positions", 0) for module in model.modules() if isinstance(module, Added))
+    return sum(
+        getattr(module, "positions", 0) for module in modules_of(model).values() if isinstance(module, Added)
+    )
 
 
 class InFront:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from graftkit.backbone.anatomy import Site
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.walk import parameters_of
 from graftkit.errors import UserError, listing, nearest
 from graftkit.recipe import selection as language
 
@@ -40,7 +41,7 @@ def select(
 
 def select_parameters(backbone: Backbone, selection: str) -> list[str]:
     """Return the names of the parameters that the selected sites hold directly, in model order."""
-    names = {id(parameter): name for name, parameter in backbone.model.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters_of(backbone.model).items()}
     found = []
     for site in select(backbone, selection):
         for parameter in site.module.parameters(recurse=False):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graftkit.backbone.backbone import Backbone
+from graftkit.backbone.walk import parameters_of
 from graftkit.errors import listing
 
 KEY = "base_values"  # in graft.json and plan.json
@@ -31,7 +32,7 @@ def sampled(backbone: Backbone, trained: Collection[str]) -> dict[str, list[floa
     """
     head = {site.name for site in backbone.sites if site.role == "head"}
     left_out = {*trained, *backbone.missing}
-    present = dict(backbone.model.named_parameters())
+    present = parameters_of(backbone.model)
     names = [
         name for name in sorted(backbone.base_parameters)
         if name not in left_out and name.rpartition(".")[0] not in head and name in present
@@ -72,7 +73,7 @@ def changed(backbone: Backbone, before: Any, trained: Collection[str] = ()) -> l
     if not isinstance(before, Mapping):  # a graft from before there were samples
         return []
     present = {
-        name: parameter for name, parameter in backbone.model.named_parameters()
+        name: parameter for name, parameter in parameters_of(backbone.model).items()
         if name in before and name not in trained and parameter.dtype.is_floating_point and not parameter.is_meta
     }  # fmt: skip
     now = _values(present, list(present))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graftkit.backbone.walk import buffers_of, modules_of, parameters_of
 from graftkit.errors import UserError, listing
 
 STEPS = 2  # the first factor of a low-rank pair has no gradient while the second is zero
@@ -46,7 +47,7 @@ class Audit:
         self.unused: tuple[str, ...] = ()
         self.zero: tuple[str, ...] = ()
         self.methods = _methods(trained)
-        self.labelled = {name for name, p in model.named_parameters() if name in trained and p.numel()}
+        self.labelled = {name for name, p in parameters_of(model).items() if name in trained and p.numel()}
         self.age = {
             name: 0 for name in self.labelled if name not in settled
         }  # number of steps it was trained for
@@ -61,7 +62,7 @@ class Audit:
         """Start training further parameters, and audit them in their own first steps."""
         self.state, self.spare = set(state), set(spare)
         self.methods |= _methods(trained)
-        new = {name for name, _ in self.model.named_parameters() if name in trained} - self.labelled
+        new = {name for name in parameters_of(self.model) if name in trained} - self.labelled
         self.labelled |= new
         self.age |= dict.fromkeys(new, 0)
 
@@ -86,11 +87,11 @@ class Audit:
         rotary embeddings do when texts grow longer."""
         caches = {
             f"{prefix}.{name}".lstrip(".")
-            for prefix, module in self.model.named_modules()
+            for prefix, module in modules_of(self.model).items()
             for name in module._non_persistent_buffers_set
         }
-        buffers = [(name, buffer) for name, buffer in self.model.named_buffers() if name not in caches]
-        return [*self.model.named_parameters(), *buffers]
+        buffers = [(name, buffer) for name, buffer in buffers_of(self.model).items() if name not in caches]
+        return [*parameters_of(self.model).items(), *buffers]
 
     def _changed(self, names: set[str] | None) -> set[str]:
         """Return the names, among these or all, of the tensors that have changed, read back in one transfer."""
@@ -102,7 +103,7 @@ class Audit:
 
     def after_backward(self) -> None:
         """Record which parameters have a gradient, and check those with only zeros so far. Nothing is read back."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in parameters_of(self.model).items():
             if parameter.grad is not None:
                 self.saw(name, parameter.grad)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from graftkit.backbone.walk import modules_of
 from graftkit.data.source import Batch
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import autocast
@@ -53,7 +54,7 @@ class Forward:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put all modules in eval mode; on exit their previous modes are restored."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules_of(model).values()]
     model.eval()
     try:
         yield

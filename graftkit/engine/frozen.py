@@ -10,6 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from graftkit.backbone.anatomy import has_statistics
+from graftkit.backbone.walk import modules_of
 from graftkit.grafts.graft import Graft
 from graftkit.methods.base import OutputHead
 from graftkit.optim.labels import Labels
@@ -52,7 +53,7 @@ def frozen_depth(graft: Graft, labels: Labels | None = None) -> int:
     between two blocks, such as the downsampling between stages, comes after the lower one.
     """
     backbone = graft.backbone
-    order = {name: i for i, (name, _) in enumerate(backbone.model.named_modules())}
+    order = {name: i for i, name in enumerate(modules_of(backbone.model))}
     blocks = [order[name] for name in backbone.blocks]
     additions = {name for name, _ in graft.additions()}
     depth = len(blocks)
@@ -95,9 +96,9 @@ def set_training(graft: Graft, depth: int, labels: Labels | None = None) -> None
         return
     model.train()
     waiting = {name.rpartition(".")[0] for name in graft.labels if name not in now}
-    names = [name for name, _ in model.named_modules()]
+    names = list(modules_of(model))
     bound = names.index(backbone.blocks[min(depth, len(backbone.blocks) - 1)]) if depth else 0
-    for position, (name, module) in enumerate(model.named_modules()):
+    for position, (name, module) in enumerate(modules_of(model).items()):
         block = _block_of(name, backbone.blocks)
         frozen = position < bound if block is None else block < depth
         if frozen or (name in waiting and has_statistics(module)):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from graftkit.backbone.anatomy import has_statistics, is_linear
+from graftkit.backbone.walk import parameters_of
 from graftkit.files import special, write_json
 from graftkit.optim.labels import Labels
 from graftkit.recipe.environment import cache_folder
@@ -84,7 +85,7 @@ def rounded_names(model: nn.Module, labels: Labels, weight_type: str) -> set[str
         return set()
     return {
         name
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters_of(model).items()
         if name in labels and labels[name].role == "base" and parameter.dim() > 1
     }
 
@@ -109,7 +110,7 @@ def cast(model: nn.Module, trained: Container[str], precision: str, rounded: Con
     """Convert frozen parameters to the compute type and trained ones to fp32, or bf16 if in `rounded`, in place."""
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
     full = full_precision_names(model, trained, rounded)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model).items():
         if parameter.dtype.is_floating_point:
             parameter.data = parameter.data.to(torch.float32 if name in full else frozen)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
+from graftkit.backbone.walk import buffers_of, modules_of, parameters_of
 from graftkit.data.source import Batch
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.engine.frozen import head_of, only_head_trains, set_training
@@ -139,9 +140,11 @@ def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> t
             return None
         with _as_it_was(model, plain.device):
             set_training(graft, depth, labels)
-            inside = set(module.modules())
+            inside = set(modules_of(module).values())
             if any(
-                isinstance(m, _Dropout) and m.p and m.training for m in model.modules() if m not in inside
+                isinstance(m, _Dropout) and m.p and m.training
+                for m in modules_of(model).values()
+                if m not in inside
             ):
                 return None
             if not _alike(start.capture(plain, batch), states):
@@ -152,8 +155,10 @@ def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> t
 def _trained_alone(graft: Graft, labels: Labels) -> nn.Module | None:
     """Return the largest part of the model whose parameters are exactly the trained ones."""
     trained = {id(parameter) for name, parameter in graft.parameters.items() if name in labels}
-    parts = (module for name, module in graft.model.named_modules() if name)
-    return next((module for module in parts if {id(p) for p in module.parameters()} == trained), None)
+    parts = (module for name, module in modules_of(graft.model).items() if name)
+    return next(
+        (module for module in parts if {id(p) for p in parameters_of(module).values()} == trained), None
+    )
 
 
 def _extremes(plain: Forward, dataset: Dataset) -> Batch:
@@ -246,7 +251,7 @@ def _captured(module: nn.Module, plain: Forward, batch: Batch) -> Tensor:
 @contextmanager
 def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """On exit the model's buffers, such as running statistics, and the random state are restored."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in buffers_of(model).values()]
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             yield

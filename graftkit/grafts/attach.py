@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.sizes import SPARE_VALUES, Allowance
+from graftkit.backbone.walk import buffers_of, modules_of, parameters_of
 from graftkit.errors import UserError
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.guards import lone_places, own_trained, refuse_conflict, refuse_mixed, refuse_untrainable
@@ -37,7 +38,7 @@ def attach_chain(
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"graft name {name!r} must be a plain word (letters, digits, hyphens, underscores).")
     refuse_mixed(backbone.model)
-    present = set(backbone.model.modules())
+    present = set(modules_of(backbone.model).values())
     others = grafts_of(backbone.model)
     if name in others:
         raise UserError(
@@ -76,7 +77,7 @@ def attach_chain(
 
 def _allowance(backbone: Backbone) -> Allowance:
     """Return how much a method may add to a backbone: a number too many in its options must not fill the memory."""
-    own = sum(parameter.numel() for parameter in backbone.model.parameters())
+    own = sum(parameter.numel() for parameter in parameters_of(backbone.model).values())
     most = SPARE_VALUES + 8 * own
 
     def refuse(shape: tuple[int, ...]) -> UserError:
@@ -89,7 +90,7 @@ def _allowance(backbone: Backbone) -> Allowance:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+    return [*parameters_of(model).items(), *buffers_of(model).items()]
 
 
 def detach(graft: Graft) -> nn.Module:

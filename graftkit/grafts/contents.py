@@ -29,17 +29,21 @@ def contents_of(graft: Graft, about: dict[str, Any]) -> Contents:
         values.KEY: values.sampled(graft.backbone, graft.labels),
         **about,
     }
-    tensors = {stored_name(graft, name): tensor for name, tensor in graft.tensors.items()}
+    names = stored_names(graft)
+    tensors = {names[name]: tensor for name, tensor in graft.tensors.items()}
     return Contents(tensors, form, description)
 
 
-def stored_name(graft: Graft, parameter: str) -> str:
-    """Return the name under which a parameter is saved: as if the graft were called 'default'."""
-    for addition, _ in graft.additions():
-        if parameter.startswith(f"{addition}."):
-            base = addition[: -len(graft.name)]
-            return f"{base}{STORED_NAME}{parameter[len(addition) :]}"
-    return parameter
+def stored_names(graft: Graft) -> dict[str, str]:
+    """Return, for each of the graft's tensors, the name under which it is saved: as if the graft were called 'default'."""
+    additions = {name for name, _ in graft.additions()}
+
+    def stored(tensor: str) -> str:
+        parts = tensor.split(".")
+        outer = next((a for i in range(1, len(parts)) if (a := ".".join(parts[:i])) in additions), None)
+        return tensor if outer is None else f"{outer[: -len(graft.name)]}{STORED_NAME}{tensor[len(outer) :]}"
+
+    return {name: stored(name) for name in graft.tensors}
 
 
 def _peft_form(graft: Graft) -> PeftForm | None:
@@ -82,7 +86,7 @@ def _savable(graft: Graft, names: set[str], adapter: dict[str, Tensor]) -> bool:
     """Return whether PEFT can save these base parameters beside an adapter, as copies of whole modules found by name."""
     if "prompt_embeddings" in adapter or graft.statistics or not names <= set(graft.backbone.base_parameters):
         return False
-    wholes = _wholes(graft, names)
+    wholes, parameters = _wholes(graft, names), graft.parameters
     modules = [name for name, _ in base_modules(graft.model)]
     owners: dict[int, int] = {}
     for _, parameter in graft.model.named_parameters(remove_duplicate=False):
@@ -91,7 +95,7 @@ def _savable(graft: Graft, names: set[str], adapter: dict[str, Tensor]) -> bool:
     return (
         all(wholes)
         and {name for name in graft.backbone.base_parameters if name.startswith(inside)} == names
-        and all(owners[id(graft.parameters[name])] == 1 for name in names)  # a copy would untie weights
+        and all(owners[id(parameters[name])] == 1 for name in names)  # a copy would untie weights
         and not any(module.endswith(f".{name}") for module in modules for name in wholes)
         and not any(f"{name.removeprefix('base_model.model.')}.".startswith(inside) for name in adapter)
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
+from graftkit.backbone.walk import buffers_of, modules_of, parameters_of
 from graftkit.grafts.contents import contents_of
 from graftkit.grafts.fold import fold, unfold, unfolded
 from graftkit.grafts.folder import write
@@ -72,7 +73,7 @@ class Graft:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in model order."""
-        return {name: p for name, p in self.model.named_parameters() if name in self.labels}
+        return {name: p for name, p in parameters_of(self.model).items() if name in self.labels}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ class Graft:
         of the additions.
         """
         tensors: dict[str, Tensor] = dict(self.parameters)
-        buffers = dict(self.model.named_buffers())
+        buffers = buffers_of(self.model)
         tensors |= {name: buffers[name] for name in self.statistics}
         for prefix, module in self.additions():
             tensors |= module.state_dict(prefix=f"{prefix}.", keep_vars=True)
@@ -94,13 +95,13 @@ class Graft:
         buffers = [
             (f"{prefix}.{name}", buffer)
             for prefix, module in self.additions()
-            for name, buffer in module.named_buffers()
+            for name, buffer in buffers_of(module).items()
         ]
         return self.tensors | dict(buffers)
 
     def additions(self) -> Iterator[tuple[str, Added]]:
         """Yield (name, module) for each module that this graft added."""
-        for name, module in self.model.named_modules():
+        for name, module in modules_of(self.model).items():
             if isinstance(module, Added) and module.graft == self.name:
                 yield name, module
 
@@ -148,10 +149,10 @@ class Graft:
 
     def requires_grad_(self, requires_grad: bool = True) -> Graft:
         """Train this graft and no other on its model; False freezes it. Return the graft."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in parameters_of(self.model).items():
             parameter.requires_grad_(requires_grad and name in self.labels)
         if requires_grad:
-            for module in self.model.modules():
+            for module in modules_of(self.model).values():
                 if isinstance(module, KeepStatistics):
                     module.holds = module.graft == self.name
         return self

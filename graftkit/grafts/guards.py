@@ -9,6 +9,7 @@ from torch import nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
+from graftkit.backbone.walk import modules_of, parameters_of
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.grafts.register import MIXED, grafts_of
 from graftkit.methods.base import Addition, Method
@@ -47,7 +48,7 @@ def refuse_lost(model: nn.Module, name: str, replaced: dict[str, nn.Module], oth
         pairs = [(other.name, name, *item) for item in replaced.items()]
         pairs += [(name, other.name, *item) for item in other.replaced.items()]
         for adding, replacing, place, held in pairs:
-            parts = [*held.modules(), *model.get_submodule(place).modules()]
+            parts = [*modules_of(held).values(), *model.get_submodule(place).modules()]
             if other.name != name and any(
                 isinstance(part, Added) and part.graft == adding and part.changes_outputs for part in parts
             ):
@@ -63,7 +64,7 @@ def refuse_entangled(model: nn.Module, graft: str) -> None:
     Sums are independent, and an addition attached later still acts on the module's new output. One attached earlier
     acted on the old output, and one beside a change of the input read the changed input.
     """
-    for name, site in model.named_modules():
+    for name, site in modules_of(model).items():
         acting = [
             child
             for child in site.children()
@@ -101,7 +102,7 @@ def lone_places(model: nn.Module, graft: str) -> set[str]:
     """Return names, for messages, of the places where a graft has an addition that allows no other beside it."""
     return {
         f"the output of {name.rpartition('.')[0] or type(model).__name__}"
-        for name, module in model.named_modules()
+        for name, module in modules_of(model).items()
         if isinstance(module, Added) and module.graft == graft and module.lone
     }
 
@@ -123,12 +124,10 @@ def refuse_untrainable(backbone: Backbone, method: Method, labels: Labels, repla
     if not labels and str(method):
         raise UserError(f"{method} trains nothing; add a method such as {general()}.")
     new = tuple(f"{name}." for name in replaced)
-    random = [
-        n for n, _ in backbone.model.named_parameters() if new and n.startswith(new) and n not in labels
-    ]
+    random = [n for n in parameters_of(backbone.model) if new and n.startswith(new) and n not in labels]
     if random:
         raise UserError(f"{listing(random)} are new and would stay random; do not freeze them.")
-    for name, parameter in backbone.model.named_parameters():
+    for name, parameter in parameters_of(backbone.model).items():
         if name in labels and not parameter.dtype.is_floating_point:
             raise UserError(
                 f"{labels[name].method}(): {name!r} is stored as {parameter.dtype} and cannot be trained; use {general()}."

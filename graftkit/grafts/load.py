@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone, values
 from graftkit.errors import UserError, listing
 from graftkit.grafts.attach import attach_chain, detach
-from graftkit.grafts.contents import stored_name
+from graftkit.grafts.contents import stored_names
 from graftkit.grafts.folder import read
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.register import grafts_of
@@ -147,6 +147,6 @@ def method_for(stored: Stored, backbone: Backbone) -> Chain:
 
 def tensors_for(stored: Stored, graft: Graft) -> dict[str, Tensor]:
     """Return the tensors by the graft's parameter names on its backbone. Raises `UserError` if they do not fit."""
-    names = {stored_name(graft, name): name for name in graft.tensors}
+    names = {kept: name for name, kept in stored_names(graft).items()}
     tensors = graft.method.unpack(graft.backbone, dict(stored.tensors))
     return {names.get(kept, kept): tensor for kept, tensor in tensors.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added
+from graftkit.backbone.walk import buffers_of, modules_of, parameters_of
 from graftkit.errors import UserError, listing, nearest
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.guards import refuse_lost
@@ -185,7 +186,7 @@ class _Mixed:
         self._undo.close()
 
     def _mix_additions(self, grafts: list[Graft]) -> None:
-        modules = dict(self.model.named_modules())
+        modules = modules_of(self.model)
         groups = _groups(modules, grafts)
         self._refuse_several_heads(groups)
         for place in dict.fromkeys(key[0] for key in groups):
@@ -242,7 +243,7 @@ class _Mixed:
                 f"{type(self.model).__name__} has the text length as its first dimension instead of the rows, so rows cannot "
                 "have different grafts. Run the rows of each graft separately."
             )
-        for name, module in self.model.named_modules():
+        for name, module in modules_of(self.model).items():
             if getattr(module, "batch_first", True) is False:
                 raise UserError(
                     f"{name or type(module).__name__!r} was created with batch_first=False, so rows are the second dimension. "
@@ -286,7 +287,7 @@ class _Mixed:
             for name, module in own.modules.items():
                 modules.setdefault(name, []).append((weight, module))
             settings = own.settings | settings
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        tensors = {**parameters_of(self.model), **buffers_of(self.model)}
         for name, changed in changes.items():
             tensor = tensors[name]
             if any(name.startswith(f"{module}.") for module in modules) or any(
@@ -318,7 +319,7 @@ class _Mixed:
                 f"the weights of the grafts that replace {name!r} add up to 0; heads are averaged by them."
             )
         mean = copy.deepcopy(parts[0][1])
-        others = [dict(module.named_parameters()) for _, module in parts]
+        others = [parameters_of(module) for _, module in parts]
         for key, parameter in mean.named_parameters():
             if any(key not in other or other[key].shape != parameter.shape for other in others):
                 raise self._heads_differ(name)

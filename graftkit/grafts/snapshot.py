@@ -11,6 +11,7 @@ from torch import nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.attention import release
+from graftkit.backbone.walk import modules_of, parameters_of
 from graftkit.grafts.register import grafts_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Snapshot:
         self.sites = backbone.sites
         self.processor = backbone.processor
         self.modules = dict(base_modules(model))
-        self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.requires_grad = {name: p.requires_grad for name, p in parameters_of(model).items()}
         # that of the base without any graft, whichever graft is removed last
         self.base_requires_grad: dict[str, bool] = (
             first.snapshot.base_requires_grad if first else self.requires_grad
@@ -41,7 +42,7 @@ class Snapshot:
 
     def replaced(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the modules that were replaced since, by name."""
-        now = dict(model.named_modules())
+        now = modules_of(model)
         return {name: module for name, module in self.modules.items() if now.get(name) is not module}
 
     def changed_settings(self, model: nn.Module) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Snapshot:
         for name, module in self.replaced(model).items():
             model.set_submodule(name, module)
         set_settings(model, self.changed_settings(model))
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model).items():
             if name in self.requires_grad:
                 parameter.requires_grad_(self.requires_grad[name])
         backbone.sites = self.sites
@@ -80,7 +81,7 @@ class Snapshot:
             dataclasses.replace(site, module=backbone.module(site.name)) for site in self.sites
         )
         is_trained = not any(all(p.requires_grad for p in o.parameters.values()) for o in others.values())
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model).items():
             if not others and name in self.base_requires_grad:
                 parameter.requires_grad_(self.base_requires_grad[name])
             elif is_trained and name in graft.labels:  # beside other grafts, the base stays frozen
@@ -110,14 +111,14 @@ def set_settings(model: nn.Module, settings: dict[str, Any]) -> None:
 
 def claim(model: nn.Module, present: set[nn.Module], name: str) -> None:
     """Set the graft's name on added modules that are not in `present`."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         if isinstance(module, Added) and module not in present:
             module.graft = name
 
 
 def remove_additions(model: nn.Module, name: str) -> None:
     """Delete the modules of a graft, and their hooks."""
-    for module in list(model.modules()):
+    for module in modules_of(model).values():
         for child_name, child in list(module.named_children()):
             if isinstance(child, Added) and child.graft == name:
                 for handle in getattr(child, "handles", []):

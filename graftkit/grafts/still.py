@@ -50,8 +50,7 @@ def moving_statistics(backbone: Backbone, labels: Labels) -> Iterator[str]:
     """Yield the names of running statistics that are updated while the parameters beside them are trained."""
     for name, group in labels.items():
         owner = name.rpartition(".")[0]
-        module = backbone.module(owner)
-        if group.statistics and has_statistics(module):
+        if group.statistics and has_statistics(module := backbone.module(owner)):
             for buffer, _ in module.named_buffers(recurse=False):
                 yield f"{owner}.{buffer}".lstrip(".")
 

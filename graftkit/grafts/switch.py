@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from graftkit.backbone.walk import buffers_of
 from graftkit.errors import UserError
 from graftkit.grafts.fold import unfolded
 from graftkit.grafts.guards import own_trained
@@ -31,7 +32,7 @@ def swap_base(graft: Graft) -> None:
     if not (kept or graft.replaced):
         return
     with unfolded(model):
-        tensors = {**graft.parameters, **dict(model.named_buffers())}
+        tensors = {**graft.parameters, **buffers_of(model)}
         for name in kept:
             assert graft.originals is not None
             parameter, original = tensors[name], graft.originals[name]

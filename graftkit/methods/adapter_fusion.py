@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.walk import modules_of
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_tensors
 from graftkit.methods.base import Method, multiply, new_parameter
@@ -85,7 +86,9 @@ class AdapterFusion(Method):
     def extra_loss(self, backbone: Backbone, graft: str) -> Tensor | None:
         if not self.regularization:
             return None
-        fusions = [m for m in backbone.model.modules() if isinstance(m, Fusion) and m.graft == graft]
+        fusions = [
+            m for m in modules_of(backbone.model).values() if isinstance(m, Fusion) and m.graft == graft
+        ]
         distances = [
             (f.value - torch.eye(len(f.value), device=f.value.device)).square().sum() for f in fusions
         ]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.walk import parameters_of
 from graftkit.backbone.weights import multiply  # noqa: F401  (methods take it from here)
 from graftkit.errors import NotFoldable, UserError, listing
 from graftkit.methods.shared import sums
@@ -262,7 +263,7 @@ class Chain(Method):
             removed |= {name: method.name for name in labels if name not in kept}
             labels = kept
         idle = backbone.idle
-        order = {name: i for i, (name, _) in enumerate(backbone.model.named_parameters())}
+        order = {name: i for i, name in enumerate(parameters_of(backbone.model))}
         labels = {name: labels[name] for name in sorted(labels, key=order.__getitem__) if name not in idle}
         if not stored:
             sums.refuse_silent(claims, labels, removed, backbone)
@@ -334,7 +335,7 @@ def exactly(names: Iterable[str]) -> str:
 def labels_of(backbone: Backbone, module_name: str, group: Group) -> Labels:
     """Return the same label for each parameter of a module and its submodules."""
     prefix = f"{module_name}." if module_name else ""
-    return {name: group for name, _ in backbone.model.named_parameters() if name.startswith(prefix)}
+    return {name: group for name in parameters_of(backbone.model) if name.startswith(prefix)}
 
 
 def refuse_unless(labels: Mapping[str, Group], message: str) -> None:

@@ -18,6 +18,7 @@ from graftkit.backbone.pooling import (
     is_convolutional,
     takes_decoder_inputs,
 )
+from graftkit.backbone.walk import modules_of
 from graftkit.errors import UserError
 from graftkit.libraries import method_of
 from graftkit.methods.base import Method, Outputs, labels_of, place
@@ -136,7 +137,7 @@ class Head(Method):
         head.shifts = takes_decoder_inputs(backbone.model) and bool(method_of(backbone.model, "_shift_right"))
         if module is not backbone.model:
             head.read_from(
-                module, reads_input, next(n for n, m in backbone.model.named_modules() if m is module)
+                module, reads_input, next(n for n, m in modules_of(backbone.model).items() if m is module)
             )
         return labels_of(backbone, name, group)
 
@@ -267,7 +268,7 @@ def below_head(backbone: Backbone) -> tuple[nn.Module, bool]:
     if not heads:
         return model, False
     base: Any = model.base_model if hasattr(model, "base_model_prefix") else model
-    return (heads[0], True) if heads[0] in set(base.modules()) else (base, False)
+    return (heads[0], True) if heads[0] in set(modules_of(base).values()) else (base, False)
 
 
 def entering(module: nn.Module) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.anatomy import base_modules, features, is_linear
+from graftkit.backbone.walk import modules_of
 from graftkit.backbone.weights import input_of
 from graftkit.errors import UserError, listing
 from graftkit.methods.base import Addition, Method, labels_of, multiply, place
@@ -96,7 +97,7 @@ class NewTokens(Method):
         group = Group("added", self.lr or 1e-3, self.name, self.lr is not None)
         ending = f".{name}" if name else ""
         owners = [
-            n for n, m in backbone.model.named_modules() if n.endswith(ending) and isinstance(m, NewRows)
+            n for n, m in modules_of(backbone.model).items() if n.endswith(ending) and isinstance(m, NewRows)
         ]
         return {key: value for owner in owners for key, value in labels_of(backbone, owner, group).items()}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import is_conv, is_linear, is_norm, is_transposed
 from graftkit.backbone.memory import is_out_of_memory
+from graftkit.backbone.walk import modules_of, parameters_of
 from graftkit.errors import NotFoldable, UserError, first_line, listing, nearest
 from graftkit.libraries import cast_adapter, peft_part
 from graftkit.methods.base import Method, PeftForm, exactly, place
@@ -136,7 +137,7 @@ class Peft(Method):
         rate = self.lr or RATES.get(self.kind, RATE)
         group = Group("added", rate, self.name, self.lr is not None)
         trained = {id(p) for layer in layers for p in layer.parameters() if p.requires_grad}
-        labels = {name: group for name, p in backbone.model.named_parameters() if id(p) in trained}
+        labels = {name: group for name, p in parameters_of(backbone.model).items() if id(p) in trained}
         parameters = [backbone.model.get_parameter(name) for name in labels]
         if not any(parameter.numel() for parameter in parameters):
             instead = f"use {general()}"
@@ -327,7 +328,7 @@ class Peft(Method):
                     f"PEFT's layers on {backbone.source} cannot hold the adapter's values of {key!r}."
                 )
         unpacked = {key: tensor for key, tensor in tensors.items() if key not in given}
-        for path, module in backbone.model.named_modules():
+        for path, module in modules_of(backbone.model).items():
             if isinstance(module, Bridge | Shared) and path.rpartition(".")[2] == name:
                 unpacked |= {key: t.clone() for key, t in module.state_dict(prefix=f"{path}.").items()}
         return unpacked

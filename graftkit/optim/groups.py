@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from graftkit.backbone import Backbone, select
+from graftkit.backbone.walk import parameters_of
 from graftkit.backbone.weights import weights_at
 from graftkit.errors import UserError
 from graftkit.optim.base import ParamGroup
@@ -38,7 +39,7 @@ def hidden_matrices(backbone: Backbone) -> set[str]:
     names = backbone.base_parameters
     return {
         name
-        for name, parameter in backbone.model.named_parameters()
+        for name, parameter in parameters_of(backbone.model).items()
         if id(parameter) in weights and parameter.dim() == 2 and name in names
     }
 

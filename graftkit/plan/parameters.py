@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graftkit.backbone.walk import buffers_of, parameters_of
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
 from graftkit.grafts.fold import why_not
@@ -63,7 +64,7 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
     trained = total = weights = 0
     groups: dict[str, int] = {}
     full = full_precision_names(graft.model, graft.labels, rounded)
-    for name, parameter in graft.model.named_parameters():
+    for name, parameter in parameters_of(graft.model).items():
         count = parameter.numel()
         total += 2 * count if parameter.dtype == torch.uint8 else count  # two numbers of NF4 in a byte
         if name in graft.labels:
@@ -72,7 +73,7 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
             groups[role] = groups.get(role, 0) + count
         held = 4 if name in full else frozen_size
         weights += count * (held if parameter.dtype.is_floating_point else parameter.element_size())
-    weights += sum(buffer.numel() * buffer.element_size() for buffer in graft.model.buffers())
+    weights += sum(buffer.numel() * buffer.element_size() for buffer in buffers_of(graft.model).values())
     schedule = [
         {"step": phase.start + 1, "trained_parameters": _count(graft, phase), "frozen_blocks": phase.depth}
         for phase in phases
@@ -103,7 +104,7 @@ def _oversized(graft: Graft) -> list[str]:
                 at = added.setdefault(group.method, {})
                 site = addition.rpartition(".")[0]
                 at[site] = at.get(site, 0) + parameter.numel()
-    sizes = {name: parameter.numel() for name, parameter in graft.model.named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in parameters_of(graft.model).items()}
     own: dict[str, int] = {}
     for name in graft.backbone.base_parameters:
         owner = name.rpartition(".")[0]

@@ -80,7 +80,7 @@ def leaving(backbone: Backbone, labels: Labels) -> Labels:
     [
         (dead, "labelled_trains_and_nothing_else_moves"),
         (meddling, "base_is_untouched"),
-        (leaving, "failed_attach_leaves_the_model_as_it_was"),
+        (leaving, "failed_attach_and_detach_leave_the_model_as_it_was"),
     ],
 )
 def test_a_fault_is_found(fault, promise: str, tmp_path: Path, monkeypatch) -> None:

@@ -109,24 +109,71 @@ def same_values(wrapped: nn.Module, graft: Graft) -> dict[str, nn.Parameter]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tuner", BRIDGED)
-def test_computes_what_peft_computes(tuner, kind):
+def test_there_and_back(tuner, kind, tmp_path):
+    """PEFT's own model gives the same outputs and gradients, and each reads what the other writes."""
     graft = ours(tuner, kind)
     wrapped = theirs(tuner, kind, graft)
     torch.testing.assert_close(tiny.outputs(graft.model), tiny.outputs(wrapped), rtol=1e-5, atol=1e-5)
     shake(graft)
     parameters = same_values(wrapped, graft)
     base = tiny.outputs(tiny.bare(kind))
-    wanted = tiny.outputs(wrapped)
-    assert tiny.relative(tiny.outputs(graft.model), wanted) < 1e-5
+    wanted = tiny.outputs(graft.model)
+    assert tiny.relative(wanted, tiny.outputs(wrapped)) < 1e-5
     assert tiny.relative(base, wanted) > 1e-3
+    peft_reads_what_we_write(graft, kind, tmp_path / "ours", wanted)
+    we_read_what_peft_writes(wrapped, kind, tmp_path / "theirs", wanted)
+    has_its_gradients(graft, wrapped, parameters)
+    twin = copy.deepcopy(graft)
+    assert torch.equal(tiny.outputs(twin.model), wanted)
+    graft.disable()
+    assert torch.equal(tiny.outputs(graft.model), base)
+    attaches_on_meta(graft, tuner, kind)
+
+
+def peft_reads_what_we_write(graft, kind, folder, wanted):
+    graft.save(folder)
+    torch.manual_seed(11)
+    again = load(tiny.bare(kind), folder, name="other")
+    assert torch.equal(tiny.outputs(again.model), wanted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
+        wrapped = peft.PeftModel.from_pretrained(tiny.bare(kind), str(folder)).eval()
+    assert tiny.relative(tiny.outputs(wrapped), wanted) < 1e-5
+
+
+def we_read_what_peft_writes(wrapped, kind, folder, wanted):
+    wrapped.save_pretrained(str(folder))
+    torch.manual_seed(11)
+    again = load(tiny.bare(kind), folder)
+    got = tiny.outputs(again.model)
+    assert tiny.relative(got, wanted) < 1e-5
+    again.save(folder / "again")
+    assert torch.equal(tiny.outputs(load(tiny.bare(kind), folder / "again").model), got)
+
+
+def has_its_gradients(graft, wrapped, parameters):
+    given = tiny.batch()
     for model in (graft.model.eval(), wrapped.eval()):
-        given = tiny.batch()
         tiny.flat(model(**given), given["attention_mask"]).square().sum().backward()
     for name, parameter in graft.parameters.items():
         assert parameter.grad is not None and parameters[name].grad is not None, name
         assert tiny.relative(parameter.grad, parameters[name].grad) < 1e-4, name
-    graft.disable()
-    assert torch.equal(tiny.outputs(graft.model), base)
+    graft.model.train()
+    tiny.flat(graft.model(**given), given["attention_mask"]).sum().backward()
+
+
+def attaches_on_meta(graft, tuner, kind):
+    with torch.device("meta"):
+        shapes = tiny.bare(kind)
+    if tuner == "ADAMSS":
+        with pytest.raises(UserError, match="needs the weights"):
+            attach(shapes, expression(tuner, kind), keep_base=False)
+        return
+    planned = attach(shapes, expression(tuner, kind), keep_base=False)
+    assert {n: p.shape for n, p in planned.parameters.items()} == {
+        n: p.shape for n, p in graft.parameters.items()
+    }
+    assert all(p.is_meta for p in planned.parameters.values())
 
 
 @pytest.mark.parametrize("tuner", BRIDGED)
@@ -141,59 +188,6 @@ def test_folds_or_says_why_not(tuner):
     assert tiny.relative(tiny.outputs(graft.model), wanted) < 1e-5
     graft.unfold()
     assert torch.equal(tiny.outputs(graft.model), wanted)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tuner", BRIDGED)
-def test_saved_and_loaded(tuner, kind, tmp_path):
-    graft = shake(ours(tuner, kind))
-    wanted = tiny.outputs(graft.model)
-    graft.save(tmp_path)
-    torch.manual_seed(11)
-    again = load(tiny.bare(kind), tmp_path, name="other")
-    assert torch.equal(tiny.outputs(again.model), wanted)
-    graft.model.train()
-    tiny.flat(graft.model(**tiny.batch()), tiny.batch()["attention_mask"]).sum().backward()
-    twin = copy.deepcopy(graft)
-    assert torch.equal(tiny.outputs(twin.model), wanted)
-    with torch.device("meta"):
-        shapes = tiny.bare(kind)
-    if tuner == "ADAMSS":
-        with pytest.raises(UserError, match="needs the weights"):
-            attach(shapes, expression(tuner, kind), keep_base=False)
-        return
-    planned = attach(shapes, expression(tuner, kind), keep_base=False)
-    assert {n: p.shape for n, p in planned.parameters.items()} == {
-        n: p.shape for n, p in graft.parameters.items()
-    }
-    assert all(p.is_meta for p in planned.parameters.values())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tuner", BRIDGED)
-def test_peft_reads_what_we_write(tuner, kind, tmp_path):
-    graft = shake(ours(tuner, kind))
-    graft.save(tmp_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
-        wrapped = peft.PeftModel.from_pretrained(tiny.bare(kind), str(tmp_path)).eval()
-    assert tiny.relative(tiny.outputs(wrapped), tiny.outputs(graft.model)) < 1e-5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tuner", BRIDGED)
-def test_we_read_what_peft_writes(tuner, kind, tmp_path):
-    graft = shake(ours(tuner, kind))
-    wrapped = theirs(tuner, kind, graft)
-    same_values(wrapped, graft)
-    wrapped.save_pretrained(str(tmp_path))
-    torch.manual_seed(11)
-    again = load(tiny.bare(kind), tmp_path)
-    assert tiny.relative(tiny.outputs(again.model), tiny.outputs(wrapped)) < 1e-5
-    again.save(tmp_path / "again")
-    assert torch.equal(
-        tiny.outputs(load(tiny.bare(kind), tmp_path / "again").model), tiny.outputs(again.model)
-    )
 
 
 def test_nearly_all_of_peft_is_a_method():

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import importlib.util
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 import transformers as hf
 from device import DEVICE
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VOCABULARY, WIDTH, BLOCKS, HEADS, INNER, CLASSES = 40, 16, 2, 4, 24, 3
@@ -37,11 +40,16 @@ class Model:
 
     def fresh(self, seed: int = 0) -> nn.Module:
         """A copy in eval mode; the same values for the same seed."""
-        return _copy_of(self, seed).to(DEVICE)
+        copied = _copy_of(self, seed)
+        return copied if DEVICE.type == "cpu" else copied.to(DEVICE)
 
     def shapes(self) -> nn.Module:
         """The model on the `meta` device, built there."""
-        return copy.deepcopy(_shapes(self))
+        return _copy_of(self, None)
+
+    def state(self, seed: int = 0) -> dict[str, Tensor]:
+        """What the state dict of such a copy holds, to compare with."""
+        return {name: tensor.to(DEVICE) for name, tensor in _template(self, seed).state_dict().items()}
 
     def batch(self, seed: int = 1) -> Batch:
         given = self.inputs(torch.Generator().manual_seed(seed))
@@ -49,60 +57,74 @@ class Model:
 
 
 @functools.cache
-def _template(model: Model, seed: int) -> nn.Module:
+def _template(model: Model, seed: int | None) -> nn.Module:
+    """The model with values of a seed; without one, on the `meta` device."""
+    if seed is None:
+        with torch.device("meta"):
+            return model.build().eval().to("meta")  # what is written `torch.Tensor(size)` ignores the `with`
     made = model.build().eval()
     randomize(made, seed)
     return made
 
 
 class _Pickler(pickle.Pickler):
-    """Pickle a module without its tensors, which are collected in `tensors`."""
+    """Pickle a module without its tensors and the classes that parametrizations made, which are collected in `kept`."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self.tensors: dict[int, Tensor] = {}
+        self.kept: dict[int, Any] = {}
 
     def persistent_id(self, value: Any) -> int | None:
-        if not isinstance(value, Tensor):
+        made = isinstance(value, type) and value.__name__.startswith("Parametrized")
+        if not isinstance(value, Tensor) and not made:
             return None
-        self.tensors[id(value)] = value
+        self.kept[id(value)] = value
         return id(value)
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, nn.Module) and is_parametrized(
+            value
+        ):  # refuses to be pickled for another process
+            return copyreg.__newobj__, (type(value),), value.__dict__  # type: ignore[attr-defined]
+        return NotImplemented
 
 
 class _Unpickler(pickle.Unpickler):
     """Make a copy of a pickled module, with copies of its tensors."""
 
-    def __init__(self, file: io.BytesIO, tensors: dict[int, Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, kept: dict[int, Any]) -> None:
         super().__init__(file)
-        self.tensors, self.copied = tensors, {}
+        self.kept = kept
+        self.copied: dict[int, Tensor] = {}
 
-    def persistent_load(self, number: int) -> Tensor:
-        return copy.deepcopy(self.tensors[number], self.copied)
+    def persistent_load(self, number: int) -> Any:
+        kept = self.kept[number]
+        if isinstance(kept, type):
+            return kept
+        if number not in self.copied:
+            values = kept.detach().clone()
+            parameter = isinstance(kept, nn.Parameter)
+            self.copied[number] = nn.Parameter(values, kept.requires_grad) if parameter else values
+        return self.copied[number]
 
 
 @functools.cache
-def _pickled(model: Model, seed: int) -> tuple[bytes, dict[int, Tensor]] | None:
+def _pickled(model: Model, seed: int | None) -> tuple[bytes, dict[int, Any]] | None:
     file = io.BytesIO()
     pickler = _Pickler(file)
     try:
         pickler.dump(_template(model, seed))
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):  # it has functions of its own
         return None
-    return file.getvalue(), pickler.tensors
+    return file.getvalue(), pickler.kept
 
 
-def _copy_of(model: Model, seed: int) -> nn.Module:
+def _copy_of(model: Model, seed: int | None) -> nn.Module:
     """What `copy.deepcopy` gives, several times as fast."""
     pickled = _pickled(model, seed)
     if pickled is None:
         return copy.deepcopy(_template(model, seed))
     return _Unpickler(io.BytesIO(pickled[0]), pickled[1]).load()
-
-
-@functools.cache
-def _shapes(model: Model) -> nn.Module:
-    with torch.device("meta"):
-        return model.build().eval().to("meta")  # what is written `torch.Tensor(size)` ignores the `with`
 
 
 def randomize(module: nn.Module, seed: int) -> None:
@@ -228,9 +250,10 @@ def _example(name: str) -> Callable[[], nn.Module]:
     """The model that the function of that name in examples/NAME.py makes."""
 
     def build() -> nn.Module:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # pickled copies find its classes there
         spec.loader.exec_module(module)
         return getattr(module, name)()
 

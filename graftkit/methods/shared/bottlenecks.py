@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import features, is_conv, is_linear, is_map
+from graftkit.backbone.walk import modules_of
 from graftkit.backbone.weights import add_product, input_of
 from graftkit.errors import UserError
 from graftkit.methods.base import Addition, multiply, new_parameter, place
@@ -150,7 +151,7 @@ def _called_last(backbone: Backbone, block: str, site: Site) -> tuple[str, nn.Mo
     name = f"{parent_name}.{leaf}"
     children = list(parent.named_children())
     later = children[[child_name for child_name, _ in children].index(leaf) + 1 :]
-    alone = sum(is_map(module) for module in parent.modules()) == 1
+    alone = sum(is_map(module) for module in modules_of(parent).values()) == 1
     if parent_name == block:
         return name, backbone.module(name)
     for child_name, child in later if alone else children:

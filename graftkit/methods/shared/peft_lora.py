@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.walk import parameters_of
 from graftkit.backbone.weights import Weight, has_geometry
 from graftkit.methods.base import PeftForm, exactly
 from graftkit.methods.shared.peft_reading import PeftReading
@@ -62,7 +63,7 @@ def write(
             ranks[f"^{re.escape(key)}"] = sizes[name][0]
         if sizes[name][1] != alpha:
             alphas[f"^{re.escape(key)}"] = _whole(sizes[name][1])
-    base = dict(backbone.model.named_parameters())
+    base = parameters_of(backbone.model)
     for name in method.biases(backbone):
         owner = name.rpartition(".")[0]
         path = f"{wrapped[owner]}.base_layer" if owner in wrapped else owner

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone import Backbone, Site, select
 from graftkit.backbone.anatomy import base_modules
+from graftkit.backbone.walk import modules_of
 from graftkit.backbone.weights import Weight, apply, input_of, weights_at, without_autocast
 from graftkit.errors import NotFoldable, UserError
 from graftkit.methods.base import Addition, Method, exactly, place
@@ -160,7 +161,7 @@ class UpdateMethod(Method):
 
     def named(self, backbone: Backbone) -> dict[str, tuple[Site, Weight]]:
         """Return `targets` by the name of the weight's parameter."""
-        names = {id(module): name for name, module in backbone.model.named_modules()}
+        names = {id(module): name for name, module in modules_of(backbone.model).items()}
         return {
             f"{names[id(weight.module)]}.{weight.parameter}".lstrip("."): (site, weight)
             for site, weight in self.targets(backbone)

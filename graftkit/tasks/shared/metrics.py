@@ -75,17 +75,31 @@ def _bootstrap(
     at most as many as rows; the full (classes, classes) matrix is never built.
     """
     cells, counts = np.unique(targets.astype(np.int64) * classes + predictions, return_counts=True)
-    true, predicted = np.divmod(cells, classes)
+    names, index = np.unique(np.divmod(cells, classes), return_inverse=True)  # the classes that occur
+    true, predicted = index.reshape(2, -1)
     right = true == predicted
     random, shares = np.random.default_rng(seed), counts / len(targets)
     accuracies, macro_f1s = np.empty(RESAMPLES), np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        drawn = random.multinomial(len(targets), shares)
-        total = np.bincount(true, drawn, classes) + np.bincount(predicted, drawn, classes)
-        correct = np.bincount(true[right], drawn[right], classes)
-        accuracies[i] = correct.sum() / len(targets)
-        macro_f1s[i] = (2 * correct[total > 0] / total[total > 0]).mean()
+    size = max(1, 1_000_000 // (len(cells) + len(names)))
+    for start in range(0, RESAMPLES, size):
+        block = slice(start, min(start + size, RESAMPLES))
+        drawn = random.multinomial(len(targets), shares, size=block.stop - start)
+        total = _by_class(drawn, true, len(names)) + _by_class(drawn, predicted, len(names))
+        correct = _by_class(drawn[:, right], true[right], len(names))
+        accuracies[block] = correct.sum(axis=1) / len(targets)
+        f1 = np.divide(2 * correct, total, out=np.zeros(total.shape), where=total > 0)
+        macro_f1s[block] = f1.sum(axis=1) / (total > 0).sum(axis=1)
     return accuracies, macro_f1s
+
+
+def _by_class(drawn: np.ndarray, of: np.ndarray, classes: int) -> np.ndarray:
+    """Sum counts (resamples, cells) over the cells of each class, `of` (cells,): (resamples, classes)."""
+    order = np.argsort(of, kind="stable")
+    present, starts = np.unique(of[order], return_index=True)
+    found = np.zeros((len(drawn), classes), drawn.dtype)
+    if len(present):
+        found[:, present] = np.add.reduceat(drawn[:, order], starts, axis=1)
+    return found
 
 
 def resamples(rows: int, seed: int = 0) -> Iterator[np.ndarray]:

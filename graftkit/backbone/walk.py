@@ -1,0 +1,50 @@
+"""A model's modules, parameters and buffers by name: what the methods of `nn.Module` yield, in linear time.
+
+Torch passes every name up through one generator for each level above it, and that adds up: to attach a graft takes
+dozens of walks through the model.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what `model.named_modules()` yields: each module under its first name, in definition order."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str, prefix: str) -> None:
+        seen.add(module)
+        found[name] = module
+        for leaf, child in module._modules.items():
+            if child is not None and child not in seen:
+                path = prefix + leaf
+                walk(child, path, f"{path}.")
+
+    walk(model, "", "")
+    return found
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what `model.named_parameters()` yields: each parameter under its first name, in definition order."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, module in modules_of(model).items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{leaf}" if path else leaf] = parameter
+    return found
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return what `model.named_buffers()` yields: each buffer under its first name, in definition order."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in modules_of(model).items():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in seen:
+                seen.add(id(buffer))
+                found[f"{path}.{leaf}" if path else leaf] = buffer
+    return found
