@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class GaLore(Projecting):
     Memory: m * rank + 2 * n * rank numbers for a projected matrix (m, n), m <= n, instead of 2 * m * n.
     """
 
+    accumulates_in_backward: ClassVar[bool] = True
+
     svd: str = option("randomized", "how singular vectors are computed", choices=("randomized", "full"))
     power: int = option(2, "power iterations of a randomized decomposition", at_least=0, at_most=20)
     bits: int = option(32, "bits of each number of the moments, 32 or 8", at_least=8, at_most=32)
@@ -57,6 +59,9 @@ class GaLore(Projecting):
         if self.bits != FULL:  # moments of the others are quantized too
             split = [group | {"own": True, "projected": group["own"]} for group in split]
         return ProjectedAdamW(split, self)
+
+    def accumulated(self, group: ParamGroup, shape: Sequence[int]) -> int:
+        return max(shape) * self.rank if self.projects(group, shape) else super().accumulated(group, shape)
 
     def projected_bytes(self, short: int, long: int, dtype: torch.dtype) -> int:
         """Return the bytes of the space in the parameter's dtype, and of two moments."""
@@ -85,7 +90,7 @@ class ProjectedAdamW(PartlyAdamW):
     def project(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
         """Return the projection of a gradient, or of that of one batch of several, (m, r) or (r, n) in fp32.
 
-        If a new space is due, it is that of this gradient. Projections of one step can be added up and given to `update`.
+        If a new space is due, it is that of this gradient, so of several batches that of the first. Projections of one step can be added up and given to `update`.
         None: the parameter is not projected.
         """
         group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
@@ -121,4 +126,4 @@ class ProjectedAdamW(PartlyAdamW):
             return
         before = state.get("space")
         found = singular_space(gradient, options.rank, options.svd, options.power, taken, before)
-        state["space"], state["renewed"] = found.to(parameter.dtype), taken
+        state["space"], state["renewed"] = found.to(gradient.dtype), taken
