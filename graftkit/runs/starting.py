@@ -80,6 +80,7 @@ def put_in_place(recipe: Recipe, folder: Path) -> Recipe:
     part = part_of(recipe, folder)
     if part is None:
         return recipe
+    wait()  # until all processes have read it
     in_first(lambda: os.replace(part, folder / INITIAL))
     wait()
     return recipe.model_copy(update={"model": str(folder / INITIAL)})
