@@ -72,6 +72,7 @@ ROWS = (
     Row("Muon", "muon()", 3e-3),
     Row("GaLore", "galore(rank={rank}, interval=50)", 1e-2),
     Row("GaLore, 8 bits, per layer", "galore(rank={rank}, interval=50, bits=8)", 1e-2, per_layer=True),
+    Row("GaLore, 8 bits, spaces in 4, per layer", "galore(rank={rank}, interval=50, bits=8, space_bits=4)", 1e-2, per_layer=True),
     Row("Fira", "fira(rank={rank}, interval=50)", 1e-2),
     Row("APOLLO", "apollo(rank={rank}, interval=50)", 1e-2),
     Row("APOLLO-Mini", "apollo(mini=True, interval=50)", 1e-2),
@@ -221,13 +222,18 @@ def meta_7b() -> None:
     print("\n| optimizer | state, GB | with weights and gradients | ... per layer | less than BF16 Adam |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for text in ("adamw()", "adamw8bit()", "adamw4bit()", "lion()", "muon()", "galore(rank=1024)",
-                 "galore(rank=1024, bits=8)", "fira(rank=1024)", "apollo(rank=256)", "apollo(mini=True)",
+                 "galore(rank=1024, bits=8)", "galore(rank=1024, bits=8, space_bits=4)", "fira(rank=1024)", "apollo(rank=256)", "apollo(mini=True)",
                  "badam()"):  # fmt: skip
         state = as_optimizer(text).total_bytes(groups)
         total, layered = state + 2 * weights, state + weights + largest
         print(f"| `{text}` | {gb(state)} | {gb(total)} | {gb(layered)} | {1 - layered / base:.1%} |")
-    elements = [as_optimizer(t).total_bytes(groups, torch.float32) for t in ("galore(rank=1024)", "adamw()")]
-    print(f"\nNumbers that GaLore of rank 1,024 keeps: {elements[0] / elements[1]:.1%} of Adam's.")
+    kept, whole = 0, 0
+    for group in groups:
+        for p in group["params"]:
+            projected = as_optimizer("galore(rank=1024)").projects(group, p.shape)
+            kept += min(p.shape) * 1024 + 2 * max(p.shape) * 1024 if projected else 2 * p.numel()
+            whole += 2 * p.numel()
+    print(f"\nNumbers that GaLore of rank 1,024 keeps: {kept / whole:.1%} of Adam's.")
     print(
         f"\n'per layer': one gradient at a time, that of the largest matrix; activations come on top everywhere. The "
         f"paper has {PAPER_LESS:.1%} less for 8-bit GaLore of rank 1,024, per layer, with activations, against BF16 Adam."

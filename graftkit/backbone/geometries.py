@@ -1,7 +1,8 @@
 """Sizes of models that are made new, by name: a configuration of transformers with a number of layers, a width and so on.
 
 Sizes of BERT and GLM: Turc et al. 2019, "Well-Read Students Learn Better"; of GPT: minGPT's gpt-mini and GPT-2 (Radford et
-al. 2019); of Llama: the models of 60 M and 130 M parameters of GaLore (Zhao et al. 2024, table 11).
+al. 2019); of Llama: the models of 60 M and 130 M parameters of GaLore (Zhao et al. 2024, table 11); t5-small is that of T5
+(Raffel et al. 2020).
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family writes its sizes. `config`: the configuration class in transformers, or a function that returns it."""
+    """How a family writes its sizes. `config`: the configuration class in transformers, or a function that returns it.
+    `writes`: the models have a decoder beside an encoder, which begins with the padding token, as in T5."""
 
     config: str | Callable[[], Any]
     values: Callable[[Geometry], dict[str, Any]]
+    writes: bool = False
 
     def config_class(self) -> Any:
         import transformers
@@ -70,6 +73,13 @@ def _gpt(g: Geometry) -> dict[str, Any]:
     }
 
 
+def _t5(g: Geometry) -> dict[str, Any]:
+    return {
+        "num_layers": g.layers, "num_decoder_layers": g.layers, "d_model": g.width, "num_heads": g.heads,
+        "d_kv": g.width // g.heads, "d_ff": g.hidden,
+    }  # fmt: skip
+
+
 def _glm() -> Any:
     from graftkit.backbone.glm import GraftKitGlmConfig  # which registers it with transformers
 
@@ -81,6 +91,7 @@ FAMILIES = {
     "gpt": Family("GPT2Config", _gpt),
     "glm": Family(_glm, _bert),
     "llama": Family("LlamaConfig", _bert),  # writes its sizes as BERT does
+    "t5": Family("T5Config", _t5, writes=True),
 }
 GEOMETRIES: dict[str, Geometry] = {
     geometry.name: geometry
@@ -100,6 +111,9 @@ GEOMETRIES: dict[str, Geometry] = {
         Geometry("llama-mini", 4, 256, 4, 688, 256, 8192, 1e-3),
         Geometry("llama-small", 8, 512, 8, 1376, 1024, 32000, 1e-3),
         Geometry("llama-base", 12, 768, 12, 2048, 1024, 32000, 6e-4),
+        Geometry("t5-tiny", 2, 128, 2, 512, 128, 4096, 2e-3),
+        Geometry("t5-mini", 4, 256, 4, 1024, 256, 8192, 1e-3),
+        Geometry("t5-small", 6, 512, 8, 2048, 512, 32000, 5e-4),
     )
 }
 
@@ -125,6 +139,8 @@ def configuration(geometry: Geometry, tokenizer: Any) -> Any:
         if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None
     }
     kind = FAMILIES[geometry.family].config_class()
+    if FAMILIES[geometry.family].writes:
+        named["decoder_start_token_id"] = named.get("pad_token_id", named.get("eos_token_id"))
     unnamed = {f"{name}_token_id": None for name in ("pad", "bos", "eos")}
     return kind(vocab_size=len(tokenizer), **geometry.values(), **unnamed | named)
 

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 KINDS = ("wordpiece", "bpe", "unigram")
-UNKNOWN, CLASS, SEPARATOR = "[UNK]", "[CLS]", "[SEP]"
+UNKNOWN, CLASS, SEPARATOR, END = "[UNK]", "[CLS]", "[SEP]", "</s>"
 SPECIAL = {
     "bert": ("[PAD]", UNKNOWN, CLASS, SEPARATOR, "[MASK]"),
     "glm": (
         "[PAD]", UNKNOWN, CLASS, SEPARATOR, "[MASK]", "[sMASK]", "[gMASK]", "[dBLOCK]", "<|startofpiece|>", "<|endofpiece|>",
     ),
+    "t5": ("[PAD]", END, UNKNOWN, *(f"<extra_id_{i}>" for i in range(100))),
 }  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's
 COVERAGE = 0.9995  # share of the characters of the texts that get a token at least, as in sentencepiece
@@ -41,7 +42,7 @@ def learn_vocabulary(
     - bpe: on bytes, as GPT-2's: no text has unknown tokens, and decoding returns the text. Nothing is added to texts.
     - unigram: on words with a mark for the space before them, as XLM-R's. Texts get [CLS] and [SEP].
 
-    `special`: [UNK], [CLS] and [SEP] must be among them. `lowercase`: of WordPiece and Unigram, as their vocabulary cannot
+    `special`: [UNK] must be among them, and [CLS] and [SEP], or else </s>, which then stands behind a text. `lowercase`: of WordPiece and Unigram, as their vocabulary cannot
     have both cases then.
 
     If there are more characters than half of the vocabulary, those without a token of their own are the rarest, up to 0.05% of
@@ -155,14 +156,15 @@ def _in_order(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def _frame(tokenizer: Tokenizer) -> None:
-    """Put [CLS] before a text, [SEP] behind it and behind a second one, as BERT does."""
+    """Put [CLS] before a text, [SEP] behind it and behind a second one, as BERT does; or </s> behind each, as T5 does."""
     from tokenizers.processors import TemplateProcessing
 
-    named = [(token, tokenizer.token_to_id(token)) for token in (CLASS, SEPARATOR)]
+    bert = tokenizer.token_to_id(CLASS) is not None
+    first, last = (f"{CLASS} ", SEPARATOR) if bert else ("", END)
     tokenizer.post_processor = TemplateProcessing(
-        single=f"{CLASS} $A {SEPARATOR}",
-        pair=f"{CLASS} $A {SEPARATOR} $B:1 {SEPARATOR}:1",
-        special_tokens=named,
+        single=f"{first}$A {last}",
+        pair=f"{first}$A {last} $B:{int(bert)} {last}:{int(bert)}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {first.strip() or last, last}],
     )
 
 

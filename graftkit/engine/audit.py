@@ -111,7 +111,8 @@ class Audit:
         """Record one gradient of this step, which may be freed before the end of the backward pass."""
         if gradient.numel() and name not in self.with_gradient:
             self.reached.add(name)
-            self._gradients[name] = gradient.any()
+            before = self._gradients.get(name)  # of another batch of the step
+            self._gradients[name] = gradient.any() if before is None else before | gradient.any()
 
     def after_step(self, rising: bool = False, last: bool = True) -> None:
         """From a parameter's second step on, raise `UserError` with the names of all that break the rule.

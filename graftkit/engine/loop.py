@@ -274,11 +274,12 @@ class Loop:
             seed = self.settings.seed * 1_000_003 + self.step * self.world + self.index
             torch.manual_seed(seed)
             with _numpy_seeded(seed), fast_dropout(device, self.settings.seed, self.step, self.index):
-                for batch in (part for whole in work.own for part in self._parts(whole)):
-                    terms = self.learn(self.forward, batch)
+                batches = [part for whole in work.own for part in self._parts(whole)]
+                for number, batch in enumerate(batches, start=1):
+                    terms, last = self.learn(self.forward, batch), number == len(batches)
                     total = self._total(terms, work.units)
-                    extra = self._extra() if self.updates.whole else None
-                    self.updates.backward(total if extra is None else total + extra)
+                    extra = self._extra() if self.updates.whole and last else None
+                    self.updates.backward(total if extra is None else total + extra, last)
                     sums.add(terms)
             extra = None if self.updates.whole else self._extra()
             if extra is not None:

@@ -22,7 +22,7 @@ EPS = 1e-6  # added to a norm before it divides, as in torch's clip_grad_norm_
 class Updates(Protocol):
     """How a step is taken.
 
-    `whole`: the step needs its gradients in a single backward pass over its whole loss. `previous`: the norm of the step
+    `whole`: a gradient may be gone after the last backward pass of its step, so no pass can be repeated or follow. `previous`: the norm of the step
     before, the only state beside the optimizer's.
     """
 
@@ -38,8 +38,8 @@ class Updates(Protocol):
     def begin(self, step: int, seen: Callable[[str, Tensor], None] | None) -> None:
         """Begin a step, counted from 0. `seen` is called with the name and gradient of a parameter before it is freed."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of a loss."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Compute the gradients of a part of the loss of the step. `last`: it is the last one."""
 
     def norm(self) -> Tensor:
         """Return the norm of all gradients of the step, before clipping, on their device; clip what is not yet applied."""
@@ -71,7 +71,7 @@ class AfterBackward:
         if self.alone is not None:
             self.alone.begin(step)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         loss.backward()
 
     def norm(self) -> Tensor:
@@ -102,8 +102,13 @@ class WithinBackward:
     own alone. So no gradient of a parameter is ever longer than `clip`, and a norm that stays the same is clipped as after
     the backward pass.
 
-    A loss that is not finite is not propagated, so nothing changes. A gradient that is not finite counts as zero, so that
-    no weight or state becomes NaN, and `norm` is not finite: by then the layers above have taken the step.
+    A step of several backward passes keeps the sum of the projected gradients of each parameter, if the optimizer projects
+    that (`project`), and the sum of the gradients of the others; the step is taken in the last pass. The norm of a projected
+    parameter is then that of the projection, as that of the sum of its gradients is not known.
+
+    A loss that is not finite is not propagated, and neither are those after it in the step, so no weight changes. A gradient
+    that is not finite counts as zero, so that no weight or state becomes NaN, and `norm` is not finite: by then the layers
+    above have taken the step.
     """
 
     whole = True
@@ -115,12 +120,15 @@ class WithinBackward:
         self.previous = 0.0
         self.names: tuple[str, ...] = ()
         self.norms: dict[str, Tensor] = {}
+        self.parameters: Mapping[str, nn.Parameter] = {}
+        self.sums: dict[str, Tensor] = {}  # of projected gradients
+        self.finite = self.last = True  # all losses of the step so far; this backward pass
         self.seen: Callable[[str, Tensor], None] | None = None
         self.handles: list[Any] = []
 
     def enter(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.leave()
-        self.names = tuple(parameters)
+        self.parameters, self.names = parameters, tuple(parameters)
         self.handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name))
             for name, parameter in parameters.items()
@@ -132,27 +140,54 @@ class WithinBackward:
         self.handles = []
 
     def begin(self, step: int, seen: Callable[[str, Tensor], None] | None) -> None:
-        self.norms, self.seen = {}, seen
+        self.norms, self.sums, self.seen, self.finite = {}, {}, seen, True
         self.alone.begin(step)
 
-    def backward(self, loss: Tensor) -> None:
-        if loss.isfinite():  # waits for the forward pass: what steps below cannot be taken back
-            loss.backward()
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        self.finite = self.finite and bool(loss.isfinite())  # waits for the forward pass: steps cannot be taken back
+        if not self.finite:
+            return
+        self.last = last
+        loss.backward()
+        if last:  # parameters that only earlier passes reached
+            for name, parameter in self.parameters.items():
+                if parameter.grad is not None or name in self.sums:
+                    self._take(name, parameter)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def take(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
+        def reached(parameter: Tensor) -> None:
+            assert parameter.grad is not None
             if self.seen is not None:
-                self.seen(name, gradient)
-            norm = self.norms[name] = norm_of(gradient)
-            if self.clip:
-                gradient.mul_((self.clip / (norm.clamp(min=self.previous) + EPS)).clamp(max=1.0))
-            gradient.masked_fill_(~norm.isfinite(), 0.0)
-            self.alone.step(parameter)
-            parameter.grad = None
+                self.seen(name, parameter.grad)
+            if not self.last or name in self.sums:
+                self._keep(name, parameter)
+            if self.last:
+                self._take(name, parameter)
 
-        return take
+        return reached
+
+    def _keep(self, name: str, parameter: Tensor) -> None:
+        """Add a gradient to the sum of its projections, and free it; unless it is not projected."""
+        projected = self.alone.project(parameter)
+        if projected is None:
+            return
+        if name in self.sums:
+            self.sums[name].add_(projected)
+        else:
+            self.sums[name] = projected
+        parameter.grad = None
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        """Take the step of a parameter and free its gradient."""
+        projected = self.sums.pop(name, None)
+        gradient = parameter.grad if projected is None else projected
+        assert gradient is not None
+        norm = self.norms[name] = norm_of(gradient)
+        if self.clip:
+            gradient.mul_((self.clip / (norm.clamp(min=self.previous) + EPS)).clamp(max=1.0))
+        gradient.masked_fill_(~norm.isfinite(), 0.0)
+        self.alone.step(parameter, projected)
+        parameter.grad = None
 
     def norm(self) -> Tensor:
         return total_norm([self.norms[name] for name in self.names if name in self.norms])
@@ -191,25 +226,37 @@ class Alone:
         """Begin a step, counted from 0."""
         self.number = step
 
-    def step(self, parameter: Tensor) -> None:
-        """Take the step of a parameter that has a gradient."""
-        if self.rounding is None or parameter.dtype != torch.bfloat16 or parameter.grad is None:
-            self._step(parameter)
+    def project(self, parameter: Tensor) -> Tensor | None:
+        """Return the projection of the gradient of a parameter, or None if it is not projected."""
+        if parameter.grad is None or not hasattr(self.optimizer, "project"):
+            return None
+        rounded = self.rounding is not None and parameter.dtype == torch.bfloat16
+        gradient = parameter.grad.float() if rounded else parameter.grad
+        found: Tensor | None = self.optimizer.project(parameter, gradient)
+        return found
+
+    def step(self, parameter: Tensor, projected: Tensor | None = None) -> None:
+        """Take the step of a parameter with its gradient, or with the sum of what `project` returned."""
+        if self.rounding is None or parameter.dtype != torch.bfloat16:
+            self._step(parameter, projected)
             return
         stored, gradient = parameter.data, parameter.grad
         parameter.grad = None
         parameter.data = stored.float()
-        parameter.grad = gradient.float()
+        parameter.grad = None if gradient is None else gradient.float()
         try:
-            self._step(parameter)
+            self._step(parameter, projected)
         finally:
             values = parameter.data
             parameter.grad, parameter.data = None, stored
         with torch.no_grad():
             parameter.copy_(self.rounding(values, self.number, self.index_of[id(parameter)]))
 
-    def _step(self, parameter: Tensor) -> None:
+    def _step(self, parameter: Tensor, projected: Tensor | None) -> None:
         group = self.group_of[id(parameter)]
+        if projected is not None:
+            self.optimizer.update(parameter, projected, self.optimizer.state[parameter], group)  # type: ignore[attr-defined]
+            return
         single = {**group, "params": [parameter]}
         every = self.optimizer.param_groups
         self.optimizer.param_groups = [single]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ class Optimizer:
 
     # the step of a parameter needs only its own gradient, so it can be taken as soon as the backward pass computed that
     steps_in_backward: ClassVar[bool] = False
+    # within the backward pass, gradients of several batches can be added up: the optimizer projects them to something small
+    accumulates_in_backward: ClassVar[bool] = False
     # every step moves all parameters that have a gradient
     moves_all: ClassVar[bool] = True
 
@@ -62,6 +65,11 @@ class Optimizer:
         Override it if not all parameters have state at the same time.
         """
         return sum(self.group_bytes(group, dtype) for group in groups)
+
+    def accumulated(self, group: ParamGroup, shape: Sequence[int]) -> int:
+        """Return the numbers kept of the gradient of a parameter of a group between the batches of a step that is taken
+        within the backward pass."""
+        return math.prod(shape)
 
     def check(self, groups: Iterable[ParamGroup]) -> None:
         """Raise `UserError` if the optimizer makes no sense for these parameters."""

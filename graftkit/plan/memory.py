@@ -13,13 +13,16 @@ from graftkit.optim.labels import Labels
 
 
 def gradient_bytes(
-    graft: Graft, labels: Labels, *, step_in_backward: bool = False, rounded: Container[str] = ()
-) -> int:
+    graft: Graft, labels: Labels, *, step_in_backward: bool = False, rounded: Container[str] = (),
+    accumulating: Optimizer | None = None,
+) -> int:  # fmt: skip
     """Return the bytes of the gradients of these parameters, which have the parameters' type: fp32, or bf16 if in `rounded`.
 
     `step_in_backward`: the most that exist at once. The backward pass computes the gradients of one module (a weight and
     its bias) together, and each is freed after its step. That of a weight with several places in the model, such as an
     embedding that is the output layer too, is not complete before the last of them, and waits beside the others.
+    `accumulating`: the optimizer that then takes the steps of several batches; between these it keeps projections, in fp32,
+    and the gradients of what it does not project.
     """
     sizes = {
         name: (2 if name in rounded else 4) * p.numel()
@@ -28,6 +31,13 @@ def gradient_bytes(
     }
     if not step_in_backward:
         return sum(sizes.values())
+    kept = 0
+    if accumulating is not None:
+        group_of = {id(p): group for group in graft.param_groups() for p in group["params"]}
+        for name in list(sizes):
+            parameter = graft.parameters[name]
+            numbers = accumulating.accumulated(group_of[id(parameter)], parameter.shape)
+            kept += sizes.pop(name) if numbers == parameter.numel() else 4 * numbers
     places = Counter(id(p) for _, p in graft.model.named_parameters(remove_duplicate=False))
     tied = {name for name, p in graft.parameters.items() if places[id(p)] > 1}
     modules: dict[str, int] = {}
@@ -35,7 +45,7 @@ def gradient_bytes(
         if name not in tied:
             owner = name.rpartition(".")[0]
             modules[owner] = modules.get(owner, 0) + size
-    return sum(size for name, size in sizes.items() if name in tied) + max(modules.values(), default=0)
+    return kept + sum(size for name, size in sizes.items() if name in tied) + max(modules.values(), default=0)
 
 
 def optimizer_bytes(graft: Graft, optimizer: Optimizer, labels: Mapping[str, object]) -> int:

@@ -55,7 +55,7 @@ class Plan:
 
 def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
               frozen_blocks: int, phases: Sequence[Phase] = (), step_in_backward: bool = False, ema: bool = False,
-              rounded: Collection[str] = ()) -> Plan:  # fmt: skip
+              rounded: Collection[str] = (), accumulate: int = 1) -> Plan:  # fmt: skip
     """Count parameters and bytes of a graft, on real weights or on the `meta` device.
 
     Frozen floating-point parameters are stored in the compute type, trained ones in fp32, or bf16 if in `rounded`.
@@ -79,10 +79,13 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
         for phase in phases
     ]
     last = phases[-1].labels if phases else graft.labels
+    gradients = gradient_bytes(
+        graft, last, step_in_backward=step_in_backward, rounded=rounded, accumulating=optimizer if accumulate > 1 else None
+    )  # fmt: skip
     reached = schedule[-1]["trained_parameters"] if schedule else trained
     return Plan(
         str(graft.method), str(optimizer), trained, total, weights,
-        gradient_bytes(graft, last, step_in_backward=step_in_backward, rounded=rounded), optimizer_bytes(graft, optimizer, last),
+        gradients, optimizer_bytes(graft, optimizer, last),
         4 * trained if ema else 0, rows, batch_size, steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
         [*_oversized(graft), *_unexportable(graft)],

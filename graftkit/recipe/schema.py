@@ -125,11 +125,6 @@ class Recipe(Section):
 
     def _fit_updates(self) -> None:
         """Refuse what steps of single parameters cannot do."""
-        if self.train.step_in_backward and self.train.accumulate > 1:
-            raise UserError(
-                f"train.step_in_backward frees each gradient at once, so train.accumulate={self.train.accumulate} has nothing to "
-                "add to: use a larger train.batch_size instead, or leave train.step_in_backward out."
-            )
         apart = {
             "train.step_in_backward": self.train.step_in_backward,
             "train.weight_type=bf16": self.train.weight_type == "bf16",
@@ -142,6 +137,15 @@ class Recipe(Section):
             raise UserError(
                 f"{key}: {name}() needs more than the gradient of one parameter for its step; choose "
                 f"{listing([f'{entry}()' for entry in able], 12)}, or leave {key} out."
+            )
+        if not (self.train.step_in_backward and self.train.accumulate > 1):
+            return
+        if not optimizers[name].constants.get("accumulates_in_backward"):
+            able = [entry for entry in optimizers if optimizers[entry].constants.get("accumulates_in_backward")]
+            raise UserError(
+                f"train.step_in_backward frees each gradient at once, and {name}() needs all of it for its step, so "
+                f"train.accumulate={self.train.accumulate} has nothing to add to: use a larger train.batch_size, "
+                f"{listing([f'{entry}()' for entry in able])}, or leave train.step_in_backward out."
             )
 
     def _fit_start(self) -> None:

@@ -145,13 +145,16 @@ def _timed(name: str, config: Any, length: int, recipe: Recipe, task: Objective)
         model = getattr(transformers, auto).from_config(config).to(device)
         ids = torch.randint(0, config.vocab_size, (ROWS, length), device=device)
     scored = max(1, round(task.scored * length))
+    inputs = {"input_ids": ids}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids[:, :scored]
     rows = torch.arange(ROWS, device=device).repeat_interleave(scored)
     places = torch.arange(scored, device=device).repeat(ROWS)
     times = []
     for _ in range(1 + REPEATS):
         begun = time.perf_counter()
         with precision.autocast(device, kind):
-            scores = token_scores(model, {"input_ids": ids}, rows, places, ids[rows, places])
+            scores = token_scores(model, inputs, rows, places, ids[rows, places])
         (-scores[:, 0].mean()).backward()
         model.zero_grad()
         if device.type == "cuda":

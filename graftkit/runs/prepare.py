@@ -299,7 +299,7 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     plan = make_plan(
         graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
         steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
-        ema=train.ema is not None, rounded=rounded,
+        ema=train.ema is not None, rounded=rounded, accumulate=train.accumulate,
     )  # fmt: skip
     settings = Settings(
         steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay,

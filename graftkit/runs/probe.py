@@ -41,9 +41,12 @@ class Probe:
     def features(
         self, backbone: Backbone, device: torch.device, precision: str, max_length: int
     ) -> np.ndarray:
-        """Return the last states of the model without its head, averaged over the tokens of each text, (rows, width)."""
+        """Return the last states of the model without its head, or of its encoder, averaged over the tokens of each text,
+        (rows, width)."""
         model: Any = backbone.model
         body = getattr(model, "base_model", model)
+        if getattr(model.config, "is_encoder_decoder", False):
+            body = body.get_encoder()
         encoded = encode_texts(backbone.processor, self.texts, None, max_length)
         found: list[np.ndarray] = []
         with torch.no_grad(), evaluating(model), autocast(device, precision):

@@ -80,6 +80,7 @@ def put_in_place(recipe: Recipe, folder: Path) -> Recipe:
     part = part_of(recipe, folder)
     if part is None:
         return recipe
+    wait()  # until all processes have read it
     in_first(lambda: os.replace(part, folder / INITIAL))
     wait()
     return recipe.model_copy(update={"model": str(folder / INITIAL)})
@@ -112,8 +113,9 @@ def tokenizer_for(recipe: Recipe, rows: Rows, geometry: Geometry, folder: Path) 
 def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
     """Add the special tokens that an objective needs and a tokenizer lacks. The model is new, so it has room for them."""
     known, more = tokenizer.get_vocab(), {}
-    if tokenizer.mask_token is None and "[MASK]" in tokens:
-        more["mask_token"] = "[MASK]"
+    for name, token in (("mask_token", "[MASK]"), ("eos_token", "</s>")):
+        if getattr(tokenizer, name) is None and token in tokens:
+            more[name] = token
     lacking = [token for token in tokens if token not in known and token not in more.values()]
     tokenizer.add_special_tokens(
         {**more, "extra_special_tokens": lacking}, replace_extra_special_tokens=False

@@ -14,7 +14,7 @@ from graftkit.claims import held
 from graftkit.data.corpora import Corpus, open_corpus
 from graftkit.data.corpora.cleaning import fingerprint
 from graftkit.data.corpora.writing import Encoder
-from graftkit.data.vocabularies import END_OF_TEXT, KINDS, SPECIAL, UNKNOWN, batches, learn_vocabulary
+from graftkit.data.vocabularies import END, END_OF_TEXT, KINDS, SPECIAL, UNKNOWN, batches, learn_vocabulary
 from graftkit.errors import UserError, first_line, listing, nearest
 from graftkit.files import assembling, write_json
 from graftkit.report.console import Console, count
@@ -30,6 +30,7 @@ NAMES = {
     "[CLS]": "cls_token",
     "[SEP]": "sep_token",
     "[MASK]": "mask_token",
+    END: "eos_token",
 }
 
 
@@ -55,8 +56,8 @@ def train_tokenizer(
         kind: 'wordpiece' as BERT's, 'bpe' on bytes as GPT-2's, or 'unigram' as XLM-R's.
         vocab: the size of the vocabulary, special tokens included.
         out: the folder to write.
-        special: 'bert' for [PAD] [UNK] [CLS] [SEP] [MASK]; 'glm' also for the tokens of blank infilling. 'bpe' has
-            <|endoftext|> too.
+        special: 'bert' for [PAD] [UNK] [CLS] [SEP] [MASK]; 'glm' also for the tokens of blank infilling; 't5' for [PAD] </s>
+            [UNK] and 100 sentinels. 'bpe' has <|endoftext|> too.
         lowercase: make texts lower case, for 'wordpiece' and 'unigram'.
         compare: a model folder or hub id, or a folder with a tokenizer, that is measured on the same texts.
         column, documents, encoding: as for `open_corpus`.
@@ -238,7 +239,7 @@ def _save(made: Any, tokens: Sequence[str], folder: Path) -> None:
     if END_OF_TEXT in tokens:
         named |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     others = [token for token in tokens if token not in named.values()]
-    pairs = ["token_type_ids"] if made.num_special_tokens_to_add(True) else []
+    pairs = ["token_type_ids"] if "cls_token" in named and made.num_special_tokens_to_add(True) else []
     PreTrainedTokenizerFast(
         tokenizer_object=made, clean_up_tokenization_spaces=False, additional_special_tokens=others,
         model_input_names=["input_ids", *pairs, "attention_mask"], **named,

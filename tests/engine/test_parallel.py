@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
-from conftest import forked, graft_tensors, tune_words
-
-from graftkit.cli.main import main
+from conftest import graft_tensors, tune_words
+from processes import free_port, together
 
 SETTINGS = ("train.steps=6", "train.batch_size=8", "train.checkpoint_every=2", "train.weight_decay=0.0")
 
@@ -24,24 +19,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package"),
 ]
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def together(*words: str) -> list[SimpleNamespace]:
-    """`graftkit ...` in two processes with the variables that torchrun sets."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-
-    def one(rank: int) -> None:
-        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        PartialState._reset_state()  # which says that this process is the only one
-        main(list(words))
-
-    return forked(lambda: one(0), lambda: one(1))
 
 
 @pytest.fixture

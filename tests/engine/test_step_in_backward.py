@@ -13,6 +13,7 @@ from torch import nn
 from graftkit import AdamW, UserError
 from graftkit.engine.loop import NotFinite
 from graftkit.engine.updates import AfterBackward, Alone, WithinBackward
+from graftkit.optim.base import as_optimizer
 from graftkit.recipe.catalogue import entries
 
 pytestmark = pytest.mark.slow
@@ -157,6 +158,84 @@ def test_gradients_are_clipped_by_the_norm_before_and_their_own():
         previous = total
 
 
+def same_space(gradient, rank, *_):
+    """A space that depends on the shape alone, so that it is the same for one batch and for a part of it."""
+    draw = torch.Generator().manual_seed(sum(gradient.shape))
+    return torch.linalg.qr(torch.randn(min(gradient.shape), rank, generator=draw)).Q
+
+
+def test_accumulated_projections_take_the_step_of_one_batch_with_all_rows(monkeypatch):
+    monkeypatch.setattr("graftkit.optim.galore.singular_space", same_space)
+    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+    found, sizes = [], []
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6))
+        groups = [{"params": list(model.parameters()), "lr": 0.1, "weight_decay": 0.1}]
+        updates = WithinBackward(as_optimizer("galore(rank=2)").make(groups), clip=0.0)
+        updates.enter(dict(model.named_parameters()))
+        for step in range(3):
+            updates.begin(step, None)
+            for part in range(parts):
+                updates.backward(model(x[part::parts]).square().sum() / 12, last=part == parts - 1)
+                sizes.append({name: tuple(t.shape) for name, t in updates.sums.items()})
+            updates.step(float(updates.norm()))
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+    assert sizes[3:6] == [{"0.weight": (7, 2), "2.weight": (2, 7)}] * 2 + [{}]
+
+
+def test_a_parameter_that_the_last_batch_does_not_reach_takes_its_step(monkeypatch):
+    monkeypatch.setattr("graftkit.optim.galore.singular_space", same_space)
+    weights = [nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(s))) for s in (1, 2)]
+    before = [w.detach().clone() for w in weights]
+    groups = [{"params": weights, "lr": 0.1, "weight_decay": 0.0}]
+    updates = WithinBackward(as_optimizer("galore(rank=2)").make(groups), clip=0.0)
+    updates.enter({"first": weights[0], "second": weights[1]})
+    updates.begin(0, None)
+    updates.backward(weights[0].square().sum() + weights[1].square().sum(), last=False)
+    updates.backward(weights[1].square().sum())
+    updates.step(float(updates.norm()))
+    assert not any(torch.equal(a, b.detach()) for a, b in zip(before, weights))
+    assert all(w.grad is None for w in weights) and not updates.sums
+
+
+def test_a_loss_that_is_not_finite_ends_the_step_for_all_its_batches():
+    weight = nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
+    before = weight.detach().clone()
+    groups = [{"params": [weight], "lr": 0.1, "weight_decay": 0.0}]
+    updates = WithinBackward(as_optimizer("galore(rank=2)").make(groups), clip=1.0)
+    updates.enter({"weight": weight})
+    updates.begin(0, None)
+    for loss, last in ((weight.sum(), False), (weight.sum() * math.nan, False), (weight.sum(), True)):
+        updates.backward(loss, last)
+    assert torch.equal(weight.detach(), before) and float(updates.norm()) == 0
+
+
+def test_a_run_that_accumulates_projections_is_the_ordinary_one_to_rounding(ready, monkeypatch):
+    """And no more gradients and sums exist at once than the plan counts."""
+    monkeypatch.setattr("graftkit.optim.galore.singular_space", same_space)
+    more = {"optimizer": "galore(rank=3)", "clip": 0, "steps": 2, "batch_size": 6, "accumulate": 3}
+    ordinary = ready(METHOD, **more)
+    losses = [step.loss for step in ordinary.loop]
+    run = ready(METHOD, **more, step_in_backward=True)
+    updates, seen = run.loop.updates, []
+    plain = updates.alone.project
+
+    def project(parameter):
+        live = [p.grad for p in run.graft.model.parameters() if p.grad is not None]
+        seen.append(sum(t.numel() * t.element_size() for t in (*live, *updates.sums.values())))
+        return plain(parameter)
+
+    monkeypatch.setattr(updates.alone, "project", project)
+    assert [step.loss for step in run.loop] == pytest.approx(losses, rel=1e-4)
+    for name, value in trained(ordinary).items():
+        torch.testing.assert_close(trained(run)[name], value, rtol=1e-3, atol=1e-5)
+    planned = run.prepared.plan.gradient_bytes
+    assert max(seen) == planned < 0.8 * ordinary.prepared.plan.gradient_bytes
+
+
 def test_a_loss_that_is_not_finite_changes_nothing(ready, monkeypatch):
     run = ready(METHOD, steps=3, step_in_backward=True)
     steps = iter(run.loop)
@@ -207,7 +286,7 @@ def test_memory_that_runs_out_is_an_error_as_half_a_step_cannot_be_repeated(read
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("train.accumulate=2", "train.accumulate=2 has nothing to add to"),
+        ("train.accumulate=2", "adamw() needs all of it for its step, so train.accumulate=2 has nothing to add to"),
         ("method=adalora() + head()", "adalora() reads the gradients of a step after it"),
         (
             "train.optimizer=together()",

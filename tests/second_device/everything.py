@@ -16,6 +16,7 @@ import pytest
 import torch
 import zoo
 from expressions import EXPRESSIONS
+from objectives import tiny_model, write_texts
 from peft_versions import skip_without_tuner
 from second_device import DEVICE, There, Values
 from task_cases import CASES, material
@@ -122,6 +123,34 @@ def test_each_task(case: str, tiny_bert: Path, tmp_path: Path, elsewhere: None) 
     run = tuned(tmp_path / "run", model, rows, task, method)
     assert run.evaluate(rows)["rows"] > 0
     assert run.export(tmp_path / "plain")["largest_difference"] < 1e-4
+
+
+OBJECTIVES = {  # objective: (model, optimizer)
+    "mlm(unit='span')": ("bert", "muon()"),
+    "causal()": ("llama-tiny", "galore(rank=4, svd='full', bits=8, space_bits=4)"),
+    "glm(mode='mixture')": ("glm-tiny", "adamw4bit()"),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives_and_optimizers(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: None
+) -> None:
+    """A model is pre-trained there, and has the loss that it has on the CPU."""
+    model, optimizer = OBJECTIVES[objective]
+    monkeypatch.setenv("GRAFTKIT_CACHE", str(tmp_path / "cache"))
+    texts = write_texts(tmp_path / "texts.txt", 30)
+    new = "-" in model
+    start = {"size": model, "vocabulary": 300} if new else {"model": str(tiny_model(tmp_path / model, model))}
+    settings = {
+        "train.precision": "fp32", "train.batch_size": 4, "train.steps": 2, "train.lr": 0.01, "data.max_length": 24,
+        "train.optimizer": optimizer,
+    }  # fmt: skip
+    run = graftkit.pretrain(objective=objective, train=texts, out=tmp_path / "run", settings=settings, **start)
+    assert run.result["device"] == str(DEVICE)
+    there = run.evaluate(texts)["loss"]
+    monkeypatch.setattr(parallel, "device", lambda: torch.device("cpu"))
+    assert run.evaluate(texts)["loss"] == pytest.approx(there, rel=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["attention"])

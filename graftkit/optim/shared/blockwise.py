@@ -45,11 +45,18 @@ def linear_code(bits: int) -> list[float]:
     return [(index + 1) / 2**bits for index in range(2**bits)]
 
 
+def even_code(bits: int) -> list[float]:
+    """Return 2^bits evenly spaced values from -1 to 1. Zero is not one of them."""
+    most = 2**bits - 1
+    return [2 * index / most - 1 for index in range(2**bits)]
+
+
 @dataclass(frozen=True)
 class Format:
     """How a tensor is stored: `bits` for each number, blocks of `block` numbers, and the name of the code.
 
-    `code`: 'signed' or 'unsigned' for the dynamic code, 'linear' for the one without zero.
+    `code`: 'signed' or 'unsigned' for the dynamic code, 'linear' for the one without zero, 'even' for the
+    one with a sign.
     """
 
     bits: int
@@ -93,5 +100,6 @@ class Format:
 
 @functools.cache
 def _code(bits: int, code: str, device: torch.device) -> Tensor:
-    values = linear_code(bits) if code == "linear" else dynamic_code(bits, signed=code == "signed")
+    even = {"linear": linear_code, "even": even_code}
+    values = even[code](bits) if code in even else dynamic_code(bits, signed=code == "signed")
     return torch.tensor(values, dtype=torch.float32, device=device)

@@ -129,3 +129,31 @@ class Texts:
         names = ("documents", "tokens", "bytes", "unknown", "undecodable", "duplicates")
         found = self.shards.statistics
         return {"corpus": {name: found[name] for name in names if name in found}}
+
+
+class Joined:
+    """Documents in sequence, as one row of tokens that is never built; `gap` ends a document if another follows.
+
+    `begins` (documents + 1,): where each document begins, its own `gap` included; `total`: the number of tokens.
+    """
+
+    def __init__(self, texts: Texts, gap: int | None = None) -> None:
+        self.texts, self.gap = texts, gap
+        self.begins = np.concatenate([[0], np.cumsum(texts.lengths + (gap is not None))])
+        self.total = int(self.begins[-1]) - (gap is not None)
+
+    def document(self, place: int) -> int:
+        """Return the number of the document, counted in `texts`, that a place lies in."""
+        return int(np.searchsorted(self.begins, place, side="right")) - 1
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """Return the tokens from place `start` to `end`, exclusive, as int64."""
+        document, parts = self.document(start), []
+        while start < end:
+            begin = int(self.begins[document])
+            behind = int(self.begins[document + 1]) - (self.gap is not None)  # its last token, exclusive
+            parts.append(self.texts.tokens(document, start - begin, min(end, behind) - begin))
+            if self.gap is not None and behind < end:
+                parts.append(np.array([self.gap]))
+            start, document = behind + (self.gap is not None), document + 1
+        return np.concatenate(parts).astype(np.int64)

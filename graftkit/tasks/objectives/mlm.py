@@ -13,7 +13,7 @@ from graftkit.backbone import Backbone
 from graftkit.data.source import Batch, Pass
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.objectives.base import PLACES, ROWS, TARGETS, Objective, TokenRows
-from graftkit.tasks.objectives.documents import Documents, Texts
+from graftkit.tasks.objectives.documents import Documents, Joined, Texts
 from graftkit.tasks.objectives.masking import (
     EVALUATED,
     MaskingOptions,
@@ -38,11 +38,8 @@ class MaskedRows(TokenRows):
     ) -> None:
         self.first, self.last = edges(tokenizer)
         around = (self.first is not None) + (self.last is not None)
-        self.gap = int(self.last is not None)  # separators between two documents
-        self.begins = np.concatenate(
-            [[0], np.cumsum(texts.lengths + self.gap)]
-        )  # of each document in the sequence
-        total = int(self.begins[-1]) - self.gap
+        self.joined = Joined(texts, self.last)
+        total = self.joined.total
         self.body = max(1, min(max_length - around, total))
         rows = total // self.body
         super().__init__(examples, texts, rows, self.body + around, int(texts.lengths.sum()))
@@ -60,18 +57,9 @@ class MaskedRows(TokenRows):
 
     def text(self, row: int) -> np.ndarray:
         """Return the tokens of a row before any is masked, (length,)."""
-        start, end = row * self.body, (row + 1) * self.body
-        document = int(np.searchsorted(self.begins, start, side="right")) - 1
-        parts: list[Any] = [] if self.first is None else [[self.first]]
-        while start < end:
-            begin = int(self.begins[document])
-            behind = int(self.begins[document + 1]) - self.gap  # its last token, exclusive
-            parts.append(self.texts.tokens(document, start - begin, min(end, behind) - begin))
-            if self.gap and behind < end:
-                parts.append([self.last])
-            start, document = behind + self.gap, document + 1
-        parts += [] if self.last is None else [[self.last]]
-        return np.concatenate(parts).astype(np.int64)
+        first, last = ([] if edge is None else [edge] for edge in (self.first, self.last))
+        body = self.joined.tokens(row * self.body, (row + 1) * self.body)
+        return np.concatenate([first, body, last]).astype(np.int64)
 
     def mask(self, ids: np.ndarray, row: int, at: Pass) -> tuple[np.ndarray, np.ndarray]:
         """Return a row with masks, and the positions of its target tokens in order."""
@@ -98,8 +86,7 @@ class MaskedRows(TokenRows):
         return scores_of_chosen(model, self.model_inputs(batch), given[ROWS], given[PLACES], given[TARGETS])
 
     def where(self, row: int) -> str:
-        document = int(np.searchsorted(self.begins, row * self.body, side="right")) - 1
-        return self.examples.where(int(self.texts.numbers[document]))
+        return self.examples.where(int(self.texts.numbers[self.joined.document(row * self.body)]))
 
     def shown(self) -> str:
         return self.tokenizer.decode(
