@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftkit.cli import bench as cli_bench
 from graftkit.cli import data as cli_data
 from graftkit.cli import plan as cli_plan
 from graftkit.cli import pretraining
@@ -210,6 +211,7 @@ for finished in (
     cli_runs.merge,
     cli_runs.export,
     cli_tokenizer.tokenizer,
+    cli_bench.bench,
 ):
     app.command()(finished)
 

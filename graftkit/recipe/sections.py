@@ -64,10 +64,10 @@ class TrainRecipe(Section):
         default=False,
         description="take the step of each parameter within the backward pass and free its gradient at once",
     )
-    lr: float | None = Field(
+    lr: float | Literal["find"] | None = Field(
         default=None,
-        gt=0,
-        description="learning rate of each method that does not set its own; null: the methods' defaults",
+        description="learning rate of each method that does not set its own; find: from a range test before the first step; "
+        "null: the methods' defaults",
     )
     weight_decay: float = Field(
         default=0.01, ge=0, description="weight decay of trained matrices; norms and biases are not decayed"
@@ -129,6 +129,13 @@ class TrainRecipe(Section):
         default="auto", description="number type of the matrix products"
     )
 
+    @field_validator("lr")
+    @classmethod
+    def _rate(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, int | float) and value <= 0:
+            raise ValueError("must be greater than 0, or 'find'")
+        return value
+
     @field_validator("optimizer", mode="before")
     @classmethod
     def _optimizer(cls, value: Any) -> Any:
@@ -145,6 +152,11 @@ class TrainRecipe(Section):
                 f"must be from 1 to {MOST:,}, or 'epoch', a number of epochs such as '2 epochs', or 'end'"
             )
         return value
+
+
+def number_of(lr: float | str | None) -> float | None:
+    """Return train.lr if it is a number."""
+    return None if isinstance(lr, str) else lr
 
 
 def one_call(value: Any, family: str) -> Any:

@@ -144,6 +144,7 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
             ("trained", f"{count(trained)} of {count(total)} parameters ({trained / total:.2%}){': ' if groups else ''}{groups}"),
             *(("schedule", text) for text in _schedule(plan)),
             *(("warning", text) for text in plan["warnings"]),
+            *([("learning rate", "found by a range test before the first step")] if plan.get("lr") == "find" else []),
             ("frozen", _frozen(plan["frozen_blocks"], plan["blocks"])),
             ("memory", f"weights {size(plan['weight_bytes'])}, gradients {size(plan['gradient_bytes'])}, "
                        f"optimizer {size(plan['optimizer_bytes'])}"

@@ -17,7 +17,21 @@ from graftkit.errors import UserError, listing
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 
-RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, BEFORE_DECAY, INITIAL, MODEL = (
+(
+    RECIPE,
+    PLAN,
+    METRICS,
+    RESULT,
+    CARD,
+    GRAFT,
+    CHECKPOINTS,
+    WORST,
+    TRACKERS,
+    BEFORE_DECAY,
+    INITIAL,
+    MODEL,
+    LR_FIND,
+) = (
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -30,6 +44,7 @@ RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, BEFORE
     "before-decay",
     "initial",
     "model",
+    "lr-find.json",
 )
 ENTRIES = (
     RECIPE,
@@ -44,6 +59,7 @@ ENTRIES = (
     BEFORE_DECAY,
     INITIAL,
     MODEL,
+    LR_FIND,
 )
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
 

@@ -25,6 +25,7 @@ from graftkit.engine import parallel, precision
 from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.loop import Settings
+from graftkit.engine.range_test import check_searchable
 from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
@@ -35,6 +36,7 @@ from graftkit.optim.base import as_optimizer
 from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
+from graftkit.recipe.sections import number_of
 from graftkit.runs.best import best_of
 from graftkit.runs.further import check_further
 from graftkit.runs.probe import Probe, read_probe
@@ -296,13 +298,15 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     further = check_further(recipe, steps)
     optimizer = as_optimizer(train.optimizer)
     phases = find_phases(graft, steps, per_epoch)
+    if isinstance(train.lr, str):
+        check_searchable(graft, phases, steps, further)
     plan = make_plan(
         graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
         steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
-        ema=train.ema is not None, rounded=rounded, accumulate=train.accumulate,
+        ema=train.ema is not None, rounded=rounded, accumulate=train.accumulate, lr=train.lr,
     )  # fmt: skip
     settings = Settings(
-        steps, train.batch_size, train.accumulate, optimizer, train.lr, train.weight_decay,
+        steps, train.batch_size, train.accumulate, optimizer, number_of(train.lr), train.weight_decay,
         0.0 if further else train.warmup, train.schedule, train.clip, recipe.seed, train.step_in_backward, train.decay,
         train.ema, train.weight_type,
     )  # fmt: skip

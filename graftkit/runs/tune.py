@@ -26,7 +26,8 @@ from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
-from graftkit.runs.folder import METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
+from graftkit.runs.finding import with_found_lr
+from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse, source_of
@@ -135,6 +136,8 @@ def run_recipe(
         rehearse(recipe, rows, source)
         prepared = prepare(recipe, rows, source)
         prepared, datasets = _encode(prepared)
+        prepared, curve = with_found_lr(prepared, console)
+        recipe = recipe.model_copy(update={"train": prepared.recipe.train})
         if processes()[0] == 0 and overwrite:
             run_folder.clear(folder, keep=part_of(recipe, folder))
         recipe = put_in_place(recipe, folder)
@@ -143,6 +146,8 @@ def run_recipe(
         if processes()[0] == 0:
             write_text(folder / RECIPE, prepared.recipe.dump())
             write_json(folder / PLAN, _planned(prepared, datasets))
+            if curve is not None:
+                write_json(folder / LR_FIND, curve)
         return _train(prepared, datasets, folder, console, resumed=False)
 
 
