@@ -124,7 +124,10 @@ def tune(
     from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(recipe_values(arguments, given))
-    from graftkit.runs.tune import run_recipe
+    from graftkit.runs.garbage import uncollected
+
+    with uncollected():
+        from graftkit.runs.tune import run_recipe
 
     emit(as_json, run_recipe(recipe, console, overwrite=overwrite).result)
 

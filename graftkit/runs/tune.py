@@ -28,6 +28,7 @@ from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
 from graftkit.runs.finding import with_found_lr
 from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
+from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse, source_of
@@ -129,11 +130,13 @@ def run_recipe(
     with ExitStack() as stack:
         claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
         folder = claimed or run_folder.named(str(recipe.out))
-        rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        with uncollected():
+            rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
         recipe = budgeted(recipe, rows, console)
         recipe = stack.enter_context(started(recipe, rows, folder))
         source = source_of(recipe)
-        rehearse(recipe, rows, source)
+        with uncollected():  # imports the code of the model
+            rehearse(recipe, rows, source)
         prepared = prepare(recipe, rows, source)
         prepared, datasets = _encode(prepared)
         prepared, curve = with_found_lr(prepared, console)
