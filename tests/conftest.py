@@ -117,13 +117,17 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is none; the device is chosen by --device cuda. Of tests marked
-    `sampled`, all cases but the first are slow."""
-    seen: set[str] = set()
+    `sampled`, all cases but the first are slow, or with `sampled(12)` all but the first of each twelfth."""
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        if item.get_closest_marker("sampled") and test in seen:
-            item.add_marker(pytest.mark.slow)
-        seen.add(test)
+        if item.get_closest_marker("sampled"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for sampled in cases.values():
+        for number, item in enumerate(sampled):
+            marker = item.get_closest_marker("sampled")
+            assert marker is not None
+            if number % -(-len(sampled) // (marker.args[0] if marker.args else 1)):
+                item.add_marker(pytest.mark.slow)
     from peft_versions import difference
 
     for item in items:

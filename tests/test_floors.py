@@ -7,6 +7,7 @@ file; those for type checkers count for the floors, and not for circles.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,12 @@ def statements(
             yield from statements(child, inside, typing)
 
 
-def imports() -> Iterator[Import]:
+@functools.cache
+def imports() -> tuple[Import, ...]:
+    return tuple(_read())
+
+
+def _read() -> Iterator[Import]:
     modules = {module_of(path) for path in ROOT.rglob("*.py")}
     for path in sorted(ROOT.rglob("*.py")):
         file = path.relative_to(ROOT).as_posix()
@@ -108,9 +114,6 @@ def imports() -> Iterator[Import]:
                     yield Import(file, head, False, lazy, typing)
 
 
-IMPORTS = tuple(imports())
-
-
 def none(offending: list[Import]) -> None:
     assert not offending, "\n".join(sorted({str(i) for i in offending}))
 
@@ -125,14 +128,14 @@ def test_nothing_imports_upwards() -> None:
         there = i.module.split(".")[0]
         return there != i.folder and FLOOR[there] >= FLOOR[i.folder]
 
-    version = {i for i in IMPORTS if i.module == "__init__" and i.folder == "cli"}  # of the package
-    none([i for i in IMPORTS if i.inside and i not in version and goes_up(i)])
+    version = {i for i in imports() if i.module == "__init__" and i.folder == "cli"}  # of the package
+    none([i for i in imports() if i.inside and i not in version and goes_up(i)])
 
 
 def test_there_are_no_circles() -> None:
     """Files that import one another, be it by way of others, in whatever folder."""
     edges: dict[str, set[str]] = {module_of(path) or "__init__": set() for path in ROOT.rglob("*.py")}
-    for i in IMPORTS:
+    for i in imports():
         if i.inside and not i.typing and i.folder != "__init__":
             edges[module_of(ROOT / i.file) or "__init__"].add(i.module)
     remaining = dict(edges)
@@ -152,25 +155,25 @@ def test_no_entry_imports_another(family: str) -> None:
     """A method knows no other method, a task no other task; what they share is below them."""
     own = {entry.module.removeprefix("graftkit."): entry.name for entry in entries(family).values()}
     folder = FAMILIES[family].folder
-    none([i for i in IMPORTS if i.module in own and i.folder == folder
+    none([i for i in imports() if i.module in own and i.folder == folder
           and not i.file.startswith(f"{folder}/{own[i.module]}")])  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_entries_are_loaded_by_the_catalogue_alone(family: str) -> None:
     own = {entry.module.removeprefix("graftkit.") for entry in entries(family).values()}
-    none([i for i in IMPORTS if i.module in own and i.folder != FAMILIES[family].folder])
+    none([i for i in imports() if i.module in own and i.folder != FAMILIES[family].folder])
 
 
 def test_what_is_light_imports_no_torch() -> None:
-    heavy = {module_of(ROOT / i.file) for i in IMPORTS if i.module in HEAVY and not i.lazy and not i.typing}
-    light = [i for i in IMPORTS if i.folder in LIGHT and not i.lazy and not i.typing]
+    heavy = {module_of(ROOT / i.file) for i in imports() if i.module in HEAVY and not i.lazy and not i.typing}
+    light = [i for i in imports() if i.folder in LIGHT and not i.lazy and not i.typing]
     none([i for i in light if i.module in HEAVY and i.file != "files.py"])
     none([i for i in light if i.inside and i.module in heavy])
 
 
 def test_accelerate_is_imported_for_processes_and_trackers_alone() -> None:
-    assert {i.file for i in IMPORTS if i.module == "accelerate"} == {
+    assert {i.file for i in imports() if i.module == "accelerate"} == {
         "engine/parallel.py",
         "engine/tracking.py",
     }

@@ -283,6 +283,7 @@ VALUES = [
 ATTACKS = [*NAMES, *SIZES, *INPUTS, *SPECIAL, *BROKEN, *OPTIONS, *VALUES]
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 def test_attack(attack, command, tmp_path, tiny_bert, rows_folder, finished):
     attack.place(tmp_path, tiny_bert, rows_folder, finished)

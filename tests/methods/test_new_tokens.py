@@ -81,6 +81,7 @@ LANGUAGE = [
 
 @pytest.mark.parametrize("at_end", [0, -1])
 @pytest.mark.parametrize("kind,changes,tables", LANGUAGE)
+@pytest.mark.sampled(2)
 def test_a_language_model_gives_what_an_enlarged_one_does(kind, changes, tables, at_end):
     """Logits, the model's own loss, the scores of generate(), and texts written with the cache."""
     plain = lm(kind, **changes)

@@ -62,6 +62,7 @@ def test_it_is_said_before_weights_are_read(ask, tmp_path, words, says):
 @pytest.mark.parametrize(
     "method", ["adapter()", "prompt(tokens=4)", "ptuning(tokens=4)", "prefix(tokens=4)", "new_tokens(['x1'])"]
 )
+@pytest.mark.sampled(2)
 def test_what_never_folds_is_refused_by_its_method(command, ask, tmp_path, tiny_bert, monkeypatch, method):
     with monkeypatch.context() as real:
         real.setattr("graftkit.backbone.load._read_model", READ)

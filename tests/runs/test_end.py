@@ -31,6 +31,7 @@ def fails_on_test_rows(self, outcomes, dataset, labels, intervals=True, plain=Cl
         (Classify, "metrics", fails_on_test_rows, "evaluating the test rows failed"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_failure_after_the_last_step(
     command, tiny_bert, rows_folder, tmp_path, monkeypatch, owner, name, failing, told
 ):
