@@ -163,7 +163,7 @@ def table(found: list[dict[str, Any]]) -> str:
     for one in found:
         row = ROWS[one["name"]]
         quality = [
-            one["accuracy"] is not None and one[p + "accuracy"] or one[p + "loss"] for p in ("peer_", "")
+            (one["accuracy"] is not None and one[p + "accuracy"]) or one[p + "loss"] for p in ("peer_", "")
         ]
         cells = [row.title, one["peer"], f"{one['peer_seconds']:.3g}", f"{one['seconds']:.3g}", f"{one['ratio']:.2f} x",
                  f"{one['bar']:g}"]  # fmt: skip
