@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, child, child_arguments, machine
-from compared.measures import apart, peak_memory
+from compared.measures import apart, peak_memory, word_tokenizer
 
 STORED = ROOT / "bench" / "results" / "growth.json"
 PAGE = ROOT / "docs" / "performance.md"
@@ -70,13 +70,11 @@ def operations(point: dict[str, Any], trained: dict[str, int]) -> float:
 def make_model(folder: Path, blocks: int, tokens: int, causal: bool) -> None:
     """Write a small BERT, or a small Llama, with random weights and a tokenizer that knows a word for each token."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
         LlamaConfig,
         LlamaForCausalLM,
-        PreTrainedTokenizerFast,
     )
 
     torch.manual_seed(0)
@@ -90,10 +88,7 @@ def make_model(folder: Path, blocks: int, tokens: int, causal: bool) -> None:
         ).save_pretrained(folder)
     else:
         BertForSequenceClassification(BertConfig(**geometry, pad_token_id=1)).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, "w1"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"eos_token": "w0", "pad_token": "w1"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    word_tokenizer(folder, VOCABULARY)
 
 
 def make_rows(path: Path, rows: int, tokens: int, corpus: bool) -> None:

@@ -71,8 +71,9 @@ class Marks:
 def make_model(geometry: str, folder: str) -> dict[str, Any]:
     """Write a random model in bf16, made on the GPU, with a tokenizer of a word for each token."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from compared.measures import word_tokenizer
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -85,9 +86,7 @@ def make_model(geometry: str, folder: str) -> dict[str, Any]:
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(config.vocab_size)}, "w1"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w1").save_pretrained(folder)
+    word_tokenizer(folder, config.vocab_size)
     return {}
 
 
