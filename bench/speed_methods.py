@@ -6,7 +6,7 @@ give the same loss. PEFT has no bottleneck adapters: ours stand beside modules t
 here. Time: the two sides in turn, step by step, in one process, and once more in another one in which the other side is
 made first. Memory: what the peak of a step lies above the
 resident model, each side in a process of its own, freed memory given back at once.
-The whole measurement, all 12 layers, is written to bench/results/speed_methods.json and docs/speed.md; a row that is in
+The whole measurement, all 12 layers, is written to bench/results/speed_methods.json and docs/performance.md; a row that is in
 that file is not measured again, so that an interrupted measurement goes on.
 Usage: python bench/speed_methods.py [steps [threads [layers]]]
 """
@@ -243,8 +243,8 @@ def main() -> None:
 
 
 def write_section(result: dict) -> None:
-    """Put the table into docs/speed.md, in the place of an earlier one."""
-    path = ROOT / "docs" / "speed.md"
+    """Put the table into docs/performance.md, in the place of an earlier one."""
+    path = ROOT / "docs" / "performance.md"
     before, _, after = path.read_text(encoding="utf-8").partition(TITLE)
     _, heading, after = after.partition("\n## ")
     section = SECTION.format(table=table(result))

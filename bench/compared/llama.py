@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from compared.measures import apart, peak_memory
+from compared.measures import apart, peak_memory, word_tokenizer
 
 GEOMETRY = {
     "vocab_size": 128_256, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 7,
@@ -26,8 +26,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def make_model(folder: Path, quick: bool) -> None:
     """Write a model with random weights and a tokenizer that knows a word for each token."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     geometry = QUICK if quick else GEOMETRY
     torch.manual_seed(0)
@@ -35,11 +34,7 @@ def make_model(folder: Path, quick: bool) -> None:
         **geometry, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=1
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(
-        models.WordLevel({f"w{number}": number for number in range(geometry["vocab_size"])}, "w1")
-    )
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w1").save_pretrained(folder)
+    word_tokenizer(folder, geometry["vocab_size"])
 
 
 def rows(quick: bool) -> tuple[list[dict], list[dict]]:

@@ -65,3 +65,15 @@ def queries(train: int, test: int) -> tuple[list[dict], list[dict]]:
 
 
 DATA = {"intents": intents, "queries": queries}
+
+
+def word_tokenizer(folder: Path | str, size: int) -> None:
+    """Write a tokenizer of `size` tokens: <end> is 0, <pad> is 1, and w2, w3 and so on are words between spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"<end>": 0, "<pad>": 1, **{f"w{number}": number for number in range(2, size)}}
+    words = Tokenizer(models.WordLevel(known, "<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>")
+    made.save_pretrained(folder)

@@ -27,11 +27,10 @@ def operations(hidden: int, inner: int, blocks: int, batch: int, length: int, ra
     """Return the floating-point operations of one step of LoRA on query and value."""
     tokens = batch * length
     layers = 4 * hidden * hidden + 2 * hidden * inner  # of one block: q, k, v, o, up, down
-    frozen = (
-        2 * tokens * (2 * blocks * layers - 3 * hidden * hidden)
-    )  # q, k, v of the first read what has no gradient
-    attention = 3 * blocks * 4 * tokens * length * hidden
-    added = 3 * 2 * tokens * blocks * 2 * 2 * hidden * rank
+    # what the first block reads has no gradient, nor have its keys, so that a few of its products are not needed
+    frozen = 2 * tokens * (2 * blocks * layers - 3 * hidden * hidden)
+    attention = tokens * length * hidden * (12 * blocks - 2)
+    added = 2 * tokens * hidden * rank * (2 * 2 * 3 * blocks - 2)
     return float(frozen + attention + added)
 
 

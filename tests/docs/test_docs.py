@@ -171,14 +171,14 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_readme_links_each_figure_to_its_page() -> None:
-    """Accuracies in the README are rows of docs/results.md; the speed-ups stand in docs/speed.md."""
+    """Accuracies in the README are rows of docs/results.md; the speed-ups stand in docs/performance.md."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `.+` \| ([\d.]+) \| ([\d,]+) \|$", text, re.MULTILINE)
     assert len(rows) > 3
     for accuracy, parameters in rows:
         assert re.search(rf"\| {accuracy} \|.*\| {parameters} \|", results), (accuracy, parameters)
-    speed = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    speed = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     named = re.findall(r"(\d\.\d+) times", text)
     assert named and all(re.search(rf"\| {re.escape(number)}\d* x \|", speed) for number in named)
     methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

@@ -1,0 +1,98 @@
+"""The scripts behind docs/performance.md: what they count, and when a row passes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.syspath_prepend(str(ROOT))  # bench/gpu_lora.py puts it there too
+    return importlib.import_module
+
+
+def test_operations_of_lora_are_those_of_nemo(script):
+    """NeMo AutoModel's performance summary: Llama 3.1 8B, LoRA of rank 16, 12,473 tokens/s/GPU are 402 TFLOP/s/GPU."""
+    gpu = script("gpu_lora")
+    geometry = gpu.GEOMETRIES["8b"]
+    trained, frozen = gpu.lora_parameters(geometry)
+    assert trained == 41_943_040  # what PEFT prints for it
+    rate = 12_473 * gpu.operations_per_token(geometry, 4096, trained, frozen) / 1e12
+    assert round(rate) == 402
+
+
+def test_parameters_are_counted_as_the_model_has_them(script):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    gpu = script("gpu_lora")
+    geometry = gpu.GEOMETRIES["tiny"]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**geometry))
+    trained, frozen = gpu.lora_parameters(geometry)
+    assert frozen == sum(p.numel() for p in model.parameters())
+    layers = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert trained == sum(gpu.RANK * (m.in_features + m.out_features) for m in layers)
+
+
+def test_operations_of_a_step_are_those_that_torch_counts(script):
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import BertConfig, BertModel
+
+    from graftkit import attach
+
+    products = script("compared.products")
+    batch, length, hidden, inner, blocks, rank = 2, 16, 32, 64, 2, 4
+    config = BertConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=2, vocab_size=50,
+        attn_implementation="eager",
+    )  # fmt: skip
+    graft = attach(BertModel(config, add_pooling_layer=False), f"lora(rank={rank}, sites='q,v')")
+    with FlopCounterMode(display=False) as counter:
+        graft.model(torch.randint(0, 50, (batch, length))).last_hidden_state.sum().backward()
+    assert counter.get_total_flops() == products.operations(hidden, inner, blocks, batch, length, rank)
+
+
+def test_a_row_passes_with_its_ratio_its_accuracy_and_its_memory(script):
+    compare = script("compare_hf")
+    row = compare.Row("", "", 2.0, compare.Side("", ""), (compare.Side("", ""),), memory_bar=0.5)
+
+    def passes(seconds: float, accuracy: float, memory: int) -> bool:
+        theirs = [{"seconds": s, "accuracy": 0.9, "memory": 1000} for s in (9.0, 10.0, 30.0)]
+        found = compare.compared(row, [{"seconds": seconds, "accuracy": accuracy, "memory": memory}], theirs)
+        assert found["peer_seconds"] == 10.0 and found["ratio"] == 10.0 / seconds
+        return found["passed"]
+
+    assert passes(5.0, 0.891, 500)
+    assert not passes(5.1, 0.9, 500)
+    assert not passes(5.0, 0.889, 500)
+    assert not passes(5.0, 0.9, 501)
+
+
+def test_a_lower_loss_passes_and_a_limit_stands_for_a_peer(script):
+    compare = script("compare_hf")
+    row = compare.ROWS["llama"]
+    ours = [{"seconds": 1.0, "loss": 2.0, "memory": 1}]
+    for loss, passed in ((1.99, True), (1.97, False), (3.0, True)):
+        assert compare.compared(row, ours, [{"seconds": 3.0, "loss": loss, "memory": 2}])["passed"] is passed
+    start = compare.ROWS["start"]
+    assert compare.compared(start, [{"seconds": 4.9}], [{"seconds": start.limit}])["passed"]
+    assert not compare.compared(start, [{"seconds": 5.1}], [{"seconds": start.limit}])["passed"]
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_on_a_cpu():
+    command = [sys.executable, str(ROOT / "bench" / "gpu_lora.py"), "--json", "--tiny", "--rows", "8b"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["graftkit"]["tokens_per_second"] > 0 and row["graftkit"]["tflops"] > 0
