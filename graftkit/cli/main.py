@@ -15,6 +15,7 @@ import typer
 
 from graftkit.cli import data as cli_data
 from graftkit.cli import pretraining
+from graftkit.cli import reports as cli_reports
 from graftkit.cli import runs as cli_runs
 from graftkit.cli import tokenizer as cli_tokenizer
 from graftkit.cli.options import (
@@ -221,6 +222,7 @@ for finished in (
     cli_runs.predict,
     cli_runs.merge,
     cli_runs.export,
+    cli_reports.report,
     cli_tokenizer.tokenizer,
 ):
     app.command()(finished)

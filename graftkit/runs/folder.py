@@ -16,16 +16,12 @@ from graftkit.engine import checkpoint
 from graftkit.errors import UserError, listing
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
+from graftkit.report.finished import METRICS, PLAN, PREVIEWS, RECIPE, REPORT, RESULT, WORST
 
-RECIPE, PLAN, METRICS, RESULT, CARD, GRAFT, CHECKPOINTS, WORST, TRACKERS, BEFORE_DECAY, INITIAL, MODEL = (
-    "recipe.yaml",
-    "plan.json",
-    "metrics.jsonl",
-    "result.json",
+CARD, GRAFT, CHECKPOINTS, TRACKERS, BEFORE_DECAY, INITIAL, MODEL = (
     "README.md",
     "graft",
     "checkpoints",
-    "worst.jsonl",
     "trackers",
     "before-decay",
     "initial",
@@ -40,6 +36,8 @@ ENTRIES = (
     GRAFT,
     CHECKPOINTS,
     WORST,
+    PREVIEWS,
+    REPORT,
     TRACKERS,
     BEFORE_DECAY,
     INITIAL,
