@@ -25,6 +25,7 @@ from graftkit.report.svg import reliability
 FIRST, MOST = 25, 200  # classes that are shown at once, and in all
 MATRIX = 30  # classes of the largest matrix
 PAIRS = 30
+LARGEST = 1e15  # of a count
 BRIEF = 5  # characters of labels that fit above a column
 FEW = 5  # training rows
 LABEL = 60  # characters
@@ -67,11 +68,11 @@ def classes_of(run: Finished) -> list[Class]:
     classes = []
     for name, given in mapping(run.metrics.get("per_class")).items():
         rows, precision, recall, f1 = (
-            number(mapping(given).get(key)) or 0.0 for key in ("rows", "precision", "recall", "f1")
+            _sane(mapping(given).get(key)) for key in ("rows", "precision", "recall", "f1")
         )
-        right = round(recall * rows) if recall == recall else 0
-        false = round(right / precision - right) if precision and precision == precision else 0
-        known = number(trained.get(name))
+        right = round(recall * rows)
+        false = round(right / precision - right) if precision else 0
+        known = _sane(trained.get(name)) if name in trained else None
         classes.append(Class(
             name, None if known is None else int(known), int(rows), precision, recall, f1, int(rows) - right, false
         ))  # fmt: skip
@@ -83,6 +84,12 @@ def classes_of(run: Finished) -> list[Class]:
     for place, count in wrongly.items():
         classes[place].false = max(classes[place].false, count)
     return sorted(classes, key=lambda one: (-(one.missed + one.false / 2), one.f1, one.name))
+
+
+def _sane(value: Any) -> float:
+    """Return a number from 0 to a quadrillion; 0 for what is none, such as NaN, which somebody may have written there."""
+    known = number(value)
+    return float(known) if known is not None and 0 <= known < LARGEST else 0.0
 
 
 def cells_of(run: Finished, classes: int) -> list[tuple[int, int, int]]:
@@ -128,7 +135,7 @@ def class_sections(run: Finished) -> list[Section]:
 
 def _row(one: Class, trained: bool, usual: float) -> list[Child]:
     others = ", ".join(f"{short(name, LABEL)} ({count:,})" for count, name in one.taken_for[:2])
-    value = min(max(one.recall, 0.0), 1.0) if one.recall == one.recall else 0.0
+    value = min(one.recall, 1.0)
     meter = element("span", element("i"), class_="meter", style=f"--v:{value:.3f}", aria_hidden="true")
     return [
         short(one.name, LABEL), one.advice(usual), others, *([figure_text(one.trained)] if trained else []),
@@ -139,7 +146,7 @@ def _row(one: Class, trained: bool, usual: float) -> list[Child]:
 
 def _matrix(run: Finished, names: Sequence[str], cells: list[tuple[int, int, int]]) -> Child:
     per_class = mapping(run.metrics.get("per_class"))
-    support = [int(number(mapping(per_class[name]).get("rows")) or 0) for name in names]
+    support = [int(_sane(mapping(per_class[name]).get("rows"))) for name in names]
     counts = {(target, answer): count for target, answer, count in cells}
     for i, rows in enumerate(support):
         counts[i, i] = rows - sum(
@@ -195,8 +202,8 @@ def calibration_sections(run: Finished) -> list[Section]:
         for one in (stored if isinstance(stored, list) else ())
         if _is_bin(one)
     ]
-    error = number(given.get("error"))
-    if not bins or error is None:
+    error = _sane(given.get("error"))
+    if not bins:
         return []
     answers = sum(one[2] for one in bins)
     mean = sum(one[2] * one[3] for one in bins) / max(answers, 1)
@@ -217,4 +224,8 @@ def calibration_sections(run: Finished) -> list[Section]:
 
 def _is_bin(given: Any) -> bool:
     """Return whether a value is a bin of `calibration`: five numbers, none of them negative, infinite or NaN."""
-    return isinstance(given, list) and len(given) == 5 and all(0 <= (number(v) or 0) < 1e15 for v in given)
+    return (
+        isinstance(given, list)
+        and len(given) == 5
+        and all(number(v) is not None and 0 <= v < LARGEST for v in given)
+    )

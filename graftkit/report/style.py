@@ -77,6 +77,7 @@ th, td { overflow-wrap: break-word; text-align: left; padding: .4rem 1.25rem .4r
 thead th { color: var(--quiet); font-weight: 500; font-size: .8125rem; vertical-align: bottom; white-space: nowrap; }
 tbody th, td:not(.n) { max-width: 17rem; }
 tbody th { font-weight: 500; min-width: 7rem; }
+table:not(.matrix) td:not(.n) { min-width: 8rem; }
 .n { text-align: right; white-space: nowrap; }
 td svg { display: block; }
 .meter { display: inline-block; width: 4rem; height: .4rem; margin-right: .5rem; background: var(--rule); vertical-align: middle; }

@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 34
 MOST = 240  # points of a line; more are averaged
 COLOURS = 8
+LARGEST = 1e200  # of a number that is drawn
 DASHES = (None, "6 3", "2 3", "8 3 2 3")  # beside the colour, so that lines can be told apart without it
 Point = tuple[float, float]
 
@@ -33,7 +34,7 @@ def finite(points: Sequence[tuple[Any, Any]]) -> list[Point]:
     """Return the points whose coordinates are both finite numbers."""
     return [
         (float(x), float(y)) for x, y in points
-        if all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in (x, y))
+        if all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < LARGEST for v in (x, y))
     ]  # fmt: skip
 
 
@@ -81,7 +82,8 @@ class _Axis:
     """A linear map from values to pixels."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self.low, self.high = (low, high) if high > low else (low - 0.5, low + 0.5)
+        space = 0.5 * abs(low) or 0.5  # around a single value
+        self.low, self.high = (low, high) if high > low else (low - space, low + space)
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:

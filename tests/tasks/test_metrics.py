@@ -125,7 +125,8 @@ def test_many_classes_take_little_memory(classes, rows, megabytes):
 
 
 def without_intervals(found: dict) -> dict:
-    return {name: value for name, value in found.items() if not name.endswith("_interval")}
+    drawn = ("confusion", "calibration")  # not random, but as large
+    return {n: value for n, value in found.items() if not n.endswith("_interval") and n not in drawn}
 
 
 def test_without_intervals_nothing_is_drawn(monkeypatch):
