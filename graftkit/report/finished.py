@@ -141,7 +141,9 @@ def read_finished(folder: Path) -> Finished:
         plan=read_json(folder / PLAN) if (folder / PLAN).is_file() else {},
         log=_lines(folder / METRICS),
         worst=worst,
-        previews=_previews(folder / PREVIEWS, len(worst)),
+        previews=fitting(
+            read_json(folder / PREVIEWS, list) if (folder / PREVIEWS).is_file() else [], len(worst)
+        ),
     )
 
 
@@ -170,9 +172,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _previews(path: Path, rows: int) -> list[dict[str, str]]:
+def fitting(stored: list[Any], rows: int) -> list[dict[str, str]]:
     """Return pictures and sounds for each of the worst examples, as many as there is room for in a page."""
-    stored = read_json(path, list) if path.is_file() else []
     found: list[dict[str, str]] = []
     room = ROOM
     for given in stored[:rows]:
@@ -180,6 +181,7 @@ def _previews(path: Path, rows: int) -> list[dict[str, str]]:
             kind: uri for kind, uri in mapping(given).items()
             if isinstance(uri, str) and len(uri) <= room and PREVIEW.fullmatch(uri)
         }  # fmt: skip
-        room -= sum(map(len, whole.values()))
-        found.append(whole if room >= 0 else {})
+        size = sum(map(len, whole.values()))
+        found.append(whole if size <= room else {})
+        room -= size if size <= room else 0
     return found + [{}] * (rows - len(found))

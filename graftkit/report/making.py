@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from graftkit.errors import UserError
 from graftkit.files import write_text
-from graftkit.report.finished import REPORT, Finished, interval_of, read_finished
+from graftkit.report.finished import REPORT, Finished, fitting, interval_of, read_finished
 from graftkit.report.html import MADE_BY
 from graftkit.report.page import run_page
 from graftkit.report.several import several_page
@@ -32,7 +33,7 @@ def report(*runs: str | Path, out: str | Path | None = None, open: bool = False)
     folders = list(dict.fromkeys(Path(run).expanduser() for run in runs))
     path = folders[0] / REPORT if out is None else Path(out).expanduser()
     if out is not None:
-        _check_path(path)
+        check_path(path)
     found = [read_finished(folder) for folder in folders]
     size = _write(path, found)
     if open:
@@ -43,6 +44,19 @@ def report(*runs: str | Path, out: str | Path | None = None, open: bool = False)
 def write_report(folder: Path) -> None:
     """Write the report of a run into its folder."""
     _write(folder / REPORT, [read_finished(folder)])
+
+
+def report_of_rows(
+    folder: Path, metrics: dict[str, Any], worst: list[dict[str, Any]], previews: list[dict[str, str]], data: str,
+    out: Path,
+) -> str:  # fmt: skip
+    """Write the report of a run on rows that it was evaluated on later, and return its path. `data`: what they are called."""
+    run = read_finished(folder)
+    log = [line for line in run.log if line.get("kind") != "final"]
+    result = run.result | {"metrics": metrics, "evaluated_on": data}
+    run = replace(run, result=result, log=log, worst=worst, previews=fitting(previews, len(worst)))
+    _write(out, [run])
+    return str(out)
 
 
 def _write(path: Path, runs: Sequence[Finished]) -> int:
@@ -60,7 +74,7 @@ def _told(run: Finished) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
     """Raise `UserError` unless a report may be written to `path`: it is new, or an older report."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"the report {path.name!r} is an HTML file; use a name that ends in .html.")

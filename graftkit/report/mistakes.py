@@ -21,8 +21,9 @@ def mistake_sections(run: Finished) -> list[Section]:
         return []
     kinds = {kind for shown in run.previews for kind in shown}
     listed = "rows" + (" grid" if kinds else "") + (" wide" if "sound" in kinds else "")
-    rows = [_row(row, shown) for row, shown in zip(run.worst, run.previews)]
-    told = f"The {run.split()} rows with the largest errors: look here for wrong labels first."
+    judged = bool(run.metrics.get("per_class"))  # else an answer is not right or wrong, but better or worse
+    rows = [_row(row, shown, judged) for row, shown in zip(run.worst, run.previews)]
+    told = f"The {run.split()} rows with the largest errors. Wrong labels are often among them."
     return [
         Section(
             "Worst rows", "worst", [element("p", told, class_="quiet"), element("ul", rows, class_=listed)]
@@ -30,7 +31,7 @@ def mistake_sections(run: Finished) -> list[Section]:
     ]
 
 
-def _row(row: dict[str, Any], shown: dict[str, str]) -> Markup:
+def _row(row: dict[str, Any], shown: dict[str, str], judged: bool) -> Markup:
     loss = number(row.get("loss"))
     where = short(str(row.get("where", "")).rpartition("/")[2], 80)
     lead = element(
@@ -43,7 +44,9 @@ def _row(row: dict[str, Any], shown: dict[str, str]) -> Markup:
         if name not in ASIDE and name not in ("image", "audio") and not isinstance(value, float)
         and not (marks and name == marked)
     ]  # fmt: skip
-    return element("li", _media(shown, row), lead, texts, _answers(row, marks, str(row.get(marked) or "")))
+    return element(
+        "li", _media(shown, row), lead, texts, _answers(row, marks, str(row.get(marked) or ""), judged)
+    )
 
 
 def _value(name: str, value: Any) -> Markup:
@@ -75,12 +78,12 @@ def _media(shown: dict[str, str], row: dict[str, Any]) -> Child:
     ]
 
 
-def _answers(row: dict[str, Any], marks: dict[str, Any], text: str) -> Markup:
+def _answers(row: dict[str, Any], marks: dict[str, Any], text: str, judged: bool) -> Markup:
     expected = _marked(text, marks.get("expected"), 2) if marks else _cut(said(row.get("expected")))
     answer = _marked(text, marks.get("answer"), 1) if marks else _cut(said(row.get("answer")))
     return element(
-        "dl", element("dt", "expected"), element("dd", expected, class_="right", dir="auto"),
-        element("dt", "answered"), element("dd", answer, class_="wrong", dir="auto"), class_="said",
+        "dl", element("dt", "expected"), element("dd", expected, class_="right" if judged else None, dir="auto"),
+        element("dt", "answered"), element("dd", answer, class_="wrong" if judged else None, dir="auto"), class_="said",
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ RATIOS = (
     "precision",
     "match",
 )  # metrics between 0 and 1, by a part of their names
+PARTS = {"eval": "evaluation"}  # what the parts of the data are called, if not by their own names
 WRONG = ("problems", "warnings", "changed_when_resumed")
 
 
@@ -127,7 +128,7 @@ def _figures(run: Finished) -> Child:
     )]))[:30]  # fmt: skip
     heads = ["metric"]
     for part in run.found:
-        heads += ["evaluation" if part == "eval" else part, "95% interval"]
+        heads += [PARTS.get(part, part), "95% interval"]
     rows: list[list[Child]] = []
     for name in names:
         row: list[Child] = [named(name)]
@@ -139,9 +140,10 @@ def _figures(run: Finished) -> Child:
             ]
         rows.append(row)
     sizes = ", ".join(
-        f"{told(metrics.get('rows'), count)} {part} rows" for part, metrics in run.found.items()
+        f"{told(metrics.get('rows'), count)} {PARTS.get(part, part)} rows"
+        for part, metrics in run.found.items()
     )
-    return table(f"{sizes}; intervals are 95% bootstrap intervals over the rows", heads, rows)
+    return table(f"{sizes}; 95% intervals are over the rows", heads, rows)
 
 
 def _curves(run: Finished) -> list[Section]:
@@ -216,6 +218,7 @@ def _facts(run: Finished) -> Child:
         ("Method", short(result.get("method", "none"), 300)),
         ("Model", short(run.recipe.get("model", ""), 200)),
         ("Data", [element("div", one, dir="auto") for one in splits]),
+        ("Evaluated on", short(result["evaluated_on"], 200) if result.get("evaluated_on") else None),
         ("Labels", f"{len(labels):,}: {', '.join(short(one, 40) for one in labels[:12])}{' ...' if len(labels) > 12 else ''}" if labels else None),
         ("Trained", f"{told(trained, count)} parameters{share}"),
         ("Training", f"{steps}{optimizer}, {short(result.get('precision', ''), 20)}, seed {short(run.recipe.get('seed', ''), 20)}"),

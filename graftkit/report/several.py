@@ -123,13 +123,13 @@ def _figures(runs: Sequence[Finished], names: Sequence[str]) -> Child:
             else ""
         )
         rows.append([
-            short(name, 60), short(result.get("method", "none"), 120), figure_text(value),
+            short(name, 60), short(run.recipe.get("method") or "none", 120), figure_text(value),
             f"{figure_text(interval[0])} to {figure_text(interval[1])}" if interval else "", drawn,
             *(figure_text(run.metrics.get(one)) for one in metrics[1:]),
             told(result.get("trained_parameters"), count), told(result.get("steps"), count),
             told(result.get("seconds"), duration), told(result.get("peak_memory_bytes"), size),
         ])  # fmt: skip
-    return table(f"Figures on the {runs[0].split()} rows, with 95% bootstrap intervals", heads, rows, words=2)
+    return table(f"Figures on the {runs[0].split()} rows, with 95% intervals", heads, rows, words=2)
 
 
 def _lines(runs: Sequence[Finished], names: Sequence[str], key: str) -> list[Line]:
@@ -155,7 +155,8 @@ def _differences(runs: Sequence[Finished], names: Sequence[str]) -> Child:
     if not different:
         return element("p", "Their recipes are the same, apart from the run folder.")
     rows: list[list[Child]] = [
-        [short(key, 60), *(short(one.get(key, ""), 80) for one in flat)] for key in different[:60]
+        [short(key, 60), *(short(one[key], 80) if one.get(key) is not None else "–" for one in flat)]
+        for key in different[:60]
     ]
     return table(
         "The recipe keys in which the runs differ",

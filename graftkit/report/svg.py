@@ -237,7 +237,7 @@ def whisker(
     places = [round(min(max(axis(v), 1), width - 1), 1) for v in (low, value, high)]
     colour, height = f"c{number % COLOURS}", 34 if scale else 18
     numbers = [
-        element("text", tick_text(round(end, 6)), x=x, y=30, text_anchor=anchor)
+        element("text", tick_text(float(f"{end:.3g}")), x=x, y=30, text_anchor=anchor)
         for end, x, anchor in ((ends[0], 0, "start"), (ends[1], width, "end"))
     ]
     return _svg(

@@ -14,7 +14,7 @@ from graftkit.report.card import model_card
 from graftkit.runs.folder import CARD, PREVIEWS, WORST
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.reporting import subject_of
-from graftkit.tasks.base import Dataset, Task
+from graftkit.tasks.base import Dataset, Examples, Task
 
 
 def describe(
@@ -28,7 +28,9 @@ def describe(
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
             write_text(folder / WORST, "".join(lines))
         with reporting(f"writing {PREVIEWS}"):
-            shown = previews(prepared.rows.task, datasets, worst)
+            # the rows that were evaluated last
+            examples = next((datasets[name].examples for name in ("test", "eval") if name in datasets), None)
+            shown = previews(prepared.rows.task, examples, worst)
             if any(shown):
                 write_json(folder / PREVIEWS, shown)
     with reporting(f"writing the model card ({CARD})"):
@@ -38,11 +40,10 @@ def describe(
 
 
 def previews(
-    task: Task, datasets: Mapping[str, Dataset], worst: Sequence[Mapping[str, Any]]
+    task: Task, examples: Examples | None, worst: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, str]]:
-    """Return pictures and sounds of the worst examples, as data URIs, for the report. They come from the test or
-    evaluation rows, whichever were evaluated last; an example that can no longer be read has none."""
-    examples = next((datasets[name].examples for name in ("test", "eval") if name in datasets), None)
+    """Return pictures and sounds of the worst of some examples, as data URIs, for the report; an example that can no
+    longer be read has none."""
     if examples is None:
         return []
     rows = {examples.where(row): row for row in range(len(examples))} if worst else {}
