@@ -13,6 +13,7 @@ from graftkit.report.html import (
     Child,
     Markup,
     Section,
+    breakable,
     details,
     element,
     figure_text,
@@ -24,7 +25,7 @@ from graftkit.report.svg import reliability
 
 FIRST, MOST = 25, 200  # classes that are shown at once, and in all
 MATRIX = 30  # classes of the largest matrix
-PAIRS = 30
+PAIRS = 20
 LARGEST = 1e15  # of a count
 BRIEF = 5  # characters of labels that fit above a column
 FEW = 5  # training rows
@@ -138,7 +139,7 @@ def _row(one: Class, trained: bool, usual: float) -> list[Child]:
     value = min(one.recall, 1.0)
     meter = element("span", element("i"), class_="meter", style=f"--v:{value:.3f}", aria_hidden="true")
     return [
-        short(one.name, LABEL), one.advice(usual), others, *([figure_text(one.trained)] if trained else []),
+        breakable(short(one.name, LABEL)), breakable(one.advice(usual)), breakable(others), *([figure_text(one.trained)] if trained else []),
         f"{one.rows:,}", f"{one.missed:,}", figure_text(one.precision, 3),
         element("span", meter, figure_text(one.recall, 3)) if one.rows else "–", figure_text(one.f1, 3),
     ]  # fmt: skip
@@ -186,7 +187,7 @@ def _matrix(run: Finished, names: Sequence[str], cells: list[tuple[int, int, int
 
 def _pairs(run: Finished, names: Sequence[str], cells: list[tuple[int, int, int]]) -> Child:
     rows: list[list[Child]] = [
-        [short(names[target], LABEL), short(names[answer], LABEL), f"{count:,}"]
+        [breakable(short(names[target], LABEL)), breakable(short(names[answer], LABEL)), f"{count:,}"]
         for target, answer, count in cells[:PAIRS]
     ]
     caption = f"The pairs of classes that are confused most often in the {run.split()} rows"

@@ -65,6 +65,11 @@ def short(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def breakable(text: str) -> Markup:
+    """Return a name that may be broken over two lines after an underscore, as labels often have them."""
+    return Markup("_<wbr>".join(escape(seen(part)) for part in text.split("_")))
+
+
 def figure_text(value: object, digits: int = 4) -> str:
     """Format a metric: four decimals, fewer for large numbers; other values as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):

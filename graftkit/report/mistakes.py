@@ -93,7 +93,9 @@ def _marked(text: str, marks: Any, colour: int) -> Child:
     if not spans:
         return [element("span", "nothing: ", class_="quiet"), short(text, 2 * AROUND)]
     start, end = max(0, spans[0][0] - AROUND), min(len(text), spans[-1][1] + AROUND, spans[0][0] + 3 * TEXT)
-    parts: list[Child] = ["…" if start else None]
+    if start:  # at the next word, if it is near
+        start = text.find(" ", start, min(start + 20, spans[0][0])) + 1 or start
+    parts: list[Child] = ["… " if start else None]
     at = start
     for first, last, label in spans:
         if first < at or first >= end:

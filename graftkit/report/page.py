@@ -127,23 +127,21 @@ def _figures(run: Finished) -> Child:
         if number(value) is not None and name not in ("step", "rows")
     )]))[:30]  # fmt: skip
     heads = ["metric"]
-    for part in run.found:
-        heads += [PARTS.get(part, part), "95% interval"]
-    rows: list[list[Child]] = []
-    for name in names:
-        row: list[Child] = [named(name)]
-        for metrics in run.found.values():
-            interval = interval_of(metrics, name)
-            row += [
-                figure_text(metrics.get(name)),
-                f"{figure_text(interval[0])} to {figure_text(interval[1])}" if interval else "",
-            ]
-        rows.append(row)
+    rows: list[list[Child]] = [[named(name)] for name in names]
+    for part, metrics in run.found.items():
+        heads.append(PARTS.get(part, part))
+        intervals = [interval_of(metrics, name) for name in names]
+        for row, name in zip(rows, names):
+            row.append(figure_text(metrics.get(name)))
+        if any(intervals):
+            heads.append("95% interval")
+            for row, ends in zip(rows, intervals):
+                row.append(f"{figure_text(ends[0])} to {figure_text(ends[1])}" if ends else "")
     sizes = ", ".join(
         f"{told(metrics.get('rows'), count)} {PARTS.get(part, part)} rows"
         for part, metrics in run.found.items()
     )
-    return table(f"{sizes}; 95% intervals are over the rows", heads, rows)
+    return table(sizes, heads, rows)
 
 
 def _curves(run: Finished) -> list[Section]:

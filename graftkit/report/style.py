@@ -16,7 +16,7 @@ STYLE = """
 * { box-sizing: border-box; }
 html { color-scheme: light dark; -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; background: var(--ground); color: var(--ink);
+  margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 76rem; background: var(--ground); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
 }
@@ -73,14 +73,14 @@ svg .whisker { stroke-width: 2; }
 .scroll + details, .facts + details { margin-top: .75rem; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; }
 caption { text-align: left; padding: 0 0 .5rem; font-size: .8125rem; }
-th, td { overflow-wrap: break-word; text-align: left; padding: .4rem 1.25rem .4rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th, td { overflow-wrap: break-word; text-align: left; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 thead th { color: var(--quiet); font-weight: 500; font-size: .8125rem; vertical-align: bottom; white-space: nowrap; }
-tbody th, td:not(.n) { max-width: 17rem; }
+tbody th, td:not(.n) { max-width: 13rem; }
 tbody th { font-weight: 500; min-width: 7rem; }
 table:not(.matrix) td:not(.n) { min-width: 8rem; }
 .n { text-align: right; white-space: nowrap; }
 td svg { display: block; }
-.meter { display: inline-block; width: 4rem; height: .4rem; margin-right: .5rem; background: var(--rule); vertical-align: middle; }
+.meter { display: inline-block; width: 3rem; height: .4rem; margin-right: .5rem; background: var(--rule); vertical-align: middle; }
 .meter i { display: block; height: 100%; width: calc(var(--v) * 100%); background: var(--c0); }
 .matrix th, .matrix td { padding: .2rem .3rem; border: 1px solid var(--rule); text-align: right; font-size: .75rem; min-width: 1.9rem; }
 .matrix tbody th { text-align: left; white-space: nowrap; max-width: 14rem; min-width: 6rem; overflow: hidden; text-overflow: ellipsis; }

@@ -47,7 +47,7 @@ def chart(
     mark: float | None = None,
     note: str = "",
 ) -> Markup | None:
-    """Return a figure with lines over steps; None if there are fewer than two points in each.
+    """Return a figure with lines over steps; None if no line has two points.
 
     `unit`: what the vertical axis counts, after the title. `mark`: a step to mark with a vertical line, which `note` explains.
     """
@@ -55,8 +55,8 @@ def chart(
         replace(line, points=finite(line.points), colour=place if line.colour is None else line.colour)
         for place, line in enumerate(lines)
     ]
-    lines = [line for line in lines if len(line.points) > 1]
-    if not lines:
+    lines = [line for line in lines if line.points]
+    if all(len(line.points) < 2 for line in lines):
         return None
     xs = [point[0] for line in lines for point in line.points]
     ys = [value for line in lines for value in _range_of(line)]
@@ -92,6 +92,8 @@ class _Axis:
 
 def _room(low: float, high: float) -> tuple[float, float]:
     """Return the ends of a vertical axis: from zero if the values are not far above it."""
+    if low == high >= 0:
+        return 0.0, 1.5 * high or 1.0
     if 0 <= low < 0.5 * high:
         return 0.0, high * 1.04
     space = 0.06 * (high - low) or 0.05 * abs(high) or 1.0

@@ -17,7 +17,7 @@ from graftkit.report.several import several_page
 from graftkit.report.style import STYLE
 from graftkit.report.svg import Line, chart, thinned, tick_text, ticks
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 EVIL = "<script>alert('x')</script>\"'&\x1b[31m\u202eevil"
 
 
