@@ -55,11 +55,11 @@ class Class:
         if self.trained is not None and self.trained < max(FEW, usual / 2):
             return f"add training rows (it has {self.trained:,})"
         if self.taken_for and self.taken_for[0][0] >= max(2, self.missed / 2):
-            return f"compare its rows with those of {short(self.taken_for[0][1], LABEL)}"
+            return f"compare with {short(self.taken_for[0][1], LABEL)}"
         if self.missed > 2 * self.false:
             return "answered too rarely: look at the rows missed"
         if self.false > 2 * self.missed:
-            return "answered too often: look at the rows wrongly given this answer"
+            return "answered too often: look at the rows given this answer"
         return "look at its rows"
 
 

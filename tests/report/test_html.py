@@ -115,7 +115,7 @@ def test_classes_are_sorted_by_what_to_do_next(tmp_path):
     )
     assert rows[:3] == [
         ("eel", "add training rows (it has 4)", "cat (3), dog (1)"),
-        ("cat", "compare its rows with those of dog", "dog (2)"),
+        ("cat", "compare with dog", "dog (2)"),
         ("dog", "look at its rows", "cat (1)"),
     ]
     matrix = re.findall(r'<td class="(right|wrong|none)"[^>]*>(.)', text)
