@@ -17,6 +17,7 @@ from graftkit.cli import bench as cli_bench
 from graftkit.cli import data as cli_data
 from graftkit.cli import plan as cli_plan
 from graftkit.cli import pretraining
+from graftkit.cli import reports as cli_reports
 from graftkit.cli import runs as cli_runs
 from graftkit.cli import tokenizer as cli_tokenizer
 from graftkit.cli.options import (
@@ -213,6 +214,7 @@ for finished in (
     cli_runs.predict,
     cli_runs.merge,
     cli_runs.export,
+    cli_reports.report,
     cli_tokenizer.tokenizer,
     cli_bench.bench,
 ):

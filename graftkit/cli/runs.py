@@ -36,13 +36,18 @@ def evaluate(
     data: Annotated[str, typer.Option(help="labelled rows")],
     option: Options = None,
     model: Moved = None,
+    report: Annotated[Path | None, typer.Option(help="write a report of these rows to an HTML file")] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run on labelled rows."""
     _refuse_empty(data)
+    if report is not None:
+        from graftkit.report.making import check_path
+
+        check_path(report)  # before torch is loaded
     from graftkit.runs.predict import evaluate as run_evaluate
 
-    found = run_evaluate(run, data, _options(option), model=model)
+    found = run_evaluate(run, data, _options(option), model=model, report=report)
     if as_json:
         emit(True, found)
         return

@@ -212,22 +212,22 @@ def show_worst(console: Console, worst: list[dict[str, Any]]) -> None:
 
 def mistake(row: dict[str, Any]) -> tuple[str, str, str, str]:
     """Return where an example is, its input, the expected answer and the answer."""
-    aside = ("where", "id", "expected", "answer", "loss")
-    asked = [_said(value) for key, value in row.items() if key not in aside and not isinstance(value, float)]
+    aside = ("where", "id", "expected", "answer", "marks", "loss")
+    asked = [said(value) for key, value in row.items() if key not in aside and not isinstance(value, float)]
     return (
         row["where"],
         _short(" | ".join(filter(None, asked)), 120),
-        _short(_said(row["expected"])),
-        _short(_said(row["answer"])),
+        _short(said(row["expected"])),
+        _short(said(row["answer"])),
     )
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
     """Format a value of an example for display."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(_said, value)) or "nothing"
+        return ", ".join(map(said, value)) or "nothing"
     if isinstance(value, dict):
-        return " ".join(_said(one) for one in value.values())
+        return " ".join(said(one) for one in value.values())
     return "nothing" if value is None or value == "" else str(value)
 
 

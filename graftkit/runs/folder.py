@@ -16,30 +16,12 @@ from graftkit.engine import checkpoint
 from graftkit.errors import UserError, listing
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
+from graftkit.report.finished import METRICS, PLAN, PREVIEWS, RECIPE, REPORT, RESULT, WORST
 
-(
-    RECIPE,
-    PLAN,
-    METRICS,
-    RESULT,
-    CARD,
-    GRAFT,
-    CHECKPOINTS,
-    WORST,
-    TRACKERS,
-    BEFORE_DECAY,
-    INITIAL,
-    MODEL,
-    LR_FIND,
-) = (
-    "recipe.yaml",
-    "plan.json",
-    "metrics.jsonl",
-    "result.json",
+CARD, GRAFT, CHECKPOINTS, TRACKERS, BEFORE_DECAY, INITIAL, MODEL, LR_FIND = (
     "README.md",
     "graft",
     "checkpoints",
-    "worst.jsonl",
     "trackers",
     "before-decay",
     "initial",
@@ -55,6 +37,8 @@ ENTRIES = (
     GRAFT,
     CHECKPOINTS,
     WORST,
+    PREVIEWS,
+    REPORT,
     TRACKERS,
     BEFORE_DECAY,
     INITIAL,

@@ -22,17 +22,18 @@ from graftkit.engine.predict import predict
 from graftkit.engine.tracking import Trackers
 from graftkit.errors import UserError, first_line, listing
 from graftkit.files import append_lines, write_json, write_text
-from graftkit.report.card import model_card
 from graftkit.report.console import Console
+from graftkit.report.making import write_report
 from graftkit.report.summary import show_end, title
 from graftkit.runs import folder as run_folder
 from graftkit.runs.best import best_of
+from graftkit.runs.describing import describe
 from graftkit.runs.export import write_model
-from graftkit.runs.folder import BEFORE_DECAY, CARD, CHECKPOINTS, GRAFT, METRICS, RESULT, WORST, how_to_resume
+from graftkit.runs.folder import BEFORE_DECAY, CHECKPOINTS, GRAFT, METRICS, RESULT, how_to_resume
 from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.probe import METRIC
-from graftkit.runs.reporting import subject_of
+from graftkit.runs.reporting import versions
 from graftkit.runs.saved import log_lines
 from graftkit.tasks.base import Dataset
 
@@ -299,13 +300,15 @@ class Watch:
             for name, metrics in found.items():
                 self.pending.append({"kind": "final", "data": name, "step": self.loop.step, **metrics})
             self.flush()
-            self._describe(result, found, worst)
+            describe(prepared, self.datasets, folder, result, found, worst, self._reporting)
             if task.makes_model:
                 with self._reporting("writing the plain model"):
                     result["model"] = str(write_model(folder, prepared.rows.train))
             result["problems"] = list(self.problems)
             write_json(folder / RESULT, result)  # last: with it, the run is finished
             run_folder.tidy(folder)
+            with self._reporting("writing the report"):
+                write_report(folder)
             self.untrack()
         wait()  # until the folder is complete
         with self._reporting("showing the result"):
@@ -339,6 +342,8 @@ class Watch:
             "tokens_per_second": round(self.tokens / self.stepping, 1) if self.stepping else None,
             "precision": self.prepared.precision,
             "device": str(self.prepared.device),
+            "task": self.prepared.recipe.task,
+            "headline": list(self.prepared.rows.task.headline),
             "method": str(self.prepared.graft.method) or "none",
             "optimizer": self.prepared.plan.optimizer,
             "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
@@ -346,21 +351,8 @@ class Watch:
             "problems": list(self.problems),
             "warnings": self.prepared.rows.warnings,
             "changed_when_resumed": forced(self.folder),
+            "versions": versions(),
         }
-
-    def _describe(self, result: dict[str, Any], found: dict[str, Any], worst: list[dict[str, Any]]) -> None:
-        """Write the files for human readers. The graft is already saved; no failure here may cost the run."""
-        prepared = self.prepared
-        if found:
-            with self._reporting(f"writing {WORST}"):
-                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
-                write_text(self.folder / WORST, "".join(lines))
-        with self._reporting(f"writing the model card ({CARD})"):
-            rows = prepared.rows
-            about = {
-                name: rows.task.statistics(dataset, rows.labels) for name, dataset in self.datasets.items()
-            }
-            write_text(self.folder / CARD, model_card(subject_of(prepared), result, found, worst, about))
 
     @contextmanager
     def _reporting(self, what: str) -> Iterator[None]:

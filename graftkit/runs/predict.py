@@ -29,7 +29,10 @@ from graftkit.grafts.load import load
 from graftkit.grafts.stored import DESCRIPTION
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
+from graftkit.report.html import short
+from graftkit.report.making import report_of_rows
 from graftkit.report.table import check_path, held, writing
+from graftkit.runs.describing import previews
 from graftkit.runs.folder import at_home
 from graftkit.runs.prepare import make_task, method_of, outputs_of, prepare_backbone, reading_of, source_of
 from graftkit.runs.saved import read_result
@@ -175,11 +178,13 @@ def _with_options(task: Task, options: Mapping[str, Any]) -> Task:
 
 
 def evaluate(
-    folder: str | Path, data: Any, options: Mapping[str, Any] | None = None, *, model: str | None = None
-) -> dict[str, Any]:
+    folder: str | Path, data: Any, options: Mapping[str, Any] | None = None, *, model: str | None = None,
+    report: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Return the metrics of a run on labelled rows: a file, or a table in memory.
 
-    `options`: task options to override. `model`: the new location of the backbone, if it has moved.
+    `options`: task options to override. `model`: the new location of the backbone, if it has moved. `report`: an HTML file
+    to write a report of these rows to.
     """
     run = open_run(Path(folder), options, model)
     reading, task = reading_of(run.recipe), run.task
@@ -192,7 +197,7 @@ def evaluate(
     outcomes = run_predict(
         dataset, loaded.forward, task, 2 * loaded.recipe.train.batch_size
     )  # as `tune` does
-    return {
+    found: dict[str, Any] = {
         "run": str(folder),
         "metrics": task.metrics(outcomes, dataset, loaded.labels),
         "worst": task.worst(outcomes, dataset, loaded.labels, WORST_ROWS),
@@ -200,6 +205,12 @@ def evaluate(
         "truncated": dataset.truncated,
         "skipped": len(dataset.examples.skipped),
     }
+    if report is not None:
+        shown = previews(task, dataset.examples, found["worst"])
+        found["report"] = report_of_rows(
+            Path(folder), found["metrics"], found["worst"], shown, short(data), report
+        )
+    return found
 
 
 def predict(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from graftkit.backbone import Backbone
@@ -87,3 +90,15 @@ def subject_of(prepared: Prepared) -> Subject:
         seed=recipe.seed,
         makes_model=rows.task.makes_model,
     )
+
+
+LIBRARIES = ("graftkit", "torch", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run was made with."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -323,6 +323,10 @@ class Scorer:
         of them (single, multi, ordinal, regression). Without a `kind`, a pooling head cannot be exported."""
         return {}
 
+    def preview(self, examples: Examples, row: int) -> dict[str, str]:
+        """Return what a report shows or plays of an example, as data URIs: `image`, or `sound` and `spectrogram`."""
+        return {}
+
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
     ) -> list[dict[str, Any]]:

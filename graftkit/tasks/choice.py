@@ -26,7 +26,7 @@ from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task, Term, c
 from graftkit.tasks.shared.items import check_texts
 from graftkit.tasks.shared.labels import LABEL, is_missing
 from graftkit.tasks.shared.masked import masked_cross_entropy
-from graftkit.tasks.shared.metrics import log_softmax, mean_interval
+from graftkit.tasks.shared.metrics import calibration, log_softmax, mean_interval
 from graftkit.tasks.shared.texts import TextDataset, check_encoded, text_problem, tokenizer_of
 
 # columns that hold one choice each: choice0, choice_1, ending2, option a, A, ...
@@ -223,6 +223,7 @@ class Choice(Task):
             "accuracy": float(right.mean()), **mean_interval("accuracy", right, intervals),
             "loss": float(np.mean(losses)), "chance": float(np.mean([1 / len(logs) for logs in outcomes])),
             "rows": len(right),
+            **({"calibration": calibration(np.exp([logs.max() for logs in outcomes]), right)} if intervals else {}),
         }  # fmt: skip
 
     def answers(

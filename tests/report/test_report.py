@@ -81,13 +81,19 @@ def test_few_rows_that_choose_the_weights_are_told(tiny_bert, rows_folder, comma
 
 
 def test_reports_are_made_of_plain_values():
-    """They import the errors and the files below them, and no live object of a run, not even for type checkers."""
+    """They import the errors, the files below them and how a recipe is read, and no live object of a run, not even for type checkers."""
     folder = Path(report.__path__[0])
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("graftkit"):
                 assert str(node.module).startswith(
-                    ("graftkit.report", "graftkit.errors", "graftkit.claims", "graftkit.files")
+                    (
+                        "graftkit.report",
+                        "graftkit.errors",
+                        "graftkit.claims",
+                        "graftkit.files",
+                        "graftkit.recipe.values",
+                    )
                 ), path
             assert not (isinstance(node, ast.Name) and node.id == "TYPE_CHECKING"), path
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import tune_words
 
 import graftkit
-from graftkit.runs import monitor
+from graftkit.runs import describing, monitor
 from graftkit.tasks.classify.task import Classify
 
 
@@ -25,7 +25,8 @@ def fails_on_test_rows(self, outcomes, dataset, labels, intervals=True, plain=Cl
 @pytest.mark.parametrize(
     ("owner", "name", "failing", "told"),
     [
-        (monitor, "model_card", broken, "writing the model card (README.md) failed: KeyError: 'graph'"),
+        (describing, "model_card", broken, "writing the model card (README.md) failed: KeyError: 'graph'"),
+        (monitor, "write_report", broken, "writing the report failed: KeyError: 'graph'"),
         (monitor, "show_end", broken, "showing the result failed"),
         (Classify, "worst", broken, "finding the worst eval rows failed"),
         (Classify, "metrics", fails_on_test_rows, "evaluating the test rows failed"),

@@ -12,7 +12,7 @@ import graftkit
 from graftkit.tasks.classify.form import of_steps
 from graftkit.tasks.classify.multi import of_sets
 from graftkit.tasks.classify.number import of_numbers
-from graftkit.tasks.shared.metrics import classification, of_choices
+from graftkit.tasks.shared.metrics import calibration, classification, confusion, of_choices
 from graftkit.tasks.span.metrics import figures
 from graftkit.tasks.tag.entities import accuracy_of, entity_scores, tag_scores
 
@@ -125,7 +125,8 @@ def test_many_classes_take_little_memory(classes, rows, megabytes):
 
 
 def without_intervals(found: dict) -> dict:
-    return {name: value for name, value in found.items() if not name.endswith("_interval")}
+    drawn = ("confusion", "calibration")  # not random, but as large
+    return {n: value for n, value in found.items() if not n.endswith("_interval") and n not in drawn}
 
 
 def test_without_intervals_nothing_is_drawn(monkeypatch):
@@ -170,3 +171,41 @@ def test_evaluations_have_intervals_where_their_weights_are_kept(tiny_bert, rows
     assert len(kept) == 6 and not all(kept)
     assert {"accuracy_interval", "macro_f1_interval"} <= set(run.metrics)
     assert all("accuracy_interval" in line for line in lines if line["kind"] == "final")
+
+
+def test_confusion_is_that_of_scikit_learn():
+    from sklearn.metrics import confusion_matrix
+
+    random = np.random.default_rng(0)
+    targets, answers = random.integers(0, 40, 600), random.integers(0, 40, 600)
+    answers = np.where(random.random(600) < 0.3, targets, answers)
+    cells = confusion(answers, targets, 40)
+    made = np.zeros((40, 40), int)
+    for target, answer, count in cells:
+        made[target, answer] = count
+    wanted = confusion_matrix(targets, answers, labels=range(40))
+    np.fill_diagonal(wanted, 0)
+    assert (made == wanted).all() and all(cell[2] > 0 for cell in cells)
+    assert [cell[2] for cell in cells] == sorted((cell[2] for cell in cells), reverse=True)
+    many = confusion(random.integers(0, 900, 5000), random.integers(0, 900, 5000), 900)
+    assert len(many) == 1000
+
+
+def test_calibration_is_that_of_scikit_learn():
+    from sklearn.calibration import calibration_curve
+
+    random = np.random.default_rng(1)
+    confidences = random.random(2000) ** 0.5
+    correct = random.random(2000) < confidences**2
+    found = calibration(confidences, correct)
+    right, mean = calibration_curve(correct, confidences, n_bins=10)
+    assert np.allclose([one[4] for one in found["bins"]], right) and np.allclose(
+        [one[3] for one in found["bins"]], mean
+    )
+    counts = np.histogram(confidences, np.linspace(0, 1, 11))[0]
+    assert [one[2] for one in found["bins"]] == counts[counts > 0].tolist()
+    wanted = sum(abs(correct[one].mean() - confidences[one].mean())
+                 * len(one) for one in (np.flatnonzero((confidences * 10).astype(int) == i) for i in range(10)) if len(one))  # fmt: skip
+    assert found["error"] == pytest.approx(wanted / 2000)
+    sure = calibration(np.array([1.0, 0.0, np.nan]), np.array([True, False, True]))
+    assert sure == {"error": 0.0, "bins": [[0.0, 0.1, 1, 0.0, 0.0], [0.9, 1.0, 1, 1.0, 1.0]]}

@@ -14,6 +14,7 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
+from graftkit.data.previews import excerpt, spectrogram
 from graftkit.data.read import Table
 from graftkit.data.sounds import SUFFIXES, BadSound, Sound, look
 from graftkit.errors import UserError, listing
@@ -158,6 +159,10 @@ class AudioClassify(LabelTask):
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"audio": examples.values["name"][row]}
+
+    def preview(self, examples: Examples, row: int) -> dict[str, str]:
+        sound: Sound = examples.values["audio"][row]
+        return {"sound": excerpt(sound, self.cut), "spectrogram": spectrogram(sound, self.cut)}
 
     def settle(self, backbone: Backbone) -> None:
         config: Any = getattr(backbone.model, "config", None)

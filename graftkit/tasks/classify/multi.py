@@ -20,7 +20,7 @@ from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import Form
 from graftkit.tasks.shared.labels import LABEL, LabelIndex, is_missing, label_problem, label_text, natural
-from graftkit.tasks.shared.metrics import interval, resamples
+from graftkit.tasks.shared.metrics import calibration, interval, resamples
 from graftkit.tasks.shared.weights import positive_weights
 
 SETS = ("labels", "tags", "categories", "classes", "topics", "genres", "emotions", "intents")
@@ -281,7 +281,8 @@ def of_sets(
     decisions; `f1` over all decisions (micro); `macro_f1`: mean over labels that occur in targets or predictions, 1 if
     there are none. 95% bootstrap intervals over the rows.
     """
-    chosen = probabilities_of(logits) > threshold
+    probabilities = probabilities_of(logits)
+    chosen = probabilities > threshold
     both, some = (chosen & targets).astype(float), chosen.astype(float) + targets
     exact = (chosen == targets).all(axis=1)
     accuracies: list[np.ndarray] = []
@@ -315,6 +316,7 @@ def of_sets(
             }
             for i, label in enumerate(labels)
         },
+        **({"calibration": calibration(probabilities.ravel(), targets.ravel())} if intervals else {}),
     }
 
 

@@ -18,6 +18,7 @@ from graftkit.data.augment import Augmentation
 from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.images import SUFFIXES, Picture, load, look_at
+from graftkit.data.previews import thumbnail
 from graftkit.data.read import Table
 from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError, first_line, listing
@@ -349,6 +350,9 @@ class ImageClassify(LabelTask):
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"image": examples.values["image"][row].name}
+
+    def preview(self, examples: Examples, row: int) -> dict[str, str]:
+        return {"image": thumbnail(examples.values["image"][row])}
 
     def statistics(self, dataset: Dataset, labels: Sequence[str]) -> dict[str, Any]:
         assert isinstance(dataset, ImageDataset)

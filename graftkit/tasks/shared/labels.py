@@ -16,7 +16,7 @@ from graftkit.data.read import Table
 from graftkit.data.source import Batch
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
-from graftkit.tasks.shared.metrics import log_softmax, of_choices
+from graftkit.tasks.shared.metrics import calibration, log_softmax, of_choices
 
 LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment", "y")
 
@@ -111,9 +111,12 @@ class LabelTask(Task):
     ) -> dict[str, Any]:
         targets = dataset.examples.targets
         assert isinstance(targets, np.ndarray)
-        log_probs = self.log_probabilities(outcomes)
-        losses = -log_probs[np.arange(len(targets)), targets]
-        return of_choices(self.choices(log_probs), targets, losses, labels, intervals=intervals)
+        log_probs, rows = self.log_probabilities(outcomes), np.arange(len(targets))
+        chosen = self.choices(log_probs)
+        found = of_choices(chosen, targets, -log_probs[rows, targets], labels, intervals=intervals)
+        if intervals:
+            found["calibration"] = calibration(np.exp(log_probs[rows, chosen]), chosen == targets)
+        return found
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]

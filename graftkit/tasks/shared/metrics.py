@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 1000
+CELLS = 1000  # of a confusion matrix that are reported
+BINS = 10  # of probabilities, for calibration
 
 
 def classification(
@@ -26,7 +28,8 @@ def of_choices(
     seed: int = 0,
     intervals: bool = True,
 ) -> dict[str, Any]:
-    """Return accuracy, macro F1 and loss, 95% bootstrap intervals of the first two, and a table by class.
+    """Return accuracy, macro F1 and loss, 95% bootstrap intervals of the first two, and a table by class; with
+    `intervals` also the `confusion` of classes.
 
     `predictions`, `targets` and `losses` (rows,). Macro F1 is the mean over the classes that occur in the targets or
     predictions, as in scikit-learn. The intervals are percentiles over 1,000 resamples of the rows.
@@ -57,7 +60,44 @@ def of_choices(
             }
             for i, label in enumerate(labels)
         },
+        **({"confusion": confusion(predictions, targets, classes)} if intervals else {}),
     }
+
+
+def confusion(predictions: np.ndarray, targets: np.ndarray, classes: int) -> list[list[int]]:
+    """Return the non-zero cells off the diagonal of the confusion matrix as [target, prediction, rows], indices of labels,
+    the most frequent first; at most 1,000, which are all of them for up to 32 classes.
+
+    `predictions` and `targets` (rows,).
+    """
+    wrong = predictions != targets
+    cells, counts = np.unique(
+        targets[wrong].astype(np.int64) * classes + predictions[wrong], return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")[:CELLS]
+    return [
+        [int(cell) // classes, int(cell) % classes, int(n)] for cell, n in zip(cells[order], counts[order])
+    ]
+
+
+def calibration(confidences: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
+    """Return how well probabilities agree with the fraction of correct answers, over ten bins of equal width.
+
+    `confidences` (answers,): the probability of each answer; `correct` (answers,): whether it is right. Each non-empty bin
+    is [lower end, upper end, answers, mean probability, fraction correct]; `error` is the expected calibration error, the
+    mean distance between the last two, weighted by answers (Guo et al. 2017, "On Calibration of Modern Neural Networks",
+    equation 3).
+    """
+    known = np.isfinite(confidences)
+    confidences, correct = confidences[known].astype(np.float64), correct[known].astype(np.float64)
+    places = np.clip((confidences * BINS).astype(int), 0, BINS - 1)
+    bins = []
+    for i in np.unique(places).tolist():
+        inside = places == i
+        mean, right = float(confidences[inside].mean()), float(correct[inside].mean())
+        bins.append([i / BINS, (i + 1) / BINS, int(inside.sum()), mean, right])
+    far = sum(n * abs(mean - right) for _, _, n, mean, right in bins)
+    return {"error": far / len(correct) if len(correct) else 0.0, "bins": bins}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -291,7 +291,9 @@ class Span(Task):
         golds = _golds_of(dataset)
         second = NO_ANSWER in labels or any(not gold for gold in golds)
         bests, _ = self._best(outcomes, dataset, labels)
-        said = [found["answer"] for found in self.answers(outcomes, dataset, labels)]
+        golds_at: list[Gold] = list(dataset.examples.targets or ())
+        given = self.answers(outcomes, dataset, labels)
+        said = [found["answer"] for found in given]
         ranked = sorted(
             (score(text, gold, second)[1], -np.nan_to_num(best.loss), i)
             for i, (best, text, gold) in enumerate(zip(bests, said, golds))
@@ -302,6 +304,11 @@ class Span(Task):
                 **self.asked(dataset.examples, i),
                 "expected": " / ".join(dict.fromkeys(golds[i])) or NO_ANSWER,
                 "answer": said[i] or NO_ANSWER,
+                "marks": {
+                    "of": "context",
+                    "expected": [[at, at + len(text), ""] for text, at in golds_at[i].answers],
+                    "answer": [[given[i]["start"], given[i]["end"], ""]] if said[i] else [],
+                },
                 "f1": round(f1, 4),
                 "loss": round(-float(loss), 4),
             }

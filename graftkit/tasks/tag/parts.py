@@ -15,6 +15,7 @@ from graftkit.data.ragged import Ragged
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.shared.texts import TextDataset
 from graftkit.tasks.tag.entities import bio, chunks, types_of
+from graftkit.tasks.tag.rows import entities_of
 from graftkit.tasks.tag.words import Part, Spans
 
 IGNORED = -100
@@ -103,3 +104,23 @@ def _fill(numbers: np.ndarray, entities: bool) -> None:
         before = numbers[i - 1] if i else 0
         goes_on = entities and behind > 0 and behind % 2 == 0 and before in (behind, behind - 1)
         numbers[i] = behind if goes_on else 0
+
+
+def marks(
+    dataset: TagDataset, i: int, numbers: np.ndarray, labels: Sequence[str], other: np.ndarray
+) -> list[list[Any]]:
+    """Return the entities, or the words in which two answers differ, as [start, end, label] in characters of the text."""
+    spans, tags = dataset.spans[i], [labels[number] for number in numbers]
+    if types_of(labels):
+        return [[e["start"], e["end"], e["label"]] for e in entities_of(tags, dataset.texts[i], spans)]
+    return [[*span, tag] for span, tag, x, y in zip(spans, tags, numbers, other) if x != y]
+
+
+def said(dataset: TagDataset, i: int, numbers: np.ndarray, labels: Sequence[str], other: np.ndarray) -> str:
+    """Format the entities, or the tags of the words in which two answers differ."""
+    text, spans, tags = dataset.texts[i], dataset.spans[i], [labels[number] for number in numbers]
+    if types_of(labels):
+        return (
+            ", ".join(f"[{e['text']}]({e['label']})" for e in entities_of(tags, text, spans)) or "no entity"
+        )
+    return " ".join(f"{text[a:b]}/{tag}" for (a, b), tag, x, y in zip(spans, tags, numbers, other) if x != y)

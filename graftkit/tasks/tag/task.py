@@ -24,6 +24,7 @@ from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, Term, check_rows, one_term
 from graftkit.tasks.shared.labels import LabelIndex
+from graftkit.tasks.shared.metrics import calibration
 from graftkit.tasks.shared.texts import made_up_texts, tokenizer_of
 from graftkit.tasks.shared.weights import check_class_weights, class_weights
 from graftkit.tasks.tag.entities import (
@@ -36,7 +37,7 @@ from graftkit.tasks.tag.entities import (
     tag_scores,
     types_of,
 )
-from graftkit.tasks.tag.parts import IGNORED, TagDataset, rejoined
+from graftkit.tasks.tag.parts import IGNORED, TagDataset, marks, rejoined, said
 from graftkit.tasks.tag.rows import (
     Sentence,
     Unfit,
@@ -241,6 +242,11 @@ class Tag(Task):
             found |= tag_scores(wanted, [answer.labels for answer in answers], labels, intervals)
         losses = np.concatenate([answer.losses for answer in answers])
         known = losses[~np.isnan(losses)]
+        if intervals:
+            certain = np.concatenate([answer.probabilities for answer in answers])
+            found["calibration"] = calibration(
+                certain, np.concatenate([a.labels == g for a, g in zip(answers, wanted)])
+            )
         return {
             **found,
             "loss": float(known.mean()) if len(known) else 0.0,
@@ -306,8 +312,13 @@ class Tag(Task):
             {
                 "where": examples.where(i),
                 "text": dataset.texts[i],
-                "expected": _said(dataset, i, targets[i], labels, answers[i].labels),
-                "answer": _said(dataset, i, answers[i].labels, labels, targets[i]),
+                "expected": said(dataset, i, targets[i], labels, answers[i].labels),
+                "answer": said(dataset, i, answers[i].labels, labels, targets[i]),
+                "marks": {
+                    "of": "text",
+                    "expected": marks(dataset, i, targets[i], labels, answers[i].labels),
+                    "answer": marks(dataset, i, answers[i].labels, labels, targets[i]),
+                },
                 "loss": round(losses[i], 4),
             }
             for i in sorted(wrong, key=lambda i: -losses[i])[:count]
@@ -376,13 +387,3 @@ def _shown(tokens: Sequence[str], tags: Sequence[str]) -> str:
         return " ".join(f"{token}/{tag}" for token, tag in zip(tokens, tags))
     text, spans = text_of(list(tokens))
     return marked(text, entities_of(tags, text, spans))
-
-
-def _said(dataset: TagDataset, i: int, numbers: np.ndarray, labels: Sequence[str], other: np.ndarray) -> str:
-    """Format the entities, or the tags of the words in which two answers differ."""
-    text, spans, tags = dataset.texts[i], dataset.spans[i], [labels[number] for number in numbers]
-    if types_of(labels):
-        return (
-            ", ".join(f"[{e['text']}]({e['label']})" for e in entities_of(tags, text, spans)) or "no entity"
-        )
-    return " ".join(f"{text[a:b]}/{tag}" for (a, b), tag, x, y in zip(spans, tags, numbers, other) if x != y)
