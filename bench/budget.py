@@ -65,7 +65,8 @@ def main() -> None:
             name = f"budget-{objective}-{budget.replace(' ', '-')}"
             rows.append(kept(name, lambda o=objective, b=budget: timed(o, b, options.data)))  # type: ignore[misc]
     print(
-        "| objective | wanted, s | run, s | of it | whole command, s | steps | parameters |\n| --- |" + " ---: |" * 6
+        "| objective | wanted, s | run, s | of it | whole command, s | steps | parameters |\n| --- |"
+        + " ---: |" * 6
     )
     for row in rows:
         print(

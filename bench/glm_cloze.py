@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, machine
+from common import ROOT
 from pretraining import RESULTS, SEEDS, T_95, kept, ran, sample, sentences
 
 RATES = (3e-4, 1e-3, 3e-3)

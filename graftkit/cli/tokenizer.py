@@ -19,7 +19,9 @@ def tokenizer(
     ],
     vocab: Annotated[int, typer.Option(help="tokens of the vocabulary, special ones included")],
     out: Annotated[str, typer.Option(help="folder to write")],
-    special: Annotated[str, typer.Option(help="special tokens: bert, glm for blank infilling, t5 for span corruption")] = "bert",
+    special: Annotated[
+        str, typer.Option(help="special tokens: bert, glm for blank infilling, t5 for span corruption")
+    ] = "bert",
     lowercase: Annotated[bool, typer.Option("--lowercase", help="make texts lower case")] = False,
     compare: Annotated[
         str | None,

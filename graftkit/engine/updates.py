@@ -144,7 +144,9 @@ class WithinBackward:
         self.alone.begin(step)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        self.finite = self.finite and bool(loss.isfinite())  # waits for the forward pass: steps cannot be taken back
+        self.finite = self.finite and bool(
+            loss.isfinite()
+        )  # waits for the forward pass: steps cannot be taken back
         if not self.finite:
             return
         self.last = last

@@ -54,7 +54,10 @@ class GaLore(Projecting):
     bits: int = option(32, "bits of each number of the moments, 32 or 8", at_least=8, at_most=32)
 
     space_bits: int = option(
-        32, "bits of each number of a stored space: 32 for the dtype of the weight, 16 for bf16, or 4", at_least=4, at_most=32
+        32,
+        "bits of each number of a stored space: 32 for the dtype of the weight, 16 for bf16, or 4",
+        at_least=4,
+        at_most=32,
     )
 
     def __post_init__(self) -> None:
@@ -120,7 +123,11 @@ class ProjectedAdamW(PartlyAdamW):
             adamw_step(parameter, gradient, state, group, self.options.bits)
             return
         whole = gradient.shape == parameter.shape
-        space = self._space(parameter, gradient, state) if whole else self._stored(parameter, state, parameter.dtype)
+        space = (
+            self._space(parameter, gradient, state)
+            if whole
+            else self._stored(parameter, state, parameter.dtype)
+        )
         assert space is not None
         gradient = project(gradient, space) if whole else gradient
         step = state["step"] = state.get("step", 0) + 1

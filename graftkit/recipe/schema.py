@@ -141,7 +141,9 @@ class Recipe(Section):
         if not (self.train.step_in_backward and self.train.accumulate > 1):
             return
         if not optimizers[name].constants.get("accumulates_in_backward"):
-            able = [entry for entry in optimizers if optimizers[entry].constants.get("accumulates_in_backward")]
+            able = [
+                entry for entry in optimizers if optimizers[entry].constants.get("accumulates_in_backward")
+            ]
             raise UserError(
                 f"train.step_in_backward frees each gradient at once, and {name}() needs all of it for its step, so "
                 f"train.accumulate={self.train.accumulate} has nothing to add to: use a larger train.batch_size, "

@@ -286,7 +286,10 @@ def test_memory_that_runs_out_is_an_error_as_half_a_step_cannot_be_repeated(read
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("train.accumulate=2", "adamw() needs all of it for its step, so train.accumulate=2 has nothing to add to"),
+        (
+            "train.accumulate=2",
+            "adamw() needs all of it for its step, so train.accumulate=2 has nothing to add to",
+        ),
         ("method=adalora() + head()", "adalora() reads the gradients of a step after it"),
         (
             "train.optimizer=together()",

@@ -22,7 +22,11 @@ SHAPES = {
 }
 # options beside the defaults, where these would leave out what an optimizer does
 OPTIONS = {
-    "galore": ("rank=3, interval=2", "rank=3, interval=2, svd='full'", "rank=62, interval=2, bits=8, space_bits=4"),
+    "galore": (
+        "rank=3, interval=2",
+        "rank=3, interval=2, svd='full'",
+        "rank=62, interval=2, bits=8, space_bits=4",
+    ),
     "fira": ("rank=3, interval=2",),
     "apollo": ("rank=3, interval=2", "mini=True, interval=2"),
     "badam": ("interval=2", "interval=2, outside='turn'"),

@@ -48,4 +48,6 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, command, monkeypatch
 def test_steps_within_the_backward_pass_are_for_one_process(tmp_path):
     texts = write_texts(tmp_path / "texts.txt", 10)
     for one in together(*words(texts, tmp_path / "run", "train.step_in_backward=true")):
-        assert one.status == 1 and "there are 2: their gradients are summed after the backward pass" in one.err
+        assert (
+            one.status == 1 and "there are 2: their gradients are summed after the backward pass" in one.err
+        )

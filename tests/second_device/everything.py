@@ -146,7 +146,9 @@ def test_objectives_and_optimizers(
         "train.precision": "fp32", "train.batch_size": 4, "train.steps": 2, "train.lr": 0.01, "data.max_length": 24,
         "train.optimizer": optimizer,
     }  # fmt: skip
-    run = graftkit.pretrain(objective=objective, train=texts, out=tmp_path / "run", settings=settings, **start)
+    run = graftkit.pretrain(
+        objective=objective, train=texts, out=tmp_path / "run", settings=settings, **start
+    )
     assert run.result["device"] == str(DEVICE)
     there = run.evaluate(texts)["loss"]
     monkeypatch.setattr(parallel, "device", lambda: torch.device("cpu"))
