@@ -107,7 +107,7 @@ def optimizers() -> str:
 
 # the optimizers of the table of memory: those of which the plain form is of no use there, as they are written
 WRITTEN = {
-    "galore": ("galore(rank=1024)", "galore(rank=1024, bits=8)"),
+    "galore": ("galore(rank=1024)", "galore(rank=1024, bits=8)", "galore(rank=1024, bits=8, space_bits=4)"),
     "fira": ("fira(rank=1024)",),
     "apollo": ("apollo(rank=256)", "apollo(mini=True)"),
 }

@@ -75,6 +75,14 @@ def test_scores_in_a_blank_are_those_of_a_plain_loop(backbone: Backbone, score: 
             assert value == pytest.approx(wanted, abs=1e-4)
 
 
+def test_a_row_that_is_too_long_is_cut_to_the_length(backbone: Backbone) -> None:
+    rows = [{"text": "my " * 100, "label": label} for label in WORDS_OF]
+    task, labels = Cloze(template=TEMPLATE, words=WORDS_OF), tuple(sorted(WORDS_OF))
+    examples = task.examples(read_table(rows), COLUMNS, labels, False)
+    dataset = task.resolve(examples, labels, 0).dataset(examples, backbone, 32)
+    assert dataset.truncated == len(rows) and max(prompt.length for prompt in dataset.prompts) <= 32
+
+
 def test_the_loss_is_cross_entropy_over_the_labels(backbone: Backbone) -> None:
     rows = make_rows(6, 3, tuple(WORDS_OF))
     task, dataset = encoded(backbone, rows, template=TEMPLATE, words=WORDS_OF)

@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused(documents, tiny_bert):
 
     backbone, texts = Backbone(t5(), tokenizer()), texts_of(documents)
     with pytest.raises(
-        UserError, match=r"data.max_length is 2, but span_corruption.. needs at least 3 tokens"
+        UserError, match=r"data.max_length is 2, but span_corruption\(\) needs at least 3 tokens"
     ):
         SpanCorruption().rows(examples(), texts, backbone, 2, True)
     with pytest.raises(UserError, match=r"a row has 2. spans, but the tokenizer of .* has 20 sentinels"):

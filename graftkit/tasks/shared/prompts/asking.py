@@ -111,7 +111,7 @@ class Asking:
         return [prompt for prompt in found if prompt.length]
 
     def _shortened(self, row: dict[str, str], where: str) -> Prompt:
-        for shots in range(len(self.shots) - 1, -1, -1):
+        for shots in range(max(0, len(self.shots) - 1), -1, -1):
             prompt = self._encode([row], shots)[0]
             if prompt.length <= self.room:
                 return prompt
