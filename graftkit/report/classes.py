@@ -54,6 +54,8 @@ class Class:
             return ""
         if self.trained is not None and self.trained < max(FEW, usual / 2):
             return f"add training rows (it has {self.trained:,})"
+        if self.missed == self.rows and not self.false and not self.taken_for:
+            return "never answered: train longer, or add rows"
         if self.taken_for and self.taken_for[0][0] >= max(2, self.missed / 2):
             return f"compare with {short(self.taken_for[0][1], LABEL)}"
         if self.missed > 2 * self.false:
@@ -110,11 +112,12 @@ def class_sections(run: Finished) -> list[Section]:
         return []
     known = [one.trained for one in classes if one.trained is not None]
     usual = statistics.median(known) if known else 0.0
-    heads = ["class", "what to do next", "most confused with", *(["training rows"] if known else []),
-             "rows", "missed", "precision", "recall", "F1"]  # fmt: skip
+    unit = short(mapping(mapping(run.plan.get("statistics")).get("train")).get("counted", "rows"), 20)
+    heads = ["class", "what to do next", "most confused with", *([f"training {unit}"] if known else []),
+             unit, "missed", "precision", "recall", "F1"]  # fmt: skip
     rows = [_row(one, bool(known), usual) for one in classes[:MOST]]
     intro = element("p", "The classes with the most mistakes come first.", class_="quiet")
-    told = f"Classes by mistakes on the {run.split()} rows; rows and missed count its {run.split()} rows"
+    told = f"Classes by mistakes on the {run.split()} rows"
     parts: list[Child] = [intro, table(told, heads, rows[:FIRST], words=3)]
     if len(rows) > FIRST:
         beyond = f" (all {len(classes):,} are in result.json)" if len(classes) > MOST else ""

@@ -88,7 +88,13 @@ def test_evaluate_and_the_most_wrong(finished, colours, tmp_path, command):
     assert json.loads(done.out)["metrics"]["accuracy"] > 0.9
     mixed = fill(tmp_path / "mixed", 2)
     shutil.copy(mixed / "red" / "0.png", mixed / "blue" / "wrong.png")
-    found = json.loads(command("evaluate", finished, "--data", mixed, "--json").out)
+    page = tmp_path / "page.html"
+    found = json.loads(command("evaluate", finished, "--data", mixed, "--report", page, "--json").out)
+    assert found["report"] == str(page)
+    assert page.read_text().count('<img src="data:image/jpeg;base64,') == len(found["worst"]) == 1
+    assert f"Accuracy on {found['metrics']['rows']} evaluation rows" in page.read_text()
+    done = command("evaluate", finished, "--data", mixed, "--report", tmp_path)
+    assert done.status == 1 and "use a name that ends in .html" in done.err
     assert found["worst"][0]["where"].endswith("blue/wrong.png")
     assert found["worst"][0]["expected"] == "blue" and found["worst"][0]["answer"] == "red"
     (mixed / "yellow").mkdir()

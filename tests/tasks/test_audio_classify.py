@@ -163,6 +163,10 @@ def test_the_worst_are_named_by_their_files(tiny_ast, tones, tmp_path):
         and worst[0]["expected"] == "low"
         and worst[0]["answer"] == "high"
     )
+    shown = json.loads((run.path / "previews.json").read_text())
+    assert len(shown) == len(worst) and all(set(row) == {"sound", "spectrogram"} for row in shown)
+    page = (run.path / "report.html").read_text()
+    assert page.count("<audio controls") == len(worst) and shown[0]["sound"] in page
 
 
 def test_plan(command, tiny_ast, tones):

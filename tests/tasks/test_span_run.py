@@ -98,6 +98,13 @@ def test_worst_answers_are_kept(learned):
     assert all(
         row["f1"] < 1 and {"where", "question", "expected", "answer", "loss"} <= set(row) for row in rows
     )
+    for row in rows:
+        marked = {
+            name: [row["context"][start:end] for start, end, _ in row["marks"][name]]
+            for name in ("expected", "answer")
+        }
+        assert " / ".join(dict.fromkeys(marked["expected"])) == row["expected"].replace("no answer", "")
+        assert "".join(marked["answer"]) == row["answer"].replace("no answer", "")
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,13 @@ def test_split_sentences_are_rejoined(backbone, max_length):
         for i, g in enumerate(examples.targets)
     }
     assert [row["where"] for row in worst] == sorted(per_row, key=per_row.get, reverse=True)[:3]
+    for row in worst:
+        for name in ("expected", "answer"):
+            marked = [f"[{row['text'][start:end]}]({kind})" for start, end, kind in row["marks"][name]]
+            assert (", ".join(marked) or "no entity") == row[name]
+    bins = metrics["calibration"]["bins"]
+    assert sum(one[2] for one in bins) == len(losses)
+    assert sum(one[2] * one[4] for one in bins) == pytest.approx(metrics["accuracy"] * len(losses))
 
 
 def test_words_that_vanish_go_on_with_the_entity_around_them(backbone):
