@@ -40,6 +40,7 @@ POINT = {
     "method": "full() + head()",
 }
 SHARES = (
+    "head(pooling=own)",
     "bitfit(sites='blocks[-1]') + head(pooling=own)", "lora(rank=1, sites='q,v') + head(pooling=own)",
     "lora(rank=8) + head(pooling=own)", "unfreeze('blocks[-1]') + head(pooling=own)", "unfreeze('blocks[-3:]') + head(pooling=own)",
     "full() + head(pooling=own)",
@@ -150,6 +151,8 @@ def trained_of(point: dict[str, Any]) -> dict[str, int]:
         first, each = 0, block
     elif method.startswith("unfreeze"):
         first, each = blocks - int(method.split("blocks[-")[1].split(":")[0].split("]")[0]), block
+    elif method.startswith("head"):
+        first, each = blocks, 0
     elif method.startswith("bitfit"):
         first, each = blocks - 1, 0
     else:

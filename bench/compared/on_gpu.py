@@ -191,7 +191,7 @@ def minilm_graftkit(count: int | None) -> dict[str, Any]:
     from compared.measures import intents
 
     with tempfile.TemporaryDirectory() as out:
-        train, test = intents(count, 500)
+        train, test = intents(count, 500, 8 if count else 77)
         run = graftkit.tune(
             model=minilm(f"{out}/model"), train=train, out=f"{out}/run", method="lora(rank=8, lr=1e-3) + head(pooling=own, lr=1e-3)",
             settings={"train.epochs": 1, "train.batch_size": 32, "data.eval": None, "train.warmup": 0.0},
@@ -213,7 +213,7 @@ def minilm_trainer(count: int | None) -> dict[str, Any]:
     from compared.measures import intents
 
     with tempfile.TemporaryDirectory() as out:
-        train, test = intents(count, 500)
+        train, test = intents(count, 500, 8 if count else 77)
         place = minilm(f"{out}/model")
         tokenizer = AutoTokenizer.from_pretrained(place)
         data = [{**tokenizer(row["text"], truncation=True), "label": row["label"]} for row in train]

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,11 @@ def check_values(value: Any) -> None:
     check_fields(value, f"{entry_name(type(value).__module__)}()")
 
 
-def entries(family: str) -> dict[str, Entry]:
-    """Return all entries of a family ('method', 'task' or 'optimizer') by name; the user's own come last."""
+def entries(family: str) -> Mapping[str, Entry]:
+    """Return all entries of a family ('method', 'task' or 'optimizer') by name; the user's own come last.
+
+    Without the user's own, asking for a name reads the file of that name alone.
+    """
     return _entries(family, os.environ.get(FAMILIES[family].variable, ""))
 
 
@@ -127,7 +131,9 @@ def elsewhere(name: str, family: str) -> Family | None:
 
 
 @functools.cache
-def _entries(family: str, own: str) -> dict[str, Entry]:
+def _entries(family: str, own: str) -> Mapping[str, Entry]:
+    if not own:
+        return _packaged(family)
     found = dict(_packaged(family))
     about = FAMILIES[family]
     for folder in filter(None, own.split(os.pathsep)):
@@ -145,20 +151,43 @@ def _entries(family: str, own: str) -> dict[str, Entry]:
 
 
 @functools.cache
-def _packaged(family: str) -> dict[str, Entry]:
-    """Return the built-in entries: the files of the family's folder, NAME/task.py below it, and those of its collection."""
-    about = FAMILIES[family]
-    folder = declared.PACKAGE / about.folder
-    paths = {*folder.glob("*.py"), *folder.glob(f"*/{family}.py")} - {about.base[0]}
-    if about.collection is not None:
-        paths |= set((folder / about.collection).glob("*.py")) - {folder / about.collection / "base.py"}
-    found = {}
-    for path in sorted(paths):
-        module = ".".join(("graftkit", *path.relative_to(declared.PACKAGE).with_suffix("").parts))
-        entry = _read(path, module, about)
-        if entry is not None:
-            found[entry.name] = entry
-    return found
+def _packaged(family: str) -> Packaged:
+    return Packaged(FAMILIES[family])
+
+
+class Packaged(Mapping[str, Entry]):
+    """The built-in entries: the files of the family's folder, NAME/task.py below it, and those of its collection.
+
+    A file is read when its name is asked for, all of them when the names are: only then is it known which have an entry.
+    """
+
+    def __init__(self, family: Family) -> None:
+        folder = declared.PACKAGE / family.folder
+        paths = {*folder.glob("*.py"), *folder.glob(f"*/{family.name}.py")} - {family.base[0]}
+        if family.collection is not None:
+            paths |= set((folder / family.collection).glob("*.py")) - {folder / family.collection / "base.py"}
+        modules = {
+            path: ".".join(("graftkit", *path.relative_to(declared.PACKAGE).with_suffix("").parts))
+            for path in sorted(paths)
+        }
+        self._family = family
+        self._files = {entry_name(module): (path, module) for path, module in modules.items()}
+        self._read: dict[str, Entry | None] = {}
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._read:
+            path, module = self._files[name]
+            self._read[name] = _read(path, module, self._family)
+        entry = self._read[name]
+        if entry is None:
+            raise KeyError(name)
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._files if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _public(name: str) -> tuple[Path, str] | None:

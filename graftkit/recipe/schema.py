@@ -181,15 +181,16 @@ class Recipe(Section):
             return
         self.method = self.method or constants["method"]
         methods = catalogue.entries("method")
-        heads = [name for name, entry in methods.items() if entry.constants.get("gives_outputs")]
-        own = [call.name for call in expressions.parse(self.method, "method") if call.name in heads]
+        calls = expressions.parse(self.method, "method")
+        own = [call.name for call in calls if methods[call.name].constants.get("gives_outputs")]
         if not constants.get("head", True):
             if own:
                 raise UserError(
                     f"{task}() uses the head that the model brings; leave {own[0]}() out of the method."
                 )
         elif not own:
-            self.method = f"{self.method} + {heads[0]}()"
+            head = next(name for name, entry in methods.items() if entry.constants.get("gives_outputs"))
+            self.method = f"{self.method} + {head}()"
 
     def dump(self) -> str:
         """Return the recipe as YAML that describes the same run when it is read again."""
