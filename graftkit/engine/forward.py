@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.data.source import Batch
+from graftkit.engine.filling import Filled
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import autocast
 from graftkit.errors import UserError
@@ -16,7 +17,12 @@ from graftkit.grafts.graft import Graft
 
 
 class Forward:
-    """The plain forward pass: the model outputs from which a task computes its loss and outcomes."""
+    """The plain forward pass: the model outputs from which a task computes its loss and outcomes.
+
+    `filled`: what filling its cache took, if it has one.
+    """
+
+    filled: Filled | None = None
 
     def __init__(self, graft: Graft, device: torch.device, precision: str, *, finished: bool = False) -> None:
         """`finished`: the graft is not being trained, so outputs of NaN are an error of its folder or the model's."""
@@ -34,6 +40,10 @@ class Forward:
                 "graft or of its options, such as alpha, are not finite or too large. Restore both from copies."
             )
         return outputs
+
+    def prepare(self, batch: Batch) -> None:
+        """Make what the pass of a batch needs ahead of it, in another thread."""
+        batch.prepare(self.reads_inputs)
 
     @property
     def reads_inputs(self) -> bool:

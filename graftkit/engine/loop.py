@@ -192,7 +192,7 @@ class Loop:
                 units[name] = units.get(name, 0.0) + count
         own = [self.source.batch(part, self.forward.device, at) for part in rows[self.index :: self.world]]
         for batch in own:
-            batch.prepare(self.forward.reads_inputs)
+            self.forward.prepare(batch)
         tokens = sum(self.source.tokens(part) for part in rows)
         return Work(rows, own, {name: max(1.0, count) for name, count in units.items()}, tokens)
 

@@ -19,7 +19,7 @@ from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
 from graftkit.data.images import SUFFIXES, Picture, load, look_at
 from graftkit.data.read import Table
-from graftkit.data.source import Batch, Pass
+from graftkit.data.source import Batch, Pass, identity_of
 from graftkit.errors import UserError, first_line, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Term, check_rows, one_term
@@ -78,7 +78,7 @@ class ImageDataset(Dataset):
     def __init__(self, examples: Examples, pixels: Pixels, argument: str, augmentation: Augmentation) -> None:
         super().__init__(examples, np.ones(len(examples), dtype=np.int64))
         self.pictures: list[Picture] = examples.values["image"]
-        self.pixels = pixels
+        self.pixels, self.pixels_in_full = pixels, repr(pixels)
         self.argument = argument
         self.augmentation = augmentation
         self.keeps = not augmentation
@@ -129,6 +129,9 @@ class ImageDataset(Dataset):
                 f"it: {first_line(problem)} Sizes and channels of the model and of its image processor "
                 "(preprocessor_config.json, or the options of image_classify()) have to be the same."
             )
+
+    def identity(self, row: int) -> bytes | None:
+        return identity_of({"image": self.pictures[row].digest, "pixels": self.pixels_in_full})
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         targets = [] if self.examples.targets is None else [np.asarray(self.examples.targets)]
