@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftkit.cli import cached as cli_cached
 from graftkit.cli import data as cli_data
 from graftkit.cli import pretraining
 from graftkit.cli import runs as cli_runs
@@ -216,6 +217,7 @@ def _choices(option: Option) -> str:
 
 app.command()(pretraining.pretrain)
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_cached.app, name="cache")
 for finished in (
     cli_runs.evaluate,
     cli_runs.predict,

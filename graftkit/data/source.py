@@ -153,9 +153,9 @@ class Source:
         output: Any = model(**batch.inputs)
         return output if isinstance(output, Tensor) else output.logits
 
-    def identity(self, row: int) -> bytes | None:
-        """Return bytes that determine the model inputs of a row outside of training, whatever else the source contains;
-        None if there are none, so that cached activations of the row serve this run alone.
+    def identity(self, row: int, at: Pass) -> bytes | None:
+        """Return bytes that determine the model inputs of a row in a pass, whatever else the source contains; None if there
+        are none, so that cached activations of the row serve this run alone.
         """
         return None
 

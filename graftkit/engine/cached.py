@@ -24,6 +24,7 @@ from graftkit.engine.filling import ADVICE, FILL_BATCH, Filled, Filling, NotKept
 from graftkit.engine.fingerprint import digests_of, key_of
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.engine.frozen import Phase
+from graftkit.engine.kept import Kept
 from graftkit.engine.memory import host_memory, in_parts
 from graftkit.engine.parallel import all_agree
 from graftkit.engine.starts import Start, find_start
@@ -101,7 +102,15 @@ class CachedForward(Forward):
         lengths = np.tile(dataset.lengths, dataset.views)
         filling = Filling(self._capture, lengths, ragged, blocks, device, in_memory)
         with torch.no_grad(), evaluating(graft.model):
-            self.kept, self.filled = filling.run()
+            self.kept, self._filled = filling.run()
+
+    @property
+    def filled(self) -> Filled:
+        return self._filled
+
+    @property
+    def light(self) -> bool:
+        return self.stream is None and isinstance(self.kept, Kept) and not self.reads_inputs
 
     def _capture(self, places: np.ndarray) -> Tensor:
         """Return the activations of the rows at these places: row + view * number of rows."""

@@ -62,15 +62,13 @@ def key_of(plain: Forward, start: Start, dataset: Dataset) -> str | None:
 
 def digests_of(dataset: Dataset, seed: int) -> np.ndarray | None:
     """Return the digest of each row in each view, (views * rows, DIGEST) bytes; None if the rows have no identity."""
-    if not len(dataset) or dataset.identity(0) is None:
+    passes = [Pass(seed, view) for view in range(dataset.views)]
+    if not len(dataset) or dataset.identity(0, passes[0]) is None:
         return None
-    views = dataset.views
-    of_view = [b"" if views == 1 else f"{Pass(seed, view)}".encode() for view in range(views)]
     digests = (
-        hashlib.blake2b(suffix + (dataset.identity(row) or b""), digest_size=DIGEST).digest()
-        for suffix in of_view
-        for row in range(len(dataset))
-    )
+        hashlib.blake2b(dataset.identity(row, at) or b"", digest_size=DIGEST).digest()
+        for at in passes for row in range(len(dataset))
+    )  # fmt: skip
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST)
 
 
@@ -106,7 +104,7 @@ def _used(plain: Forward, start: Start, dataset: Dataset) -> dict[str, nn.Module
     ]  # fmt: skip
     try:
         with evaluating(model):
-            start.capture(plain, dataset.batch(dataset.lengths.argmin(keepdims=True), plain.device))
+            start.capture(plain, dataset.batch(np.array([dataset.lengths.argmin()]), plain.device))
     finally:
         for handle in handles:
             handle.remove()

@@ -17,12 +17,7 @@ from graftkit.grafts.graft import Graft
 
 
 class Forward:
-    """The plain forward pass: the model outputs from which a task computes its loss and outcomes.
-
-    `filled`: what filling its cache took, if it has one.
-    """
-
-    filled: Filled | None = None
+    """The plain forward pass: the model outputs from which a task computes its loss and outcomes."""
 
     def __init__(self, graft: Graft, device: torch.device, precision: str, *, finished: bool = False) -> None:
         """`finished`: the graft is not being trained, so outputs of NaN are an error of its folder or the model's."""
@@ -40,6 +35,16 @@ class Forward:
                 "graft or of its options, such as alpha, are not finite or too large. Restore both from copies."
             )
         return outputs
+
+    @property
+    def filled(self) -> Filled | None:
+        """What filling the cache took; None without one."""
+        return None
+
+    @property
+    def light(self) -> bool:
+        """Whether a batch is made in less time than it takes to ask another thread for it."""
+        return False
 
     def prepare(self, batch: Batch) -> None:
         """Make what the pass of a batch needs ahead of it, in another thread."""

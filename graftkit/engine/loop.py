@@ -21,7 +21,7 @@ from graftkit.engine import checkpoint
 from graftkit.engine.ahead import Ahead
 from graftkit.engine.audit import STEPS, Audit
 from graftkit.engine.averaging import Average
-from graftkit.engine.dropout import fast_dropout
+from graftkit.engine.dropout import fast_dropout, seed_generator
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
 from graftkit.engine.memory import release
@@ -127,7 +127,7 @@ class Loop:
 
     def __iter__(self) -> Iterator[Step]:
         audit: Audit | None = None
-        ahead = Ahead(self.work, self.settings.steps)
+        ahead = Ahead(self.work, self.settings.steps, 0 if self.forward.light else 2)
         try:
             for phase in self.phases:
                 if self.step >= phase.end:
@@ -272,7 +272,7 @@ class Loop:
         sums = Sums(work.units, device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             seed = self.settings.seed * 1_000_003 + self.step * self.world + self.index
-            torch.manual_seed(seed)
+            seed_generator(device, seed)
             with _numpy_seeded(seed), fast_dropout(device, self.settings.seed, self.step, self.index):
                 for batch in (part for whole in work.own for part in self._parts(whole)):
                     terms = self.learn(self.forward, batch)

@@ -272,3 +272,32 @@ def test_a_copy_that_takes_longer_than_computing_is_not_made(ready, monkeypatch)
     plain = SimpleNamespace(device=DEVICE, graft=run.graft)
     monkeypatch.setattr(start, "capture", lambda plain, batch: torch.zeros(len(batch.rows), 3))
     assert cached._pays(plain, start, run.dataset) and not cached._pays(plain, start, run.dataset)
+
+
+def test_augmented_versions_of_images_are_kept_and_used_in_turn(tiny_vit, colours, monkeypatch):
+    from graftkit.data.source import Pass
+    from graftkit.recipe import schema as recipes
+    from graftkit.runs.prepare import prepare, prepare_rows
+
+    recipe = recipes.make(
+        {"model": str(tiny_vit), "method": "head(pooling='mean', dropout=0)", "train": {"precision": "fp32"},
+         "task": "image_classify(random_crop='resized', flip=0.5, views=3)",
+         "data": {"train": str(colours / "train"), "eval": None}}
+    )  # fmt: skip
+    prepared = prepare(recipe, prepare_rows(recipe))
+    data, rows = prepared.train, np.array([3, 0, 17])
+    assert data.keeps and data.views == 3
+    make = lambda seed: make_forward(  # noqa: E731
+        prepared.graft, DEVICE, "fp32", prepared.depth, data, 5, None, Caching("auto", seed)
+    )
+    kept = make(7)
+    assert isinstance(kept, CachedForward) and counts(kept) == (0, 3 * len(data))
+    prepared.graft.model.eval()
+    plain = kept.plain
+    with torch.no_grad():
+        for epoch in range(5):
+            batch = data.batch(rows, DEVICE, Pass(7, epoch))
+            torch.testing.assert_close(kept(batch), plain(batch), rtol=1e-4, atol=1e-5)
+        first, second, fourth = (data.inputs(rows, Pass(7, epoch))["pixel_values"] for epoch in (0, 1, 3))
+    assert torch.equal(first, fourth) and not torch.equal(first, second)
+    assert counts(make(7)) == (3 * len(data), 0) and counts(make(8)) == (0, 3 * len(data))

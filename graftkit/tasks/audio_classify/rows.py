@@ -149,7 +149,7 @@ class SoundDataset(Dataset):
         targets = self.examples.targets
         return None if targets is None else torch.from_numpy(np.asarray(targets)[rows])
 
-    def identity(self, row: int) -> bytes | None:
+    def identity(self, row: int, at: Pass) -> bytes | None:
         return identity_of({"audio": self.sounds[row].digest, "how": self.how})
 
     def digested(self) -> Sequence[bytes | np.ndarray]:

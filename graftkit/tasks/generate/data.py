@@ -115,7 +115,7 @@ class GenerateDataset(Dataset):
     def where(self, row: int) -> str:
         return "; ".join(self.examples.where(i) for i in self.groups[row])
 
-    def identity(self, row: int) -> bytes | None:
+    def identity(self, row: int, at: Pass) -> bytes | None:
         parts = {"parts": self.parts[row]} if self.packed else {}
         return identity_of({"input_ids": self.ids[row], **parts})
 

@@ -41,7 +41,7 @@ class TextDataset(Dataset):
     def targets(self, rows: np.ndarray) -> Tensor | None:
         return None if self.numbers is None else torch.from_numpy(self.numbers[rows])
 
-    def identity(self, row: int) -> bytes | None:
+    def identity(self, row: int, at: Pass) -> bytes | None:
         return identity_of({name: values[row] for name, values in self.encoded.features.items()})
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
