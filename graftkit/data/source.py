@@ -61,8 +61,7 @@ class Batch:
         self.rows = rows
         self.device = device
         self.at = at or Pass()
-        self.activations: Tensor | None = None  # of a frozen prefix, if they were fetched ahead
-        self.copied: Any = None  # the event after which these are on a GPU
+        self.fetched: Any = None  # activations of a frozen prefix, if a forward pass has fetched them ahead
 
     @cached_property
     def host_inputs(self) -> dict[str, Tensor]:

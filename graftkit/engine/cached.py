@@ -128,21 +128,20 @@ class CachedForward(Forward):
     def prepare(self, batch: Batch) -> None:
         """Fetch the activations too. On a GPU they are copied from pinned memory, on a stream beside that of the step."""
         super().prepare(batch)
-        states = self._read(batch)
-        if self.stream is None:
-            batch.activations = states
-            return
-        with torch.cuda.stream(self.stream):
-            batch.activations = states.pin_memory().to(self.device, non_blocking=True)
-            batch.copied = self.stream.record_event()
+        states, copied = self._read(batch), None
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                states = states.pin_memory().to(self.device, non_blocking=True)
+                copied = self.stream.record_event()
+        batch.fetched = self, states, copied
 
     def __call__(self, batch: Batch) -> Tensor:
-        states = batch.activations
-        if states is None:
-            states = self._read(batch).to(self.device)
-        elif self.stream is not None:
+        owner, states, copied = batch.fetched or (None, None, None)
+        if owner is not self:  # not fetched, or for the cache of the phase before
+            states, copied = self._read(batch), None
+        if copied is not None:
             step = torch.cuda.current_stream(self.device)
-            step.wait_event(batch.copied)
+            step.wait_event(copied)
             states.record_stream(step)
         return self.start.resume(self.plain, batch, states.to(self.device))
 

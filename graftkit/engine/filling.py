@@ -25,6 +25,7 @@ from graftkit.engine.kept import Kept, Mapped
 from graftkit.engine.memory import in_parts
 from graftkit.engine.parallel import all_agree, gather, processes, wait
 from graftkit.errors import Note, UserError
+from graftkit.files import checksum
 
 ADVICE = "lower data.max_length."
 FILL_BATCH = 64
@@ -38,13 +39,14 @@ SAME = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 @dataclass(frozen=True)
 class Filled:
     """What filling a cache took. `read`, `computed`: rows; `seconds` in total; `bytes` of all values; `place`: 'memory'
-    or 'disk'."""
+    or 'disk'; `digest`: of values in memory."""
 
     read: int
     computed: int
     seconds: float
     bytes: int
     place: str
+    digest: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -189,3 +191,10 @@ def _size(kept: Kept | Mapped) -> int:
     if isinstance(kept, Mapped):
         return sum(block.values.nbytes for block in kept.blocks)
     return 0 if kept.values is None else kept.values.nbytes
+
+
+def _digest(kept: Kept | Mapped) -> str | None:
+    """Return a digest of values in memory, which tells a resumed run whether they are those that it began with."""
+    if isinstance(kept, Mapped) or kept.values is None:
+        return None
+    return checksum({"values": kept.values}, {})

@@ -110,11 +110,10 @@ class Watch:
                 f"note: the gradient of {len(step.zero)} parameters was zero throughout the first epoch: {listing(step.zero, 4)}"
             )
 
-    def tell_cached(self, console: Console) -> None:
-        """Print how many activations of frozen layers were read from files and computed."""
-        for name, forward in self.forwards.items():
-            if forward.filled is not None:
-                console.line(f"frozen layers, {name} rows: {forward.filled}")
+    @property
+    def _cached(self) -> str | None:
+        """The digest of the activations that the run trains on, if they are in memory."""
+        return getattr(self.loop.forward.filled, "digest", None)
 
     def track(self, console: Console) -> None:
         """Start the trackers that the recipe names, in the first process only."""
@@ -210,6 +209,7 @@ class Watch:
                 position = {
                     "best": self.best, "waited": self.waited, "seconds": self.seconds, "worst": self.best_worst,
                     "unused": sorted(self.unused), "zero": self.zero, "tokens": self.tokens, "stepping": self.stepping,
+                    "cached": self._cached,
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
@@ -256,6 +256,11 @@ class Watch:
             self.seconds_before, self.best_worst = position["seconds"], position["worst"]
             self.unused, self.zero = set(position.get("unused", ())), position.get("zero", [])
             self.tokens, self.stepping = position.get("tokens", 0), position.get("stepping", 0.0)
+            before, now = position.get("cached"), self._cached
+            if before is not None and now is not None and before != now:
+                console.line(
+                    "note: the cache was emptied or changed since; outputs of frozen layers differ by rounding."
+                )
         in_first(lambda: self._check_best(step))
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS

@@ -31,7 +31,7 @@ from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse, source_of
 from graftkit.runs.progress import Smooth, due, stop_signals
-from graftkit.runs.reporting import found_in
+from graftkit.runs.reporting import found_in, show_cached
 from graftkit.runs.saved import log_lines, read_plan, read_result
 from graftkit.runs.starting import part_of, put_in_place, started
 from graftkit.tasks.base import Dataset
@@ -251,7 +251,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
         watch.restore(console)
     watch.go_further(console)
     watch.track(console)
-    watch.tell_cached(console)
+    show_cached(console, watch.forwards)
     console.heading("Training" if prepared.settings.steps else "Evaluation")
     console.start(prepared.settings.steps, loop.step)
     smooth = Smooth()
