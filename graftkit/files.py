@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -301,6 +301,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if kind.is_floating_point and not (tensor.float() if kind.itemsize < 2 else tensor).isfinite().all():
             found = "NaN" if tensor.isnan().any() else "infinite"
             raise UserError(f"{path}: {name!r} contains {found} values; restore the file from a copy.")
+    return tensors, metadata
+
+
+def map_tensors(
+    path: Path, wanted: Callable[[dict[str, Tensor]], bool]
+) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Map the tensors of a safetensors file that GraftKit wrote into memory, and check them if they are `wanted`.
+
+    `wanted` is called before the check, with tensors that may hold anything; if it returns False, so does None. The pages
+    of the file are read when they are used, and are not memory of this process. Raises `UserError` if the file is broken,
+    missing, or not what was written under its checksum.
+    """
+    with _opened(path) as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    if not wanted(tensors):
+        return None
+    if metadata.get(CHECKSUM) != checksum(tensors, metadata):
+        raise UserError(
+            f"{path} is damaged: its contents do not match the checksum that they were written with."
+        )
     return tensors, metadata
 
 

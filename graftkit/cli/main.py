@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftkit.cli import bench as cli_bench
+from graftkit.cli import cached as cli_cached
 from graftkit.cli import data as cli_data
 from graftkit.cli import plan as cli_plan
 from graftkit.cli import pretraining
@@ -209,6 +210,7 @@ def _choices(option: Option) -> str:
 
 app.command()(pretraining.pretrain)
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_cached.app, name="cache")
 for finished in (
     cli_runs.evaluate,
     cli_runs.predict,

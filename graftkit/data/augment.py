@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftkit.errors import UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -33,7 +35,8 @@ class Augmentation:
     up to `padding` pixels in each direction, filled with the mean colour (He et al. 2015). `flip`: probability of a
     horizontal flip. `operations`, `magnitude`: RandAugment (Cubuk et al. 2019), as in torchvision. `mixup`, `cutmix`: alpha
     of the Beta distribution that mixing weights are drawn from (Zhang et al. 2017; Yun et al. 2019); if both are set, each
-    batch uses either with probability 1/2.
+    batch uses either with probability 1/2. `views`: how many augmented versions of an image there are, which epochs use in
+    turn; 0 for a new one in each epoch. Mixed images have no versions of their own.
     """
 
     crop: str | None = None
@@ -44,6 +47,18 @@ class Augmentation:
     magnitude: int = 9
     mixup: float = 0.0
     cutmix: float = 0.0
+    views: int = 0
+
+    def __post_init__(self) -> None:
+        if self.views and self.mixes:
+            raise UserError(
+                "views keeps versions of single images, which mixup and cutmix mix; leave one of them out."
+            )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an image is the same in epochs of equal number modulo `views`."""
+        return not self or self.views > 0
 
     def __bool__(self) -> bool:
         return bool(self.crop or self.flip or self.operations or self.mixes)
@@ -55,6 +70,11 @@ class Augmentation:
             f"cutmix {self.cutmix:g}": self.cutmix,
         }  # fmt: skip
         return ", ".join(text for text, on in parts.items() if on)
+
+    @property
+    def note(self) -> str:
+        kept = f"in {self.views} versions" if self.views else "so no output is kept for another epoch"
+        return f"images are changed at random in training ({self}), {kept}"
 
     @property
     def mixes(self) -> bool:

@@ -37,6 +37,17 @@ class Pass:
         return np.random.Generator(np.random.SFC64([self.seed, self.epoch, int(row), *stream]))
 
 
+def identity_of(values: Mapping[str, np.ndarray | bytes | str]) -> bytes:
+    """Return bytes that differ if a name, a type, a shape or a value differs."""
+    parts = []
+    for name, value in sorted(values.items()):
+        kind = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+        held = value.tobytes() if isinstance(value, np.ndarray) else value
+        held = held.encode("utf-8", "surrogatepass") if isinstance(held, str) else held
+        parts.append(f"{name} {kind} {len(held)};".encode() + held)
+    return b"".join(parts)
+
+
 class Batch:
     """Some rows of a source on a device. `inputs` and `targets` are computed lazily, once.
 
@@ -50,6 +61,7 @@ class Batch:
         self.rows = rows
         self.device = device
         self.at = at or Pass()
+        self.fetched: Any = None  # activations of a frozen prefix, if a forward pass has fetched them ahead
 
     @cached_property
     def host_inputs(self) -> dict[str, Tensor]:
@@ -96,6 +108,9 @@ class Source:
     keeps: bool = (
         True  # a row is the same in each epoch and is one row for the model: its activations may be cached
     )
+    views: int = (
+        1  # a row is the same in each epoch of equal remainder by this number, from random draws if above 1
+    )
     truncated: int = 0
     lengths: np.ndarray | int
 
@@ -136,6 +151,12 @@ class Source:
         """Call the model on a batch: once, once per choice, or only at positions with labels."""
         output: Any = model(**batch.inputs)
         return output if isinstance(output, Tensor) else output.logits
+
+    def identity(self, row: int, at: Pass) -> bytes | None:
+        """Return bytes that determine the model inputs of a row in a pass, whatever else the source contains; None if there
+        are none, so that cached activations of the row serve this run alone.
+        """
+        return None
 
     def where(self, row: int) -> str:
         """Return the position of a row in the user's data."""

@@ -1,43 +1,62 @@
 """Cache the activations of the frozen prefix.
 
 They are computed once, and later passes start at the first trained block, or at the head. They are computed in batches
-that depend on the data alone, so a resumed run finds the same values.
+that depend on the data alone, so a resumed run finds the same values. Files keep them for later runs (`engine.filling`).
 """
 
 from __future__ import annotations
 
 import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from graftkit.data.order import ordered_batches
-from graftkit.data.source import Batch
+from graftkit.data.source import Batch, Pass
+from graftkit.engine.blocks import Blocks, room
+from graftkit.engine.filling import ADVICE, FILL_BATCH, Filled, Filling, NotKept
+from graftkit.engine.fingerprint import digests_of, key_of
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.engine.frozen import Phase
 from graftkit.engine.kept import Kept
 from graftkit.engine.memory import host_memory, in_parts
-from graftkit.engine.parallel import all_agree, processes
+from graftkit.engine.parallel import all_agree
 from graftkit.engine.starts import Start, find_start
+from graftkit.errors import Note
 from graftkit.grafts.graft import Graft
 from graftkit.optim.labels import Labels
 from graftkit.tasks.base import Dataset
 
 MEMORY_SHARE = 0.25  # of the memory that this process may use which cached activations may take
-ADVICE = "lower data.max_length."
-FILL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Caching:
+    """Where activations are kept: `mode` is train.cache of a recipe. `seed`: of the views of augmented rows. `later`: rows
+    that are read once are kept too, for later runs, if there are files."""
+
+    mode: str = "auto"
+    seed: int = 0
+    later: bool = False
 
 
 class PhasedForward(Forward):
     """The forward pass for gradual unfreezing: caches the activations of the current frozen prefix."""
 
     def __init__(
-        self, graft: Graft, device: torch.device, precision: str, dataset: Dataset, per_epoch: int
-    ) -> None:
+        self, graft: Graft, device: torch.device, precision: str, dataset: Dataset, per_epoch: int,
+        caching: Caching = Caching(),
+    ) -> None:  # fmt: skip
         super().__init__(graft, device, precision)
         self.dataset = dataset
         self.per_epoch = per_epoch
+        self.caching = caching
         self.inner = Forward(graft, device, precision)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -47,47 +66,87 @@ class PhasedForward(Forward):
     def reads_inputs(self) -> bool:
         return self.inner.reads_inputs
 
+    @property
+    def filled(self) -> Filled | None:
+        return self.inner.filled
+
+    def prepare(self, batch: Batch) -> None:
+        self.inner.prepare(batch)
+
     def enter(self, phase: Phase) -> None:
         self.inner = Forward(self.graft, self.device, self.precision)  # frees the old cache
         self.inner = make_forward(
             self.graft, self.device, self.precision, phase.depth, self.dataset,
-            math.ceil((phase.end - phase.start) / self.per_epoch), phase.labels,
+            math.ceil((phase.end - phase.start) / self.per_epoch), phase.labels, self.caching,
         )  # fmt: skip
 
 
 class CachedForward(Forward):
-    """The forward pass from cached activations of the frozen prefix, from `start` on."""
+    """The forward pass from cached activations of the frozen prefix, from `start` on.
+
+    `in_memory`: hold all of them, otherwise map their files; `blocks`: these files, if there are any. Raises `NotKept` if
+    the files cannot be written and memory is too small.
+    """
 
     def __init__(
-        self, graft: Graft, device: torch.device, precision: str, dataset: Dataset, start: Start
-    ) -> None:
+        self, graft: Graft, device: torch.device, precision: str, dataset: Dataset, start: Start,
+        blocks: Blocks | None = None, in_memory: bool = True, seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(graft, device, precision)
-        self.start = start
+        self.start, self.seed = start, seed
         self.plain = Forward(graft, device, precision)
-        self.kept = Kept(dataset.lengths, ragged=start.per_token and not dataset.uniform)
-        self._fill(dataset)
+        self.rows, self.views = len(dataset), dataset.views
+        self.dataset = dataset
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        ragged = start.per_token and not dataset.uniform
+        lengths = np.tile(dataset.lengths, dataset.views)
+        filling = Filling(self._capture, lengths, ragged, blocks, device, in_memory)
+        with torch.no_grad(), evaluating(graft.model):
+            self.kept, self._filled = filling.run()
 
-    @torch.no_grad()
-    def _fill(self, dataset: Dataset) -> None:
-        """Fill the cache: each process computes a share of the batches, and all exchange their results."""
-        index, world = processes()
+    @property
+    def filled(self) -> Filled:
+        return self._filled
 
-        def capture(rows: np.ndarray) -> Tensor:
-            return self.start.capture(self.plain, dataset.batch(rows, self.device))
+    @property
+    def light(self) -> bool:
+        return self.stream is None and isinstance(self.kept, Kept) and not self.reads_inputs
 
-        with evaluating(self.graft.model):
-            for batch in ordered_batches(dataset.lengths, FILL_BATCH)[index::world]:
-                for rows, values in in_parts(batch, self.device, capture, ADVICE):
-                    self.kept.put(rows, values)
-        if world > 1:
-            self.kept.exchange()
+    def _capture(self, places: np.ndarray) -> Tensor:
+        """Return the activations of the rows at these places: row + view * number of rows."""
+        made = []
+        for view in np.unique(places // self.rows):
+            rows = places[places // self.rows == view] - view * self.rows
+            batch = self.dataset.batch(rows, self.device, Pass(self.seed, int(view)))
+            made.append(self.start.capture(self.plain, batch))
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     @property
     def reads_inputs(self) -> bool:
         return self.start.reads_inputs
 
+    def prepare(self, batch: Batch) -> None:
+        """Fetch the activations too. On a GPU they are copied from pinned memory, on a stream beside that of the step."""
+        super().prepare(batch)
+        states, copied = self._read(batch), None
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                states = states.pin_memory().to(self.device, non_blocking=True)
+                copied = self.stream.record_event()
+        batch.fetched = self, states, copied
+
     def __call__(self, batch: Batch) -> Tensor:
-        return self.start.resume(self.plain, batch, self.kept.get(batch.rows).to(self.device))
+        owner, states, copied = batch.fetched or (None, None, None)
+        if owner is not self:  # not fetched, or for the cache of the phase before
+            states, copied = self._read(batch), None
+        if copied is not None:
+            step = torch.cuda.current_stream(self.device)
+            step.wait_event(copied)
+            states.record_stream(step)
+        return self.start.resume(self.plain, batch, states.to(self.device))
+
+    def _read(self, batch: Batch) -> Tensor:
+        return self.kept.get(batch.rows + batch.at.epoch % self.views * self.rows)
 
 
 def make_forward(
@@ -98,6 +157,7 @@ def make_forward(
     dataset: Dataset,
     passes: int,
     labels: Labels | None = None,
+    caching: Caching = Caching(),
 ) -> Forward:
     """Return a forward function for a dataset that is read `passes` times: cached if that is possible and worthwhile.
 
@@ -105,12 +165,74 @@ def make_forward(
     """
     plain = Forward(graft, device, precision)
     labels = graft.labels if labels is None else labels
-    if passes < 2 or not dataset.keeps:
+    once = passes <= dataset.views
+    if not dataset.keeps or caching.mode == "none" or (once and not caching.later):
         return plain
     found = find_start(plain, depth, dataset, labels)
-    fits = found is not None and found[1] * 4 < MEMORY_SHARE * host_memory()
-    if not all_agree(fits):
+    if not all_agree(found is not None):
         return plain
     assert found is not None
-    start, _ = found
-    return CachedForward(graft, device, precision, dataset, start)
+    start, size = found
+    size *= 4 * dataset.views  # bytes, at most
+    in_memory = caching.mode != "disk" and all_agree(size < MEMORY_SHARE * host_memory())
+    blocks = None
+    if caching.mode != "memory" and all_agree(size < room()):
+        blocks = _blocks(plain, start, dataset, caching.seed)
+    if not all_agree(blocks is not None or (in_memory and not once)):
+        if not once:
+            warnings.warn(
+                Note(f"outputs of frozen layers are computed in each pass: {_too_large(size)}."), stacklevel=2
+            )
+        return plain
+    if device.type != "cpu" and not all_agree(_pays(plain, start, dataset)):
+        return plain
+    try:
+        return CachedForward(graft, device, precision, dataset, start, blocks, in_memory, caching.seed)
+    except NotKept:
+        return plain
+
+
+def _too_large(size: float) -> str:
+    return f"they take up to {size / 1e9:,.1f} GB, and there is no room for them in memory or in the cache folder"
+
+
+def _blocks(plain: Forward, start: Start, dataset: Dataset, seed: int) -> Blocks | None:
+    """Return the files that keep the activations of these rows; None if it cannot be told what they depend on."""
+    digests = digests_of(dataset, seed)
+    key = None if digests is None else key_of(plain, start, dataset)
+    if digests is None or key is None:
+        return None
+    ragged = start.per_token and not dataset.uniform
+    spans = np.tile(dataset.lengths, dataset.views) if ragged else np.ones(len(digests), np.int64)
+    return Blocks(key, digests, spans)
+
+
+@torch.no_grad()
+def _pays(plain: Forward, start: Start, dataset: Dataset) -> bool:
+    """Return whether copying the activations of a batch to an accelerator takes less time than computing them there."""
+    rows = ordered_batches(dataset.lengths, FILL_BATCH)[0]
+
+    def compute(part: np.ndarray) -> Tensor:
+        return start.capture(plain, dataset.batch(part, plain.device))
+
+    def copy(values: Tensor) -> Tensor:
+        return values.to(plain.device, non_blocking=True)
+
+    with evaluating(plain.graft.model):
+        part, values = next(
+            iter(in_parts(rows, plain.device, compute, ADVICE))
+        )  # the first call takes longer
+        computing = _seconds(lambda: compute(part))
+    host = values.cpu()
+    host = host.pin_memory() if plain.device.type == "cuda" else host
+    copy(host)
+    return _seconds(lambda: copy(host)) < computing
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    """Return the time that the current accelerator takes for some work."""
+    torch.accelerator.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.accelerator.synchronize()
+    return time.perf_counter() - start

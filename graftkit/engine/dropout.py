@@ -21,6 +21,19 @@ from torch.nn import functional as F
 LEVELS = 1 << 16
 
 
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seed PyTorch's generators of the CPU and of this device.
+
+    `torch.manual_seed` seeds those of all kinds of devices. For each kind that is not in use it formats a stack trace, which
+    takes longer than the arithmetic of a small step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+
+
 class Source:
     """Random 16-bit integers for one step."""
 

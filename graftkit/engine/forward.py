@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone.walk import modules_of
 from graftkit.data.source import Batch
+from graftkit.engine.filling import Filled
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import autocast
 from graftkit.errors import UserError
@@ -35,6 +36,20 @@ class Forward:
                 "graft or of its options, such as alpha, are not finite or too large. Restore both from copies."
             )
         return outputs
+
+    @property
+    def filled(self) -> Filled | None:
+        """What filling the cache took; None without one."""
+        return None
+
+    @property
+    def light(self) -> bool:
+        """Whether a batch is made in less time than it takes to ask another thread for it."""
+        return False
+
+    def prepare(self, batch: Batch) -> None:
+        """Make what the pass of a batch needs ahead of it, in another thread."""
+        batch.prepare(self.reads_inputs)
 
     @property
     def reads_inputs(self) -> bool:

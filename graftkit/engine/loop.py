@@ -21,7 +21,7 @@ from graftkit.engine import checkpoint
 from graftkit.engine.ahead import Ahead
 from graftkit.engine.audit import STEPS, Audit
 from graftkit.engine.averaging import Average
-from graftkit.engine.dropout import fast_dropout
+from graftkit.engine.dropout import fast_dropout, seed_generator
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
 from graftkit.engine.memory import release
@@ -127,7 +127,7 @@ class Loop:
 
     def __iter__(self) -> Iterator[Step]:
         audit: Audit | None = None
-        ahead = Ahead(self.work, self.settings.steps)
+        ahead = Ahead(self.work, self.settings.steps, 0 if self.forward.light else 2)
         try:
             for phase in self.phases:
                 if self.step >= phase.end:
@@ -192,7 +192,7 @@ class Loop:
                 units[name] = units.get(name, 0.0) + count
         own = [self.source.batch(part, self.forward.device, at) for part in rows[self.index :: self.world]]
         for batch in own:
-            batch.prepare(self.forward.reads_inputs)
+            self.forward.prepare(batch)
         tokens = sum(self.source.tokens(part) for part in rows)
         return Work(rows, own, {name: max(1.0, count) for name, count in units.items()}, tokens)
 
@@ -272,7 +272,7 @@ class Loop:
         sums = Sums(work.units, device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             seed = self.settings.seed * 1_000_003 + self.step * self.world + self.index
-            torch.manual_seed(seed)
+            seed_generator(device, seed)
             with _numpy_seeded(seed), fast_dropout(device, self.settings.seed, self.step, self.index):
                 batches = [part for whole in work.own for part in self._parts(whole)]
                 for number, batch in enumerate(batches, start=1):

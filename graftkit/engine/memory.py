@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,14 @@ def host_memory() -> int:
         with suppress(OSError, ValueError):  # 'max' is not a number: no limit
             total = min(total, int(Path(path).read_text(encoding="ascii")))
     return total // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of the device, or of this process on a CPU, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def release(device: torch.device) -> None:

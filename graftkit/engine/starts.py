@@ -26,10 +26,19 @@ SAME = 1e-3  # largest relative difference of logits that padding and bf16 may c
 
 class Start(Protocol):
     """A point in the network whose input is entirely frozen. `per_token`: that input is one state per token.
-    `reads_inputs`: resuming from there needs the inputs of the batch, such as its mask."""
+    `reads_inputs`: resuming from there needs the inputs of the batch, such as its mask. `place`: a name of the point, the
+    same in all models of one architecture. `end`: the module that a pass starts at; `last`: nothing of the model comes
+    after it."""
 
     per_token: bool
     reads_inputs: bool
+    last: bool
+
+    @property
+    def place(self) -> str: ...
+
+    @property
+    def end(self) -> nn.Module: ...
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
         """Return the input at this point."""
@@ -44,10 +53,15 @@ class AtHead:
     """Start at a head of GraftKit: from pooled features (rows, width), or token states."""
 
     reads_inputs = False
+    last = True
 
     def __init__(self, head: OutputHead) -> None:
-        self.head = head
+        self.head = self.end = head
         self.per_token = head.per_token
+
+    @property
+    def place(self) -> str:
+        return f"{type(self.head).__qualname__} {self.head.reads}"
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
         got: list[Tensor] = []
@@ -63,9 +77,15 @@ class AtBlock:
     """Start at block `depth`: from states (rows, length, width), or feature maps."""
 
     per_token = reads_inputs = True
+    last = False
 
     def __init__(self, blocks: list[nn.Module], depth: int) -> None:
         self.blocks, self.depth = blocks, depth
+        self.end = blocks[depth]
+
+    @property
+    def place(self) -> str:
+        return f"block {self.depth}"
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
         return _captured(self.blocks[self.depth], plain, batch)
@@ -79,9 +99,11 @@ class AtOwnHead:
     """Start at the model's own last layers, which output the logits, each row of `shape`."""
 
     per_token = reads_inputs = False
+    last = True
 
-    def __init__(self, module: nn.Module, shape: torch.Size) -> None:
-        self.module, self.shape = module, shape
+    def __init__(self, module: nn.Module, shape: torch.Size, name: str) -> None:
+        self.module, self.shape, self.end = module, shape, module
+        self.place = f"input of {name}"
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
         return _captured(self.module, plain, batch)
@@ -112,9 +134,10 @@ def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> t
     logits from it alone; and in training this tensor is the same, so nothing random happens before them.
     """
     graft, model = plain.graft, plain.graft.model
-    module = _trained_alone(graft, labels)
-    if module is None:
+    found = _trained_alone(graft, labels)
+    if found is None:
         return None
+    name, module = found
     batch = _extremes(plain, dataset)
     entered: list[tuple] = []
     handle = module.register_forward_pre_hook(
@@ -130,7 +153,7 @@ def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> t
     states = entered[0][0]
     if len(states) != len(batch.rows) or not (dataset.uniform or states.dim() == 2):
         return None
-    start = AtOwnHead(module, wanted.shape[1:])
+    start = AtOwnHead(module, wanted.shape[1:], name)
     with evaluating(model), torch.no_grad():
         with autocast(plain.device, plain.precision):
             got = module(states.clone())
@@ -152,13 +175,11 @@ def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> t
     return start, states[0].numel() * len(dataset)
 
 
-def _trained_alone(graft: Graft, labels: Labels) -> nn.Module | None:
-    """Return the largest part of the model whose parameters are exactly the trained ones."""
+def _trained_alone(graft: Graft, labels: Labels) -> tuple[str, nn.Module] | None:
+    """Return the largest part of the model whose parameters are exactly the trained ones, with its name."""
     trained = {id(parameter) for name, parameter in graft.parameters.items() if name in labels}
-    parts = (module for name, module in modules_of(graft.model).items() if name)
-    return next(
-        (module for module in parts if {id(p) for p in parameters_of(module).values()} == trained), None
-    )
+    parts = ((name, module) for name, module in modules_of(graft.model).items() if name)
+    return next((part for part in parts if {id(p) for p in parameters_of(part[1]).values()} == trained), None)
 
 
 def _extremes(plain: Forward, dataset: Dataset) -> Batch:

@@ -121,6 +121,11 @@ class TrainRecipe(Section):
         default_factory=list,
         description="experiment trackers to log every line of metrics.jsonl to, such as [tensorboard] or [wandb]",
     )
+    cache: Literal["auto", "memory", "disk", "none"] = Field(
+        default="auto",
+        description="where outputs of frozen layers are kept: in memory, and if that is worthwhile in files for later runs "
+        "(auto), in memory alone, in files alone, or nowhere",
+    )
     weight_type: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="number type of the backbone's trained weights; bf16: matrices only, rounded stochastically",

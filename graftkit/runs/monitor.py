@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graftkit.engine import checkpoint
-from graftkit.engine.cached import make_forward
+from graftkit.engine.cached import Caching, make_forward
+from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
+from graftkit.engine.memory import peak_memory
 from graftkit.engine.parallel import in_first, processes, wait
 from graftkit.engine.predict import predict
 from graftkit.engine.tracking import Trackers
@@ -66,14 +64,20 @@ class Watch:
         self.problems: list[str] = []  # failures that did not stop the run
         self.trackers: Trackers | None = None
         self.main = processes()[0] == 0
-        evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
-        self.forwards = {
-            name: make_forward(
-                prepared.graft, prepared.device, prepared.precision, prepared.depth, dataset,
-                evaluations if name == "eval" else 1, prepared.phases[-1].labels,
-            )
-            for name, dataset in datasets.items() if name != "train"
-        }  # fmt: skip
+        self.forwards: dict[str, Forward] = {"train": loop.forward}
+        if "eval" in datasets:
+            self._forward("eval", 1 if prepared.recipe.train.evaluate_every == "end" else 2)
+
+    def _forward(self, name: str, passes: int) -> Forward:
+        """Return the forward pass of evaluation or test rows, made when it is needed first."""
+        if name not in self.forwards:
+            prepared = self.prepared
+            caching = Caching(prepared.recipe.train.cache, prepared.settings.seed, later=True)
+            self.forwards[name] = make_forward(
+                prepared.graft, prepared.device, prepared.precision, prepared.depth, self.datasets[name], passes,
+                prepared.phases[-1].labels, caching,
+            )  # fmt: skip
+        return self.forwards[name]
 
     @property
     def seconds(self) -> float:
@@ -106,6 +110,11 @@ class Watch:
             console.line(
                 f"note: the gradient of {len(step.zero)} parameters was zero throughout the first epoch: {listing(step.zero, 4)}"
             )
+
+    @property
+    def _cached(self) -> str | None:
+        """The digest of the activations that the run trains on, if they are in memory."""
+        return getattr(self.loop.forward.filled, "digest", None)
 
     def track(self, console: Console) -> None:
         """Start the trackers that the recipe names, in the first process only."""
@@ -141,7 +150,7 @@ class Watch:
         """Return the metrics on a dataset, with intervals if the metrics without them are `interesting`."""
         rows, dataset = self.prepared.rows, self.datasets[name]
         size = 2 * self.prepared.settings.batch_size
-        outcomes = predict(dataset, self.forwards[name], rows.task, size)
+        outcomes = predict(dataset, self._forward(name, 1), rows.task, size)
         self.worst = []
         metrics = rows.task.metrics(outcomes, dataset, rows.labels, intervals=False)
         if interesting(metrics):
@@ -201,6 +210,7 @@ class Watch:
                 position = {
                     "best": self.best, "waited": self.waited, "seconds": self.seconds, "worst": self.best_worst,
                     "unused": sorted(self.unused), "zero": self.zero, "tokens": self.tokens, "stepping": self.stepping,
+                    "cached": self._cached,
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
@@ -247,6 +257,11 @@ class Watch:
             self.seconds_before, self.best_worst = position["seconds"], position["worst"]
             self.unused, self.zero = set(position.get("unused", ())), position.get("zero", [])
             self.tokens, self.stepping = position.get("tokens", 0), position.get("stepping", 0.0)
+            before, now = position.get("cached"), self._cached
+            if before is not None and now is not None and before != now:
+                console.line(
+                    "note: the cache was emptied or changed since; outputs of frozen layers differ by rounding."
+                )
         in_first(lambda: self._check_best(step))
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
@@ -340,6 +355,9 @@ class Watch:
             "steps": self.loop.step,
             "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / self.stepping, 1) if self.stepping else None,
+            "cache": {
+                name: forward.filled.as_dict() for name, forward in self.forwards.items() if forward.filled
+            },
             "precision": self.prepared.precision,
             "device": str(self.prepared.device),
             "task": self.prepared.recipe.task,
@@ -370,11 +388,3 @@ def _stays(value: Any, step: int) -> bool:
         return value["step"] <= step and value["kind"] != "final"
     except (KeyError, TypeError):
         return False  # cut short when the process was killed
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of the device, or of this process on a CPU, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,10 +11,19 @@ from typing import Any
 
 from graftkit.backbone import Backbone
 from graftkit.data.order import epoch_batches, padding_share
+from graftkit.engine.forward import Forward
 from graftkit.errors import UserError
+from graftkit.report.console import Console
 from graftkit.report.values import Found, Sizes, Subject
 from graftkit.runs.prepare import Prepared
 from graftkit.tasks.base import Dataset
+
+
+def show_cached(console: Console, forwards: Mapping[str, Forward]) -> None:
+    """Print how many outputs of frozen layers were read from files, and how many computed."""
+    for name, forward in forwards.items():
+        if forward.filled is not None:
+            console.line(f"frozen layers, {name} rows: {forward.filled}")
 
 
 def found_in(prepared: Prepared, datasets: Mapping[str, Dataset], statistics: Mapping[str, Any]) -> Found:

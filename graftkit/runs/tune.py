@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from graftkit.claims import remove_leftovers
-from graftkit.engine.cached import PhasedForward, make_forward
+from graftkit.engine.cached import Caching, PhasedForward, make_forward
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop
 from graftkit.engine.parallel import in_first, processes, sum_numbers
@@ -33,7 +33,7 @@ from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse, source_of
 from graftkit.runs.progress import Smooth, due, stop_signals
-from graftkit.runs.reporting import found_in
+from graftkit.runs.reporting import found_in, show_cached
 from graftkit.runs.saved import log_lines, read_plan, read_result
 from graftkit.runs.starting import part_of, put_in_place, started
 from graftkit.tasks.base import Dataset
@@ -259,6 +259,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
         watch.restore(console)
     watch.go_further(console)
     watch.track(console)
+    show_cached(console, watch.forwards)
     console.heading("Training" if prepared.settings.steps else "Evaluation")
     console.start(prepared.settings.steps, loop.step)
     smooth = Smooth()
@@ -304,10 +305,11 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
 def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:
     per_epoch = prepared.plan.steps_per_epoch
     where = prepared.graft, prepared.device, prepared.precision
+    caching = Caching(prepared.recipe.train.cache, prepared.settings.seed)
     if len(prepared.phases) > 1:
-        return PhasedForward(*where, dataset, per_epoch)
+        return PhasedForward(*where, dataset, per_epoch, caching)
     passes = math.ceil(prepared.settings.steps / per_epoch)
-    return make_forward(*where, prepared.depth, dataset, passes, prepared.phases[0].labels)
+    return make_forward(*where, prepared.depth, dataset, passes, prepared.phases[0].labels, caching)
 
 
 def _encode(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:

@@ -129,7 +129,7 @@ def test_memory_that_runs_out_halves_the_parts_and_changes_nothing_else(ready):
             raise torch.OutOfMemoryError("no room")
         return plain(batch)
 
-    forward.device, forward.reads_inputs = DEVICE, True
+    forward.device, forward.prepare = DEVICE, lambda batch: batch.prepare()
     small.loop.forward = forward
     losses = [step_of(run.loop, [np.arange(16)])[0] for run in (whole, small)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and small.loop.split == 4
@@ -140,7 +140,7 @@ def test_memory_that_runs_out_halves_the_parts_and_changes_nothing_else(ready):
         (),
         {
             "device": DEVICE,
-            "reads_inputs": True,
+            "prepare": lambda self, batch: batch.prepare(),
             "__call__": lambda self, batch: forward(SimpleNamespace(rows=range(9))),
         },
     )

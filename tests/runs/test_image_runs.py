@@ -162,7 +162,7 @@ def test_frozen_features_are_kept_and_equal_those_computed_anew(colours, tmp_pat
     features = made[0].kept.values
     assert features.shape == (24, 64)
 
-    def never(graft, device, precision, depth, dataset, passes, labels=None):
+    def never(graft, device, precision, depth, dataset, passes, labels=None, caching=None):
         return plain(graft, device, precision, depth, dataset, 1, labels)
 
     for module in ("graftkit.runs.tune", "graftkit.runs.monitor"):

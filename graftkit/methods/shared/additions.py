@@ -79,6 +79,11 @@ class OutputHead(Addition):
     per_token = False
     steady = True
 
+    @property
+    def reads(self) -> str:
+        """How the features are found: heads of which this is equal have the same features in a frozen model."""
+        return self.pooling
+
     def logits(self, features: Tensor) -> Tensor:
         """Return logits (batch, outputs) for features (batch, width); (batch, length, outputs) if `per_token`."""
         raise NotImplementedError

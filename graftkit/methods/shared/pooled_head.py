@@ -43,12 +43,13 @@ class PooledHead(OutputHead):
         self.items: Any = None
         self.shifts = False  # the decoder of an encoder-decoder also reads the encoder's input
         self.elsewhere = ""  # name of the module that computes the states, if it is not the model itself
+        self.reads_input = False  # of that module, not its output
         self.given: dict[str, Any] = {}
         self.seen: Tensor | None = None
 
     def read_from(self, module: nn.Module, its_input: bool, name: str) -> None:
         """Take the states from the output, or the input, of a module in the model."""
-        self.elsewhere = name
+        self.elsewhere, self.reads_input = name, its_input
         if its_input:
             handle: Any = module.register_forward_pre_hook(self._see_input)
         else:
@@ -90,6 +91,10 @@ class PooledHead(OutputHead):
         if mask is not None:
             scores = scores.masked_fill(mask == 0, torch.finfo(states.dtype).min)
         return (states * scores.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
+
+    @property
+    def reads(self) -> str:
+        return f"{self.pooling} {self.shifts} {self.elsewhere} {self.reads_input}"
 
     @property
     def alike(self) -> Any:

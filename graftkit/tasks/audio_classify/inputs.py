@@ -34,6 +34,17 @@ class Front:
     time: int | None = None
     padding: float = 0.0
 
+    def __repr__(self) -> str:
+        """Return what is done to a waveform, in full; filters follow from the other numbers."""
+        held = {
+            name: value for name, value in sorted(vars(self).items()) if not isinstance(value, np.ndarray)
+        }
+        parts = (
+            f"{name}={value.to_json_string() if hasattr(value, 'to_json_string') else value!r}"
+            for name, value in held.items()
+        )
+        return f"{type(self).__qualname__} {' '.join(parts)}"
+
     def row(self, wave: np.ndarray) -> np.ndarray:
         """Return the features of one waveform (samples,), in float32; time is the first axis unless `fixed`."""
         raise NotImplementedError
@@ -108,6 +119,7 @@ class LogMel(Waveform):
                 f"audio_classify(): {bands} mel bands are too many for the {self.size // 2 + 1} frequencies of a window of "
                 f"{window} s at {rate} Hz; lower n_mels, or raise window."
             )
+        self.bands = bands
         self.filters = mel_filter_bank(
             self.size // 2 + 1, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
         )

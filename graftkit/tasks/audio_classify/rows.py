@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graftkit.backbone import Backbone
 from graftkit.backbone.fit import misfit
 from graftkit.data.sounds import Sound
-from graftkit.data.source import Pass
+from graftkit.data.source import Pass, identity_of
 from graftkit.errors import UserError, first_line, listing
 from graftkit.tasks.audio_classify.inputs import Front
 from graftkit.tasks.base import Dataset, Examples
@@ -92,6 +92,7 @@ class SoundDataset(Dataset):
         self.uniform = front.fixed or padded
         self.augmentation = augmentation
         self.keeps = augmentation == Augmentation()
+        self.how = f"{front!r} {longest} {cut} {padded}"
         self._kept: dict[int, np.ndarray] = {}
         self._room = ROOM
 
@@ -147,6 +148,9 @@ class SoundDataset(Dataset):
     def targets(self, rows: np.ndarray) -> Tensor | None:
         targets = self.examples.targets
         return None if targets is None else torch.from_numpy(np.asarray(targets)[rows])
+
+    def identity(self, row: int, at: Pass) -> bytes | None:
+        return identity_of({"audio": self.sounds[row].digest, "how": self.how})
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         targets = self.examples.targets

@@ -17,7 +17,7 @@ from graftkit.data.doubled import Around
 from graftkit.data.messages import Message
 from graftkit.data.packing import leaks, pack, positions
 from graftkit.data.ragged import Ragged, mask
-from graftkit.data.source import Batch, Pass
+from graftkit.data.source import Batch, Pass, identity_of
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples
 from graftkit.tasks.generate.text import Writing, decoder_start
@@ -114,6 +114,10 @@ class GenerateDataset(Dataset):
 
     def where(self, row: int) -> str:
         return "; ".join(self.examples.where(i) for i in self.groups[row])
+
+    def identity(self, row: int, at: Pass) -> bytes | None:
+        parts = {"parts": self.parts[row]} if self.packed else {}
+        return identity_of({"input_ids": self.ids[row], **parts})
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         return [

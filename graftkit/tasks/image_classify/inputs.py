@@ -148,6 +148,9 @@ class Processor:
             )
         return values[0, :1].float() if self.grey else values[0].float()
 
+    def __repr__(self) -> str:
+        return f"{type(self.processor).__qualname__} {self.grey} {self.processor.to_json_string()}"
+
     def __str__(self) -> str:
         return f"{self.given[0]} x {self.given[1]} by {type(self.processor).__name__}"
 

@@ -20,7 +20,7 @@ from graftkit.data.folders import given_files, locate_files, read_files, stream_
 from graftkit.data.images import SUFFIXES, Picture, load, look_at
 from graftkit.data.previews import thumbnail
 from graftkit.data.read import Table
-from graftkit.data.source import Batch, Pass
+from graftkit.data.source import Batch, Pass, identity_of
 from graftkit.errors import UserError, first_line, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Term, check_rows, one_term
@@ -79,10 +79,10 @@ class ImageDataset(Dataset):
     def __init__(self, examples: Examples, pixels: Pixels, argument: str, augmentation: Augmentation) -> None:
         super().__init__(examples, np.ones(len(examples), dtype=np.int64))
         self.pictures: list[Picture] = examples.values["image"]
-        self.pixels = pixels
+        self.pixels, self.pixels_in_full = pixels, repr(pixels)
         self.argument = argument
         self.augmentation = augmentation
-        self.keeps = not augmentation
+        self.keeps, self.views = augmentation.repeats, max(1, augmentation.views)
 
     def batch(self, rows: np.ndarray, device: torch.device | None = None, at: Pass | None = None) -> Batch:
         return (MixedBatch if self.augmentation.mixes else Batch)(self, rows, device, at)
@@ -90,6 +90,7 @@ class ImageDataset(Dataset):
     def inputs(self, rows: np.ndarray, at: Pass) -> dict[str, Tensor]:
         """(rows, channels, height, width) under the name by which the model takes images."""
         change, pixels = self.augmentation, self.pixels
+        at = replace(at, epoch=at.epoch % self.views) if self.keeps else at
         on_images = change.crop == "resized" or change.operations
         drawn = [change.draw(at.generator(row)) for row in rows] if change else []
 
@@ -130,6 +131,10 @@ class ImageDataset(Dataset):
                 f"it: {first_line(problem)} Sizes and channels of the model and of its image processor "
                 "(preprocessor_config.json, or the options of image_classify()) have to be the same."
             )
+
+    def identity(self, row: int, at: Pass) -> bytes | None:
+        change = {"change": f"{self.augmentation!r} {at}"} if self.augmentation else {}
+        return identity_of({"image": self.pictures[row].digest, "pixels": self.pixels_in_full, **change})
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         targets = [] if self.examples.targets is None else [np.asarray(self.examples.targets)]
@@ -192,6 +197,10 @@ class ImageClassify(LabelTask):
     magnitude: int = option(9, "magnitude of RandAugment", at_least=0, at_most=30)
     mixup: float = option(0.0, "alpha of mixup, for example 0.2; 0 disables it", at_least=0)
     cutmix: float = option(0.0, "alpha of cutmix, for example 1.0; 0 disables it", at_least=0)
+    views: int = option(
+        0, "augmented versions of each image, used in turn and cached below frozen layers; 0: a new one each epoch",
+        at_least=0,
+    )  # fmt: skip
     class_weights: str | dict | None = option(
         None, "'balanced' weights rows inversely to the frequency of their class; or a weight per class, {label: weight}",
         choices=("balanced",),
@@ -319,7 +328,7 @@ class ImageClassify(LabelTask):
         """What is done to training images."""
         return Augmentation(
             self.random_crop, self.smallest_crop, self.padding, self.flip, self.randaugment, self.magnitude,
-            self.mixup, self.cutmix,
+            self.mixup, self.cutmix, self.views,
         )  # fmt: skip
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
@@ -371,9 +380,7 @@ class ImageClassify(LabelTask):
         if several:
             notes.append(f"{several} files have several pictures or frames; the first of each is taken")
         if dataset.augmentation:
-            notes.append(
-                f"images are changed at random in training ({dataset.augmentation}), so no output is kept for another epoch"
-            )
+            notes.append(dataset.augmentation.note)
         return {
             **super().statistics(dataset, labels),
             "sizes": sizes,

@@ -13,7 +13,7 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.fit import check_token_ids, check_token_types
 from graftkit.data.encode import Encoded, encode_texts
 from graftkit.data.read import Table
-from graftkit.data.source import Pass
+from graftkit.data.source import Pass, identity_of
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Task, check_rows
 from graftkit.tasks.shared.items import check_kinds, check_texts
@@ -40,6 +40,9 @@ class TextDataset(Dataset):
 
     def targets(self, rows: np.ndarray) -> Tensor | None:
         return None if self.numbers is None else torch.from_numpy(self.numbers[rows])
+
+    def identity(self, row: int, at: Pass) -> bytes | None:
+        return identity_of({name: values[row] for name, values in self.encoded.features.items()})
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         numbers = [] if self.numbers is None else [self.numbers]
