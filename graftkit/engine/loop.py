@@ -24,6 +24,7 @@ from graftkit.engine.averaging import Average
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
+from graftkit.engine.joining import Joining, join
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
 from graftkit.engine.rounding import Rounding
@@ -122,6 +123,7 @@ class Loop:
         self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
         self.split = 1  # number of parts a batch is split into, after running out of memory
         self._order: tuple[int, Order] | None = None
+        self.joining = Joining(graft.model)
         from_first(graft.state.values())
         self.average = None if settings.ema is None else Average(graft.parameters, settings.ema)
 
@@ -146,6 +148,7 @@ class Loop:
         finally:
             ahead.close()
             self.updates.leave()
+            self.joining.leave()
             for parameter in self.graft.parameters.values():
                 parameter.requires_grad_(True)  # as `attach` left it
 
@@ -159,6 +162,7 @@ class Loop:
         self.updates.enter(self.parameters)
         self.forward.enter(phase)
         set_training(graft, phase.depth, phase.labels)
+        join(self.joining, self.source, self.forward, self.learn)
         moving, spare = moving_now(graft, phase.labels), spare_now(graft, phase.labels)
         if audit is not None:
             audit.free(phase.labels, moving, spare)
