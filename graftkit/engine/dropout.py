@@ -3,7 +3,10 @@
 PyTorch draws dropout masks on the CPU one number at a time from one Mersenne Twister. Within `fast_dropout`,
 `torch.nn.functional.dropout` and the attention dropout of `scaled_dot_product_attention` take 16-bit numbers
 from NumPy's SFC64 instead (p is met to within 1/65,536). The generator is seeded by (seed, step), so a step's
-randomness does not depend on what ran before it. On other devices PyTorch's own dropout is used.
+randomness does not depend on what ran before it. On other devices PyTorch's own dropout is used, and in compiled regions
+that of the compiler, whose generator is not serial.
+
+Attention without dropout is replaced too where the gradient of `graftkit.engine.attention` is faster than torch's.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftkit.engine.attention import SHORT, Masks, attend, autocast_together, can_attend
+
 LEVELS = 1 << 16
+BITS = {torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}
 
 
 class Source:
@@ -29,15 +35,27 @@ class Source:
 
     def keep(self, shape: torch.Size, p: float) -> Tensor:
         """Return booleans of the given shape, each true with probability 1 - p."""
-        count = math.prod(shape)
+        return torch.from_numpy(self._kept(math.prod(shape), p)).view(shape)
+
+    def factors(self, shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+        """Return numbers of the given shape and type: 1 / (1 - p) with probability 1 - p, else 0."""
+        factor = torch.tensor(1.0, dtype=dtype).mul_(1 / (1 - p))
+        if dtype not in BITS:
+            return self.keep(shape, p).to(dtype).mul_(factor)
+        # the bits of the number where it is kept: NumPy turns booleans into integers four times as fast as torch
+        integer = BITS[dtype]
+        bits = factor.view({np.int32: torch.int32, np.int16: torch.int16}[integer]).item()
+        kept = self._kept(math.prod(shape), p).astype(integer)
+        kept *= integer(bits)
+        return torch.from_numpy(kept).view(dtype).view(shape)
+
+    def _kept(self, count: int, p: float) -> np.ndarray:
         raw = self.bits.random_raw((count + 3) // 4).view(np.int16)[:count]
-        threshold = round(p * LEVELS) - LEVELS // 2
-        return torch.from_numpy(raw).view(shape) >= threshold
+        return raw >= round(p * LEVELS) - LEVELS // 2
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Zero each element of x with probability p, and divide the others by 1 - p."""
-        mask = self.keep(x.shape, p).to(x.dtype)
-        return x * mask.mul_(1 / (1 - p))
+        return x * self.factors(x.shape, p, x.dtype)
 
 
 @contextmanager
@@ -46,18 +64,21 @@ def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    source = Source(*seed)
+    source, masks = Source(*seed), Masks()
     plain_dropout, plain_attention = F.dropout, F.scaled_dot_product_attention
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0 or inplace or p >= 1.0:
+        if not training or p == 0.0 or inplace or p >= 1.0 or torch.compiler.is_compiling():
             return plain_dropout(input, p, training, inplace)
         return source.drop(input, p)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                   dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                   enable_gqa: bool = False, **more: Any) -> Tensor:  # fmt: skip
-        if dropout_p == 0.0 or more:
+        bf16 = torch.is_autocast_enabled("cpu") or query.dtype == torch.bfloat16
+        learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        short = bf16 and learns and max(query.shape[-2], key.shape[-2]) <= SHORT
+        if more or not (dropout_p or short) or query.is_nested or torch.compiler.is_compiling():
             return plain_attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
                 scale=scale, enable_gqa=enable_gqa, **more,
@@ -65,8 +86,13 @@ def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        weights = attention_weights(query, key, attn_mask, is_causal, scale)
-        return source.drop(weights.to(value.dtype), dropout_p) @ value
+        query, key, value = autocast_together(query, key, value)
+        if not can_attend(query, key, value, attn_mask):
+            weights = attention_weights(query, key, attn_mask, is_causal, scale)
+            weights = weights.to(value.dtype)
+            return (source.drop(weights, dropout_p) if dropout_p else weights) @ value
+        keep = (lambda x: source.factors(x.shape, dropout_p, x.dtype)) if dropout_p else None
+        return attend(query, key, value, masks, attn_mask, is_causal, scale, keep)
 
     F.dropout, F.scaled_dot_product_attention = dropout, attention  # type: ignore[assignment]
     try:

@@ -10,12 +10,11 @@ import torch
 from graftkit.data.source import Pass, Source
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.methods.shared.joined import Joining
-from graftkit.tasks.base import Learn
 
 
-def join(joining: Joining, source: Source, forward: Forward, learn: Learn) -> None:
+def join(joining: Joining, source: Source, forward: Forward) -> None:
     """Join what can be joined now. Which layers read the same input is seen on the first row, in eval mode and without
-    gradients, so that a resumed run joins the same. A learner that cannot take a single row leaves the rest apart."""
+    gradients, so that a resumed run joins the same. A model that cannot take a single row leaves the rest apart."""
 
     @torch.no_grad()
     def call() -> None:
@@ -24,6 +23,6 @@ def join(joining: Joining, source: Source, forward: Forward, learn: Learn) -> No
         with suppress(Exception), torch.random.fork_rng(devices=cuda), evaluating(forward.graft.model):
             batch = source.batch(np.zeros(1, dtype=np.int64), device, Pass())
             batch.prepare(forward.reads_inputs)
-            learn(forward, batch)
+            forward(batch)
 
     joining.enter(call)

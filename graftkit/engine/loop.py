@@ -162,7 +162,7 @@ class Loop:
         self.updates.enter(self.parameters)
         self.forward.enter(phase)
         set_training(graft, phase.depth, phase.labels)
-        join(self.joining, self.source, self.forward, self.learn)
+        join(self.joining, self.source, self.forward)
         moving, spare = moving_now(graft, phase.labels), spare_now(graft, phase.labels)
         if audit is not None:
             audit.free(phase.labels, moving, spare)
