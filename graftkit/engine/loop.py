@@ -215,6 +215,7 @@ class Loop:
             self.optimizer.zero_grad()
             raise NotFinite(self._not_finite(loss, norm, work))
         self.updates.step(norm)
+        self.joining.changed()
         self.step += 1
         if audit is not None:
             falling = (

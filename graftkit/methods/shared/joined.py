@@ -91,7 +91,7 @@ class Group:
         return dtype if dtype == first else None
 
     def _refresh(self, dtype: torch.dtype) -> None:
-        """Cast the factors, unless they are those of the last call."""
+        """Cast the factors, unless nothing has changed them since the last call."""
         key = (dtype, *[(p._version, p.data_ptr()) for p in self.factors])
         if key == self.key or not self.factors:
             return
@@ -130,7 +130,8 @@ class Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:  # type: ignore[override]
         count = len(gradients)
-        weights, (rows, low, A, *Bs) = ctx.saved_tensors[:count], ctx.saved_tensors[count:] or (None,) * 3
+        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them each time
+        weights, (rows, low, A, *Bs) = saved[:count], saved[count:] or (None,) * 3
         needs_x, _, _, *needs = ctx.needs_input_grad
         of_x = None
         of_low = None if low is None else torch.zeros_like(low)
@@ -178,26 +179,33 @@ class Joining:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.members: list[Member] = []
+        self.groups: list[Group] = []
 
     def enter(self, call: Callable[[], object]) -> None:
         """Join what can be joined now. `call` runs the model once, to see which layers read the same input; it is only
         called if some of them might, and the same data must be given to it at every start of a run."""
         self.leave()
         members = {site: member for site, member in _members(self.model)}
-        groups = _of_one_input(members, call)
-        for group in groups:
+        self.groups = _of_one_input(members, call)
+        for group in self.groups:
             for member in group.members:
                 member.site.forward = functools.partial(group, member)
                 for update in member.updates:
                     update.member = member
                 self.members.append(member)
 
+    def changed(self) -> None:
+        """Cast the factors anew in the next call: call it after each step, as fused optimizers change values without
+        counting a version."""
+        for group in self.groups:
+            group.key = None
+
     def leave(self) -> None:
         for member in self.members:
             del member.site.forward
             for update in member.updates:
                 del update.member
-        self.members = []
+        self.members, self.groups = [], []
 
 
 def _members(model: nn.Module) -> Iterable[tuple[nn.Module, Member]]:
