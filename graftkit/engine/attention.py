@@ -6,8 +6,7 @@ slow in bf16 for short sequences: 45 ms for 32 rows of 25 tokens and 12 heads of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,51 +40,73 @@ class Masks:
         return self.last[2]
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, masks: Masks, mask: Tensor | None, is_causal: bool,
-    scale: float | None, keep: Callable[[Tensor], Tensor] | None,
-) -> Tensor:  # fmt: skip
-    """Return dropout(softmax(q k^T scale + mask)) v, (..., length, width), in the type of `value`.
+class Draws(Protocol):
+    """What attention needs of a source of dropout masks."""
 
-    `keep`: returns for attention weights what they are multiplied by: 0 or 1 / (1 - p); None without dropout.
+    masks: Masks
+
+    def factors(self, shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+        """Return numbers of the given shape and type: 1 / (1 - p) with probability 1 - p, else 0."""
+
+
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, is_causal: bool, scale: float | None,
+    enable_gqa: bool, source: Draws,
+) -> Tensor | None:  # fmt: skip
+    """Return dropout(softmax(q k^T scale + mask)) v, as `scaled_dot_product_attention` defines it, (..., length, width).
+
+    None where torch should compute it: without dropout if that is as fast, and what `Attention` has no gradient for.
     """
+    if torch.compiler.is_compiling() or query.is_nested:
+        return None
+    short = computed_in(query) == torch.bfloat16 and max(query.shape[-2], key.shape[-2]) <= SHORT
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not (p or (short and learns)):
+        return None
+    query, key, value = (x.to(computed_in(x)) for x in (query, key, value))
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    if not can_attend(query, key, value, mask):
+        return None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Attention.apply(query, key, value, masks, mask, is_causal, scale, keep)  # type: ignore[no-untyped-call]
+    return Attention.apply(query, key, value, mask, is_causal, scale, p, source)  # type: ignore[no-untyped-call]
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Return whether `attend` computes the gradients of these: of one type and batch, and none for the mask."""
-    kinds, batches = {query.dtype, key.dtype, value.dtype}, {query.shape[:-2], key.shape[:-2], value.shape[:-2]}
+    """Return whether `Attention` computes the gradients of these: of one type and batch, and none for the mask."""
+    kinds, batches = (
+        {query.dtype, key.dtype, value.dtype},
+        {query.shape[:-2], key.shape[:-2], value.shape[:-2]},
+    )
     learned = mask is not None and mask.requires_grad
     return len(kinds) == len(batches) == 1 and query.dtype in TYPES and not learned
 
 
-def autocast_together(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors in the type that autocast gives to matrix products, if it is on."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+def computed_in(x: Tensor) -> torch.dtype:
+    """Return the type that autocast gives to matrix products, if it is on; otherwise the tensor's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Attention(torch.autograd.Function):
-    """`attend`. The softmax is in fp32: more accurate than in bf16, and twice as fast on CPUs."""
+    """`attended`. The softmax is in fp32: more accurate than in bf16, and twice as fast on CPUs."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, masks: Masks, mask: Tensor | None, is_causal: bool,
-        scale: float, keep: Callable[[Tensor], Tensor] | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+        p: float, source: Draws,
     ) -> Tensor:  # fmt: skip
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # else in each product
         scores = query @ key.transpose(-2, -1)
-        added = masks(mask, is_causal, scores)
+        added = source.masks(mask, is_causal, scores)
         if added is None:
             scores = scores.float().mul_(scale)
         else:
             scores = torch.add(added, scores, alpha=scale)
         weights = scores.softmax(dim=-1)
         used = weights.to(value.dtype)
-        kept = None if keep is None else keep(used)
+        kept = source.factors(used.shape, p, used.dtype) if p else None
         dropped = used if kept is None else used * kept
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, weights, kept, dropped)

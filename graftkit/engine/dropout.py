@@ -3,10 +3,9 @@
 PyTorch draws dropout masks on the CPU one number at a time from one Mersenne Twister. Within `fast_dropout`,
 `torch.nn.functional.dropout` and the attention dropout of `scaled_dot_product_attention` take 16-bit numbers
 from NumPy's SFC64 instead (p is met to within 1/65,536). The generator is seeded by (seed, step), so a step's
-randomness does not depend on what ran before it. On other devices PyTorch's own dropout is used, and in compiled regions
-that of the compiler, whose generator is not serial.
+randomness does not depend on what ran before it. On other devices PyTorch's own dropout is used.
 
-Attention without dropout is replaced too where the gradient of `graftkit.engine.attention` is faster than torch's.
+Attention is computed by `graftkit.engine.attention`, without dropout too where its gradient is faster than torch's.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftkit.engine.attention import SHORT, Masks, attend, autocast_together, can_attend
+from graftkit.engine.attention import Masks, attended
 
 LEVELS = 1 << 16
 BITS = {torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}
@@ -32,6 +31,7 @@ class Source:
 
     def __init__(self, *seed: int) -> None:
         self.bits = np.random.SFC64(list(seed))
+        self.masks = Masks()
 
     def keep(self, shape: torch.Size, p: float) -> Tensor:
         """Return booleans of the given shape, each true with probability 1 - p."""
@@ -64,21 +64,25 @@ def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    source, masks = Source(*seed), Masks()
+    source = Source(*seed)
     plain_dropout, plain_attention = F.dropout, F.scaled_dot_product_attention
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0 or inplace or p >= 1.0 or torch.compiler.is_compiling():
+        if not training or p == 0.0 or inplace or p >= 1.0:
             return plain_dropout(input, p, training, inplace)
         return source.drop(input, p)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                   dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                   enable_gqa: bool = False, **more: Any) -> Tensor:  # fmt: skip
-        bf16 = torch.is_autocast_enabled("cpu") or query.dtype == torch.bfloat16
-        learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        short = bf16 and learns and max(query.shape[-2], key.shape[-2]) <= SHORT
-        if more or not (dropout_p or short) or query.is_nested or torch.compiler.is_compiling():
+        quick = (
+            None
+            if more
+            else attended(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, source)
+        )
+        if quick is not None:
+            return quick
+        if dropout_p == 0.0 or more:
             return plain_attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
                 scale=scale, enable_gqa=enable_gqa, **more,
@@ -86,13 +90,8 @@ def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        query, key, value = autocast_together(query, key, value)
-        if not can_attend(query, key, value, attn_mask):
-            weights = attention_weights(query, key, attn_mask, is_causal, scale)
-            weights = weights.to(value.dtype)
-            return (source.drop(weights, dropout_p) if dropout_p else weights) @ value
-        keep = (lambda x: source.factors(x.shape, dropout_p, x.dtype)) if dropout_p else None
-        return attend(query, key, value, masks, attn_mask, is_causal, scale, keep)
+        weights = attention_weights(query, key, attn_mask, is_causal, scale)
+        return source.drop(weights.to(value.dtype), dropout_p) @ value
 
     F.dropout, F.scaled_dot_product_attention = dropout, attention  # type: ignore[assignment]
     try:

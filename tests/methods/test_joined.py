@@ -121,7 +121,7 @@ def test_several_grafts_new_values_and_those_switched_off():
 @pytest.mark.parametrize("text", ["dora(rank=2)", "lora(rank=2, lora_bias=true)", "lora(rank=2, dropout=0.5)",
                                   "lora(rank=2) + ia3()", "adalora(rank=2, target_rank=1)"])  # fmt: skip
 def test_what_does_more_than_a_product_stays_with_the_hooks(text):
-    model, graft = grafted("llama", text)
+    model, _ = grafted("llama", text)
     wanted = passed(model)
     with joined(model) as groups:
         assert (len(groups) > 0) == ("ia3" in text)  # ia3 has no place at most of the layers

@@ -109,7 +109,9 @@ class Joined(torch.autograd.Function):
     would inspect the signature in every call."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, group: Group, dtype: torch.dtype, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         low = None if group.A is None else rows @ group.A.T
         outputs, Bs, start = [], iter(group.B), 0
@@ -228,7 +230,9 @@ def _of_one_input(members: dict[nn.Module, Member], call: Callable[[], object]) 
     siblings: dict[tuple, list[Member]] = {}
     for site, member in members.items():
         siblings.setdefault((site.weight.dtype, site.in_features), []).append(member)
-    asked = [m for group in siblings.values() if any(m.updates for m in group) and len(group) > 1 for m in group]
+    asked = [
+        m for group in siblings.values() if any(m.updates for m in group) and len(group) > 1 for m in group
+    ]
     inputs: dict[Member, Tensor | None] = {}
 
     def see(member: Member) -> Callable[..., None]:
@@ -251,5 +255,7 @@ def _of_one_input(members: dict[nn.Module, Member], call: Callable[[], object]) 
     groups = [Group(group) for group in found.values() if len(group) > 1 and any(m.updates for m in group)]
     inside = {member for group in groups for member in group.members}
     alone = [m for m in members.values() if m not in inside]
-    gains = [m for m in alone if m.updates or (m.site.bias is not None and adds_bias_on_the_way(m.site.weight))]
+    gains = [
+        m for m in alone if m.updates or (m.site.bias is not None and adds_bias_on_the_way(m.site.weight))
+    ]
     return [*groups, *[Group([member]) for member in gains]]

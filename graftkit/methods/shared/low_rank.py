@@ -214,7 +214,9 @@ class LowRank(Update):
     def joinable(self) -> bool:
         """Whether it is s B A alone: no dropout or bias, and no other form in a subclass."""
         kind = type(self)
-        plain = all(getattr(kind, name) is getattr(LowRank, name) for name in ("used", "after", "plus", "down"))
+        plain = all(
+            getattr(kind, name) is getattr(LowRank, name) for name in ("used", "after", "plus", "down")
+        )
         return plain and self.kind == "linear" and self.b is None and isinstance(self.dropout, nn.Identity)
 
     def used(self) -> tuple[Tensor, Tensor]:

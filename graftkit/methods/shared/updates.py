@@ -38,7 +38,9 @@ class Update(Addition):
 
     adds = True
     joinable = False  # True: s B A of two parameters, which an autograd function can compute with the layer
-    member: Any = None  # its place in the group that computes it, during a run (`graftkit.methods.shared.joined`)
+    member: Any = (
+        None  # its place in the group that computes it, during a run (`graftkit.methods.shared.joined`)
+    )
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
