@@ -27,8 +27,7 @@ from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
 from graftkit.engine.joining import Joining, join
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients
-from graftkit.engine.readings import TOGETHER, LateStep, Read, Reading, Readings, can_skip, step_unless
-from graftkit.engine.readings import Step as Step
+from graftkit.engine.readings import TOGETHER, LateStep, Read, Reading, Readings, Step, can_skip, step_unless
 from graftkit.engine.rounding import Rounding
 from graftkit.engine.sums import Sums
 from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
