@@ -114,6 +114,12 @@ def _autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func runs. The functions below have no rule for it: to have one, they would have to
+    define `setup_context`, and then torch inspects the signature of `forward` in every call, 50 microseconds each."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a map was called with, whether by place or by name."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -130,7 +136,7 @@ def add_product(
     y: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
     """y + scale x W^T + bias in the type of y (..., out); one pass over y where the types allow it."""
-    if y.dtype != x.dtype or (y.dtype != weight.dtype and not _autocasts(x)) or y.is_nested:
+    if y.dtype != x.dtype or (y.dtype != weight.dtype and not _autocasts(x)) or y.is_nested or _transformed():
         added = multiply(x, weight) * scale
         return y + (added if bias is None else added + bias).to(y.dtype)
     rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -143,26 +149,20 @@ class AddProduct(torch.autograd.Function):
     Its gradients are those of `torch.addmm`, from products that are up to several times as fast on CPUs.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(y: Tensor, x: Tensor, weight: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+        ctx.scale, ctx.bias = scale, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
         if bias is None:
             return torch.addmm(y, x, weight.T, alpha=scale)
         return (y + bias.to(y.dtype)).addmm_(x, weight.to(y.dtype).T, alpha=scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, x, weight, ctx.scale, bias = inputs
-        ctx.bias = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[1]:
-            of_x = _times(gradient, weight.to(gradient.dtype) * ctx.scale)
+            of_x = narrow_product(gradient, weight.to(gradient.dtype) * ctx.scale)
         if ctx.needs_input_grad[2]:
             of_weight = ((x.to(gradient.dtype).T @ gradient).T * ctx.scale).to(weight.dtype)
         if ctx.needs_input_grad[4]:
@@ -175,7 +175,8 @@ def scale_product(
 ) -> Tensor:
     """Return gain (y - bias + scale x W^T) + bias for y (..., out), gain and bias (out), in the dtype of y."""
     same = {y.dtype, x.dtype, weight.dtype, gain.dtype} == {y.dtype}
-    if same and not y.is_nested and not _autocasts(x) and torch.is_grad_enabled():
+    plain = y.is_nested or _autocasts(x) or _transformed() or not torch.is_grad_enabled()
+    if same and not plain:
         rows, low = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         return ScaleProduct.apply(rows, low, weight, gain, bias, scale).view(y.shape)  # type: ignore[no-untyped-call]
     whole = add_product(y, x, weight, scale)
@@ -191,26 +192,21 @@ class ScaleProduct(torch.autograd.Function):
     backward, as the gradient of the gain comes from that of W and from g y, in pieces that stay in the cache.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        y: Tensor, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None, scale: float
+        ctx: Any, y: Tensor, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(y, x, weight, gain, bias)
         scaled = y * gain if bias is None else torch.addcmul(bias - gain * bias, gain, y)
         return scaled.addmm_(x, (weight * gain[:, None]).T, alpha=scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
         y, x, weight, gain, bias = ctx.saved_tensors
         scaled = weight * gain[:, None] * ctx.scale
         of_y = gradient * gain if ctx.needs_input_grad[0] else None
-        of_x = _times(gradient, scaled) if ctx.needs_input_grad[1] else None
+        of_x = narrow_product(gradient, scaled) if ctx.needs_input_grad[1] else None
         plain = ctx.scale * (x.T @ gradient).T  # gradient of W, without the gain
         of_gain = (plain * weight).sum(1) + _column_products(y, gradient)
         of_bias = None
@@ -223,7 +219,7 @@ class ScaleProduct(torch.autograd.Function):
 
 def scale_columns(x: Tensor, gain: Tensor) -> Tensor:
     """Return gain x for x (..., width) and gain (width), in the dtype of x."""
-    if x.dtype != gain.dtype or x.is_nested or not torch.is_grad_enabled():
+    if x.dtype != gain.dtype or x.is_nested or _transformed() or not torch.is_grad_enabled():
         return (x * gain).to(x.dtype)
     return ScaleColumns.apply(x.reshape(-1, x.shape[-1]), gain).view(x.shape)  # type: ignore[no-untyped-call]
 
@@ -231,15 +227,10 @@ def scale_columns(x: Tensor, gain: Tensor) -> Tensor:
 class ScaleColumns(torch.autograd.Function):
     """gain x for x (rows, width); the gradient of the gain takes no memory of the size of x."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, gain: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gain)
         return x * gain
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
@@ -248,7 +239,7 @@ class ScaleColumns(torch.autograd.Function):
         return gradient * gain if ctx.needs_input_grad[0] else None, of_gain
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
+def narrow_product(a: Tensor, b: Tensor) -> Tensor:
     """Return a b for b (k, r); if r is smaller than a CPU register, putting b on the left takes a third of the time."""
     return (b.T @ a.T).T if b.shape[1] < 16 else a @ b
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from graftkit.engine.averaging import Average
 from graftkit.engine.dropout import fast_dropout, seed_generator
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
+from graftkit.engine.joining import Joining, join
 from graftkit.engine.memory import release
-from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
+from graftkit.engine.parallel import from_first, processes, sum_gradients
+from graftkit.engine.readings import TOGETHER, LateStep, Read, Reading, Readings, Step, can_skip, step_unless
 from graftkit.engine.rounding import Rounding
-from graftkit.engine.sums import Figures, Sums
+from graftkit.engine.sums import Sums
 from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
 from graftkit.errors import UserError, first_line
 from graftkit.grafts.graft import Graft
@@ -56,31 +58,6 @@ class Settings:
     decay: float = 0.2
     ema: float | None = None
     weight_type: str = "fp32"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: its 1-based number, its loss (the weighted sum of its terms' means) and the gradient norm.
-
-    `unused`: parameters that turned out not to affect the output; `zero`: those whose gradient was zero throughout the
-    first epoch.
-    """
-
-    number: int
-    epoch: float
-    loss: float
-    gradient_norm: float
-    lr_factor: float
-    rows: int
-    tokens: int
-    terms: Mapping[str, Figures] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    zero: tuple[str, ...] = ()
-
-    @property
-    def accuracy(self) -> float | None:
-        """The accuracy of the first term that has one."""
-        return next((f.accuracy for f in self.terms.values() if f.accuracy is not None), None)
 
 
 class NotFinite(UserError):
@@ -122,6 +99,9 @@ class Loop:
         self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
         self.split = 1  # number of parts a batch is split into, after running out of memory
         self._order: tuple[int, Order] | None = None
+        self.joining = Joining(graft.model)
+        self.readings = Readings()
+        self.together = TOGETHER if forward.device.type == "cuda" else 1  # steps that are read at a time
         from_first(graft.state.values())
         self.average = None if settings.ema is None else Average(graft.parameters, settings.ema)
 
@@ -146,6 +126,7 @@ class Loop:
         finally:
             ahead.close()
             self.updates.leave()
+            self.joining.leave()
             for parameter in self.graft.parameters.values():
                 parameter.requires_grad_(True)  # as `attach` left it
 
@@ -159,6 +140,7 @@ class Loop:
         self.updates.enter(self.parameters)
         self.forward.enter(phase)
         set_training(graft, phase.depth, phase.labels)
+        join(self.joining, self.source, self.forward)
         moving, spare = moving_now(graft, phase.labels), spare_now(graft, phase.labels)
         if audit is not None:
             audit.free(phase.labels, moving, spare)
@@ -206,11 +188,14 @@ class Loop:
         sum_gradients(self.parameters.values())
         if audit is not None:
             audit.after_backward()
-        loss, norm, terms = self._read(sums, self.updates.norm(), work)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.optimizer.zero_grad()
-            raise NotFinite(self._not_finite(loss, norm, work))
-        self.updates.step(norm)
+        reading = Reading(self.step, work, sums, self.updates.norm())
+        late = self.together > 1 and audit is None and self._can_skip()
+        flag = self.readings.add(reading)
+        if late:
+            step_unless(self.optimizer, flag, lambda: self.updates.step(self.updates.previous))
+        else:
+            self.updates.step(self._figures(reading).norm)
+        self.joining.changed()
         self.step += 1
         if audit is not None:
             falling = (
@@ -226,23 +211,46 @@ class Loop:
         self.optimizer.zero_grad()
         epoch, rows = self.step / self.per_epoch, sum(map(len, work.rows))
         told = ((), ()) if audit is None else (audit.unused, audit.zero)
-        return Step(self.step, epoch, loss, norm, scale, rows, work.tokens, terms, *told)
-
-    def _read(self, sums: Sums, norm: Tensor, work: Work) -> tuple[float, float, dict[str, Figures]]:
-        """Return loss, norm and figures of a step, read back from the device in one transfer."""
-        found = sum_tensor(
-            torch.stack([*sums.losses.values(), *sums.correct.values(), *sums.counted.values()])
-        )
-        read = torch.cat([found, norm.detach().to(found).reshape(1)]).tolist()
-        terms = len(sums.losses)
-        figures = {
-            name: Figures(
-                loss / work.units[name], work.units[name], correct / work.units[name] if counted else None
+        known = {"number": self.step, "epoch": epoch, "lr_factor": scale, "rows": rows, "tokens": work.tokens}
+        if not late:
+            read = self._figures(reading)
+            return Step(
+                **known,
+                loss=read.loss,
+                gradient_norm=read.norm,
+                terms=read.terms,
+                unused=told[0],
+                zero=told[1],
             )
-            for name, loss, correct, counted in zip(sums.losses, read, read[terms:], read[2 * terms :])
-        }
-        loss = sum(sums.weights[name] * one.loss for name, one in figures.items())
-        return loss, read[-1], figures
+        if len(self.readings.waiting) >= self.together or self.step >= settings.steps:
+            self.settle()
+        return LateStep(reading, self._figures, **known, unused=(), zero=())
+
+    def _can_skip(self) -> bool:
+        """Whether a step can be skipped by a flag on the device: nothing but the optimizer changes with it."""
+        plain = type(self.updates) is AfterBackward and self.updates.alone is None and self.average is None
+        follows = bool(self.graft.statistics) or any(m.reads_gradients for m in self.graft.method.methods)
+        return plain and not follows and can_skip(self.optimizer)
+
+    def _figures(self, reading: Reading) -> Read:
+        """Return the figures of a step, read with those of all steps before. Raises `NotFinite`."""
+        if reading.read is None:
+            self.settle()
+        assert reading.read is not None
+        return reading.read
+
+    def settle(self) -> None:
+        """Read the figures of all steps taken. Raises `NotFinite` for the first that is not finite, with the weights and
+        the position of before it.
+        """
+        for reading in self.readings.take():
+            assert reading.read is not None
+            loss, norm = reading.read.loss, reading.read.norm
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.step = reading.number
+                self.optimizer.zero_grad()
+                raise NotFinite(self._not_finite(loss, norm, reading.work))
+            self.updates.previous = norm
 
     def _gradients(self, work: Work) -> Sums:
         """Compute the gradients of the step; if memory runs out, halve the parts and try again."""
@@ -353,7 +361,8 @@ class Loop:
         return nullcontext() if self.average is None else self.average.applied()
 
     def save(self, folder: Path, position: dict[str, Any]) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step. Raises `NotFinite` if a step before was not finite."""
+        self.settle()
         position = {**position, "gradient_norm": self.updates.previous}
         averages = None if self.average is None else self.average.values
         checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position, averages)

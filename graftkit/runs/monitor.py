@@ -58,7 +58,7 @@ class Watch:
         self.best_worst: list[dict[str, Any]] = []  # of the evaluation rows, with the best weights
         self.unused: set[str] = set()  # trained parameters that do not affect the output
         self.zero: list[str] = []  # parameters whose gradient was zero throughout the first epoch
-        self.pending: list[dict[str, Any]] = []
+        self.pending: list[dict[str, Any] | tuple[Step, float]] = []  # lines, or a step and its seconds
         rows = prepared.rows
         self.choice = best_of(rows.task, rows.labels, prepared.recipe.train.best)
         self.problems: list[str] = []  # failures that did not stop the run
@@ -90,12 +90,7 @@ class Watch:
 
     def log(self, step: Step) -> None:
         self.tokens, self.stepping = self.tokens + step.tokens, self.stepping + time.monotonic() - self.mark
-        right = {} if step.accuracy is None else {"accuracy": step.accuracy}
-        self.pending.append({
-            "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss, **right,
-            "gradient_norm": step.gradient_norm, "lr_factor": step.lr_factor, "rows": step.rows, "tokens": step.tokens,
-            "seconds": round(self.seconds, 3),
-        })  # fmt: skip
+        self.pending.append((step, round(self.seconds, 3)))
 
     def tell(self, step: Step, console: Console) -> None:
         """Print the findings of the audit that are not errors."""
@@ -139,10 +134,25 @@ class Watch:
     def flush(self) -> None:
         """Write the pending lines. Raises `UserError` if that fails; they stay pending."""
         if self.main and self.pending:
-            append_lines(self.folder / METRICS, map(json.dumps, self.pending))
+            lines = [line for one in self.pending if (line := self._line(one)) is not None]
+            append_lines(self.folder / METRICS, map(json.dumps, lines))
             if self.trackers is not None:
-                self.trackers.log(self.pending)
+                self.trackers.log(lines)
         self.pending = []
+
+    def _line(self, pending: dict[str, Any] | tuple[Step, float]) -> dict[str, Any] | None:
+        """Return a line of the log; None for a step that was skipped, as one before it was not finite."""
+        if isinstance(pending, dict):
+            return pending
+        step, seconds = pending
+        if step.number > self.loop.step:
+            return None
+        right = {} if step.accuracy is None else {"accuracy": step.accuracy}
+        return {
+            "kind": "step", "step": step.number, "epoch": round(step.epoch, 4), "loss": step.loss, **right,
+            "gradient_norm": step.gradient_norm, "lr_factor": step.lr_factor, "rows": step.rows, "tokens": step.tokens,
+            "seconds": seconds,
+        }  # fmt: skip
 
     def metrics(
         self, name: str, interesting: Callable[[dict[str, Any]], bool] = lambda metrics: True

@@ -23,13 +23,20 @@ def due(every: int | str, step: Step, per_epoch: int, total: int) -> bool:
 
 
 class Smooth:
-    """Running means for the progress line; no accuracy if the task has none in training."""
+    """Running means for the progress line, over the steps whose figures are known; no accuracy if the task has none in
+    training."""
 
     def __init__(self) -> None:
+        self.waiting: list[Step] = []
         self.loss = self.weight = 0.0
         self.accuracy: float | None = 0.0
 
     def add(self, step: Step) -> None:
+        self.waiting.append(step)
+        while self.waiting and self.waiting[0].known:
+            self._add(self.waiting.pop(0))
+
+    def _add(self, step: Step) -> None:
         self.weight = 0.98 * self.weight + 0.02
         share = 0.02 / self.weight
         self.loss += share * (step.loss - self.loss)

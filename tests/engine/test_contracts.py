@@ -16,6 +16,7 @@ from graftkit.engine.ahead import Ahead
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import phases
 from graftkit.engine.loop import Loop, Settings
+from graftkit.engine.readings import Reading
 from graftkit.grafts.attach import attach
 from graftkit.optim.adamw import AdamW
 from graftkit.tasks.base import Term
@@ -93,7 +94,10 @@ def test_two_terms_have_units_of_their_own():
     loss.backward()
     for name, parameter in loop.graft.parameters.items():
         torch.testing.assert_close(found[name], parameter.grad)
-    total, _, figures = loop._read(sums, torch.zeros(()), work)
+    reading = Reading(0, work, sums, torch.zeros(()))
+    loop.readings.add(reading)
+    read = loop._figures(reading)
+    total, figures = read.loss, read.terms
     assert total == pytest.approx(loss.item(), rel=1e-6)
     assert (
         figures["rows"].accuracy == float(whole["rows"].correct.sum()) / 8

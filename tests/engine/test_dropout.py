@@ -84,3 +84,50 @@ def test_the_source_draws_any_number_of_booleans():
     source = Source(1)
     for shape in ((), (1,), (3,), (4, 5), (2, 3, 7)):
         assert source.keep(torch.Size(shape), 0.5).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive", "causal", "learned"])
+def test_gradients_of_attention_are_those_of_torch(mask, dtype):
+    make = torch.Generator().manual_seed(0)
+    queries = [torch.randn(2, length, heads, 8, generator=make) for length, heads in ((5, 4), (7, 2), (7, 2))]
+    allowed = torch.rand(2, 1, 5, 7, generator=make) > 0.3
+    allowed[..., 0] = True
+    numbers = torch.randn(2, 4, 5, 7, generator=make).to(dtype)
+    given = {"boolean": allowed, "additive": numbers, "learned": numbers.clone().requires_grad_()}.get(mask)
+    along = torch.randn(2, 4, 5, 8, generator=make).to(dtype)
+    found = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def gradients(attention, p: float, kind: torch.dtype):
+        q, k, v = (x.to(dtype).to(kind).transpose(1, 2).requires_grad_() for x in queries)
+        more = [given] if mask == "learned" else []
+        at = given.detach().to(kind).requires_grad_() if mask == "learned" else given
+        at = at.to(kind) if mask == "additive" else at
+        out = attention(q, k, v, attn_mask=at, is_causal=mask == "causal", dropout_p=p, enable_gqa=True)
+        wanted = [q, k, v, *([at] if more else [])]
+        return [out.detach(), *torch.autograd.grad(out, wanted, along.to(kind))]
+
+    expected = gradients(plain, 0.0, torch.float64)
+    with fast_dropout(CPU, 1):
+        ours = torch.nn.functional.scaled_dot_product_attention
+        found = [gradients(ours, p, dtype) for p in (1e-9, 0.0)]
+    for got in found:
+        for one, other in zip(got, expected):
+            assert one.dtype == dtype
+            assert (one - other).norm() / other.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_masks_of_attention_dropout_are_those_of_its_gradient():
+    """v is the identity, so the output is the dropped weights; where they are zero, the scores have no part in it."""
+    q, k = (torch.randn(1, 1, 6, 6, requires_grad=True) for _ in range(2))
+    with fast_dropout(CPU, 3):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, torch.eye(6)[None, None], dropout_p=0.5)
+    kept = (out != 0).float()
+    weights = torch.softmax(q.detach() @ k.detach().mT * 6**-0.5, -1).requires_grad_()
+    assert torch.allclose(out, 2 * weights * kept, atol=1e-6) and 0 < kept.mean() < 1
+    along = torch.randn(out.shape)
+    (got,) = torch.autograd.grad(out, q, along)
+    scores = (q @ k.mT * 6**-0.5).softmax(-1) * kept * 2
+    (wanted,) = torch.autograd.grad(scores, q, along)
+    assert torch.allclose(got, wanted, atol=1e-6)

@@ -210,6 +210,15 @@ class LowRank(Update):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
+    @property
+    def joinable(self) -> bool:
+        """Whether it is s B A alone: no dropout or bias, and no other form in a subclass."""
+        kind = type(self)
+        plain = all(
+            getattr(kind, name) is getattr(LowRank, name) for name in ("used", "after", "plus", "down")
+        )
+        return plain and self.kind == "linear" and self.b is None and isinstance(self.dropout, nn.Identity)
+
     def used(self) -> tuple[Tensor, Tensor]:
         """Return the A and B that the update is computed from."""
         return self.A, self.B

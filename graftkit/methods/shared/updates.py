@@ -38,6 +38,10 @@ class Update(Addition):
     """
 
     adds = True
+    joinable = False  # True: s B A of two parameters, which an autograd function can compute with the layer
+    member: Any = (
+        None  # its place in the group that computes it, during a run (`graftkit.methods.shared.joined`)
+    )
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
@@ -84,6 +88,9 @@ class Update(Addition):
         return output + apply(weight, site, input_of(args, kwargs), self.delta(weight)).to(output.dtype)
 
     def _after(self, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        member = self.member
+        if member is not None and member.included and not torch.compiler.is_compiling():
+            return output
         if self.replaces:
             weight = self.of(site)
             weight.owner.__dict__.pop(weight.parameter.rpartition(".")[2], None)
