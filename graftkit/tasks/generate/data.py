@@ -50,8 +50,11 @@ class Written:
 class GenerateDataset(Dataset):
     """Rows of a causal language model, of one conversation each or, packed, of several in sequence.
 
-    `prompts`: prompt of each example for generation; `writing`: generation settings, if texts are generated.
+    `prompts`: prompt of each example for generation; `writing`: generation settings, if texts are generated. `smoothed`: the
+    loss needs the mean over the vocabulary.
     """
+
+    smoothed = False
 
     def __init__(
         self, examples: Examples, rows: Sequence[Written], tokenizer: Any, groups: Sequence[Sequence[int]] | None = None,
@@ -108,9 +111,10 @@ class GenerateDataset(Dataset):
         return numbers, positions(lengths)[learned]
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return `token_scores` of the target tokens, (labels, 3)."""
+        """Return `token_scores` of the target tokens, (labels, 2), or (labels, 3) if the loss is smoothed."""
         rows, places = map(batch.move, self.places(batch.rows))
-        return token_scores(model, batch.inputs, rows, places, batch.move(self.labels(batch.rows)))
+        targets = batch.move(self.labels(batch.rows))
+        return token_scores(model, batch.inputs, rows, places, targets, mean=self.smoothed)
 
     def where(self, row: int) -> str:
         return "; ".join(self.examples.where(i) for i in self.groups[row])
