@@ -121,6 +121,11 @@ class TrainRecipe(Section):
         default_factory=list,
         description="experiment trackers to log every line of metrics.jsonl to, such as [tensorboard] or [wandb]",
     )
+    checkpointing: Literal["auto", "none", "blocks", "selective"] = Field(
+        default="auto",
+        description="activations that are computed again in the backward pass, to save memory: 'blocks', all of the trained "
+        "blocks; 'selective', all but products and attention; 'auto', blocks once memory has run out",
+    )
     weight_type: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="number type of the backbone's trained weights; bf16: matrices only, rounded stochastically",
