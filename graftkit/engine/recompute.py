@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from graftkit.backbone import packed
 from graftkit.engine import dropout
 from graftkit.libraries import cache_names
 
@@ -80,7 +81,7 @@ class Recompute:
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Return what surrounds the forward pass of a block, and what surrounds it when it is computed again."""
-        again = _as_then()
+        again = _both(_as_then(), packed.packed(packed.current()))
         if self.how != "selective":
             return ExitStack(), again
         first, second = create_selective_checkpoint_contexts(_policy)
