@@ -7,11 +7,13 @@ passing prefixes as a cache: it works for encoders, grouped-query heads, rotary 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graftkit.backbone import packed
 from graftkit.backbone.anatomy import Added, base_modules
 from graftkit.backbone.backbone import Backbone
 from graftkit.backbone.calls import parameters_of
@@ -31,6 +33,21 @@ def attention_forward(
     query (batch, heads, length, d); key, value (batch, kv heads, kv length, d); mask None, boolean
     (True = attend) or additive, (batch, 1 or heads, length, kv length).
     """
+    parts = packed.current()
+    if parts is None or attention_mask is not None or kwargs.get("position_bias") is not None:
+        return _attend(module, query, key, value, attention_mask, **kwargs)
+    if not any(isinstance(child, AddedKeysValues) and child.active for child in module.children()):
+        found = packed.at_once(query, key, value, parts, kwargs)
+        if found is not None:
+            return found, None
+    return packed.one_by_one(
+        query, key, value, parts, lambda *part: _attend(module, *part, None, **kwargs)[0]
+    ), None
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     for child in module.children():
@@ -124,7 +141,6 @@ def extend(
 def adopt(backbone: Backbone) -> None:
     """Make a transformers model call `attention_forward`. Raises `UserError` if that is impossible."""
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    from transformers.masking_utils import sdpa_mask
 
     model = backbone.model
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
@@ -133,7 +149,7 @@ def adopt(backbone: Backbone) -> None:
             "keys and values cannot be added to it. Use lora or adapter instead."
         )
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, packed.mask)
     try:
         set_attention(model, NAME)
     except ValueError as error:  # attention that sdpa does not support, such as soft-capped scores
@@ -141,6 +157,14 @@ def adopt(backbone: Backbone) -> None:
             f"{type(model).__name__} cannot compute its attention as sdpa ({str(error).split('.')[0]}), so keys and "
             "values cannot be added to it. Use lora or adapter instead."
         ) from None
+
+
+def keep_parts_apart(backbone: Backbone) -> bool:
+    """Make a model that attends by sdpa attend within parts of packed rows; return whether it now does so."""
+    if getattr(getattr(backbone.model, "config", None), "_attn_implementation", None) == "sdpa":
+        with suppress(UserError):  # transformers' mask keeps them apart
+            adopt(backbone)
+    return getattr(getattr(backbone.model, "config", None), "_attn_implementation", None) == NAME
 
 
 def release(model: nn.Module, implementation: str | None) -> None:

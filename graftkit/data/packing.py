@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from graftkit.backbone.memory import is_out_of_memory
+from graftkit.backbone.packed import Parts, packed
 from graftkit.backbone.prompts import positions_taken
 from graftkit.data.ragged import places
 from graftkit.errors import first_line
@@ -61,14 +62,16 @@ def leaks(model: Any, rows: Sequence[np.ndarray]) -> str | None:
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64))[None].to(device)
 
+    sizes = [[len(row) for row in rows]]
     half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     model.eval()
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            joined = model(
-                input_ids=tensor(np.concatenate(rows)), position_ids=tensor(positions([len(row) for row in rows])),
-                use_cache=False,
-            ).logits[0]  # fmt: skip
+            with packed(Parts(sizes)):
+                joined = model(
+                    input_ids=tensor(np.concatenate(rows)), position_ids=tensor(positions(sizes[0])),
+                    use_cache=False,
+                ).logits[0]  # fmt: skip
             alone = torch.cat([model(input_ids=tensor(row), use_cache=False).logits[0] for row in rows])
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         if is_out_of_memory(error):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,28 @@ class Source:
         """Zero each element of x with probability p, and divide the others by 1 - p."""
         return x * self.factors(x.shape, p, x.dtype)
 
+    def again(self) -> AbstractContextManager[None]:
+        """Return a context in which the masks are those that are drawn from now on."""
+        state = self.bits.state
+
+        @contextmanager
+        def back() -> Iterator[None]:
+            later, self.bits.state = self.bits.state, state
+            try:
+                yield
+            finally:
+                self.bits.state = later
+
+        return back()
+
+
+_current: list[Source] = []  # of the `fast_dropout` that runs
+
+
+def current() -> Source | None:
+    """Return the source of masks of the step that runs; None if PyTorch's own dropout is used."""
+    return _current[-1] if _current else None
+
 
 @contextmanager
 def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
@@ -107,9 +129,11 @@ def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
         return source.drop(weights.to(value.dtype), dropout_p) @ value
 
     F.dropout, F.scaled_dot_product_attention = dropout, attention  # type: ignore[assignment]
+    _current.append(source)
     try:
         yield
     finally:
+        _current.pop()
         F.dropout, F.scaled_dot_product_attention = plain_dropout, plain_attention
 
 

@@ -28,6 +28,7 @@ from graftkit.engine.joining import Joining, join
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients
 from graftkit.engine.readings import TOGETHER, LateStep, Read, Reading, Readings, Step, can_skip, step_unless
+from graftkit.engine.recompute import Recompute
 from graftkit.engine.rounding import Rounding
 from graftkit.engine.sums import Sums
 from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
@@ -58,6 +59,7 @@ class Settings:
     decay: float = 0.2
     ema: float | None = None
     weight_type: str = "fp32"
+    checkpointing: str = "none"
 
 
 class NotFinite(UserError):
@@ -97,6 +99,8 @@ class Loop:
         self.updates: Updates = steps(self.optimizer, settings.clip, rounding)
         self.index, self.world = processes()
         self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
+        blocks = [graft.backbone.module(name) for name in graft.backbone.blocks]
+        self.recompute = Recompute(blocks, settings.checkpointing)
         self.split = 1  # number of parts a batch is split into, after running out of memory
         self._order: tuple[int, Order] | None = None
         self.joining = Joining(graft.model)
@@ -127,11 +131,13 @@ class Loop:
             ahead.close()
             self.updates.leave()
             self.joining.leave()
+            self.recompute.leave()
             for parameter in self.graft.parameters.values():
                 parameter.requires_grad_(True)  # as `attach` left it
 
     def _enter(self, phase: Phase, audit: Audit | None) -> Audit | None:
         """Unfreeze exactly the parameters of a phase, and return the audit of the new ones."""
+        self.recompute.leave()
         graft = self.graft
         everything = graft.parameters
         for name, parameter in everything.items():
@@ -139,6 +145,7 @@ class Loop:
         self.parameters = {name: p for name, p in everything.items() if name in phase.labels}
         self.updates.enter(self.parameters)
         self.forward.enter(phase)
+        self.recompute.enter(phase.depth)
         set_training(graft, phase.depth, phase.labels)
         join(self.joining, self.source, self.forward)
         moving, spare = moving_now(graft, phase.labels), spare_now(graft, phase.labels)
@@ -253,7 +260,7 @@ class Loop:
             self.updates.previous = norm
 
     def _gradients(self, work: Work) -> Sums:
-        """Compute the gradients of the step; if memory runs out, halve the parts and try again."""
+        """Compute the gradients of the step; if memory runs out, recompute activations, then halve the parts, and try again."""
         while True:
             try:
                 return self._accumulate(work)
@@ -263,15 +270,16 @@ class Loop:
                 if self.updates.whole:
                     raise UserError(
                         f"a step does not fit into the memory of {self.forward.device} ({first_line(error)}), and cannot be split, "
-                        "as train.step_in_backward takes it in one backward pass; lower train.batch_size or data.max_length."
+                        "as train.step_in_backward takes it in one backward pass; lower train.batch_size or data.max_length, or use train.checkpointing=blocks."
                     ) from None
                 largest = max(len(batch.rows) for batch in work.own)
-                if self.split >= largest:
+                again = self.recompute.turn_on()
+                if not again and self.split >= largest:
                     raise UserError(
                         f"a single row does not fit into the memory of {self.forward.device} ({first_line(error)}); lower "
                         "data.max_length or choose a method that trains fewer blocks."
                     ) from None
-            self.split *= 2
+            self.split *= 1 if again else 2
             self.optimizer.zero_grad()
             release(self.forward.device)
 

@@ -126,6 +126,11 @@ class TrainRecipe(Section):
         description="where outputs of frozen layers are kept: in memory, and if that is worthwhile in files for later runs "
         "(auto), in memory alone, in files alone, or nowhere",
     )
+    checkpointing: Literal["auto", "none", "blocks", "selective"] = Field(
+        default="auto",
+        description="activations that are computed again in the backward pass, to save memory: 'blocks', all of the trained "
+        "blocks; 'selective', all but products and attention; 'auto', blocks once memory has run out",
+    )
     weight_type: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="number type of the backbone's trained weights; bf16: matrices only, rounded stochastically",

@@ -94,6 +94,8 @@ class Watch:
 
     def tell(self, step: Step, console: Console) -> None:
         """Print the findings of the audit that are not errors."""
+        for note in self.loop.recompute.notes():
+            console.line(note)
         new = set(step.unused) - self.unused
         if new:
             self.unused |= new

@@ -308,7 +308,7 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     settings = Settings(
         steps, train.batch_size, train.accumulate, optimizer, number_of(train.lr), train.weight_decay,
         0.0 if further else train.warmup, train.schedule, train.clip, recipe.seed, train.step_in_backward, train.decay,
-        train.ema, train.weight_type,
+        train.ema, train.weight_type, train.checkpointing,
     )  # fmt: skip
     return Prepared(
         recipe,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.attention import keep_parts_apart
+from graftkit.backbone.packed import Parts, packed
 from graftkit.data.chat import Marked, Template, TemplateFails, Tools, tokens_of
 from graftkit.data.doubled import Around
 from graftkit.data.messages import Message
@@ -50,8 +52,11 @@ class Written:
 class GenerateDataset(Dataset):
     """Rows of a causal language model, of one conversation each or, packed, of several in sequence.
 
-    `prompts`: prompt of each example for generation; `writing`: generation settings, if texts are generated.
+    `prompts`: prompt of each example for generation; `writing`: generation settings, if texts are generated. `smoothed`: the
+    loss needs the mean over the vocabulary.
     """
+
+    smoothed = False
 
     def __init__(
         self, examples: Examples, rows: Sequence[Written], tokenizer: Any, groups: Sequence[Sequence[int]] | None = None,
@@ -108,9 +113,17 @@ class GenerateDataset(Dataset):
         return numbers, positions(lengths)[learned]
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return `token_scores` of the target tokens, (labels, 3)."""
+        """Return `token_scores` of the target tokens, (labels, 2), or (labels, 3) if the loss is smoothed."""
         rows, places = map(batch.move, self.places(batch.rows))
-        return token_scores(model, batch.inputs, rows, places, batch.move(self.labels(batch.rows)))
+        targets = batch.move(self.labels(batch.rows))
+        with packed(self.apart(batch.rows) if self.packed else None):
+            return token_scores(model, batch.inputs, rows, places, targets, mean=self.smoothed)
+
+    def apart(self, rows: np.ndarray) -> Parts:
+        """Return the parts of packed rows; the padding is one more."""
+        longest = self.ids.lengths[rows].max()
+        sizes = [[*self.parts[row].tolist(), int(longest - self.ids.lengths[row])] for row in rows]
+        return Parts([[size for size in row if size] for row in sizes])
 
     def where(self, row: int) -> str:
         return "; ".join(self.examples.where(i) for i in self.groups[row])
@@ -336,6 +349,7 @@ def cut(rows: Sequence[Written], max_length: int, room: int | None, both: bool) 
 def packed_groups(task: Any, backbone: Backbone, rows: Sequence[Written], max_length: int) -> list[list[int]]:
     """Return the row numbers of each packed row. Raises `UserError` if the model would let rows attend to each other."""
     meta = next(backbone.model.parameters()).is_meta
+    keep_parts_apart(backbone)
     reason = None if meta else leaks(backbone.model, [row.ids for row in rows])
     if reason is not None:
         raise UserError(

@@ -36,7 +36,7 @@ from graftkit.tasks.generate.talks import hold_out_talks, read_talks
 from graftkit.tasks.generate.text import Writing, ends_of, room_for, write
 from graftkit.tasks.shared.items import check_kinds
 from graftkit.tasks.shared.labels import is_missing
-from graftkit.tasks.shared.scores import LABEL, MEAN, OTHER
+from graftkit.tasks.shared.scores import BEST, LABEL, MEAN
 from graftkit.tasks.shared.texts import made_up_texts, text_problem, tokenizer_of
 
 PROMPT = ("instruction", "question", "query", "source", "article", "document")
@@ -47,7 +47,7 @@ FORMATS = "'prompt' and 'completion', or 'messages', or 'text'"
 
 @dataclass(frozen=True)
 class Answered:
-    """The outcome of one row: log-probabilities of each target token and of the most likely other token, (tokens, 2);
+    """The outcome of one row: log-probabilities of each target token and of the most likely token, (tokens, 2);
     and the generated text, if generation was requested."""
 
     scores: np.ndarray | None
@@ -286,13 +286,17 @@ class Generate(Task):
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Return the cross-entropy over the target tokens, summed per row."""
+        assert isinstance(dataset, GenerateDataset)
+        dataset.smoothed = label_smoothing > 0
 
         def scores(found: Tensor, batch: Batch) -> Term:
-            tokens = -(1 - label_smoothing) * found[:, LABEL] - label_smoothing * found[:, MEAN]
+            tokens = -found[:, LABEL]
+            if label_smoothing:
+                tokens = (1 - label_smoothing) * tokens - label_smoothing * found[:, MEAN]
             counts = torch.from_numpy(dataset.units[batch.rows].astype(np.int64)).to(found.device)
             rows = torch.arange(len(counts), device=found.device).repeat_interleave(counts)
             losses = torch.zeros(len(counts), device=found.device).index_add(0, rows, tokens)
-            return Term(losses, (found[:, LABEL] >= found[:, OTHER]).detach())
+            return Term(losses, (found[:, LABEL] >= found[:, BEST]).detach())
 
         return one_term(scores)
 
@@ -308,7 +312,7 @@ class Generate(Task):
             texts = [*self._write(forward, dataset, batch.rows)]
         if not dataset.answered:
             return [Answered(None, text) for text in texts]
-        found = forward(batch).float().cpu().numpy()[:, [LABEL, OTHER]]
+        found = forward(batch).float().cpu().numpy()[:, [LABEL, BEST]]
         ends = np.cumsum(dataset.units[batch.rows].astype(int))[:-1]
         return [Answered(scores, text) for scores, text in zip(np.split(found, ends), texts)]
 

@@ -17,7 +17,7 @@ An objective implements `refuse` (what is wrong with a tokenizer or model) and `
   out again (`model_inputs`). Random draws come from `at.generator(row)`, so they are functions of (seed, epoch, row) alone;
   what follows a schedule is a function of `at.progress`.
 - `units_of(rows, at)` returns the number of targets in these rows, without making them; `count` calls it.
-- `call` computes `token_scores` at these places, (targets, 3); override it if a model is called in another way.
+- `call` computes `token_scores` at these places, (targets, 2); override it if a model is called in another way.
 - Evaluation rows get the pass `Pass()` each time, so their masks never change. `dataset(..., training=False)` made them:
   settings of the training, such as a schedule, do not apply there, so that losses of different settings compare.
 """
@@ -49,7 +49,7 @@ from graftkit.recipe.catalogue import option
 from graftkit.recipe.environment import cache_folder
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, Term, Terms
 from graftkit.tasks.objectives.documents import CorpusTable, Documents, Texts
-from graftkit.tasks.shared.scores import LABEL, OTHER, token_scores
+from graftkit.tasks.shared.scores import BEST, LABEL, token_scores
 from graftkit.tasks.shared.texts import tokenizer_of
 
 TOKENS = "tokens"  # the term over target tokens
@@ -91,7 +91,7 @@ class TokenRows(Dataset):
         return {name: t for name, t in batch.inputs.items() if name not in self.hidden}
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """Return `token_scores` of the target tokens, (targets, 3)."""
+        """Return `token_scores` of the target tokens, (targets, 2)."""
         given = batch.inputs
         return token_scores(model, self.model_inputs(batch), given[ROWS], given[PLACES], given[TARGETS])
 
@@ -295,9 +295,9 @@ def _stamps(corpus: Corpus) -> list[tuple[str, int, int]]:
 
 
 def token_term(scores: Tensor, batch: Batch, weight: float = 1.0) -> Term:
-    """Return the term over target tokens for their scores (targets, 3)."""
+    """Return the term over target tokens for their scores (targets, 2)."""
     losses = -scores[:, LABEL]
-    correct = (scores[:, LABEL] >= scores[:, OTHER]).detach().float()
+    correct = (scores[:, LABEL] >= scores[:, BEST]).detach().float()
     return BySum(
         losses.sum(), correct.sum(), weight, lambda: by_row(losses, batch), lambda: by_row(correct, batch)
     )

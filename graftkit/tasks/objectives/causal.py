@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftkit.backbone import Backbone
+from graftkit.backbone.attention import keep_parts_apart
+from graftkit.backbone.packed import Parts, packed
 from graftkit.data.packing import leaks, pack, positions
-from graftkit.data.source import Pass
+from graftkit.data.source import Batch, Pass
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.objectives.base import PLACES, ROWS, TARGETS, Objective, TokenRows
@@ -104,6 +106,19 @@ class CausalRows(TokenRows):
         }
         return made | ({"position_ids": torch.from_numpy(numbers)} if self.apart else {})
 
+    def call(self, model: nn.Module, batch: Batch) -> Any:
+        with packed(self.parts(batch.rows) if self.apart else None):
+            return super().call(model, batch)
+
+    def parts(self, rows: np.ndarray) -> Parts:
+        """Return the parts of these rows: pieces, and the padding."""
+        begins = self.pieces.begins
+        sizes = [
+            [*self.pieces.sizes[begins[row] : begins[row + 1]].tolist(), self.length - int(self.sizes[row])]
+            for row in rows
+        ]
+        return Parts([[size for size in row if size] for row in sizes])
+
     def where(self, row: int) -> str:
         parts = self.pieces.documents[self.pieces.begins[row] : self.pieces.begins[row + 1]]
         return "; ".join(self.examples.where(int(self.texts.numbers[part])) for part in parts[:8])
@@ -151,6 +166,7 @@ class Causal(Objective):
     ) -> TokenRows:
         rows = CausalRows(examples, texts, backbone.processor, max_length, self.apart)
         if training and self.apart and not next(backbone.model.parameters()).is_meta:
+            keep_parts_apart(backbone)
             reason = leaks(
                 backbone.model, [rows.piece(i)[:-1] for i in range(min(3, len(rows.pieces.sizes)))]
             )

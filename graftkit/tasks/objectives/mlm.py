@@ -81,7 +81,7 @@ class MaskedRows(TokenRows):
         }
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the scores of the masked tokens, (targets, 3); the whole head runs on those alone."""
+        """Return the scores of the masked tokens, (targets, 2); the whole head runs on those alone."""
         given = batch.inputs
         return scores_of_chosen(model, self.model_inputs(batch), given[ROWS], given[PLACES], given[TARGETS])
 

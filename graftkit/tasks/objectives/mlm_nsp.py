@@ -125,7 +125,7 @@ class PairRows(TokenRows):
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()}
 
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the scores of the masked tokens, (targets, 3), and behind them the logits of the order, (rows, 2), in one
+        """Return the scores of the masked tokens, (targets, 2), and behind them the logits of the order, (rows, 2), in one
         row."""
         given: Any = batch.inputs
         with chosen_states(model.base_model, given[ROWS], given[PLACES]):  # type: ignore[arg-type]
@@ -208,7 +208,7 @@ class MlmNsp(MaskingOptions, Objective):
 
     def terms(self, outputs: Any, batch: Batch) -> Terms:
         rows = len(batch.rows)
-        scores, order = outputs[: -2 * rows].view(-1, 3), outputs[-2 * rows :].view(rows, 2)
+        scores, order = outputs[: -2 * rows].view(-1, 2), outputs[-2 * rows :].view(rows, 2)
         wanted = batch.inputs[ORDER]
         losses = nn.functional.cross_entropy(order, wanted, reduction="none")
         return {

@@ -15,7 +15,7 @@ from graftkit.tasks.shared.scores import token_scores
 def scores_of_chosen(
     model: Any, inputs: dict[str, Tensor], rows: Tensor, places: Tensor, targets: Tensor
 ) -> Tensor:
-    """Return `token_scores` (targets, 3) of a masked language model of transformers.
+    """Return `token_scores` (targets, 2) of a masked language model of transformers.
 
     Between the body, such as `model.bert`, and the head, only the states at these places are kept, as one row, so that the
     head's own layers are computed for those alone.

@@ -1,0 +1,113 @@
+"""Activation checkpointing: the trained blocks keep their input and compute the rest again in the backward pass.
+
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". The gradients are the same, bit for bit on a CPU: random
+numbers are drawn again from the same state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from graftkit.backbone import packed
+from graftkit.engine import dropout
+from graftkit.libraries import cache_names
+
+# results that 'selective' keeps: those of products and of attention; all between them is computed again
+KEPT = (
+    "mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_flex_attention",
+)  # fmt: skip
+
+
+class Recompute:
+    """Computes blocks again in the backward pass while it is `on`.
+
+    `how`: 'none'; 'blocks', which keeps the input of each block; 'selective', which also keeps the results of products and
+    attention; 'auto': 'none' until `turn_on`, then 'blocks'.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], how: str) -> None:
+        self.blocks, self.how = blocks, how
+        self.on = how in ("blocks", "selective")
+        self.depth: int | None = None  # of the current phase
+        self.changed: list[nn.Module] = []
+        self.untold = False
+
+    def enter(self, depth: int) -> None:
+        """Begin a phase in which the first `depth` blocks are frozen. They have no gradient, and keep nothing."""
+        self.leave()
+        self.depth = depth
+        for block in self.blocks[depth:] if self.on else ():
+            if "forward" not in vars(block):
+                block.forward = self._again(block.forward)  # type: ignore[method-assign]
+                self.changed.append(block)
+
+    def leave(self) -> None:
+        """Leave the model as it was."""
+        for block in self.changed:
+            del block.forward
+        self.changed = []
+
+    def turn_on(self) -> bool:
+        """Begin to recompute because memory ran out; return whether that may help."""
+        if self.on or self.how != "auto" or self.depth is None or not self.blocks[self.depth :]:
+            return False
+        self.on = self.untold = True
+        self.enter(self.depth)
+        return True
+
+    def notes(self) -> Iterator[str]:
+        """Yield what a user is to be told, once."""
+        if self.untold:
+            self.untold = False
+            yield "note: memory ran out, so activations are recomputed from here on (train.checkpointing=blocks)"
+
+    def _again(self, forward: Callable) -> Callable:
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled() or _holds_cache(args, kwargs):
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+
+        return run
+
+    def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Return what surrounds the forward pass of a block, and what surrounds it when it is computed again."""
+        again = _both(_as_then(), packed.packed(packed.current()))
+        if self.how != "selective":
+            return ExitStack(), again
+        first, second = create_selective_checkpoint_contexts(_policy)
+        return first, _both(again, second)
+
+
+@contextmanager
+def _both(one: AbstractContextManager, other: AbstractContextManager) -> Iterator[None]:
+    with one, other:
+        yield
+
+
+def _as_then() -> AbstractContextManager:
+    """Return a context in which our own dropout draws what it draws from now on."""
+    source = dropout.current()
+    return ExitStack() if source is None else source.again()
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operation.name().removeprefix("aten::").partition(".")[0]
+    return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _holds_cache(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Return whether a block got a cache of keys and values, which a second pass would extend again."""
+    from transformers.cache_utils import Cache
+
+    given = {name: kwargs[name] for name in cache_names() if kwargs.get(name) is not None}
+    return bool(given) or any(isinstance(value, Cache) for value in args)
