@@ -27,6 +27,7 @@ from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients, sum_tensor
 from graftkit.engine.rounding import Rounding
+from graftkit.engine.scaling import Scaled
 from graftkit.engine.sums import Figures, Sums
 from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
 from graftkit.errors import UserError, first_line
@@ -115,7 +116,8 @@ class Loop:
         self.step = 0
         self.optimizer = graft.optimizer(settings.lr, settings.weight_decay, settings.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        steps = WithinBackward if settings.step_in_backward else AfterBackward
+        after = Scaled if forward.precision == "fp16" else AfterBackward
+        steps = WithinBackward if settings.step_in_backward else after
         rounding = Rounding(settings.seed) if settings.weight_type == "bf16" else None
         self.updates: Updates = steps(self.optimizer, settings.clip, rounding)
         self.index, self.world = processes()
@@ -202,8 +204,7 @@ class Loop:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
         self.updates.begin(self.step, None if audit is None else audit.saw)
-        sums = self._gradients(work)
-        sum_gradients(self.parameters.values())
+        sums = self._fitting_gradients(work)
         if audit is not None:
             audit.after_backward()
         loss, norm, terms = self._read(sums, self.updates.norm(), work)
@@ -243,6 +244,15 @@ class Loop:
         }
         loss = sum(sums.weights[name] * one.loss for name, one in figures.items())
         return loss, read[-1], figures
+
+    def _fitting_gradients(self, work: Work) -> Sums:
+        """Compute the gradients of the step over all processes; again with a smaller scale of the loss if they overflow."""
+        while True:
+            sums = self._gradients(work)
+            sum_gradients(self.parameters.values())
+            if self.updates.fits():
+                return sums
+            self.optimizer.zero_grad()
 
     def _gradients(self, work: Work) -> Sums:
         """Compute the gradients of the step; if memory runs out, halve the parts and try again."""
@@ -353,7 +363,7 @@ class Loop:
 
     def save(self, folder: Path, position: dict[str, Any]) -> None:
         """Write a checkpoint of the current step."""
-        position = {**position, "gradient_norm": self.updates.previous}
+        position = {**position, "gradient_norm": self.updates.previous, "scaling": self.updates.state}
         averages = None if self.average is None else self.average.values
         checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position, averages)
 
@@ -364,6 +374,7 @@ class Loop:
         if position is not None:
             self.step = position["step"]
             self.updates.previous = position.get("gradient_norm", 0.0)
+            self.updates.restore(position.get("scaling", {}))
         return position, damaged
 
 

@@ -61,7 +61,7 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
 
     Frozen floating-point parameters are stored in the compute type, trained ones in fp32, or bf16 if in `rounded`.
     """
-    frozen_size = 2 if precision == "bf16" else 4
+    frozen_size = 4 if precision == "fp32" else 2
     trained = total = weights = 0
     groups: dict[str, int] = {}
     full = full_precision_names(graft.model, graft.labels, rounded)

@@ -21,6 +21,7 @@ from graftkit.backbone.source import find_source
 from graftkit.data.order import epoch_batches, padding_share
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
+from graftkit.engine.precision import HALF
 from graftkit.errors import UserError
 from graftkit.plan.work import FORMULA, flops_of, products
 from graftkit.recipe import schema as recipes
@@ -193,7 +194,7 @@ def _padding(prepared: Prepared) -> float:
 
 def _products(prepared: Prepared, batch_size: int) -> dict[str, float | None]:
     """Measure the products of the step's shapes, and a large square one, in the precision of the run."""
-    device, kind = prepared.device, torch.bfloat16 if prepared.precision == "bf16" else torch.float32
+    device, kind = prepared.device, HALF.get(prepared.precision, torch.float32)
     lengths = prepared.train.lengths
     tokens = int(batch_size * (lengths if isinstance(lengths, int) else np.mean(lengths)))
     size = SQUARE.get(device.type, LARGE)

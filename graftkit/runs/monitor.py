@@ -19,6 +19,7 @@ from graftkit.engine.cached import make_forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import in_first, processes, wait
 from graftkit.engine.predict import predict
+from graftkit.engine.regions import Regions
 from graftkit.engine.tracking import Trackers
 from graftkit.errors import UserError, first_line, listing
 from graftkit.files import append_lines, write_json, write_text
@@ -64,6 +65,7 @@ class Watch:
         self.choice = best_of(rows.task, rows.labels, prepared.recipe.train.best)
         self.problems: list[str] = []  # failures that did not stop the run
         self.trackers: Trackers | None = None
+        self.regions: Regions | None = None
         self.main = processes()[0] == 0
         evaluations = 1 if prepared.recipe.train.evaluate_every == "end" else 2
         self.forwards = {
@@ -200,6 +202,7 @@ class Watch:
                 position = {
                     "best": self.best, "waited": self.waited, "seconds": self.seconds, "worst": self.best_worst,
                     "unused": sorted(self.unused), "zero": self.zero, "tokens": self.tokens, "stepping": self.stepping,
+                    "compiled": None if self.regions is None else self.regions.state,
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
@@ -246,6 +249,8 @@ class Watch:
             self.seconds_before, self.best_worst = position["seconds"], position["worst"]
             self.unused, self.zero = set(position.get("unused", ())), position.get("zero", [])
             self.tokens, self.stepping = position.get("tokens", 0), position.get("stepping", 0.0)
+            if self.regions is not None:
+                self.regions.restore(position.get("compiled"))
         in_first(lambda: self._check_best(step))
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
@@ -337,7 +342,8 @@ class Watch:
             "steps": self.loop.step,
             "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / self.stepping, 1) if self.stepping else None,
-            "precision": self.prepared.precision,
+            "precision": self.prepared.plan.precision,
+            "loss_scale": self.loop.updates.state or None,
             "device": str(self.prepared.device),
             "method": str(self.prepared.graft.method) or "none",
             "optimizer": self.prepared.plan.optimizer,

@@ -1,0 +1,311 @@
+"""Compile the repeated blocks of a model with torch.compile where that pays.
+
+A block is compiled by itself ('regional compilation'), so that one graph serves all blocks that are alike and the time to
+compile does not grow with the model; lengths and numbers of rows are symbolic, so that new ones compile nothing. Additions
+are traced with the block, as their hooks are called inside it. Evaluation stays eager.
+
+Whether it pays is measured on the inputs that the blocks had in a real step: the forward and backward pass of a block,
+eager and compiled, and the time to compile. The result is remembered in the cache folder for this machine, model, method
+and versions, so that the next run decides at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.backbone.anatomy import has_statistics
+from graftkit.backbone.memory import is_out_of_memory
+from graftkit.engine.dropout import fast_dropout
+from graftkit.engine.precision import autocast, cpu_name
+from graftkit.errors import first_line
+from graftkit.files import special, write_json
+from graftkit.grafts.graft import Graft
+from graftkit.recipe.environment import cache_folder
+
+LEAST_LEFT = 300.0  # estimated seconds of a run below which nothing is tried
+FIRST_STEPS = 6  # that are timed before; the very first ones are slower
+TRIALS = 3
+WORTHWHILE = 1.05
+TOLERANCE = {
+    "fp32": 1e-3,
+    "bf16": 5e-2,
+    "fp16": 2e-2,
+}  # relative differences of outputs and gradients, which are rounding
+CACHE = "compile.json"
+RECOMPILATIONS = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One block: seconds of a forward and backward pass, eager and compiled, and to compile it and the next one like it."""
+
+    eager: float
+    compiled: float
+    first: float
+    next: float
+
+    def saved(self, blocks: int, passes: float) -> float:
+        """Return the seconds that compiling `blocks` blocks saves over `passes` batches, after its own cost."""
+        return (self.eager - self.compiled) * blocks * passes - self.first - self.next * (blocks - 1)
+
+
+class Region:
+    """The forward of one block: compiled while it is on and gradients are computed, else the block's own."""
+
+    def __init__(self, block: nn.Module, compile: Callable[[Any], Any]) -> None:
+        self.block, self.plain = block, block.forward
+        functools.update_wrapper(self, block.forward)
+        self.compiled = compile(block.forward)
+        self.on = False
+        self.seen: tuple[tuple, dict[str, Any]] | None = None
+        self.watches = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.plain(*args, **kwargs)
+        if self.watches:
+            self.seen, self.watches = (detached(args), detached(kwargs)), False
+        return (self.compiled if self.on else self.plain)(*args, **kwargs)
+
+
+class Regions:
+    """The blocks of a run that may be compiled, and the decision."""
+
+    def __init__(
+        self, graft: Graft, depth: int, device: torch.device, precision: str, wanted: str, tell: Callable[[str], None],
+        backend: str = "inductor",
+    ) -> None:  # fmt: skip
+        """`depth`: the number of leading frozen blocks, which are not compiled; blocks with running statistics are not
+        either. `wanted`: train.compile. `tell`: print a line."""
+        self.graft, self.device, self.precision, self.tell = graft, device, precision, tell
+        self.wanted, self.backend = wanted, backend
+        self.on = self.decided = False
+        self.times: list[float] = []
+        blocks = [graft.backbone.module(name) for name in graft.backbone.blocks[depth:]]
+        usable = not any("forward" in b.__dict__ or any(map(has_statistics, b.modules())) for b in blocks)
+        self.blocks = blocks if wanted != "none" and usable else []
+        self.regions: list[Region] = []
+        self.decided = not self.blocks
+
+    @property
+    def state(self) -> dict[str, bool]:
+        """What a checkpoint keeps, so that a resumed run computes as the one before."""
+        return {"decided": self.decided, "on": self.on}
+
+    def restore(self, state: Mapping[str, bool] | None) -> None:
+        """Go on as the run did when a checkpoint was written."""
+        if state and self.blocks:
+            self.decided = bool(state["decided"])
+            if state["on"]:
+                self._place()
+                self._turn_on()
+
+    def after_step(self, seconds: float, batches: int, left: int) -> None:
+        """Decide, if it is time to, after a step of `seconds` with `batches` forward passes, and `left` steps to go."""
+        if self.decided:
+            return
+        self.times.append(seconds)
+        if self.regions:
+            if any(region.seen for region in self.regions):
+                self._decide(batches, left)
+            return
+        if self.wanted == "auto" and not self._may_pay(batches, left):
+            return
+        self._place()
+        for region in self.regions[:2]:
+            region.watches = True
+
+    def leave(self) -> None:
+        """Give the blocks their own forward back."""
+        for region in self.regions:
+            del region.block.forward
+        self.regions, self.on = [], False
+
+    def _may_pay(self, batches: int, left: int) -> bool:
+        """Return whether to try; once enough steps are timed, also settle that it cannot pay."""
+        if len(self.times) < FIRST_STEPS:
+            return False
+        known = self._remembered()
+        estimated = median(self.times[2:]) * left
+        enough = known.saved(len(self.blocks), batches * left) > 0 if known else estimated > LEAST_LEFT
+        self.decided = not enough
+        return enough
+
+    def _place(self) -> None:
+        for block in self.blocks:
+            region = Region(block, self._compile)
+            block.forward = region  # type: ignore[assignment]
+            self.regions.append(region)
+
+    def _compile(self, function: Any) -> Any:
+        options = {"fallback_random": True} if self.backend == "inductor" else None
+        compiled = torch.compile(
+            function, backend=self.backend, dynamic=True, fullgraph=True, options=options
+        )
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with compiling():
+                return compiled(*args, **kwargs)
+
+        return call
+
+    def _turn_on(self) -> None:
+        self.on = self.decided = True
+        for region in self.regions:
+            region.on = True
+
+    def _decide(self, batches: int, left: int) -> None:
+        """Measure, and compile all blocks or none."""
+        known = self._remembered() if self.wanted == "auto" else None
+        try:
+            found = self._measure()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.decided = True
+            self.leave()
+            reason = getattr(error, "inner_exception", error)  # of torch._dynamo's: what the compiler raised
+            self.tell(
+                f"note: the blocks are not compiled ({type(reason).__name__}: {first_line(reason)[:200]})"
+            )
+            return
+        self._remember(found)
+        told = f"{1000 * found.eager:.3g} ms a block eager, {1000 * found.compiled:.3g} ms compiled"
+        rest = found.next * (len(self.blocks) - 2)
+        gain = (found.eager - found.compiled) * len(self.blocks) * batches * left - rest
+        if self.wanted == "blocks" or (gain > 0 and found.eager > WORTHWHILE * found.compiled):
+            self._turn_on()
+            self.tell(
+                f"note: {len(self.blocks)} blocks are compiled ({told}{'' if known is None else ', as before'})"
+            )
+        else:
+            self.decided = True
+            self.leave()
+            self.tell(f"note: compiling the blocks does not pay here ({told})")
+
+    def _measure(self) -> Measured:
+        """Time the blocks on the inputs of a step. Raises whatever the compiler raises, and `RuntimeError` for other results."""
+        seen = [region for region in self.regions if region.seen is not None]
+        first, second = seen[0], seen[min(1, len(seen) - 1)]
+        wanted, eager = self._timed(first, first.plain)
+        begun = time.perf_counter()
+        got, _ = self._timed(first, first.compiled, trials=1)
+        cost = time.perf_counter() - begun
+        for one, other in zip(got, wanted):
+            differ = float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-20))
+            if not differ <= TOLERANCE[self.precision]:
+                raise RuntimeError(f"compiled results differ by {differ:.1%}")
+        _, compiled = self._timed(first, first.compiled)
+        begun = time.perf_counter()
+        self._timed(second, second.compiled, trials=1)
+        again = time.perf_counter() - begun
+        for region in self.regions:
+            region.seen = None
+        return Measured(eager, compiled, max(0.0, cost - compiled), max(0.0, again - compiled))
+
+    def _timed(self, region: Region, function: Any, trials: int = TRIALS) -> tuple[list[Tensor], float]:
+        """Return the output and gradients of a block on the inputs that it had, and the least time of some passes."""
+        assert region.seen is not None
+        times, found = [], []
+        for _ in range(trials):
+            args, kwargs = detached(region.seen[0]), detached(region.seen[1])
+            wanted = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+            wanted += [p for p in region.block.parameters() if p.requires_grad]
+            self._synchronize()
+            start = time.perf_counter()
+            with self._as_in_a_step():
+                with autocast(self.device, self.precision):
+                    output = first_tensor(function(*args, **kwargs))
+                gradients = torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+            self._synchronize()
+            times.append(time.perf_counter() - start)
+            found = [output.detach(), *(g for g in gradients if g is not None)]
+        return found, min(times)
+
+    @contextmanager
+    def _as_in_a_step(self) -> Iterator[None]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), fast_dropout(self.device, 0):
+            torch.manual_seed(0)
+            yield
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """What a measurement holds for."""
+        graft = self.graft
+        machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
+        about = (
+            machine, torch.get_num_threads(), torch.__version__, graft.backbone.fingerprint,
+            len(self.blocks), str(graft.method), self.precision, self.backend,
+        )  # fmt: skip
+        return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+
+    def _remembered(self) -> Measured | None:
+        try:
+            return Measured(**{name: float(value) for name, value in _known()[self.key].items()})
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+    def _remember(self, found: Measured) -> None:
+        try:
+            write_json(cache_folder() / CACHE, {**_known(), self.key: asdict(found)})
+        except Exception:
+            pass  # without the cache, the next run measures again
+
+
+def _known() -> dict[str, Any]:
+    path = cache_folder() / CACHE
+    try:
+        known = {} if special(path) else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Set what compiled blocks need: no common subexpressions, as two dropout masks of one input are two; enough room for
+    the graphs of all blocks; and no lines of the compiler's on the terminal."""
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+
+    with functorch.patch(cse=False), dynamo.patch(recompile_limit=RECOMPILATIONS):
+        yield
+
+
+def detached(values: Any) -> Any:
+    """Return nested values with tensors that share memory and no graph; `requires_grad` stays."""
+    return _mapped(lambda t: t.detach().requires_grad_(t.requires_grad), values)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return change(values)
+    if type(values) in (list, tuple):
+        return type(values)(_mapped(change, value) for value in values)
+    if type(values) is dict:
+        return {key: _mapped(change, value) for key, value in values.items()}
+    return values
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the states that a block returns, alone or first among others."""
+    return (
+        output if isinstance(output, Tensor) else next(value for value in output if isinstance(value, Tensor))
+    )
