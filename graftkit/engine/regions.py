@@ -44,11 +44,16 @@ TOLERANCE = {
 }  # relative differences of outputs and gradients, which are rounding
 CACHE = "compile.json"
 RECOMPILATIONS = 64
+ALIKE = (0, 1)  # blocks whose graphs differ
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One block: seconds of a forward and backward pass, eager and compiled, and to compile it and the next one like it."""
+    """One block: seconds of a forward and backward pass, eager and compiled, and to compile.
+
+    `first`: of the first two blocks, since the first one's input may need no gradient and so has a graph of its own; `next`:
+    of each block after them.
+    """
 
     eager: float
     compiled: float
@@ -57,7 +62,11 @@ class Measured:
 
     def saved(self, blocks: int, passes: float) -> float:
         """Return the seconds that compiling `blocks` blocks saves over `passes` batches, after its own cost."""
-        return (self.eager - self.compiled) * blocks * passes - self.first - self.next * (blocks - 1)
+        return (
+            (self.eager - self.compiled) * blocks * passes
+            - self.first
+            - self.next * max(0, blocks - len(ALIKE))
+        )
 
 
 class Region:
@@ -123,7 +132,7 @@ class Regions:
         if self.wanted == "auto" and not self._may_pay(batches, left):
             return
         self._place()
-        for region in self.regions[:2]:
+        for region in self.regions[: len(ALIKE) + 1]:
             region.watches = True
 
     def leave(self) -> None:
@@ -183,7 +192,7 @@ class Regions:
             return
         self._remember(found)
         told = f"{1000 * found.eager:.3g} ms a block eager, {1000 * found.compiled:.3g} ms compiled"
-        rest = found.next * (len(self.blocks) - 2)
+        rest = found.next * (len(self.blocks) - len(ALIKE) - 1)
         gain = (found.eager - found.compiled) * len(self.blocks) * batches * left - rest
         if self.wanted == "blocks" or (gain > 0 and found.eager > WORTHWHILE * found.compiled):
             self._turn_on()
@@ -197,23 +206,21 @@ class Regions:
 
     def _measure(self) -> Measured:
         """Time the blocks on the inputs of a step. Raises whatever the compiler raises, and `RuntimeError` for other results."""
-        seen = [region for region in self.regions if region.seen is not None]
-        first, second = seen[0], seen[min(1, len(seen) - 1)]
+        first, *others = [region for region in self.regions if region.seen is not None]
         wanted, eager = self._timed(first, first.plain)
-        begun = time.perf_counter()
-        got, _ = self._timed(first, first.compiled, trials=1)
-        cost = time.perf_counter() - begun
-        for one, other in zip(got, wanted):
-            differ = float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-20))
-            if not differ <= TOLERANCE[self.precision]:
-                raise RuntimeError(f"compiled results differ by {differ:.1%}")
+        costs = []
+        for region in (first, *others):
+            begun = time.perf_counter()
+            got, _ = self._timed(region, region.compiled, trials=1)
+            costs.append(time.perf_counter() - begun)
+            for one, other in zip(got, wanted if region is first else ()):
+                differ = float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-20))
+                if not differ <= TOLERANCE[self.precision]:
+                    raise RuntimeError(f"compiled results differ by {differ:.1%}")
         _, compiled = self._timed(first, first.compiled)
-        begun = time.perf_counter()
-        self._timed(second, second.compiled, trials=1)
-        again = time.perf_counter() - begun
         for region in self.regions:
             region.seen = None
-        return Measured(eager, compiled, max(0.0, cost - compiled), max(0.0, again - compiled))
+        return Measured(eager, compiled, sum(costs[: len(ALIKE)]), costs[-1] if others else 0.0)
 
     def _timed(self, region: Region, function: Any, trials: int = TRIALS) -> tuple[list[Tensor], float]:
         """Return the output and gradients of a block on the inputs that it had, and the least time of some passes."""
@@ -228,7 +235,7 @@ class Regions:
             with self._as_in_a_step():
                 with autocast(self.device, self.precision):
                     output = first_tensor(function(*args, **kwargs))
-                gradients = torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+                gradients = torch.autograd.grad(output, wanted, pull(output), allow_unused=True)
             self._synchronize()
             times.append(time.perf_counter() - start)
             found = [output.detach(), *(g for g in gradients if g is not None)]
@@ -302,6 +309,12 @@ def _mapped(change: Callable[[Tensor], Tensor], values: Any) -> Any:
     if type(values) is dict:
         return {key: _mapped(change, value) for key, value in values.items()}
     return values
+
+
+def pull(output: Tensor) -> Tensor:
+    """Return a random gradient of an output, always the same. That of a sum would vanish in a norm."""
+    generator = torch.Generator(output.device).manual_seed(0)
+    return torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -106,7 +106,7 @@ def test_a_short_run_tries_nothing_and_what_is_remembered_decides(monkeypatch):
             regions.after_step(1.0, 1, 100)
         assert bool(regions.regions) is tries
         regions.leave()
-    assert Measured(0.2, 0.1, 5.0, 1.0).saved(3, 100) == pytest.approx(0.1 * 300 - 7)
+    assert Measured(0.2, 0.1, 5.0, 1.0).saved(4, 100) == pytest.approx(0.1 * 400 - 7)
 
 
 def test_a_measurement_is_kept_in_the_cache_folder(tmp_path, monkeypatch):
