@@ -1,8 +1,8 @@
 """Products with frozen weights in fp8, forward and for the gradient of the input.
 
 Each row of a weight has a scale, found once, and each row of an input its own, found in every product (Micikevicius et al.
-2022, 'FP8 Formats for Deep Learning'; scales by row as in torch._scaled_mm). Activations and weights are in E4M3, gradients
-in E5M2, whose range is larger. Sums are in fp32 and results in the input's type. Trained weights, what methods add, norms,
+2022, 'FP8 Formats for Deep Learning'; scales by row as in torch._scaled_mm). With a scale for each row the range of E4M3 is
+enough for gradients too, so that all three are in it, as in torchao's recipe with scales by row. Sums are in fp32 and results in the input's type. Trained weights, what methods add, norms,
 attention and layers outside the blocks are computed as without it.
 """
 
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from graftkit.backbone import Backbone
 from graftkit.errors import UserError
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3 = torch.float8_e4m3fn
 LEAST = (9, 0)  # compute capability: Hopper, the first with scales by row
 MULTIPLE = 16  # of both sizes of a matrix, which the products need
 TINY = 1e-12
@@ -26,7 +26,7 @@ TINY = 1e-12
 
 def refuse_fp8(device: torch.device) -> None:
     """Raise `UserError` if a device has no products in fp8."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         raise UserError(
             f"train.precision=fp8 needs an NVIDIA GPU, but this run is on {device.type}; use train.precision=auto."
         )
@@ -37,11 +37,11 @@ def refuse_fp8(device: torch.device) -> None:
         )
 
 
-def quantized(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return x (rows, n) in fp8, and the scale (rows, 1) in fp32 that gives it back: x = values * scale."""
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x (rows, n) in E4M3, and the scale (rows, 1) in fp32 that gives it back: x = values * scale."""
     largest = x.abs().amax(dim=1, keepdim=True).float()
-    scale = (largest / torch.finfo(kind).max).clamp(min=TINY)
-    return (x.float() / scale).to(kind), scale
+    scale = (largest / torch.finfo(E4M3).max).clamp(min=TINY)
+    return (x.float() / scale).to(E4M3), scale
 
 
 def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, kind: torch.dtype) -> Tensor:
@@ -51,7 +51,7 @@ def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, kind: torch.
     """
     if a.is_cuda:
         return torch._scaled_mm(
-            a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=kind, use_fast_accum=False
+            a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=kind, use_fast_accum=True
         )
     return ((a.float() @ b.float().t()) * a_scale * b_scale.t()).to(kind)
 
@@ -62,15 +62,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return product(*quantized(x, E4M3), layer.weight, layer.scale, x.dtype)
+        return product(*quantized(x), layer.weight, layer.scale, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         layer = ctx.layer
-        return product(
-            *quantized(gradient, E5M2), layer.transposed, layer.transposed_scale, gradient.dtype
-        ), None
+        return product(*quantized(gradient), layer.transposed, layer.transposed_scale, gradient.dtype), None
 
 
 class FrozenLinear:
@@ -79,8 +77,8 @@ class FrozenLinear:
     def __init__(self, module: nn.Linear) -> None:
         self.module = module
         weight = module.weight.detach()
-        self.weight, self.scale = quantized(weight, E4M3)
-        self.transposed, self.transposed_scale = quantized(weight.t().contiguous(), E4M3)
+        self.weight, self.scale = quantized(weight)
+        self.transposed, self.transposed_scale = quantized(weight.t().contiguous())
 
     def __call__(self, x: Tensor) -> Tensor:
         kind = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +127,7 @@ class Loop:
         from_first(graft.state.values())
         self.average = None if settings.ema is None else Average(graft.parameters, settings.ema)
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Generator[Step]:
         audit: Audit | None = None
         ahead = Ahead(self.work, self.settings.steps)
         try:

@@ -35,7 +35,7 @@ from graftkit.recipe.environment import cache_folder
 
 LEAST_LEFT = 300.0  # estimated seconds of a run below which nothing is tried
 FIRST_STEPS = 6  # that are timed before; the very first ones are slower
-TRIALS = 3
+TRIALS = 5
 WORTHWHILE = 1.05
 TOLERANCE = {
     "fp32": 1e-3,
@@ -72,10 +72,12 @@ class Measured:
 class Region:
     """The forward of one block: compiled while it is on and gradients are computed, else the block's own."""
 
-    def __init__(self, block: nn.Module, compile: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, block: nn.Module, compile: Callable[[Any], Any], failed: Callable[[Exception], None]
+    ) -> None:
         self.block, self.plain = block, block.forward
         functools.update_wrapper(self, block.forward)
-        self.compiled = compile(block.forward)
+        self.compiled, self.failed = compile(block.forward), failed
         self.on = False
         self.seen: tuple[tuple, dict[str, Any]] | None = None
         self.watches = False
@@ -85,7 +87,14 @@ class Region:
             return self.plain(*args, **kwargs)
         if self.watches:
             self.seen, self.watches = (detached(args), detached(kwargs)), False
-        return (self.compiled if self.on else self.plain)(*args, **kwargs)
+        if self.on:
+            try:
+                return self.compiled(*args, **kwargs)
+            except Exception as error:  # a new kind of input that cannot be compiled
+                if is_out_of_memory(error):
+                    raise
+                self.failed(error)
+        return self.plain(*args, **kwargs)
 
 
 class Regions:
@@ -153,12 +162,12 @@ class Regions:
 
     def _place(self) -> None:
         for block in self.blocks:
-            region = Region(block, self._compile)
+            region = Region(block, self._compile, self._give_up)
             block.forward = region  # type: ignore[assignment]
             self.regions.append(region)
 
     def _compile(self, function: Any) -> Any:
-        options = {"fallback_random": True} if self.backend == "inductor" else None
+        options: Any = {"fallback_random": True} if self.backend == "inductor" else None
         compiled = torch.compile(
             function, backend=self.backend, dynamic=True, fullgraph=True, options=options
         )
@@ -183,12 +192,8 @@ class Regions:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self.decided = True
+            self._give_up(error)
             self.leave()
-            reason = getattr(error, "inner_exception", error)  # of torch._dynamo's: what the compiler raised
-            self.tell(
-                f"note: the blocks are not compiled ({type(reason).__name__}: {first_line(reason)[:200]})"
-            )
             return
         self._remember(found)
         told = f"{1000 * found.eager:.3g} ms a block eager, {1000 * found.compiled:.3g} ms compiled"
@@ -204,42 +209,49 @@ class Regions:
             self.leave()
             self.tell(f"note: compiling the blocks does not pay here ({told})")
 
+    def _give_up(self, error: Exception) -> None:
+        """Go on with eager blocks, and say why."""
+        self.decided, self.on = True, False
+        for region in self.regions:
+            region.on = False
+        reason = getattr(error, "inner_exception", error)  # of torch._dynamo's: what the compiler raised
+        self.tell(f"note: the blocks are not compiled ({type(reason).__name__}: {first_line(reason)[:200]})")
+
     def _measure(self) -> Measured:
         """Time the blocks on the inputs of a step. Raises whatever the compiler raises, and `RuntimeError` for other results."""
         first, *others = [region for region in self.regions if region.seen is not None]
-        wanted, eager = self._timed(first, first.plain)
+        wanted, _ = self._timed(first, first.plain)
         costs = []
         for region in (first, *others):
-            begun = time.perf_counter()
-            got, _ = self._timed(region, region.compiled, trials=1)
-            costs.append(time.perf_counter() - begun)
+            got, cost = self._timed(region, region.compiled)
+            costs.append(cost)
             for one, other in zip(got, wanted if region is first else ()):
                 differ = float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-20))
                 if not differ <= TOLERANCE[self.precision]:
                     raise RuntimeError(f"compiled results differ by {differ:.1%}")
-        _, compiled = self._timed(first, first.compiled)
+        pairs = [
+            (self._timed(first, first.plain)[1], self._timed(first, first.compiled)[1]) for _ in range(TRIALS)
+        ]
+        eager, compiled = map(min, zip(*pairs))
         for region in self.regions:
             region.seen = None
         return Measured(eager, compiled, sum(costs[: len(ALIKE)]), costs[-1] if others else 0.0)
 
-    def _timed(self, region: Region, function: Any, trials: int = TRIALS) -> tuple[list[Tensor], float]:
-        """Return the output and gradients of a block on the inputs that it had, and the least time of some passes."""
+    def _timed(self, region: Region, function: Any) -> tuple[list[Tensor], float]:
+        """Return the output and gradients of a block on the inputs that it had, and the time of the pass."""
         assert region.seen is not None
-        times, found = [], []
-        for _ in range(trials):
-            args, kwargs = detached(region.seen[0]), detached(region.seen[1])
-            wanted = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
-            wanted += [p for p in region.block.parameters() if p.requires_grad]
-            self._synchronize()
-            start = time.perf_counter()
-            with self._as_in_a_step():
-                with autocast(self.device, self.precision):
-                    output = first_tensor(function(*args, **kwargs))
-                gradients = torch.autograd.grad(output, wanted, pull(output), allow_unused=True)
-            self._synchronize()
-            times.append(time.perf_counter() - start)
-            found = [output.detach(), *(g for g in gradients if g is not None)]
-        return found, min(times)
+        args, kwargs = detached(region.seen[0]), detached(region.seen[1])
+        wanted = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+        wanted += [p for p in region.block.parameters() if p.requires_grad]
+        self._synchronize()
+        start = time.perf_counter()
+        with self._as_in_a_step():
+            with autocast(self.device, self.precision):
+                output = first_tensor(function(*args, **kwargs))
+            gradients = torch.autograd.grad(output, wanted, pull(output), allow_unused=True)
+        self._synchronize()
+        seconds = time.perf_counter() - start
+        return [output.detach(), *(g for g in gradients if g is not None)], seconds
 
     @contextmanager
     def _as_in_a_step(self) -> Iterator[None]:

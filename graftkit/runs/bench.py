@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import platform
 import re
 import time
@@ -91,6 +92,7 @@ def bench(
     work, tokens = _work(prepared, loop, lengths), sum(step.tokens for _, step in timed)
     achieved = None if work is None else work / tokens * speed
     rates = _products(prepared, batch_size)
+    peak = rates["peak_flops_per_second"]
     return {
         "model": model, "class": type(prepared.backbone.model).__name__, "method": str(prepared.graft.method),
         "task": str(prepared.rows.task), "precision": prepared.precision, **_machine(prepared.device),
@@ -99,7 +101,7 @@ def bench(
         "seconds_per_step": round(seconds, 6),
         "tokens_per_second": round(speed, 1),
         "padding": _padding(prepared), "model_flops_per_second": achieved,
-        **rates, "share_of_peak": None if achieved is None else achieved / rates["peak_flops_per_second"],
+        **rates, "share_of_peak": None if achieved is None else achieved / (peak or math.inf),
         "formula": FORMULA, "time": spent, "steps": len(timed),
     }  # fmt: skip
 
@@ -138,7 +140,7 @@ def _made(task: Task, recipe: Recipe, tokens: int, batch_size: int) -> list[dict
     return [
         {
             column.name: str(row % 2) if column.kind == "label"
-            else tokenizer.decode(random.choice(usual, round(SPARE * tokens) + 8).tolist())
+            else str(tokenizer.decode(random.choice(usual, round(SPARE * tokens) + 8).tolist()))
             for column in wanted
         }
         for row in range(max(4, batch_size) * 2)
@@ -154,7 +156,8 @@ def _timed(
     loop: Loop, steps: Iterator[Step], prepared: Prepared
 ) -> tuple[list[tuple[float, Step]], list[np.ndarray]]:
     """Return the seconds of each step with the step, and the lengths of its rows."""
-    found, lengths, begun = [], [], time.perf_counter()
+    found: list[tuple[float, Step]] = []
+    lengths, begun = [], time.perf_counter()
     while len(found) < STEPS and (not found or time.perf_counter() - begun < SECONDS):
         rows = np.concatenate(loop.batches(loop.step))
         start = time.perf_counter()

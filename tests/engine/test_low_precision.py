@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 
 from graftkit.backbone import Backbone
 from graftkit.engine import scaling
-from graftkit.engine.fp8 import E4M3, E5M2, FrozenLinear, quantize_frozen, quantized, refuse_fp8
+from graftkit.engine.fp8 import FrozenLinear, quantize_frozen, quantized, refuse_fp8
 from graftkit.engine.precision import with_tf32
 from graftkit.engine.updates import AfterBackward
 from graftkit.errors import UserError
@@ -68,15 +68,13 @@ def test_scaled_gradients_are_those_of_the_loss_and_the_scale_follows_torch():
     assert updates.fits(), "nothing is left to lower: the loop sees the gradients and stops"
 
 
-def test_fp8_has_the_errors_of_its_formats():
-    """Rounding to m bits of a fraction has a relative error of at most 2^-(m+1), of 0.29 of that in the mean."""
+def test_fp8_has_the_errors_of_its_format():
+    """Rounding to the 3 bits of its fraction has a relative error of at most 2^-4."""
     torch.manual_seed(0)
     x = torch.randn(64, 256) * torch.logspace(-3, 3, 64)[:, None]  # rows of all magnitudes
-    for kind, bits in ((E4M3, 3), (E5M2, 2)):
-        values, scale = quantized(x, kind)
-        back = values.float() * scale
-        large = x.abs() > x.abs().amax(1, keepdim=True) / 64  # smaller ones are subnormal
-        assert float(((back - x).abs() / x.abs())[large].max()) <= 2.0 ** -(bits + 1)
+    values, scale = quantized(x)
+    large = x.abs() > x.abs().amax(1, keepdim=True) / 2**14  # smaller ones are subnormal
+    assert 0.05 < float(((values.float() * scale - x).abs() / x.abs())[large].max()) <= 2.0**-4
     module = nn.Linear(256, 128).bfloat16()
     layer = FrozenLinear(module)
     x = torch.randn(4, 16, 256, dtype=torch.bfloat16, requires_grad=True)
@@ -86,8 +84,8 @@ def test_fp8_has_the_errors_of_its_formats():
     gradient = torch.randn_like(wanted)
     (got,) = torch.autograd.grad(y, x, gradient.bfloat16())
     (exact,) = torch.autograd.grad(wanted, x, gradient)
-    assert 0.01 < error(got, exact) < 0.09
-    zero, scale = quantized(torch.zeros(2, 16), E4M3)
+    assert 0.01 < error(got, exact) < 0.05
+    zero, scale = quantized(torch.zeros(2, 16))
     assert torch.equal(zero.float() * scale, torch.zeros(2, 16))
 
 

@@ -14,6 +14,7 @@ from graftkit.backbone import Backbone
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.regions import Measured, Regions
 from graftkit.grafts.attach import attach
+from graftkit.runs.monitor import Watch
 
 CPU = torch.device("cpu")
 
@@ -55,19 +56,22 @@ def measured(regions: Regions, graft) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, method",
+    "kind, method, backend",
     [
-        ("bert", "lora(rank=2, sites='all-linear', dropout=0.2)"),
-        pytest.param("llama", "lora(rank=2, dropout=0.2) + adapter()", marks=pytest.mark.slow),
+        ("bert", "lora(rank=2, sites='q,v', dropout=0.2)", "eager"),
+        pytest.param(
+            "bert", "lora(rank=2, sites='all-linear', dropout=0.2)", "aot_eager", marks=pytest.mark.slow
+        ),
+        pytest.param("llama", "lora(rank=2, dropout=0.2) + adapter()", "aot_eager", marks=pytest.mark.slow),
     ],
 )
-def test_whole_blocks_trace_and_draw_the_same_masks(kind, method, monkeypatch):
-    """With the backend 'eager', nothing is rounded otherwise. New lengths compile nothing."""
+def test_whole_blocks_trace_and_draw_the_same_masks(kind, method, backend, monkeypatch):
+    """These backends round as eager code does. New lengths compile nothing."""
     monkeypatch.setattr(Regions, "_remember", lambda *_: None)
     graft = grafted(kind, method)
     wanted = [stepped(graft, seed, length) for seed, length in ((1, 7), (2, 9))]
     told: list[str] = []
-    regions = Regions(graft, 0, CPU, "fp32", "blocks", told.append, backend="aot_eager")
+    regions = Regions(graft, 0, CPU, "fp32", "blocks", told.append, backend=backend)
     measured(regions, graft)
     assert regions.on and "3 blocks are compiled" in told[0], told
     got = [stepped(graft, seed, length) for seed, length in ((1, 7), (2, 9))]
@@ -90,6 +94,23 @@ def test_a_failing_compiler_leaves_the_blocks_eager(monkeypatch):
     regions = Regions(graft, 0, CPU, "fp32", "blocks", told.append, backend=failing)
     measured(regions, graft)
     assert not regions.on and regions.decided and len(told) == 1 and "no C++ compiler" in told[0]
+    assert torch.equal(stepped(graft, 1, 7), wanted)
+
+
+def test_a_block_that_stops_compiling_goes_on_eager():
+    graft = grafted("bert", "lora(rank=2)")
+    wanted, told = stepped(graft, 1, 7), []
+    regions = Regions(graft, 0, CPU, "fp32", "blocks", told.append, backend="eager")
+    regions.restore({"decided": True, "on": True})
+
+    def failing(*args, **kwargs):
+        raise ValueError("a shape of its own")
+
+    assert regions.on
+    for region in regions.regions:
+        region.compiled = failing
+    assert torch.equal(stepped(graft, 1, 7), wanted)
+    assert not regions.on and told == ["note: the blocks are not compiled (ValueError: a shape of its own)"]
     assert torch.equal(stepped(graft, 1, 7), wanted)
 
 
@@ -124,7 +145,7 @@ def test_a_measurement_is_kept_in_the_cache_folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_run_with_inductor_is_the_eager_one_to_rounding_and_resumes(
-    command, tiny_bert, rows_folder, tmp_path
+    command, tiny_bert, rows_folder, tmp_path, monkeypatch
 ):
     words = {
         name: tune_words(tiny_bert, rows_folder, tmp_path / name, "train.steps=8", f"train.compile={kind}",
@@ -138,3 +159,18 @@ def test_a_run_with_inductor_is_the_eager_one_to_rounding_and_resumes(
     eager, compiled = (graft_tensors(tmp_path / name) for name in ("eager", "compiled"))
     assert all(torch.allclose(eager[name], compiled[name], rtol=1e-2, atol=1e-3) for name in eager)
     assert not equal_bits(eager, compiled)
+
+    tell = Watch.tell
+
+    def stop(watch, step, console):
+        tell(watch, step, console)
+        if step.number == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "tell", stop)
+        assert command(*words["stopped"]).status == 130
+    torch._dynamo.reset()
+    done = command("tune", "--resume", tmp_path / "stopped")
+    assert done.status == 0 and "resumed at step 4" in done.out, done.err
+    assert equal_bits(graft_tensors(tmp_path / "stopped"), compiled)
