@@ -109,6 +109,7 @@ class Regions:
         self.graft, self.device, self.precision, self.tell = graft, device, precision, tell
         self.wanted, self.backend = wanted, backend
         self.on = self.decided = False
+        self.compiled = False  # whether they ever were
         self.times: list[float] = []
         blocks = [graft.backbone.module(name) for name in graft.backbone.blocks[depth:]]
         usable = not any("forward" in b.__dict__ or any(map(has_statistics, b.modules())) for b in blocks)
@@ -119,12 +120,12 @@ class Regions:
     @property
     def state(self) -> dict[str, bool]:
         """What a checkpoint keeps, so that a resumed run computes as the one before."""
-        return {"decided": self.decided, "on": self.on}
+        return {"decided": self.decided, "on": self.on, "compiled": self.compiled}
 
     def restore(self, state: Mapping[str, bool] | None) -> None:
         """Go on as the run did when a checkpoint was written."""
         if state and self.blocks:
-            self.decided = bool(state["decided"])
+            self.decided, self.compiled = bool(state["decided"]), bool(state["compiled"])
             if state["on"]:
                 self._place()
                 self._turn_on()
@@ -180,7 +181,7 @@ class Regions:
         return call
 
     def _turn_on(self) -> None:
-        self.on = self.decided = True
+        self.on = self.decided = self.compiled = True
         for region in self.regions:
             region.on = True
 

@@ -343,6 +343,7 @@ class Watch:
             "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / self.stepping, 1) if self.stepping else None,
             "precision": self.prepared.plan.precision,
+            "compiled": self.regions is not None and self.regions.compiled,
             "loss_scale": self.loop.updates.state or None,
             "device": str(self.prepared.device),
             "method": str(self.prepared.graft.method) or "none",
