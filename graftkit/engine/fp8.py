@@ -8,7 +8,7 @@ attention and layers outside the blocks are computed as without it.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -95,15 +95,26 @@ def quantize_frozen(backbone: Backbone, trained: Container[str]) -> int:
     Their weights stay as they are beside the copies in fp8, so that grafts fold, and base values can be compared. Layers
     whose sizes are no multiples of 16 stay as they are.
     """
-    count = 0
+    layers = list(frozen_layers(backbone, trained))
+    for module in layers:
+        module.forward = FrozenLinear(module)  # type: ignore[method-assign,assignment]
+    return len(layers)
+
+
+def frozen_layers(backbone: Backbone, trained: Container[str]) -> Iterator[nn.Linear]:
+    """Yield the layers that `quantize_frozen` concerns."""
     for site in backbone.sites:
         module = site.module
-        plain = type(module) is nn.Linear and site.called and site.block is not None
-        if not plain or "forward" in module.__dict__ or f"{site.name}.weight" in trained:
+        if type(module) is not nn.Linear or not site.called or site.block is None:
             continue
-        assert isinstance(module, nn.Linear)
-        if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
-            continue
-        module.forward = FrozenLinear(module)  # type: ignore[method-assign,assignment]
-        count += 1
-    return count
+        sizes = module.in_features, module.out_features
+        if f"{site.name}.weight" not in trained and not any(size % MULTIPLE for size in sizes):
+            yield module
+
+
+def copies_bytes(backbone: Backbone, trained: Container[str]) -> int:
+    """Return the bytes of the copies in fp8, both ways, with their scales in fp32."""
+    return sum(
+        2 * m.in_features * m.out_features + 4 * (m.in_features + m.out_features)
+        for m in frozen_layers(backbone, trained)
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graftkit.engine.fp8 import copies_bytes
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
 from graftkit.grafts.fold import why_not
@@ -74,6 +75,8 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
             groups[role] = groups.get(role, 0) + count
         held = 4 if name in full else frozen_size
         weights += count * (held if parameter.dtype.is_floating_point else parameter.element_size())
+    if precision == "fp8":
+        weights += copies_bytes(graft.backbone, graft.labels)
     weights += sum(buffer.numel() * buffer.element_size() for buffer in graft.model.buffers())
     schedule = [
         {"step": phase.start + 1, "trained_parameters": _count(graft, phase), "frozen_blocks": phase.depth}

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 
 from graftkit.backbone import Backbone
 from graftkit.engine import scaling
-from graftkit.engine.fp8 import FrozenLinear, quantize_frozen, quantized, refuse_fp8
+from graftkit.engine.fp8 import FrozenLinear, copies_bytes, quantize_frozen, quantized, refuse_fp8
 from graftkit.engine.precision import with_tf32
 from graftkit.engine.updates import AfterBackward
 from graftkit.errors import UserError
@@ -111,6 +111,9 @@ def test_frozen_layers_of_the_blocks_alone_are_in_fp8():
 
     wanted, gradients = computed()
     assert quantize_frozen(graft.backbone, graft.labels) == 11, "six a block, but the trained one"
+    made = [m.forward for m in graft.model.modules() if isinstance(m.__dict__.get("forward"), FrozenLinear)]
+    held = [t for one in made for t in vars(one).values() if isinstance(t, torch.Tensor)]
+    assert sum(t.numel() * t.element_size() for t in held) == copies_bytes(graft.backbone, graft.labels)
     got, others = computed()
     assert 0 < error(got, wanted) < 0.06 and 0 < error(others, gradients) < 0.2
 
