@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -128,7 +129,13 @@ def _made(task: Task, recipe: Recipe, tokens: int, batch_size: int) -> list[dict
     """Return rows of random tokens for a task that reads texts, long enough to be cut to `tokens`."""
     wanted = [c for c in task.columns if c.required] or [c for c in task.columns if c.name == "text"]
     kinds = {column.kind for column in wanted}
-    if not wanted or task.per_token or not kinds <= {"text", "label"} or "text" not in kinds:
+    if (
+        task.makes_model
+        or not wanted
+        or task.per_token
+        or not kinds <= {"text", "label"}
+        or "text" not in kinds
+    ):
         raise UserError(f"random rows for {task.name}() cannot be made; name rows with --train.")
     source = find_source(recipe.model, recipe.weights)
     if source.folder is None:
@@ -149,7 +156,8 @@ def _made(task: Task, recipe: Recipe, tokens: int, batch_size: int) -> list[dict
 
 def _loop(prepared: Prepared) -> Loop:
     forward = Forward(prepared.graft, prepared.device, prepared.precision)
-    return Loop(prepared.graft, prepared.train, forward, prepared.phases, prepared.learn, prepared.settings)
+    last = replace(prepared.phases[-1], start=0)  # all that a method frees over time
+    return Loop(prepared.graft, prepared.train, forward, [last], prepared.learn, prepared.settings)
 
 
 def _timed(
