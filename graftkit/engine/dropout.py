@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftkit.engine.attention import Masks, attended
+from graftkit.engine.attention import Masks
 
 LEVELS = 1 << 16
 BITS = {torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}
@@ -93,48 +93,68 @@ def current() -> Source | None:
     return _current[-1] if _current else None
 
 
+@torch.library.custom_op("graftkit::keep", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def drawn(x: Tensor, p: float) -> Tensor:
+    """Return booleans of the shape of x from the source of the step, for compiled code, which calls but does not trace this."""
+    return _source().keep(x.shape, p)
+
+
+@drawn.register_fake
+def _shape_of_drawn(x: Tensor, p: float) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+PLAIN_DROPOUT, PLAIN_ATTENTION = F.dropout, F.scaled_dot_product_attention
+
+
+def _source() -> Source:
+    if not _current:
+        raise RuntimeError("code that was compiled within fast_dropout is called outside of it.")
+    return _current[-1]
+
+
+def _dropped(x: Tensor, p: float) -> Tensor:
+    """Return x with dropout; traced by torch.compile, the mask is drawn by one opaque operation."""
+    if not torch.compiler.is_compiling():
+        return _source().drop(x, p)
+    return x * (drawn(x.detach(), p).to(x.dtype) * (1 / (1 - p)))
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0.0 or inplace or p >= 1.0:
+        return PLAIN_DROPOUT(input, p, training, inplace)
+    return _dropped(input, p)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+               enable_gqa: bool = False, **more: Any) -> Tensor:  # fmt: skip
+    if dropout_p == 0.0 or more:
+        return PLAIN_ATTENTION(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+            scale=scale, enable_gqa=enable_gqa, **more,
+        )  # fmt: skip
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    weights = attention_weights(query, key, attn_mask, is_causal, scale)
+    return _dropped(weights.to(value.dtype), dropout_p) @ value
+
+
 @contextmanager
 def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
     """Replace the two dropout functions while the block runs; a no-op on devices other than the CPU."""
     if device.type != "cpu":
         yield
         return
-    source = Source(*seed)
-    plain_dropout, plain_attention = F.dropout, F.scaled_dot_product_attention
-
-    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0 or inplace or p >= 1.0:
-            return plain_dropout(input, p, training, inplace)
-        return source.drop(input, p)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-                  dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-                  enable_gqa: bool = False, **more: Any) -> Tensor:  # fmt: skip
-        quick = (
-            None
-            if more
-            else attended(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, source)
-        )
-        if quick is not None:
-            return quick
-        if dropout_p == 0.0 or more:
-            return plain_attention(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
-                scale=scale, enable_gqa=enable_gqa, **more,
-            )  # fmt: skip
-        if enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        weights = attention_weights(query, key, attn_mask, is_causal, scale)
-        return source.drop(weights.to(value.dtype), dropout_p) @ value
-
-    F.dropout, F.scaled_dot_product_attention = dropout, attention  # type: ignore[assignment]
-    _current.append(source)
+    before = F.dropout, F.scaled_dot_product_attention
+    _current.append(Source(*seed))
+    F.dropout, F.scaled_dot_product_attention = _dropout, _attention  # type: ignore[assignment]
     try:
         yield
     finally:
+        F.dropout, F.scaled_dot_product_attention = before
         _current.pop()
-        F.dropout, F.scaled_dot_product_attention = plain_dropout, plain_attention
 
 
 def attention_weights(

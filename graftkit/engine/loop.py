@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from graftkit.engine.parallel import from_first, processes, sum_gradients
 from graftkit.engine.readings import TOGETHER, LateStep, Read, Reading, Readings, Step, can_skip, step_unless
 from graftkit.engine.recompute import Recompute
 from graftkit.engine.rounding import Rounding
+from graftkit.engine.scaling import Scaled
 from graftkit.engine.sums import Sums
 from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
 from graftkit.errors import UserError, first_line
@@ -94,7 +95,8 @@ class Loop:
         self.step = 0
         self.optimizer = graft.optimizer(settings.lr, settings.weight_decay, settings.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        steps = WithinBackward if settings.step_in_backward else AfterBackward
+        after = Scaled if forward.precision == "fp16" else AfterBackward
+        steps = WithinBackward if settings.step_in_backward else after
         rounding = Rounding(settings.seed) if settings.weight_type == "bf16" else None
         self.updates: Updates = steps(self.optimizer, settings.clip, rounding)
         self.index, self.world = processes()
@@ -109,7 +111,7 @@ class Loop:
         from_first(graft.state.values())
         self.average = None if settings.ema is None else Average(graft.parameters, settings.ema)
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Generator[Step]:
         audit: Audit | None = None
         ahead = Ahead(self.work, self.settings.steps, 0 if self.forward.light else 2)
         try:
@@ -191,8 +193,7 @@ class Loop:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
         self.updates.begin(self.step, None if audit is None else audit.saw)
-        sums = self._gradients(work)
-        sum_gradients(self.parameters.values())
+        sums = self._fitting_gradients(work)
         if audit is not None:
             audit.after_backward()
         reading = Reading(self.step, work, sums, self.updates.norm())
@@ -258,6 +259,15 @@ class Loop:
                 self.optimizer.zero_grad()
                 raise NotFinite(self._not_finite(loss, norm, reading.work))
             self.updates.previous = norm
+
+    def _fitting_gradients(self, work: Work) -> Sums:
+        """Compute the gradients of the step over all processes; again with a smaller scale of the loss if they overflow."""
+        while True:
+            sums = self._gradients(work)
+            sum_gradients(self.parameters.values())
+            if self.updates.fits():
+                return sums
+            self.optimizer.zero_grad()
 
     def _gradients(self, work: Work) -> Sums:
         """Compute the gradients of the step; if memory runs out, recompute activations, then halve the parts, and try again."""
@@ -371,7 +381,7 @@ class Loop:
     def save(self, folder: Path, position: dict[str, Any]) -> None:
         """Write a checkpoint of the current step. Raises `NotFinite` if a step before was not finite."""
         self.settle()
-        position = {**position, "gradient_norm": self.updates.previous}
+        position = {**position, "gradient_norm": self.updates.previous, "scaling": self.updates.state}
         averages = None if self.average is None else self.average.values
         checkpoint.save(folder, self.step, self.graft.state, self.optimizer, position, averages)
 
@@ -382,6 +392,7 @@ class Loop:
         if position is not None:
             self.step = position["step"]
             self.updates.previous = position.get("gradient_norm", 0.0)
+            self.updates.restore(position.get("scaling", {}))
         return position, damaged
 
 

@@ -14,16 +14,23 @@ from torch import nn
 
 from graftkit.backbone.anatomy import has_statistics, is_linear
 from graftkit.backbone.walk import parameters_of
+from graftkit.engine.fp8 import refuse_fp8
 from graftkit.files import special, write_json
 from graftkit.optim.labels import Labels
 from graftkit.recipe.environment import cache_folder
 
 WORTHWHILE = 1.3  # how much faster a bf16 matrix product must be to be chosen
 SIZE = 768
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose(wanted: str, device: torch.device) -> str:
-    """Return 'fp32' or 'bf16'. On a CPU, 'auto' is measured once and cached in the user's cache folder."""
+    """Return the number type of products. On a CPU, 'auto' is measured once and cached in the user's cache folder.
+
+    'auto' is fp32 or bf16. Raises `UserError` for fp8 on a device that has no such products.
+    """
+    if wanted == "fp8":
+        refuse_fp8(device)
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -36,7 +43,7 @@ def choose(wanted: str, device: torch.device) -> str:
 def cpu_speedup() -> float:
     """Return how many times faster this CPU multiplies bf16 matrices than fp32 ones."""
     cache = cache_folder() / "machine.json"
-    key = f"{_cpu_name()} threads={torch.get_num_threads()} torch={torch.__version__}"
+    key = f"{cpu_name()} threads={torch.get_num_threads()} torch={torch.__version__}"
     try:
         known = {} if special(cache) else json.loads(cache.read_text(encoding="utf-8"))
         if key in known:
@@ -61,7 +68,8 @@ def _measure(dtype: torch.dtype) -> float:
     return min(times[2:])
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name of the CPU with a digest of its features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         wanted = [
@@ -108,7 +116,7 @@ def full_precision_names(model: nn.Module, trained: Container[str], rounded: Con
 
 def cast(model: nn.Module, trained: Container[str], precision: str, rounded: Container[str] = ()) -> None:
     """Convert frozen parameters to the compute type and trained ones to fp32, or bf16 if in `rounded`, in place."""
-    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    frozen = HALF.get(precision, torch.float32)
     full = full_precision_names(model, trained, rounded)
     for name, parameter in parameters_of(model).items():
         if parameter.dtype.is_floating_point:
@@ -117,6 +125,17 @@ def cast(model: nn.Module, trained: Container[str], precision: str, rounded: Con
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Return the context in which to call the model."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+    if precision in HALF:
+        return torch.autocast(device.type, dtype=HALF[precision])
     return nullcontext()
+
+
+def with_tf32(device: torch.device, precision: str) -> bool:
+    """Let a GPU that has TF32 use it where fp32 is computed, for the rest of the process; return whether it does.
+
+    TF32 keeps the range of fp32 and 10 bits of the 23 of its fraction, in the inputs of products alone.
+    """
+    if device.type != "cuda" or precision != "fp32" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    torch.set_float32_matmul_precision("high")
+    return True

@@ -41,6 +41,16 @@ class Updates(Protocol):
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Compute the gradients of a part of the loss of the step. `last`: it is the last one."""
 
+    def fits(self) -> bool:
+        """Return whether the gradients of the step are in range; otherwise it is computed again. Undo their scale."""
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of the scale of the loss; empty without one."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the scale of a checkpoint."""
+
     def norm(self) -> Tensor:
         """Return the norm of all gradients of the step, before clipping, on their device; clip what is not yet applied."""
 
@@ -48,7 +58,21 @@ class Updates(Protocol):
         """Complete the step, whose norm turned out to be finite."""
 
 
-class AfterBackward:
+class Unscaled:
+    """The part of `Updates` about a scaled loss, for those that do not scale it."""
+
+    def fits(self) -> bool:
+        return True
+
+    @property
+    def state(self) -> dict[str, float]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class AfterBackward(Unscaled):
     """One step of all parameters after the backward passes of a step, clipped by the norm of all gradients."""
 
     whole = False
@@ -94,7 +118,7 @@ class AfterBackward:
         self.previous = norm
 
 
-class WithinBackward:
+class WithinBackward(Unscaled):
     """The step of each parameter as soon as its gradient is complete, which is then freed.
 
     The norm of all gradients is known only when they are gone. A gradient g is therefore clipped by the larger of the

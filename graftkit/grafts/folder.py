@@ -55,7 +55,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {  # of the description, and what hol
 FIELDS_OF_RUNS: dict[str, Callable[[Any], bool]] = {
     "labels": _are_texts,
     "task": _is_text,
-    "precision": lambda value: value in ("fp32", "bf16"),
+    "precision": lambda value: value in ("fp32", "bf16", "fp16"),
     "columns": _is_mapping(_is_text),
     "max_length": lambda value: _is_number(value) and isinstance(value, int) and 0 <= value < 2**31,
     "base_values": _is_mapping(lambda values: isinstance(values, list) and all(map(_is_number, values))),

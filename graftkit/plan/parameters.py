@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graftkit.backbone.walk import buffers_of, parameters_of
+from graftkit.engine.fp8 import copies_bytes
 from graftkit.engine.frozen import Phase
 from graftkit.engine.precision import full_precision_names
 from graftkit.grafts.fold import why_not
@@ -62,7 +63,7 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
 
     Frozen floating-point parameters are stored in the compute type, trained ones in fp32, or bf16 if in `rounded`.
     """
-    frozen_size = 2 if precision == "bf16" else 4
+    frozen_size = 4 if precision == "fp32" else 2
     trained = total = weights = 0
     groups: dict[str, int] = {}
     full = full_precision_names(graft.model, graft.labels, rounded)
@@ -75,6 +76,8 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
             groups[role] = groups.get(role, 0) + count
         held = 4 if name in full else frozen_size
         weights += count * (held if parameter.dtype.is_floating_point else parameter.element_size())
+    if precision == "fp8":
+        weights += copies_bytes(graft.backbone, graft.labels)
     weights += sum(buffer.numel() * buffer.element_size() for buffer in buffers_of(graft.model).values())
     schedule = [
         {"step": phase.start + 1, "trained_parameters": _count(graft, phase), "frozen_blocks": phase.depth}

@@ -14,7 +14,7 @@ from graftkit.grafts.graft import Graft
 FORMULA = (
     "2 FLOPs a weight and token forward, 2 for the gradient of the input of each layer above the lowest trained one, 2 for the "
     "gradient of each trained weight; attention 4 L^2 width a row forward (half of it if causal) and twice that backward. "
-    "Embeddings, norms, recomputation and padding count nothing. LoRA on all layers is (2 + trained/frozen)/3 of full training"
+    "Embeddings, norms, recomputation and padding count nothing. LoRA on all layers is about (2 + trained/frozen)/3 of full training"
 )
 
 

@@ -114,9 +114,15 @@ class Recipe(Section):
             raise UserError(
                 f"train.warmup={self.train.warmup} and train.decay={self.train.decay} are more than the whole run; lower one."
             )
-        if self.train.weight_type == "bf16" and self.train.precision == "fp32":
+        if self.train.weight_type == "bf16" and self.train.precision in ("fp32", "fp16", "fp8"):
             raise UserError(
-                "train.weight_type=bf16 computes in bf16 too: leave train.precision=fp32 out, or train.weight_type."
+                f"train.weight_type=bf16 computes in bf16 too: leave train.precision={self.train.precision} out, or "
+                "train.weight_type."
+            )
+        if self.train.precision == "fp16" and self.train.step_in_backward:
+            raise UserError(
+                "train.precision=fp16 needs all gradients of a step to find an overflow, but train.step_in_backward frees each "
+                "at once; leave out one of the two."
             )
         self._fit_start()
         self._fit_updates()

@@ -135,8 +135,14 @@ class TrainRecipe(Section):
         default="fp32",
         description="number type of the backbone's trained weights; bf16: matrices only, rounded stochastically",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="number type of the matrix products"
+    compile: Literal["auto", "none", "blocks"] = Field(
+        default="auto",
+        description="compile the trained blocks with torch.compile; auto: in long runs, if it is measured to pay",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        default="auto",
+        description="number type of the matrix products; fp16: with a scaled loss, for GPUs without bf16; fp8: of frozen weights, "
+        "on NVIDIA Hopper and later",
     )
 
     @field_validator("lr")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import platform
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +23,7 @@ from graftkit.backbone.source import find_source
 from graftkit.data.order import epoch_batches, padding_share
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
+from graftkit.engine.precision import HALF
 from graftkit.errors import UserError
 from graftkit.plan.work import FORMULA, flops_of, products
 from graftkit.recipe import schema as recipes
@@ -90,6 +93,7 @@ def bench(
     work, tokens = _work(prepared, loop, lengths), sum(step.tokens for _, step in timed)
     achieved = None if work is None else work / tokens * speed
     rates = _products(prepared, batch_size)
+    peak = rates["peak_flops_per_second"]
     return {
         "model": model, "class": type(prepared.backbone.model).__name__, "method": str(prepared.graft.method),
         "task": str(prepared.rows.task), "precision": prepared.precision, **_machine(prepared.device),
@@ -98,7 +102,7 @@ def bench(
         "seconds_per_step": round(seconds, 6),
         "tokens_per_second": round(speed, 1),
         "padding": _padding(prepared), "model_flops_per_second": achieved,
-        **rates, "share_of_peak": None if achieved is None else achieved / rates["peak_flops_per_second"],
+        **rates, "share_of_peak": None if achieved is None else achieved / (peak or math.inf),
         "formula": FORMULA, "time": spent, "steps": len(timed),
     }  # fmt: skip
 
@@ -125,7 +129,13 @@ def _made(task: Task, recipe: Recipe, tokens: int, batch_size: int) -> list[dict
     """Return rows of random tokens for a task that reads texts, long enough to be cut to `tokens`."""
     wanted = [c for c in task.columns if c.required] or [c for c in task.columns if c.name == "text"]
     kinds = {column.kind for column in wanted}
-    if not wanted or task.per_token or not kinds <= {"text", "label"} or "text" not in kinds:
+    if (
+        task.makes_model
+        or not wanted
+        or task.per_token
+        or not kinds <= {"text", "label"}
+        or "text" not in kinds
+    ):
         raise UserError(f"random rows for {task.name}() cannot be made; name rows with --train.")
     source = find_source(recipe.model, recipe.weights)
     if source.folder is None:
@@ -137,7 +147,7 @@ def _made(task: Task, recipe: Recipe, tokens: int, batch_size: int) -> list[dict
     return [
         {
             column.name: str(row % 2) if column.kind == "label"
-            else tokenizer.decode(random.choice(usual, round(SPARE * tokens) + 8).tolist())
+            else str(tokenizer.decode(random.choice(usual, round(SPARE * tokens) + 8).tolist()))
             for column in wanted
         }
         for row in range(max(4, batch_size) * 2)
@@ -146,14 +156,16 @@ def _made(task: Task, recipe: Recipe, tokens: int, batch_size: int) -> list[dict
 
 def _loop(prepared: Prepared) -> Loop:
     forward = Forward(prepared.graft, prepared.device, prepared.precision)
-    return Loop(prepared.graft, prepared.train, forward, prepared.phases, prepared.learn, prepared.settings)
+    last = replace(prepared.phases[-1], start=0)  # all that a method frees over time
+    return Loop(prepared.graft, prepared.train, forward, [last], prepared.learn, prepared.settings)
 
 
 def _timed(
     loop: Loop, steps: Iterator[Step], prepared: Prepared
 ) -> tuple[list[tuple[float, Step]], list[np.ndarray]]:
     """Return the seconds of each step with the step, and the lengths of its rows."""
-    found, lengths, begun = [], [], time.perf_counter()
+    found: list[tuple[float, Step]] = []
+    lengths, begun = [], time.perf_counter()
     while len(found) < STEPS and (not found or time.perf_counter() - begun < SECONDS):
         rows = np.concatenate(loop.batches(loop.step))
         start = time.perf_counter()
@@ -193,7 +205,7 @@ def _padding(prepared: Prepared) -> float:
 
 def _products(prepared: Prepared, batch_size: int) -> dict[str, float | None]:
     """Measure the products of the step's shapes, and a large square one, in the precision of the run."""
-    device, kind = prepared.device, torch.bfloat16 if prepared.precision == "bf16" else torch.float32
+    device, kind = prepared.device, HALF.get(prepared.precision, torch.float32)
     lengths = prepared.train.lengths
     tokens = int(batch_size * (lengths if isinstance(lengths, int) else np.mean(lengths)))
     size = SQUARE.get(device.type, LARGE)

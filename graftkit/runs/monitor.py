@@ -17,6 +17,7 @@ from graftkit.engine.loop import Loop, Step
 from graftkit.engine.memory import peak_memory
 from graftkit.engine.parallel import in_first, processes, wait
 from graftkit.engine.predict import predict
+from graftkit.engine.regions import Regions
 from graftkit.engine.tracking import Trackers
 from graftkit.errors import UserError, first_line, listing
 from graftkit.files import append_lines, write_json, write_text
@@ -63,6 +64,7 @@ class Watch:
         self.choice = best_of(rows.task, rows.labels, prepared.recipe.train.best)
         self.problems: list[str] = []  # failures that did not stop the run
         self.trackers: Trackers | None = None
+        self.regions: Regions | None = None
         self.main = processes()[0] == 0
         self.forwards: dict[str, Forward] = {"train": loop.forward}
         if "eval" in datasets:
@@ -223,6 +225,7 @@ class Watch:
                     "best": self.best, "waited": self.waited, "seconds": self.seconds, "worst": self.best_worst,
                     "unused": sorted(self.unused), "zero": self.zero, "tokens": self.tokens, "stepping": self.stepping,
                     "cached": self._cached,
+                    "compiled": None if self.regions is None else self.regions.state,
                 }  # fmt: skip
                 self.loop.save(self.folder / CHECKPOINTS, position)
         self.last_checkpoint = time.monotonic()
@@ -274,6 +277,8 @@ class Watch:
                 console.line(
                     "note: the cache was emptied or changed since; outputs of frozen layers differ by rounding."
                 )
+            if self.regions is not None:
+                self.regions.restore(position.get("compiled"))
         in_first(lambda: self._check_best(step))
         console.line(f"resumed at step {step} of {self.prepared.settings.steps}")
         path = self.folder / METRICS
@@ -370,7 +375,9 @@ class Watch:
             "cache": {
                 name: forward.filled.as_dict() for name, forward in self.forwards.items() if forward.filled
             },
-            "precision": self.prepared.precision,
+            "precision": self.prepared.plan.precision,
+            "compiled": self.regions is not None and self.regions.compiled,
+            "loss_scale": self.loop.updates.state or None,
             "device": str(self.prepared.device),
             "task": self.prepared.recipe.task,
             "headline": list(self.prepared.rows.task.headline),

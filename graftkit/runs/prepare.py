@@ -22,6 +22,7 @@ from graftkit.data.columns import find_again, find_columns
 from graftkit.data.order import steps_per_epoch
 from graftkit.data.read import Table
 from graftkit.engine import parallel, precision
+from graftkit.engine.fp8 import quantize_frozen
 from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.loop import Settings
@@ -283,10 +284,13 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     device = parallel.device()
     bf16 = recipe.train.weight_type == "bf16"
     kind = precision.choose("bf16" if bf16 else recipe.train.precision, device)
+    named, kind = kind, "bf16" if kind == "fp8" else kind  # of everything but the products of frozen weights
     rounded = precision.rounded_names(graft.model, graft.labels, recipe.train.weight_type)
     if not meta:
         precision.cast(graft.model, graft.labels, kind, rounded)
         move(graft.model, device)
+        if named == "fp8":
+            quantize_frozen(graft.backbone, graft.labels)
     config: Any = getattr(graft.model, "config", None)
     if config is not None:
         config.use_cache = False
@@ -302,7 +306,7 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
         check_searchable(graft, phases, steps, further)
     plan = make_plan(
         graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
-        steps=steps, precision=kind, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
+        steps=steps, precision=named, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
         ema=train.ema is not None, rounded=rounded, accumulate=train.accumulate, lr=train.lr,
     )  # fmt: skip
     settings = Settings(

@@ -31,6 +31,7 @@ from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, 
 from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
+from graftkit.runs.pace import Pace
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse, source_of
 from graftkit.runs.progress import Smooth, due, stop_signals
 from graftkit.runs.reporting import found_in, show_cached
@@ -255,6 +256,8 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
         prepared.graft, datasets["train"], forward, prepared.phases, prepared.learn, prepared.settings
     )
     watch = Watch(prepared, datasets, folder, loop, start)
+    pace = Pace(prepared, loop, console)
+    watch.regions = pace.regions
     if resumed:
         watch.restore(console)
     watch.go_further(console)
@@ -266,7 +269,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     try:
         with stop_signals() as stopped:
             watch.mark = time.monotonic()
-            for step in loop if not watch.ended else ():
+            for step in pace.steps() if not watch.ended else ():
                 smooth.add(step)
                 watch.log(step)
                 watch.tell(step, console)
@@ -297,6 +300,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
         raise
     finally:
         console.stop()
+        pace.regions.leave()
         with suppress(UserError):  # `finish` tries again; if the run stops, resuming writes these lines again
             watch.flush()
     return watch.finish(console)
@@ -356,7 +360,7 @@ def _resolved(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
         "columns": prepared.rows.columns,
     })  # fmt: skip
     train = recipe.train.model_copy(
-        update={"precision": prepared.precision, "start": absolute(recipe.train.start)}
+        update={"precision": prepared.plan.precision, "start": absolute(recipe.train.start)}
     )
     model = absolute(recipe.model) if Path(recipe.model).expanduser().is_dir() else recipe.model
     method = str(prepared.graft.method.without_outputs()) or None  # other data may have other labels

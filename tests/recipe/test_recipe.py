@@ -59,7 +59,7 @@ def test_every_way_of_writing_a_learning_rate(text, tmp_path):
         ({"train": {"batch_size": 1.5}}, ["train.batch_size", "1.5", "integer"]),
         ({"train": {"epochs": True}}, ["train.epochs", "True", "number"]),
         ({"train": {"schedule": "cosin"}}, ["train.schedule", "'linear', 'cosine', 'constant' or 'wsd'", "'cosine'?"]),
-        ({"train": {"precision": "fp16"}}, ["train.precision", "'bf16'"]),
+        ({"train": {"precision": "fp61"}}, ["train.precision", "'bf16'"]),
         ({"train": {"evaluate_every": "never"}}, ["train.evaluate_every", "'never'", "epoch"]),
         ({"train": {"evaluate_every": 0}}, ["train.evaluate_every", "from 1 to"]),
         ({"train": {"evaluate_every": "0 epochs"}}, ["train.evaluate_every", "2 epochs"]),

@@ -91,8 +91,9 @@ def test_it_measures_made_rows_and_a_users(command, tiny_bert, rows_folder):
 
 
 def test_rows_that_cannot_be_made_are_asked_for(tiny_bert):
-    with pytest.raises(UserError, match="name rows with --train"):
-        bench(str(tiny_bert), task="tag")
+    for task in ("tag", "causal"):
+        with pytest.raises(UserError, match="name rows with --train"):
+            bench(str(tiny_bert), task=task)
 
 
 def test_kinds_of_operations():

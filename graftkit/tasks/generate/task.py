@@ -324,7 +324,7 @@ class Generate(Task):
         show: Callable[[str], None] | None = None,
     ) -> list[str]:
         assert dataset.writing is not None
-        half = getattr(forward, "precision", "fp32") == "bf16"
+        half = getattr(forward, "precision", "fp32") != "fp32"
         prompts = [dataset.prompts[row] for row in rows]
         return write(
             forward.graft.model, dataset.tokenizer, prompts, dataset.writing, forward.device, half, show

@@ -151,7 +151,7 @@ class Glm(Objective):
         if not isinstance(dataset, Prompts):
             return super().outcomes(forward, batch)
         how = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed)
-        half = getattr(forward, "precision", "fp32") == "bf16"
+        half = getattr(forward, "precision", "fp32") != "fp32"
         tokenizer, prompts = dataset.tokenizer, [dataset.prompts[row] for row in batch.rows]
         return write_blanks(
             forward.graft.model, tokenizer, marks_of(tokenizer, f"{self.name}()"), prompts, how, half
