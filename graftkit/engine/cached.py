@@ -136,9 +136,9 @@ class CachedForward(Forward):
         batch.fetched = self, states, copied
 
     def __call__(self, batch: Batch) -> Tensor:
-        owner, states, copied = batch.fetched or (None, None, None)
-        if owner is not self:  # not fetched, or for the cache of the phase before
-            states, copied = self._read(batch), None
+        if batch.fetched is None or batch.fetched[0] is not self:  # perhaps for the cache of the phase before
+            batch.fetched = self, self._read(batch), None
+        _, states, copied = batch.fetched
         if copied is not None:
             step = torch.cuda.current_stream(self.device)
             step.wait_event(copied)

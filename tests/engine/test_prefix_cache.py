@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -301,3 +304,45 @@ def test_augmented_versions_of_images_are_kept_and_used_in_turn(tiny_vit, colour
         first, second, fourth = (data.inputs(rows, Pass(7, epoch))["pixel_values"] for epoch in (0, 1, 3))
     assert torch.equal(first, fourth) and not torch.equal(first, second)
     assert counts(make(7)) == (3 * len(data), 0) and counts(make(8)) == (0, 3 * len(data))
+
+
+TOGETHER = """
+import json, sys, warnings
+from conftest import write_csv
+import graftkit
+from graftkit.engine import filling, cached
+
+filling.WORTHWHILE, filling.FILL_BATCH, filling.BLOCK = 0.0, 20, 0
+model, rows, folder = sys.argv[1:]
+done = []
+for number, mode in enumerate(("auto", "disk", "auto")):
+    run = graftkit.tune(model=model, task="classify", train=f"{rows}/train.csv", eval=f"{rows}/eval.csv",
+        method="unfreeze('blocks[-1:]') + head(dropout=0)", out=f"{folder}/{number}",
+        settings={"train.precision": "fp32", "train.epochs": 2.0, "train.cache": mode})
+    done.append(run.result["cache"])
+index = __import__("os").environ["RANK"]
+with open(f"{folder}/found-{index}.json", "w") as file:
+    json.dump(done, file)
+"""
+
+
+@pytest.mark.slow
+def test_processes_fill_their_shares_and_read_those_of_others(tiny_bert, rows_folder, tmp_path, folder):
+    from test_parallel import free_port
+
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+               f"--master-port={free_port()}", str(script), str(tiny_bert), str(rows_folder), str(tmp_path)]  # fmt: skip
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for index in (0, 1):
+        found = json.loads((tmp_path / f"found-{index}.json").read_text())
+        read = [
+            {name: (part["rows_read"], part["rows_computed"]) for name, part in run.items()} for run in found
+        ]
+        assert read == [{"train": (0, 96), "eval": (0, 40)}, *[{"train": (96, 0), "eval": (40, 0)}] * 2]
+    assert len(files(folder)) == 7  # batches of 20 of 96 and 40 rows, each written once
+    grafts = [graft_tensors(tmp_path / number) for number in "012"]
+    assert equal_bits(grafts[0], grafts[1]) and equal_bits(grafts[1], grafts[2])
