@@ -41,7 +41,7 @@ def attention_forward(
         if found is not None:
             return found, None
     return packed.one_by_one(
-        query, key, value, parts, lambda *part: _attend(module, *part, None, **kwargs)[0]
+        query, key, value, parts, lambda q, k, v: _attend(module, q, k, v, None, **kwargs)[0]
     ), None
 
 

@@ -31,36 +31,15 @@ from graftkit.engine.readings import TOGETHER, LateStep, Read, Reading, Readings
 from graftkit.engine.recompute import Recompute
 from graftkit.engine.rounding import Rounding
 from graftkit.engine.scaling import Scaled
+from graftkit.engine.settings import Settings
 from graftkit.engine.sums import Sums
 from graftkit.engine.updates import AfterBackward, Updates, WithinBackward
 from graftkit.errors import UserError, first_line
 from graftkit.grafts.graft import Graft
-from graftkit.optim.base import Optimizer
 from graftkit.optim.schedule import decay_start, factor
 from graftkit.tasks.base import Learn, Terms
 
 LOW = 0.01  # fraction of the learning rate below which a step may be too small to change a number
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The part of a recipe that the loop needs. `steps` is the total number of optimizer steps."""
-
-    steps: int
-    batch_size: int
-    accumulate: int
-    optimizer: Optimizer
-    lr: float | None
-    weight_decay: float
-    warmup: float
-    schedule: str
-    clip: float
-    seed: int
-    step_in_backward: bool = False
-    decay: float = 0.2
-    ema: float | None = None
-    weight_type: str = "fp32"
-    checkpointing: str = "none"
 
 
 class NotFinite(UserError):
@@ -219,17 +198,17 @@ class Loop:
         self.optimizer.zero_grad()
         epoch, rows = self.step / self.per_epoch, sum(map(len, work.rows))
         told = ((), ()) if audit is None else (audit.unused, audit.zero)
-        known = {"number": self.step, "epoch": epoch, "lr_factor": scale, "rows": rows, "tokens": work.tokens}
+        known: dict[str, Any] = {
+            "number": self.step,
+            "epoch": epoch,
+            "lr_factor": scale,
+            "rows": rows,
+            "tokens": work.tokens,
+        }
         if not late:
             read = self._figures(reading)
-            return Step(
-                **known,
-                loss=read.loss,
-                gradient_norm=read.norm,
-                terms=read.terms,
-                unused=told[0],
-                zero=told[1],
-            )
+            figures: dict[str, Any] = {"loss": read.loss, "gradient_norm": read.norm, "terms": read.terms}
+            return Step(**known, **figures, unused=told[0], zero=told[1])
         if len(self.readings.waiting) >= self.together or self.step >= settings.steps:
             self.settle()
         return LateStep(reading, self._figures, **known, unused=(), zero=())

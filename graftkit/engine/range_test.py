@@ -21,7 +21,8 @@ from graftkit.data.source import Source
 from graftkit.engine.audit import STEPS as AUDITED
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase
-from graftkit.engine.loop import Loop, NotFinite, Settings
+from graftkit.engine.loop import Loop, NotFinite
+from graftkit.engine.settings import Settings
 from graftkit.errors import UserError
 from graftkit.grafts.graft import Graft
 from graftkit.tasks.base import Learn

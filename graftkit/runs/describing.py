@@ -12,9 +12,30 @@ from graftkit.errors import UserError
 from graftkit.files import write_json, write_text
 from graftkit.report.card import model_card
 from graftkit.runs.folder import CARD, PREVIEWS, WORST
+from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
-from graftkit.runs.reporting import subject_of
+from graftkit.runs.reporting import subject_of, versions
 from graftkit.tasks.base import Dataset, Examples, Task
+
+
+def facts(prepared: Prepared, datasets: Mapping[str, Dataset], folder: Path) -> dict[str, Any]:
+    """Return what result.json says of a run that was known before its first step."""
+    plan, rows = prepared.plan, prepared.rows
+    return {
+        "never_trained_parameters": plan.never_trained_parameters,
+        "total_parameters": plan.total_parameters,
+        "precision": plan.precision,
+        "device": str(prepared.device),
+        "task": prepared.recipe.task,
+        "headline": list(rows.task.headline),
+        "method": str(prepared.graft.method) or "none",
+        "optimizer": plan.optimizer,
+        "rows_truncated": sum(dataset.truncated for dataset in datasets.values()),
+        "rows_skipped": len(rows.skipped),
+        "warnings": rows.warnings,
+        "changed_when_resumed": forced(folder),
+        "versions": versions(),
+    }
 
 
 def describe(

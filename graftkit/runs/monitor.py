@@ -26,13 +26,11 @@ from graftkit.report.making import write_report
 from graftkit.report.summary import show_end, title
 from graftkit.runs import folder as run_folder
 from graftkit.runs.best import best_of
-from graftkit.runs.describing import describe
+from graftkit.runs.describing import describe, facts
 from graftkit.runs.export import write_model
 from graftkit.runs.folder import BEFORE_DECAY, CHECKPOINTS, GRAFT, METRICS, RESULT, how_to_resume
-from graftkit.runs.inputs import forced
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.probe import METRIC
-from graftkit.runs.reporting import versions
 from graftkit.runs.saved import log_lines
 from graftkit.tasks.base import Dataset
 
@@ -364,8 +362,6 @@ class Watch:
             - sum(self.prepared.graft.parameters[name].numel() for name in self.unused),
             "unused_parameters": sorted(self.unused),
             "zero_gradient_parameters": self.zero,
-            "never_trained_parameters": self.prepared.plan.never_trained_parameters,
-            "total_parameters": self.prepared.plan.total_parameters,
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(self.prepared.device),
             "optimizer_bytes": self.loop.optimizer_bytes,
@@ -375,20 +371,10 @@ class Watch:
             "cache": {
                 name: forward.filled.as_dict() for name, forward in self.forwards.items() if forward.filled
             },
-            "precision": self.prepared.plan.precision,
             "compiled": self.regions is not None and self.regions.compiled,
             "loss_scale": self.loop.updates.state or None,
-            "device": str(self.prepared.device),
-            "task": self.prepared.recipe.task,
-            "headline": list(self.prepared.rows.task.headline),
-            "method": str(self.prepared.graft.method) or "none",
-            "optimizer": self.prepared.plan.optimizer,
-            "rows_truncated": sum(dataset.truncated for dataset in self.datasets.values()),
-            "rows_skipped": len(self.prepared.rows.skipped),
             "problems": list(self.problems),
-            "warnings": self.prepared.rows.warnings,
-            "changed_when_resumed": forced(self.folder),
-            "versions": versions(),
+            **facts(self.prepared, self.datasets, self.folder),
         }
 
     @contextmanager

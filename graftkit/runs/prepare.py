@@ -25,8 +25,8 @@ from graftkit.engine import parallel, precision
 from graftkit.engine.fp8 import quantize_frozen
 from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
-from graftkit.engine.loop import Settings
 from graftkit.engine.range_test import check_searchable
+from graftkit.engine.settings import Settings
 from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft

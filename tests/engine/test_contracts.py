@@ -15,8 +15,9 @@ from graftkit.data.source import Pass, Source
 from graftkit.engine.ahead import Ahead
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import phases
-from graftkit.engine.loop import Loop, Settings
+from graftkit.engine.loop import Loop
 from graftkit.engine.readings import Reading
+from graftkit.engine.settings import Settings
 from graftkit.grafts.attach import attach
 from graftkit.optim.adamw import AdamW
 from graftkit.tasks.base import Term

@@ -148,14 +148,16 @@ class Joined(torch.autograd.Function):
                 of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
             for rank, scale in zip(ranks, scales):
                 part = slice(start, start + rank)
-                of_low[:, part] = narrow_product(g, Bs[index] * scale)  # type: ignore[index]
+                assert low is not None and of_low is not None
+                of_low[:, part] = narrow_product(g, Bs[index] * scale)
                 if needs[2 * index + 1]:
                     of_B[index] = ((low[:, part].T @ g).T * scale).to(ctx.types[2 * index + 1])
                 start, index = start + rank, index + 1
         of_A: Sequence[Tensor | None] = [None] * len(Bs)
         if any(needs[::2]):
+            assert of_low is not None and rows is not None
             sizes = [rank for ranks in ctx.ranks for rank in ranks]
-            of_A = [g.to(t) for g, t in zip((of_low.T @ rows).split(sizes), ctx.types[::2])]  # type: ignore[union-attr]
+            of_A = [g.to(t) for g, t in zip((of_low.T @ rows).split(sizes), ctx.types[::2])]
         if of_x is not None:
             of_x = of_x if of_low is None else of_x.addmm_(of_low, A)
             of_x = of_x.view(ctx.shape).to(ctx.dtype)
@@ -191,7 +193,7 @@ class Joining:
         self.groups = _of_one_input(members, call)
         for group in self.groups:
             for member in group.members:
-                member.site.forward = functools.partial(group, member)
+                member.site.forward = functools.partial(group, member)  # type: ignore[method-assign]
                 for update in member.updates:
                     update.member = member
                 self.members.append(member)

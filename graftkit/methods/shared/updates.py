@@ -38,10 +38,12 @@ class Update(Addition):
     """
 
     adds = True
-    joinable = False  # True: s B A of two parameters, which an autograd function can compute with the layer
-    member: Any = (
-        None  # its place in the group that computes it, during a run (`graftkit.methods.shared.joined`)
-    )
+    member: Any = None  # its place in the group that computes it, during a run (`methods/shared/joined.py`)
+
+    @property
+    def joinable(self) -> bool:
+        """Whether it is s B A of two parameters, which an autograd function can compute with the layer."""
+        return False
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()

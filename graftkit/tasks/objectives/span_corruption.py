@@ -46,7 +46,7 @@ def noise_mask(random: np.random.Generator, length: int, share: float, mean_span
 
 def _segments(random: np.random.Generator, total: int, count: int) -> np.ndarray:
     """Return `count` random lengths, each at least 1, with this sum; all such lists are equally likely."""
-    cuts = np.sort(random.choice(total - 1, count - 1, replace=False)) + 1 if count > 1 else []
+    cuts = np.sort(random.choice(total - 1, count - 1, replace=False)) + 1 if count > 1 else np.zeros(0)
     return np.diff(np.concatenate([[0], cuts, [total]])).astype(np.int64)
 
 
