@@ -24,7 +24,7 @@ class Scaled(AfterBackward):
 
     scale, good, repeated = FIRST, 0, 0
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         (loss * self.scale).backward()
 
     def fits(self) -> bool:

@@ -279,9 +279,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                 )
                 if due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
                     watch.evaluate(step.number, console)
-                stop = bool(stopped)
-                if loop.world > 1:  # if one process is signalled, all stop
-                    stop = sum_numbers([float(stop)])[0] > 0
+                stop = _any_stops(bool(stopped), loop.world)
                 watch.maybe_checkpoint(train.checkpoint_every, force=stop)
                 if stop:
                     raise Interrupted(
@@ -304,6 +302,11 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
         with suppress(UserError):  # `finish` tries again; if the run stops, resuming writes these lines again
             watch.flush()
     return watch.finish(console)
+
+
+def _any_stops(stop: bool, processes: int) -> bool:
+    """Return whether any process was signalled: then all stop."""
+    return sum_numbers([float(stop)])[0] > 0 if processes > 1 else stop
 
 
 def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:

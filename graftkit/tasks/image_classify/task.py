@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,38 +35,12 @@ from graftkit.tasks.image_classify.inputs import (
     sides_of,
     takes_grey,
 )
+from graftkit.tasks.image_classify.mixed import MixedBatch
 from graftkit.tasks.shared.labels import LABEL, LabelTask
 from graftkit.tasks.shared.weights import check_class_weights, class_weights
 
 NOUN = "image"
 PATHS = ("img", "file", "path", "file_name", "filename", "filepath", "file_path", "image_path", "image_file")
-
-
-class MixedBatch(Batch):
-    """A batch whose images are mixed in pairs. `targets` are those of its own rows; `share`: how much of each image is
-    its own; `others`: the targets of the images that the rest is of."""
-
-    @cached_property
-    def mixed(self) -> tuple[Tensor, np.ndarray, float]:
-        source = self.source
-        assert isinstance(source, ImageDataset)
-        images = source.inputs(self.rows, self.at)[source.argument]
-        return source.augmentation.mix(images, self.at.generator(self.rows[0], 1))
-
-    @cached_property
-    def host_inputs(self) -> dict[str, Tensor]:  # type: ignore[override]
-        assert isinstance(self.source, ImageDataset)
-        return {self.source.argument: self.mixed[0]}
-
-    @cached_property
-    def others(self) -> Tensor:
-        targets = self.source.targets(self.rows[self.mixed[1]])
-        assert targets is not None
-        return self.move(targets)
-
-    @property
-    def share(self) -> float:
-        return self.mixed[2]
 
 
 class ImageDataset(Dataset):
