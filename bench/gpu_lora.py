@@ -150,7 +150,7 @@ def table(found: list[dict[str, Any]]) -> str:
             ]
             cells += [
                 "" if memory is None else f"{memory / 1e9:.1f} GB",
-                "" if quality != quality else f"{quality:.4f}",
+                "" if quality is None else f"{quality:.4f}",
             ]
             last = [f"{one['ratio']:.2f} x" if "ratio" in one else "", f"{one['bar'][0]} {one['bar'][1]:,}"]
             cells += last if side == "graftkit" else ["", ""]

@@ -35,7 +35,8 @@ class Marks:
     """Times steps on the device: `step` is called after each."""
 
     def __init__(self, first: int, last: int) -> None:
-        self.first, self.last, self.count, self.loss = first, last, 0, float("nan")
+        self.first, self.last, self.count = first, last, 0
+        self.loss: float | None = None
         self.times: dict[int, float] = {}
         self.peak = 0
 

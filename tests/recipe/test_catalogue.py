@@ -14,6 +14,7 @@ from peft_versions import peft_has
 from graftkit import LoRA, UserError
 from graftkit.libraries import TUNERS_SINCE
 from graftkit.methods.base import Chain, read
+from graftkit.recipe import catalogue
 from graftkit.recipe.catalogue import FAMILIES, entries, entry_name
 from graftkit.recipe.expressions import Call, as_expression, build, parse, renewed
 
@@ -325,3 +326,14 @@ def test_names_of_what_is_an_option_are_told_how_to_write_it(written, meant):
 
     with pytest.raises(UserError, match=rf"there is no task .* Write classify\(kind='{meant}'\)\.$"):
         make({"model": "m", "task": written, "data": {"train": "t.csv"}})
+
+
+def test_a_name_is_looked_up_in_its_own_file(monkeypatch):
+    opened, whole = [], catalogue._read
+    monkeypatch.setattr(
+        catalogue, "_read", lambda path, *more: opened.append(path.stem) or whole(path, *more)
+    )
+    found = catalogue.Packaged(catalogue.FAMILIES["method"])
+    assert found["lora"].class_name == "LoRA" and "nothing" not in found
+    assert opened == ["lora"]
+    assert list(found) == list(catalogue.entries("method")) and len(opened) > len(found) > 20
