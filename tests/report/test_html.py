@@ -199,7 +199,6 @@ def test_attacks_in_every_text(tmp_path):
     page = made(folder)
     assert "<script>alert('x')</script>" in page.text and "\\u202eevil" in page.text
     assert 5 <= len(page.all("img")) < 20  # as many as there is room for
-    assert "مرحبا" in run_page(read_finished(folder)) or len(names) > 200
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -215,24 +214,37 @@ def test_values_of_wrong_types_do_not_stop_a_report(tmp_path, seed):
             return {key: shaken(one) for key, one in value.items()}
         return [shaken(one) for one in value] if isinstance(value, list) else value
 
-    for i in range(12):
+    keys = ("seconds", "headline", "evaluation", "problems", "versions", "task", "predicted", "measured",
+            "trained_parameters", "rows_skipped", "unused_parameters")  # fmt: skip
+    for i in range(8):
         found = shaken(metrics())
-        folder = write_run(
+        row = {key: draw.choice(odd) for key in ("where", "text", "marks", "expected")}
+        made(write_run(
             tmp_path / str(i), found=found if isinstance(found, dict) else {}, lines=[shaken(log()[0])] * 3,
-            result={key: draw.choice(odd) for key in ("seconds", "headline", "evaluation", "problems", "versions", "task",
-                    "predicted", "measured", "trained_parameters", "rows_skipped", "unused_parameters") if draw.random() < 0.5},
-            worst=[{"where": draw.choice(odd), "text": draw.choice(odd), "marks": draw.choice(odd), "expected": draw.choice(odd)}],
-            previews=[draw.choice(odd)], plan={"statistics": draw.choice(odd), "batch_size": draw.choice(odd)},
-        ) if isinstance(shaken(1), int) else None  # fmt: skip
-        if folder is not None:
-            made(folder)
+            result={key: draw.choice(odd) for key in keys if draw.random() < 0.5}, worst=[row], previews=[draw.choice(odd)],
+            plan={"statistics": draw.choice(odd), "batch_size": draw.choice(odd)},
+        ))  # fmt: skip
 
 
 def test_a_page_of_no_metrics_and_no_steps(tmp_path):
     page = made(write_run(tmp_path / "run", found={}, lines=[]))
-    assert "What was run" in page.text and "Training" not in [
-        a for a in page.text.split() if a == "Confusion"
-    ]
+    assert [a["id"] for a in page.all("section")] == ["run"] and not page.all("figure")
+
+
+def test_the_plan_beside_what_happened(tmp_path):
+    planned, took = {"peak_memory_bytes": 1e9, "seconds": 60}, {"peak_memory_bytes": 1.1e9, "seconds": 75}
+    text = made(write_run(tmp_path / "run", result={"predicted": planned, "measured": took})).text
+    assert "Peak memory 1.0 GB 1.1 GB +10.0%" in text and "Time 1 min 0 s 1 min 15 s +25.0%" in text
+    assert "planned" not in made(write_run(tmp_path / "none", result={"measured": took})).text
+
+
+def test_warnings_and_problems_come_first(tmp_path):
+    told = {"problems": ["finding the worst rows failed"], "warnings": ["labels differ"], "rows_skipped": 3}
+    page = made(write_run(tmp_path / "run", result=told, plan={"warnings": ["labels differ", "few rows"]}))
+    assert page.all("aside")[0]["aria-label"] == "Warnings and problems"
+    for text in (*told["problems"], "few rows", "3 bad rows were skipped"):
+        assert page.text.count(text) == 1
+    assert page.text.count("labels differ") == 1 and not made(write_run(tmp_path / "good")).all("aside")
 
 
 def test_several_runs_side_by_side(tmp_path):
