@@ -307,10 +307,9 @@ def test_augmented_versions_of_images_are_kept_and_used_in_turn(tiny_vit, colour
 
 
 TOGETHER = """
-import json, sys, warnings
-from conftest import write_csv
+import json, sys
 import graftkit
-from graftkit.engine import filling, cached
+from graftkit.engine import filling
 
 filling.WORTHWHILE, filling.FILL_BATCH, filling.BLOCK = 0.0, 20, 0
 model, rows, folder = sys.argv[1:]
