@@ -13,6 +13,7 @@ docs/performance.md with docs/images/growth.svg, which --only-write does without
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
@@ -225,7 +226,10 @@ def write() -> None:
     text = "Not measured yet."
     if STORED.exists():
         stored = json.loads(STORED.read_text(encoding="utf-8"))
-        draw(stored["curves"], PICTURE)
+        if importlib.util.find_spec("matplotlib"):
+            draw(stored["curves"], PICTURE)
+        else:
+            print("matplotlib is not installed, so the picture is an older one or missing", file=sys.stderr)
         parts = [table(curve, points) for curve, points in stored["curves"].items()]
         text = "\n\n".join(
             ["![Seconds of a step and peak memory](images/growth.svg)", *parts, f"{stored['machine']}."]
@@ -272,11 +276,11 @@ def main() -> None:
             json.dumps({"machine": machine(), "curves": found}, indent=1) + "\n", encoding="utf-8"
         )
         write()
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            draw(found, Path(folder, "growth.svg"))
     for curve, points in found.items():
         print(f"{table(curve, points)}\n")
+    if given.quick and importlib.util.find_spec("matplotlib"):
+        with tempfile.TemporaryDirectory() as folder:
+            draw(found, Path(folder, "growth.svg"))
 
 
 if __name__ == "__main__":
