@@ -21,7 +21,7 @@ _FRONT = {
     "detach": "graftkit.grafts.attach",
     "load": "graftkit.grafts.load",
     "using": "graftkit.grafts.mixing",
-    "report": "graftkit.report.making",
+    "make_report": "graftkit.report.making",
     "merge": "graftkit.grafts.merge",
     "fill": "graftkit.tasks.shared.filling",
     "Graft": "graftkit.grafts.graft",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from graftkit.grafts.merge import merge as merge
     from graftkit.grafts.mixing import using as using
     from graftkit.recipe.schema import Recipe as Recipe
-    from graftkit.report.making import report as report
+    from graftkit.report.making import make_report as make_report
     from graftkit.runs.check import check as check
     from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer

@@ -20,7 +20,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Make the report of a finished run, or compare several runs of one task, as one HTML file."""
-    from graftkit.report.making import report as make
+    from graftkit.report.making import make_report as make
 
     done = make(*runs, out=out, open=open)
     emit(as_json, done)

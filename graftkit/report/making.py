@@ -16,7 +16,7 @@ from graftkit.report.page import run_page
 from graftkit.report.several import several_page
 
 
-def report(*runs: str | Path, out: str | Path | None = None, open: bool = False) -> dict[str, Any]:
+def make_report(*runs: str | Path, out: str | Path | None = None, open: bool = False) -> dict[str, Any]:
     """Write the report of finished runs as one HTML file: `graftkit report` in Python.
 
     For one run it is `RUN/report.html`, or `out`; several runs of one task are compared, and `out` has to be named. `open`:

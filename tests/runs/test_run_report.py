@@ -38,17 +38,17 @@ def test_python_makes_reports_too(tmp_path, monkeypatch):
     opened: list = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
     folders = [write_run(tmp_path / name / "run") for name in ("a", "b")]
-    done = graftkit.report(folders[0], open=True)
+    done = graftkit.make_report(folders[0], open=True)
     assert done["report"] == str(folders[0] / "report.html") and opened == [
         (folders[0] / "report.html").as_uri()
     ]
-    both = graftkit.report(*folders, out=tmp_path / "both.html")
+    both = graftkit.make_report(*folders, out=tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text(encoding="utf-8")
     assert len(both["runs"]) == 2 and all(
         re.search(f'scope="row"[^>]*>{name}/run<', text) for name in ("a", "b")
     )
     importlib.import_module("graftkit.report.page")  # of the package of the same name
-    assert graftkit.report(folders[0])["bytes"] == done["bytes"]
+    assert graftkit.make_report(folders[0])["bytes"] == done["bytes"]
 
 
 def test_a_report_imports_no_torch(tmp_path, command, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_log_cut_short_at_its_end_is_read(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "fin')
     (folder / "plan.json").unlink()
-    assert graftkit.report(folder)["bytes"] > 10_000
+    assert graftkit.make_report(folder)["bytes"] > 10_000
 
 
 def test_runs_that_cannot_be_compared_and_files_that_are_no_reports_are_refused(tmp_path, command):
@@ -130,4 +130,4 @@ def test_runs_that_cannot_be_compared_and_files_that_are_no_reports_are_refused(
     for _ in range(2):  # an older report is replaced
         assert command("report", one, same, "--out", out).status == 0
     with pytest.raises(UserError, match="at least one run"):
-        graftkit.report()
+        graftkit.make_report()
