@@ -73,6 +73,11 @@ def test_whole_blocks_trace_and_draw_the_same_masks(kind, method, backend, monke
     told: list[str] = []
     regions = Regions(graft, 0, CPU, "fp32", "blocks", told.append, backend=backend)
     measured(regions, graft)
+    if (
+        "adapter" in method and torch.__version__ < "2.13"
+    ):  # Dynamo loses the gradients there, and is found out
+        assert not regions.on and "compiled results differ" in told[0]
+        return
     assert regions.on and "3 blocks are compiled" in told[0], told
     got = [stepped(graft, seed, length) for seed, length in ((1, 7), (2, 9))]
     assert [relative(*pair) for pair in zip(got, wanted)] == pytest.approx([0, 0], abs=1e-6)
