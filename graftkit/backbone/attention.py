@@ -39,9 +39,11 @@ def attention_forward(
         found = packed.at_once(query, key, value, parts, kwargs)
         if found is not None:
             return found, None
-    return packed.one_by_one(
-        query, key, value, parts, lambda *part: _attend(module, *part, None, **kwargs)[0]
-    ), None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _attend(module, query, key, value, None, **kwargs)[0]
+
+    return packed.one_by_one(query, key, value, parts, attend), None
 
 
 def _attend(
