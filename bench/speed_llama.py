@@ -112,7 +112,7 @@ def run_graftkit(folder: str, size: dict, seed: int) -> dict:
 
     loop.Loop.__iter__ = timed
     with tempfile.TemporaryDirectory() as out:
-        run = graftkit.tune(
+        graftkit.tune(
             model=folder, train=rows(size), task="generate(template='plain')",
             method=f"lora(rank={RANK}, alpha={2 * RANK}, sites='all-linear', lr={RATE})", out=f"{out}/run",
             settings={
@@ -120,7 +120,7 @@ def run_graftkit(folder: str, size: dict, seed: int) -> dict:
                 "train.precision": "bf16", "seed": seed, "train.weight_decay": 0.0, "data.max_length": size["length"],
             },
         )  # fmt: skip
-        lines = Path(run.folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = Path(out, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "step"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": taken["training"], "cpu": taken["cpu"], "memory": peak, "loss": losses[-1]}
