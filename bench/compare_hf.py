@@ -93,7 +93,11 @@ ROWS = {
     "llama": Row(
         "LoRA r=16 on all linear layers, Llama geometry of 150 M, vocabulary 128k, 96 sequences of 512, completion-only loss",
         "Trainer + PEFT, bf16", 2.5, Side("llama", "graftkit_side"),
-        (Side("llama", "trainer_side", {}, "bf16"), Side("llama", "trainer_side", {"compiled": True}, "bf16, compiled")),
+        (
+            Side("llama", "trainer_side", {}, "bf16"),
+            Side("llama", "trainer_side", {"weights": "bfloat16"}, "bf16, weights too"),
+            Side("llama", "trainer_side", {"weights": "bfloat16", "compiled": True}, "bf16, weights too, compiled"),
+        ),
         memory_bar=0.5,
     ),
     "bert-step": Row(

@@ -72,7 +72,8 @@ def graftkit_side(seed: int, quick: bool) -> dict:
         return {"seconds": seconds, "loss": run.evaluate(held)["loss"], "memory": memory}
 
 
-def trainer_side(seed: int, quick: bool, compiled: bool = False) -> dict:
+def trainer_side(seed: int, quick: bool, weights: str = "float32", compiled: bool = False) -> dict:
+    """`weights`: the number type in which the frozen weights are held; products are in bf16 either way."""
     train, held = rows(quick)
     with tempfile.TemporaryDirectory() as folder:
         apart(make_model, Path(folder, "model"), quick)
@@ -96,7 +97,7 @@ def trainer_side(seed: int, quick: bool, compiled: bool = False) -> dict:
             }
 
         model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(f"{folder}/model"),
+            AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=weights),
             LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS),
         )
         arguments = TrainingArguments(
