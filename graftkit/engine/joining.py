@@ -22,7 +22,7 @@ def join(joining: Joining, source: Source, forward: Forward) -> None:
         cuda = [device] if device.type == "cuda" else []
         with suppress(Exception), torch.random.fork_rng(devices=cuda), evaluating(forward.graft.model):
             batch = source.batch(np.zeros(1, dtype=np.int64), device, Pass())
-            batch.prepare(forward.reads_inputs)
+            forward.prepare(batch)
             forward(batch)
 
     joining.enter(call)
