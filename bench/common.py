@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -65,9 +66,14 @@ def long_queries(count: int) -> list[dict]:
 
 
 def child(script: str, arguments: dict) -> dict:
-    """Run `script` in a process of its own; its last line of output is a JSON object, which is returned."""
+    """Run `script` in a process of its own; its last line of output is a JSON object, which is returned.
+
+    Its cache folder is empty, so that nothing an earlier run computed helps it.
+    """
     command = [sys.executable, script, "--child", json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GRAFTKIT_CACHE": cache}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
