@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from graftkit.report.making import report
+from graftkit.report.making import make_report
 
 PICTURE = Path(__file__).parent / "images" / "report.png"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -28,7 +28,7 @@ def main(run: str) -> None:
         sys.exit(f"none of these is installed: {', '.join(NAMES)}")
     with tempfile.TemporaryDirectory() as folder:
         page, taken = Path(folder, "report.html"), Path(folder, "report.png")
-        report(run, out=page)
+        make_report(run, out=page)
         options = ("--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={folder}/browser")
         size = f"--window-size={WIDTH},{HEIGHT}"
         command = [browser, *options, size, f"--screenshot={taken}", page.as_uri()]

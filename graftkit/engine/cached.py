@@ -184,7 +184,7 @@ def make_forward(
                 Note(f"outputs of frozen layers are computed in each pass: {_too_large(size)}."), stacklevel=2
             )
         return plain
-    if device.type != "cpu" and not all_agree(_pays(plain, start, dataset)):
+    if device.type == "cuda" and not all_agree(_pays(plain, start, dataset)):
         return plain
     try:
         return CachedForward(graft, device, precision, dataset, start, blocks, in_memory, caching.seed)
@@ -209,7 +209,7 @@ def _blocks(plain: Forward, start: Start, dataset: Dataset, seed: int) -> Blocks
 
 @torch.no_grad()
 def _pays(plain: Forward, start: Start, dataset: Dataset) -> bool:
-    """Return whether copying the activations of a batch to an accelerator takes less time than computing them there."""
+    """Return whether copying the activations of a batch to a GPU takes less time than computing them there."""
     rows = ordered_batches(dataset.lengths, FILL_BATCH)[0]
 
     def compute(part: np.ndarray) -> Tensor:
@@ -223,16 +223,15 @@ def _pays(plain: Forward, start: Start, dataset: Dataset) -> bool:
             iter(in_parts(rows, plain.device, compute, ADVICE))
         )  # the first call takes longer
         computing = _seconds(lambda: compute(part))
-    host = values.cpu()
-    host = host.pin_memory() if plain.device.type == "cuda" else host
+    host = values.cpu().pin_memory()
     copy(host)
     return _seconds(lambda: copy(host)) < computing
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
-    """Return the time that the current accelerator takes for some work."""
-    torch.accelerator.synchronize()
+    """Return the time that the current GPU takes for some work."""
+    torch.cuda.synchronize()
     start = time.perf_counter()
     work()
-    torch.accelerator.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start

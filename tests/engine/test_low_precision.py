@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import equal_bits
 from tiny import batch
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -33,7 +32,8 @@ def test_an_overflow_repeats_the_step_with_half_the_scale(ready, monkeypatch):
     monkeypatch.setattr(scaling.Scaled, "scale", state["scale"])
     other = ready("lora(rank=2) + head()", precision="fp16", steps=3)
     assert [step.loss for step in other.loop] == losses and other.loop.updates.state["repeated"] == 0
-    assert equal_bits(run.graft.state, other.graft.state)
+    for name, value in run.graft.state.items():  # gradients below the least number of fp16 round otherwise
+        torch.testing.assert_close(value, other.graft.state[name], rtol=0, atol=1e-6)
     plain = ready("lora(rank=2) + head()", steps=3)
     assert losses == pytest.approx([step.loss for step in plain.loop], rel=2e-2)
 

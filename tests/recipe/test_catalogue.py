@@ -236,7 +236,7 @@ def test_constants_of_base_classes_are_inherited():
         ("galore()", "task", "galore() is an optimizer, not a task"),
         ("galor()", "optimizer", "galore, lion, muon). Did you mean 'galore'?"),
         ("sgd()", "optimizer", "To use an optimizer of your own, set GRAFTKIT_OPTIMIZERS to its folder."),
-        ("galore(rang=8)", "optimizer", "galore() has no option 'rang' (options: rank, interval, scale, beta1, beta2, eps, svd, power, bits). Did you mean 'rank'?"),
+        ("galore(rang=8)", "optimizer", "galore() has no option 'rang' (options: rank, interval, scale, beta1, beta2, eps, svd, power, bits, space_bits). Did you mean 'rank'?"),
         ("galore(rank=0)", "optimizer", "rank is 0, but must be at least 1"),
         ("adamw(beta1=1.0)", "optimizer", "beta1 is 1.0, but must be below 1"),
     ],

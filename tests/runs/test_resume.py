@@ -155,7 +155,7 @@ def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path, case):
     assert_same(run, uninterrupted(case))
 
 
-@pytest.mark.parametrize("moment", ["make_forward", "model_card"])
+@pytest.mark.parametrize("moment", ["make_forward", "describe"])
 def test_control_c_before_and_after_the_steps(
     uninterrupted, tiny_bert, rows_folder, tmp_path, monkeypatch, command, moment
 ):

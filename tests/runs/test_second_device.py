@@ -5,23 +5,17 @@ There PyTorch knows one more device for good, after which a process cannot be fo
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import forked
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1] / "second_device" / "everything.py"
 
 
-def test_every_tensor_is_made_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(TESTS.parents[2])
-    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
-        monkeypatch.delenv(name)
-
-    def work() -> None:
-        raise SystemExit(int(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS)])))
-
-    done = forked(work)
-    assert done.status == 0, done.out + done.err
+def test_every_tensor_is_made_where_the_model_is() -> None:
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=TESTS.parents[2])
+    assert done.returncode == 0, done.stdout
