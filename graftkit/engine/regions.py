@@ -43,6 +43,7 @@ TOLERANCE = {
     "fp16": 2e-2,
 }  # relative differences of outputs and gradients, which are rounding
 CACHE = "compile.json"
+BACKEND = "inductor"  # of torch.compile
 RECOMPILATIONS = 64
 ALIKE = (0, 1)  # blocks whose graphs differ
 
@@ -102,12 +103,12 @@ class Regions:
 
     def __init__(
         self, graft: Graft, depth: int, device: torch.device, precision: str, wanted: str, tell: Callable[[str], None],
-        backend: str = "inductor",
+        backend: str | None = None,
     ) -> None:  # fmt: skip
         """`depth`: the number of leading frozen blocks, which are not compiled; blocks with running statistics are not
         either. `wanted`: train.compile. `tell`: print a line."""
         self.graft, self.device, self.precision, self.tell = graft, device, precision, tell
-        self.wanted, self.backend = wanted, backend
+        self.wanted, self.backend = wanted, backend or BACKEND
         self.on = self.decided = False
         self.compiled = False  # whether they ever were
         self.times: list[float] = []

@@ -10,6 +10,7 @@ import torch
 from conftest import equal_bits, graft_tensors, tune_words
 from tiny import bare, batch, causal, relative
 
+import graftkit.engine.regions
 from graftkit.backbone import Backbone
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.regions import Measured, Regions
@@ -59,9 +60,6 @@ def measured(regions: Regions, graft) -> None:
     "kind, method, backend",
     [
         ("bert", "lora(rank=2, sites='q,v', dropout=0.2)", "eager"),
-        pytest.param(
-            "bert", "lora(rank=2, sites='all-linear', dropout=0.2)", "aot_eager", marks=pytest.mark.slow
-        ),
         pytest.param("llama", "lora(rank=2, dropout=0.2) + adapter()", "aot_eager", marks=pytest.mark.slow),
     ],
 )
@@ -148,34 +146,40 @@ def test_a_measurement_is_kept_in_the_cache_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_a_run_with_inductor_is_the_eager_one_to_rounding_and_resumes(
-    command, tiny_bert, rows_folder, tmp_path, monkeypatch
-):
-    words = {
-        name: tune_words(tiny_bert, rows_folder, tmp_path / name, "train.steps=8", f"train.compile={kind}",
-                         "train.checkpoint_every=4")
-        for name, kind in (("eager", "none"), ("compiled", "blocks"), ("stopped", "blocks"))
-    }  # fmt: skip
-    for name in ("eager", "compiled"):
-        done = command(*words[name])
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_run_with_inductor_is_the_eager_one_to_rounding(command, tiny_bert, rows_folder, tmp_path):
+    for name, kind in (("eager", "none"), ("compiled", "blocks")):
+        done = command(
+            *tune_words(tiny_bert, rows_folder, tmp_path / name, "train.steps=5", f"train.compile={kind}")
+        )
         assert done.status == 0, done.err
     assert "blocks are compiled" in done.out
     eager, compiled = (graft_tensors(tmp_path / name) for name in ("eager", "compiled"))
     assert all(torch.allclose(eager[name], compiled[name], rtol=1e-2, atol=1e-3) for name in eager)
     assert not equal_bits(eager, compiled)
 
-    tell = Watch.tell
+
+@pytest.mark.slow
+def test_a_resumed_run_is_compiled_from_its_first_step(
+    command, tiny_bert, rows_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(graftkit.engine.regions, "BACKEND", "eager")
+    run = tmp_path / "run"
+    tell, ons = Watch.tell, []
 
     def stop(watch, step, console):
         tell(watch, step, console)
-        if step.number == 6:
+        ons.append((step.number, watch.regions.on))
+        if step.number == 6 and len(ons) == 6:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Watch, "tell", stop)
-        assert command(*words["stopped"]).status == 130
-    torch._dynamo.reset()
-    done = command("tune", "--resume", tmp_path / "stopped")
+    monkeypatch.setattr(Watch, "tell", stop)
+    words = tune_words(
+        tiny_bert, rows_folder, run, "train.steps=8", "train.compile=blocks", "train.checkpoint_every=4"
+    )
+    assert command(*words).status == 130
+    assert ons[0] == (1, False) and ons[5] == (6, True)
+    done = command("tune", "--resume", run)
     assert done.status == 0 and "resumed at step 4" in done.out, done.err
-    assert equal_bits(graft_tensors(tmp_path / "stopped"), compiled)
+    assert ons[6] == (5, True)
+    assert json.loads((run / "result.json").read_text())["compiled"] is True
