@@ -223,7 +223,8 @@ def _pays(plain: Forward, start: Start, dataset: Dataset) -> bool:
             iter(in_parts(rows, plain.device, compute, ADVICE))
         )  # the first call takes longer
         computing = _seconds(lambda: compute(part))
-    host = values.cpu().pin_memory()
+    host = values.cpu()
+    host = host.pin_memory() if plain.device.type == "cuda" else host
     copy(host)
     return _seconds(lambda: copy(host)) < computing
 

@@ -13,6 +13,8 @@ from conftest import forked, tune_words
 import graftkit.runs.tune  # noqa: F401  (each child would import it)
 from graftkit.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 
 def closed(number: int) -> None:
     os.close(number)

@@ -19,6 +19,8 @@ from graftkit.data.stream import stream_table
 from graftkit.errors import UserError
 from graftkit.runs.predict import Answers, predict, predict_into
 
+pytestmark = pytest.mark.slow
+
 PARTS = {
     "csv": ["a", ",", '"', "\n", "\n", "\r\n", "\r", " ", '""', "a,b\n", "x,y\n", '"x,y"', "é", ";", "\x0b"],
     "tsv": ["a", "\t", '"', "\n", "\n", "\r\n", "\r", " ", "a\tb\n", "é", "\x0b"],

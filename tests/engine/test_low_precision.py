@@ -16,6 +16,8 @@ from graftkit.engine.updates import AfterBackward
 from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 
+pytestmark = pytest.mark.slow
+
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     got, wanted = got.detach().float(), wanted.detach().float()

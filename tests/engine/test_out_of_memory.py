@@ -17,6 +17,8 @@ from graftkit.engine.memory import host_memory, in_parts
 from graftkit.engine.predict import predict
 from graftkit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -21,6 +21,8 @@ from graftkit.engine.cached import CachedForward, Caching, make_forward
 from graftkit.engine.kept import Mapped
 from graftkit.errors import Note
 
+pytestmark = pytest.mark.slow
+
 LAST = "unfreeze('blocks[-1:]') + head(dropout=0)"
 HEAD = "head(pooling='mean', dropout=0)"
 

@@ -8,6 +8,8 @@ from conftest import equal_bits
 
 from graftkit.engine.loop import NotFinite
 
+pytestmark = pytest.mark.slow
+
 
 def values(run) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.graft.parameters.items()}

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("lora(rank=2, dropout=0.3) + head()", "unfreeze('blocks[-1:]') + head()")
 
 

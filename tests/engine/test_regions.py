@@ -17,6 +17,8 @@ from graftkit.engine.regions import Measured, Regions
 from graftkit.grafts.attach import attach
 from graftkit.runs.monitor import Watch
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -19,6 +19,8 @@ from graftkit import using
 from graftkit.engine.precision import autocast, cast
 from graftkit.methods.shared.joined import Joining
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

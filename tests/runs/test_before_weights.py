@@ -8,6 +8,8 @@ import pytest
 
 from graftkit.backbone.load import _read_model as READ
 
+pytestmark = pytest.mark.slow
+
 TUNE = "tune --model MODEL --task classify --train train.csv --eval eval.csv --out out"
 
 

@@ -17,6 +17,8 @@ import graftkit
 from graftkit.claims import LOCK, UNSUPPORTED, claimed, holder
 from graftkit.errors import Note, UserError
 
+pytestmark = pytest.mark.slow
+
 HOLD = "import sys, time; from pathlib import Path; from graftkit.claims import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
 

@@ -13,6 +13,8 @@ from conftest import equal_bits, graft_tensors, tune_words
 from graftkit.engine.range_test import choose, range_test
 from graftkit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_choice_on_a_known_curve():
     """A logistic descent is steepest at its middle, 1e-3; its minimum is at 3e-2, so a tenth of that is not in the way."""

@@ -19,6 +19,8 @@ from graftkit.tasks.shared.blanks import (
     mode_of,
 )
 
+pytestmark = pytest.mark.slow
+
 MARKS = Marks(token=1, sentence=2, document=3, start=4, end=5, block=6)
 SPECIAL, FIRST = 7, 10  # [SEP], and the least id of a text
 
