@@ -184,7 +184,7 @@ def write() -> None:
     lacking = ", ".join(f"`{name}`" for name, path in paths.items() if not path.exists())
     parts = [table(stored)] if stored else []
     machines = dict.fromkeys(one["machine"] for one in stored)
-    parts += [f"{stored[0]['repeat']} rounds in turn. {'; '.join(machines)}."] if stored else []
+    parts += [f"Rounds in turn: {stored[0]['repeat']}. {'; '.join(machines)}."] if stored else []
     parts += [f"Not measured yet: {lacking}."] if lacking else []
     section = "\n\n".join([BEGIN, *parts, END])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
@@ -225,7 +225,7 @@ def main() -> int:
     if not given.quick:
         write()
     print(table(found))
-    print(f"\n{repeat} rounds in turn, {(time.monotonic() - start) / 60:.0f} minutes. {about}.")
+    print(f"\nRounds in turn: {repeat}; {(time.monotonic() - start) / 60:.0f} minutes. {about}.")
     if given.as_json:
         told = [
             {key: value for key, value in one.items() if not key.endswith(("runs", "settings"))}

@@ -14,7 +14,7 @@ from graftkit.errors import UserError
 from graftkit.files import read_json, refuse_irregular
 from graftkit.recipe.values import read as read_recipe
 
-RECIPE, PLAN, METRICS, RESULT, WORST, PREVIEWS, REPORT = (
+RECIPE, PLAN, METRICS, RESULT, WORST, PREVIEWS, REPORT, LR_FIND = (
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -22,6 +22,7 @@ RECIPE, PLAN, METRICS, RESULT, WORST, PREVIEWS, REPORT = (
     "worst.jsonl",
     "previews.json",
     "report.html",
+    "lr-find.json",
 )
 LARGEST = 2**28  # bytes of a log
 ROOM = 1_200_000  # characters of pictures and sounds in one page
@@ -33,7 +34,7 @@ class Finished:
     """What a finished run wrote about itself.
 
     `recipe`, `plan`: empty if the run stored none. `log`: the lines of its metrics. `worst`: its worst examples, with
-    pictures and sounds of each in `previews`.
+    pictures and sounds of each in `previews`. `lr_find`: the curve of its learning-rate range test, if it made one.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Finished:
     log: list[dict[str, Any]]
     worst: list[dict[str, Any]]
     previews: list[dict[str, str]]
+    lr_find: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -139,6 +141,7 @@ def read_finished(folder: Path) -> Finished:
         recipe=read_recipe(folder / RECIPE),
         result=result,
         plan=read_json(folder / PLAN) if (folder / PLAN).is_file() else {},
+        lr_find=read_json(folder / LR_FIND) if (folder / LR_FIND).is_file() else {},
         log=_lines(folder / METRICS),
         worst=worst,
         previews=fitting(

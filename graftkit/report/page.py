@@ -173,9 +173,23 @@ def _curves(run: Finished) -> list[Section]:
     charts.append(
         chart("Learning rate", [Line("learning rate", rates)], unit="" if base else "as a share of its peak")
     )
+    charts.append(_tried(run.lr_find))
     charts.append(chart("Gradient norm", [Line("gradient norm", run.steps("gradient_norm"), noisy=True)]))
     drawn = [one for one in charts if one is not None]
     return [Section("Training", "training", element("div", drawn, class_="figures"))] if drawn else []
+
+
+def _tried(curve: dict[str, Any]) -> Markup | None:
+    """Return the chart of a learning-rate range test; None if there was none."""
+    rates, losses, chosen = (curve.get(name) for name in ("rates", "smoothed", "chosen"))
+    if not isinstance(rates, list) or not isinstance(losses, list):
+        return None
+    points = [(math.log10(rate), loss) for rate, loss in zip(rates, losses) if (number(rate) or 0) > 0]
+    at = number(chosen)
+    mark = math.log10(at) if at is not None and at > 0 else None
+    note = "" if mark is None else f"dashed line: the one chosen, {at:.2g}"
+    line = Line("smoothed loss", points)
+    return chart("Loss by learning rate tried", [line], x="log10 of the learning rate", mark=mark, note=note)
 
 
 def _cost(run: Finished) -> list[Section]:

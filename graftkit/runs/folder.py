@@ -16,9 +16,9 @@ from graftkit.engine import checkpoint
 from graftkit.errors import UserError, listing
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
-from graftkit.report.finished import METRICS, PLAN, PREVIEWS, RECIPE, REPORT, RESULT, WORST
+from graftkit.report.finished import LR_FIND, METRICS, PLAN, PREVIEWS, RECIPE, REPORT, RESULT, WORST
 
-CARD, GRAFT, CHECKPOINTS, TRACKERS, BEFORE_DECAY, INITIAL, MODEL, LR_FIND = (
+CARD, GRAFT, CHECKPOINTS, TRACKERS, BEFORE_DECAY, INITIAL, MODEL = (
     "README.md",
     "graft",
     "checkpoints",
@@ -26,7 +26,6 @@ CARD, GRAFT, CHECKPOINTS, TRACKERS, BEFORE_DECAY, INITIAL, MODEL, LR_FIND = (
     "before-decay",
     "initial",
     "model",
-    "lr-find.json",
 )
 ENTRIES = (
     RECIPE,

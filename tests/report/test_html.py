@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from html.parser import HTMLParser
@@ -318,3 +319,14 @@ def test_contrast_is_aa_in_light_and_dark():
             ):
                 one, other = sorted((luminance(colours[ink]), luminance(colours[ground])))
                 assert (other + 0.05) / (one + 0.05) >= least, (ink, ground)
+
+
+def test_the_curve_of_a_range_test(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "Loss by learning rate tried" not in run_page(read_finished(folder))
+    curve = {"rates": [1e-6, 1e-4, 1e-2, 0, "x"], "smoothed": [2.0, 1.5, 3.0, 1.0, 1.0], "chosen": 2.5e-5}
+    (folder / "lr-find.json").write_text(json.dumps(curve))
+    page = run_page(read_finished(folder))
+    assert "Loss by learning rate tried" in page and "the one chosen, 2.5e-05" in page
+    (folder / "lr-find.json").write_text(json.dumps({"rates": 3}))
+    assert "Loss by learning rate tried" not in run_page(read_finished(folder))
