@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftkit.engine.attention import Masks
+from graftkit.engine.attention import Masks, attended
 
 LEVELS = 1 << 16
 BITS = {torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}
@@ -129,6 +129,10 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                enable_gqa: bool = False, **more: Any) -> Tensor:  # fmt: skip
+    if not more and not torch.compiler.is_compiling():
+        quick = attended(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _source())
+        if quick is not None:
+            return quick
     if dropout_p == 0.0 or more:
         return PLAIN_ATTENTION(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
