@@ -136,6 +136,6 @@ def test_masks_of_attention_dropout_are_those_of_its_gradient():
 def test_attention_with_dropout_is_computed_in_few_passes():
     query = torch.randn(2, 3, 5, 4, requires_grad=True)
     with fast_dropout(torch.device("cpu"), 1):
-        out = F.scaled_dot_product_attention(query, query, query, dropout_p=0.3)
-        evaluated = F.scaled_dot_product_attention(query.detach(), query.detach(), query.detach())
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, query, dropout_p=0.3)
+        evaluated = torch.nn.functional.scaled_dot_product_attention(*[query.detach()] * 3)
     assert type(out.grad_fn).__name__ == "AttentionBackward" and evaluated.grad_fn is None
