@@ -57,12 +57,13 @@ class Recompute:
         self.changed = []
 
     def turn_on(self) -> bool:
-        """Begin to recompute because memory ran out; return whether that may help."""
+        """Begin to recompute because memory ran out; return whether that may help. Compiled blocks stay as they are."""
         if self.on or self.how != "auto" or self.depth is None or not self.blocks[self.depth :]:
             return False
-        self.on = self.untold = True
+        self.on = True
         self.enter(self.depth)
-        return True
+        self.untold = bool(self.changed)
+        return self.untold
 
     def notes(self) -> Iterator[str]:
         """Yield what a user is to be told, once."""

@@ -113,7 +113,7 @@ class Regions:
         self.compiled = False  # whether they ever were
         self.times: list[float] = []
         blocks = [graft.backbone.module(name) for name in graft.backbone.blocks[depth:]]
-        usable = not any("forward" in b.__dict__ or any(map(has_statistics, b.modules())) for b in blocks)
+        usable = not any(any(map(has_statistics, block.modules())) for block in blocks)
         self.blocks = blocks if wanted != "none" and usable else []
         self.regions: list[Region] = []
         self.decided = not self.blocks
@@ -141,6 +141,10 @@ class Regions:
                 self._decide(batches, left)
             return
         if self.wanted == "auto" and not self._may_pay(batches, left):
+            return
+        if any("forward" in vars(block) for block in self.blocks):
+            self.decided = True
+            self.tell("note: the blocks are not compiled, as their activations are recomputed")
             return
         self._place()
         for region in self.regions[: len(ALIKE) + 1]:

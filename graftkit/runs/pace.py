@@ -43,12 +43,15 @@ class Pace:
 
 
 def regions_of(prepared: Prepared, console: Console) -> Regions:
-    """Return the blocks that may be compiled: none if a method unfreezes them over time, or, with `auto`, in several
-    processes, each of which would measure another time."""
-    wanted = prepared.recipe.train.compile
-    if len(prepared.phases) > 1:
+    """Return the blocks that may be compiled: none if a method unfreezes them over time or if they are recomputed, or, with
+    `auto`, in several processes, each of which would measure another time."""
+    train = prepared.recipe.train
+    wanted = train.compile
+    phased, recomputed = len(prepared.phases) > 1, train.checkpointing in ("blocks", "selective")
+    if phased or recomputed:
         if wanted == "blocks":
-            console.line("note: the blocks are not compiled, as the method trains others in each phase")
+            why = "the method trains others in each phase" if phased else "their activations are recomputed"
+            console.line(f"note: the blocks are not compiled, as {why}")
         wanted = "none"
     elif wanted == "auto" and processes()[1] > 1:
         wanted = "none"

@@ -13,6 +13,7 @@ from tiny import bare, batch, causal, relative
 import graftkit.engine.regions
 from graftkit.backbone import Backbone
 from graftkit.engine.dropout import fast_dropout
+from graftkit.engine.recompute import Recompute
 from graftkit.engine.regions import Measured, Regions
 from graftkit.grafts.attach import attach
 from graftkit.runs.monitor import Watch
@@ -117,6 +118,29 @@ def test_a_block_that_stops_compiling_goes_on_eager():
     assert torch.equal(stepped(graft, 1, 7), wanted)
     assert not regions.on and told == ["note: the blocks are not compiled (ValueError: a shape of its own)"]
     assert torch.equal(stepped(graft, 1, 7), wanted)
+
+
+def test_blocks_are_compiled_or_recomputed_but_not_both(command, tiny_bert, rows_folder, tmp_path):
+    done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=4", "train.compile=blocks",
+                               "train.checkpointing=blocks"))  # fmt: skip
+    assert done.status == 0 and "not compiled, as their activations are recomputed" in done.out, done.err
+    graft, told = grafted("bert", "lora(rank=2)"), []
+    blocks = [graft.backbone.module(name) for name in graft.backbone.blocks]
+    recompute = Recompute(blocks, "auto")
+    recompute.enter(0)
+    assert recompute.turn_on()
+    regions = Regions(graft, 0, CPU, "fp32", "blocks", told.append, backend="eager")
+    regions.after_step(1.0, 1, 100)
+    assert regions.decided and not regions.regions and len(told) == 1
+    recompute.leave()
+    regions = Regions(graft, 0, CPU, "fp32", "blocks", told.append, backend="eager")
+    regions.after_step(1.0, 1, 100)
+    recompute = Recompute(blocks, "auto")
+    recompute.enter(0)
+    assert regions.regions and not recompute.turn_on() and not list(recompute.notes())
+    recompute.leave()
+    regions.leave()
+    assert not any("forward" in vars(block) for block in blocks)
 
 
 def test_a_short_run_tries_nothing_and_what_is_remembered_decides(monkeypatch):
