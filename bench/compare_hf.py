@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, child, child_arguments, gflops, machine
+from common import RESULTS, ROOT, child, child_arguments, gflops, machine, section
 
-RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- compared: written by bench/compare_hf.py -->", "<!-- end of compared -->"
 POINT = 0.01  # how much lower our accuracy may be, and how much higher, relative to the peer's, our loss
@@ -186,10 +185,7 @@ def write() -> None:
     machines = dict.fromkeys(one["machine"] for one in stored)
     parts += [f"Rounds in turn: {stored[0]['repeat']}. {'; '.join(machines)}."] if stored else []
     parts += [f"Not measured yet: {lacking}."] if lacking else []
-    section = "\n\n".join([BEGIN, *parts, END])
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before.rstrip()}\n\n{section}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
-    print(PAGE, file=sys.stderr)
+    section(PAGE, BEGIN, END, "\n\n".join(parts))
 
 
 def options() -> argparse.Namespace:

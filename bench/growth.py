@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, child, child_arguments, machine
+from common import ROOT, child, child_arguments, machine, section
 from compared.measures import apart, peak_memory, word_tokenizer
 
 STORED = ROOT / "bench" / "results" / "growth.json"
@@ -234,10 +234,7 @@ def write() -> None:
         text = "\n\n".join(
             ["![Seconds of a step and peak memory](images/growth.svg)", *parts, f"{stored['machine']}."]
         )
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    section = f"{BEGIN}\n\n{text}\n\n{END}"
-    PAGE.write_text(f"{before.rstrip()}\n\n{section}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
-    print(PAGE, file=sys.stderr)
+    section(PAGE, BEGIN, END, text)
 
 
 def options() -> argparse.Namespace:

@@ -28,7 +28,6 @@ from typing import Any
 import common
 
 TEXT = common.ROOT.parent / "shared" / "data" / "text"
-RESULTS = common.ROOT / "bench" / "results"
 FILES = ("tinyshakespeare.txt", "wikitext2_valid.txt", "wikitext2_test.txt")
 
 
@@ -260,7 +259,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def kept(name: str, size: str, steps: int, scale: float, text: str) -> dict[str, Any]:
     """Return the figures of a run, from its file if it has been made."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower())
-    path = RESULTS / f"optimizer-{size}-{steps}-{plain}-{scale:g}.json"
+    path = common.RESULTS / f"optimizer-{size}-{steps}-{plain}-{scale:g}.json"
     if not path.exists():
         path.write_text(json.dumps(forked(name, size, steps, scale, text), indent=1) + "\n", encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -269,7 +268,7 @@ def kept(name: str, size: str, steps: int, scale: float, text: str) -> dict[str,
 def write(size: str, steps: int) -> None:
     """Put the run of each row that is best on the held-out text into docs/results.md."""
     best: dict[str, dict[str, Any]] = {}
-    for path in RESULTS.glob(f"optimizer-{size}-{steps}-*.json"):
+    for path in common.RESULTS.glob(f"optimizer-{size}-{steps}-*.json"):
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["held_out_loss"] < best.get(run["name"], run)["held_out_loss"] or run["name"] not in best:
             best[run["name"]] = run
@@ -282,7 +281,10 @@ def write(size: str, steps: int) -> None:
         "Peak is that of the process."
     )
     machines = "; ".join(sorted({row["machine"] for row in rows}))
-    common.section("optimizers", ["## Optimizers", "", intro, "", table(rows), "", f"Machine: {machines}."])
+    text = "\n\n".join(["## Optimizers", intro, table(rows), f"Machine: {machines}."])
+    common.section(
+        common.ROOT / "docs" / "results.md", "<!-- optimizers -->", "<!-- end of optimizers -->", text
+    )
 
 
 def forked(*arguments: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from common import ROOT, child_arguments, machine
+from common import ROOT, child_arguments, machine, section
 
 FOLDER = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "results.md"
@@ -105,8 +105,6 @@ def write() -> None:
     """The section of the page, from the kept figures."""
     kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("task-*.json"))]
     parts = [
-        BEGIN,
-        "",
         "## Every task",
         "",
         "Output of `python bench/tasks.py run`. If settings were chosen with test figures in view, the data set's file in "
@@ -129,11 +127,7 @@ def write() -> None:
             told = ", ".join(f"`{key}` {run['metrics'][key]:.4g}" for key in shown)
             parts.append(f"- {run['row']}, seed {run['seed']}: {told}.")
         parts.append("")
-    section = "\n".join([*parts, END])
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    PAGE.write_text(f"{before.rstrip()}\n\n{section}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
-    print(PAGE)
+    section(PAGE, BEGIN, END, "\n".join(parts))
 
 
 def line(runs: list[dict], metric: str) -> str:

@@ -6,6 +6,8 @@ dozens of walks through the model.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -28,23 +30,20 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what `model.named_parameters()` yields: each parameter under its first name, in definition order."""
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for path, module in modules_of(model).items():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[f"{path}.{leaf}" if path else leaf] = parameter
-    return found
+    return _tensors(model, "_parameters")
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     """Return what `model.named_buffers()` yields: each buffer under its first name, in definition order."""
-    found: dict[str, Tensor] = {}
+    return _tensors(model, "_buffers")
+
+
+def _tensors(model: nn.Module, kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     seen: set[int] = set()
     for path, module in modules_of(model).items():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in seen:
-                seen.add(id(buffer))
-                found[f"{path}.{leaf}" if path else leaf] = buffer
+        for leaf, tensor in getattr(module, kind).items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{path}.{leaf}" if path else leaf] = tensor
     return found

@@ -25,6 +25,7 @@ from graftkit.engine.fingerprint import digests_of, key_of
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.engine.frozen import Phase
 from graftkit.engine.kept import Kept
+from graftkit.engine.machine import synchronize
 from graftkit.engine.memory import host_memory, in_parts
 from graftkit.engine.parallel import all_agree
 from graftkit.engine.starts import Start, find_start
@@ -222,17 +223,17 @@ def _pays(plain: Forward, start: Start, dataset: Dataset) -> bool:
         part, values = next(
             iter(in_parts(rows, plain.device, compute, ADVICE))
         )  # the first call takes longer
-        computing = _seconds(lambda: compute(part))
+        computing = _seconds(lambda: compute(part), plain.device)
     host = values.cpu()
     host = host.pin_memory() if plain.device.type == "cuda" else host
     copy(host)
-    return _seconds(lambda: copy(host)) < computing
+    return _seconds(lambda: copy(host), plain.device) < computing
 
 
-def _seconds(work: Callable[[], Tensor]) -> float:
-    """Return the time that the current GPU takes for some work."""
-    torch.cuda.synchronize()
+def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Return the time that a device takes for some work."""
+    synchronize(device)
     start = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Container
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from torch import nn
 from graftkit.backbone.anatomy import has_statistics, is_linear
 from graftkit.backbone.walk import parameters_of
 from graftkit.engine.fp8 import refuse_fp8
+from graftkit.engine.machine import cpu_name
 from graftkit.files import special, write_json
 from graftkit.optim.labels import Labels
 from graftkit.recipe.environment import cache_folder
@@ -66,22 +65,6 @@ def _measure(dtype: torch.dtype) -> float:
         left @ right
         times.append(time.perf_counter() - start)
     return min(times[2:])
-
-
-def cpu_name() -> str:
-    """Return the name of the CPU with a digest of its features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        wanted = [
-            line.split(":", 1)[1].strip()
-            for line in lines
-            if line.startswith(("model name", "model\t", "flags"))
-        ]
-        import hashlib
-
-        return f"{wanted[0]} {hashlib.sha256(' '.join(wanted[:3]).encode()).hexdigest()[:8]}"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 def rounded_names(model: nn.Module, labels: Labels, weight_type: str) -> set[str]:

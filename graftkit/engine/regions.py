@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from graftkit.backbone.anatomy import has_statistics
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.engine.dropout import fast_dropout
-from graftkit.engine.precision import autocast, cpu_name
+from graftkit.engine.machine import cpu_name, synchronize
+from graftkit.engine.precision import autocast
 from graftkit.errors import first_line
 from graftkit.files import special, write_json
 from graftkit.grafts.graft import Graft
@@ -249,13 +250,13 @@ class Regions:
         args, kwargs = detached(region.seen[0]), detached(region.seen[1])
         wanted = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
         wanted += [p for p in region.block.parameters() if p.requires_grad]
-        self._synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         with self._as_in_a_step():
             with autocast(self.device, self.precision):
                 output = first_tensor(function(*args, **kwargs))
             gradients = torch.autograd.grad(output, wanted, pull(output), allow_unused=True)
-        self._synchronize()
+        synchronize(self.device)
         seconds = time.perf_counter() - start
         return [output.detach(), *(g for g in gradients if g is not None)], seconds
 
@@ -265,10 +266,6 @@ class Regions:
         with torch.random.fork_rng(devices=devices), fast_dropout(self.device, 0):
             torch.manual_seed(0)
             yield
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     @functools.cached_property
     def key(self) -> str:

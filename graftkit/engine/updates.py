@@ -22,8 +22,8 @@ EPS = 1e-6  # added to a norm before it divides, as in torch's clip_grad_norm_
 class Updates(Protocol):
     """How a step is taken.
 
-    `whole`: a gradient may be gone after the last backward pass of its step, so no pass can be repeated or follow. `previous`: the norm of the step
-    before, the only state beside the optimizer's.
+    `whole`: a gradient may be gone after the last backward pass of its step, so no pass can be repeated or follow.
+    `previous`: the norm of the step before, kept in checkpoints as `state` is.
     """
 
     whole: bool
@@ -168,9 +168,8 @@ class WithinBackward(Unscaled):
         self.alone.begin(step)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        self.finite = self.finite and bool(
-            loss.isfinite()
-        )  # waits for the forward pass: steps cannot be taken back
+        # waits for the forward pass, as steps cannot be taken back
+        self.finite = self.finite and bool(loss.isfinite())
         if not self.finite:
             return
         self.last = last

@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import platform
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +21,7 @@ from graftkit.backbone.source import find_source
 from graftkit.data.order import epoch_batches, padding_share
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
+from graftkit.engine.machine import hardware, synchronize
 from graftkit.engine.precision import HALF
 from graftkit.errors import UserError
 from graftkit.plan.work import FORMULA, flops_of, products
@@ -170,7 +169,7 @@ def _timed(
         rows = np.concatenate(loop.batches(loop.step))
         start = time.perf_counter()
         step = next(steps)
-        _synchronize(prepared.device)
+        synchronize(prepared.device)
         found.append((time.perf_counter() - start, step))
         all_lengths = prepared.train.lengths
         lengths.append(np.full(len(rows), all_lengths) if isinstance(all_lengths, int) else all_lengths[rows])
@@ -232,11 +231,11 @@ def _rate(rows: int, out: int, inside: int, device: torch.device, kind: torch.dt
 @torch.no_grad()
 def _seconds(work: Callable[[], Any], repeats: int, device: torch.device) -> float:
     work()
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         work()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 
@@ -254,7 +253,7 @@ def _profiled(steps: Iterator[Step], device: torch.device) -> dict[str, float]:
         start = time.perf_counter()
         for _ in itertools.islice(steps, PROFILED):
             pass
-        _synchronize(device)
+        synchronize(device)
         whole = time.perf_counter() - start
     spent = dict.fromkeys(KINDS, 0.0)
     for event in profile.key_averages():
@@ -277,23 +276,7 @@ def kind_of(name: str) -> str:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    name = _processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {
-        "device": str(device), "hardware": name, "threads": torch.get_num_threads(), "system": platform.platform(terse=True),
+        "device": str(device), "hardware": hardware(device), "threads": torch.get_num_threads(), "system": platform.platform(terse=True),
         "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        found = re.search(
-            r"^model name\s*: *(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
-        )
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,6 +14,7 @@ from torch import nn
 from graftkit.backbone.geometries import GEOMETRIES, Geometry, geometry_of, shaped
 from graftkit.backbone.source import class_of
 from graftkit.engine import parallel, precision
+from graftkit.engine.machine import synchronize
 from graftkit.errors import UserError
 from graftkit.recipe.schema import NEW, Recipe
 from graftkit.recipe.values import seconds
@@ -157,8 +158,7 @@ def _timed(name: str, config: Any, length: int, recipe: Recipe, task: Objective)
             scores = token_scores(model, inputs, rows, places, ids[rows, places])
         (-scores[:, 0].mean()).backward()
         model.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - begun)
     return Measured(name, _size(model), length, min(times[1:]) / ROWS)
 

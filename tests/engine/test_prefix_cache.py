@@ -273,7 +273,7 @@ def test_a_copy_that_takes_longer_than_computing_is_not_made(ready, monkeypatch)
     run = ready(LAST)
     start = forward_of(run).start
     times = iter([0.2, 0.1, 0.1, 0.2])
-    monkeypatch.setattr(cached, "_seconds", lambda work: (work(), next(times))[1])
+    monkeypatch.setattr(cached, "_seconds", lambda work, device: (work(), next(times))[1])
     plain = SimpleNamespace(device=DEVICE, graft=run.graft)
     monkeypatch.setattr(start, "capture", lambda plain, batch: torch.zeros(len(batch.rows), 3))
     assert cached._pays(plain, start, run.dataset) and not cached._pays(plain, start, run.dataset)
