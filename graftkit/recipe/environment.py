@@ -33,6 +33,11 @@ def check_processes() -> None:
             )
 
 
+def are_several() -> bool:
+    """Return whether this is one of several processes. Raises `UserError` for a number that cannot be."""
+    return _number("WORLD_SIZE") > 1
+
+
 def is_first() -> bool:
     """Return whether this is the first of several processes, or the only one."""
     try:

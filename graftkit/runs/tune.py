@@ -21,6 +21,7 @@ from graftkit.errors import Interrupted, UserError
 from graftkit.files import write_json, write_text
 from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
+from graftkit.recipe.environment import are_several
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
@@ -123,9 +124,9 @@ def run_recipe(
     Under `torchrun` or `accelerate launch`, all processes train together: one step accumulates
     `train.accumulate` batches in each process.
     """
-    console.quiet_unless(processes()[0] == 0)
-    if recipe.out is None and processes()[1] > 1:
+    if recipe.out is None and are_several():  # before they connect: if one ends first, the others would fail at that
         raise UserError("several processes need a run folder in advance: name it with --out.")
+    console.quiet_unless(processes()[0] == 0)
     tables = tables or {}
     refuse_missing(recipe.train.trackers)
     with ExitStack() as stack:
