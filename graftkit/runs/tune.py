@@ -124,7 +124,9 @@ def run_recipe(
     Under `torchrun` or `accelerate launch`, all processes train together: one step accumulates
     `train.accumulate` batches in each process.
     """
-    if recipe.out is None and are_several():  # before they connect: if one ends first, the others would fail at that
+    if (
+        recipe.out is None and are_several()
+    ):  # before they connect: if one ends first, the others would fail at that
         raise UserError("several processes need a run folder in advance: name it with --out.")
     console.quiet_unless(processes()[0] == 0)
     tables = tables or {}
