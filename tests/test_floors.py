@@ -30,7 +30,7 @@ FLOORS = (
     ("methods",),
     ("grafts", "tasks"),
     ("engine",),
-    ("plan", "export", "report"),
+    ("plan", "export", "report", "insight"),
     ("runs",),
     ("demo",),
     ("cli",),

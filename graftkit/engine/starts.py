@@ -88,7 +88,7 @@ class AtBlock:
         return f"block {self.depth}"
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
-        return _captured(self.blocks[self.depth], plain, batch)
+        return captured(self.blocks[self.depth], plain, batch)
 
     def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
         with _skipping(self.blocks, self.depth, states):
@@ -106,7 +106,7 @@ class AtOwnHead:
         self.place = f"input of {name}"
 
     def capture(self, plain: Forward, batch: Batch) -> Tensor:
-        return _captured(self.module, plain, batch)
+        return captured(self.module, plain, batch)
 
     def resume(self, plain: Forward, batch: Batch, states: Tensor) -> Tensor:
         with autocast(plain.device, plain.precision):
@@ -256,7 +256,7 @@ def _entering(args: tuple, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
 
 
-def _captured(module: nn.Module, plain: Forward, batch: Batch) -> Tensor:
+def captured(module: nn.Module, plain: Forward, batch: Batch) -> Tensor:
     """Return the input of a module, and stop the forward pass there."""
     got: list[Tensor] = []
     handle = module.register_forward_pre_hook(_stop_with(got), with_kwargs=True)
