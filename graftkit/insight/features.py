@@ -21,6 +21,7 @@ from graftkit.tasks.base import Dataset
 
 PASSES = 2  # features are read several times, so they are kept
 BATCH = 256
+KEPT = Caching(later=True)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Features:
     filled: Filled
 
 
-def features_of(forward: Forward, dataset: Dataset, caching: Caching = Caching(later=True)) -> Features:
+def features_of(forward: Forward, dataset: Dataset, caching: Caching = KEPT) -> Features:
     """Return the features of rows: the input of the head that the graft trains, or of its last layer if it is the model's
     own head, with everything before it in eval mode.
 
