@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from graftkit.backbone.anatomy import has_statistics
 from graftkit.backbone.memory import is_out_of_memory
+from graftkit.backbone.packed import current
 from graftkit.engine.dropout import fast_dropout
 from graftkit.engine.machine import cpu_name, synchronize
 from graftkit.engine.precision import autocast
@@ -37,6 +38,10 @@ from graftkit.recipe.environment import cache_folder
 LEAST_LEFT = 300.0  # estimated seconds of a run below which nothing is tried
 FIRST_STEPS = 6  # that are timed before; the very first ones are slower
 TRIALS = 5
+SLOW, SLOW_STEPS = (
+    3.0,
+    8,
+)  # after so many steps in a row that take so many times as long, blocks are eager again
 WORTHWHILE = 1.05
 TOLERANCE = {
     "fp32": 1e-3,
@@ -85,7 +90,7 @@ class Region:
         self.watches = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or current() is not None:  # each packed batch would be compiled anew
             return self.plain(*args, **kwargs)
         if self.watches:
             self.seen, self.watches = (detached(args), detached(kwargs)), False
@@ -112,7 +117,8 @@ class Regions:
         self.wanted, self.backend = wanted, backend or BACKEND
         self.on = self.decided = False
         self.compiled = False  # whether they ever were
-        self.times: list[float] = []
+        self.times: list[float] = []  # of steps before the decision
+        self.slow = 0  # steps in a row
         blocks = [graft.backbone.module(name) for name in graft.backbone.blocks[depth:]]
         usable = not any(any(map(has_statistics, block.modules())) for block in blocks)
         self.blocks = blocks if wanted != "none" and usable else []
@@ -135,11 +141,18 @@ class Regions:
     def after_step(self, seconds: float, batches: int, left: int) -> None:
         """Decide, if it is time to, after a step of `seconds` with `batches` forward passes, and `left` steps to go."""
         if self.decided:
+            self._watch(seconds)
             return
         self.times.append(seconds)
         if self.regions:
             if any(region.seen for region in self.regions):
                 self._decide(batches, left)
+            else:
+                self.decided = True
+                self.leave()
+                self.tell(
+                    "note: the blocks are not compiled, as the parts of packed rows differ in each batch"
+                )
             return
         if self.wanted == "auto" and not self._may_pay(batches, left):
             return
@@ -150,6 +163,20 @@ class Regions:
         self._place()
         for region in self.regions[: len(ALIKE) + 1]:
             region.watches = True
+
+    def _watch(self, seconds: float) -> None:
+        """Stop compiling if one step after the other takes much longer than before: each compiles something new."""
+        if not self.on or len(self.times) < FIRST_STEPS:
+            return
+        self.slow = self.slow + 1 if seconds > SLOW * median(self.times[2:]) else 0
+        if self.slow >= SLOW_STEPS:
+            self.on = False
+            for region in self.regions:
+                region.on = False
+            self.tell(
+                f"note: the blocks are not compiled any more: the last {SLOW_STEPS} steps took over {SLOW:g} times as long as those "
+                "before"
+            )
 
     def leave(self) -> None:
         """Give the blocks their own forward back."""
