@@ -189,15 +189,15 @@ def _rewritten(raw: bytes, source: str, kind: str, column: str, changes: Mapping
         return _parquet(raw, column, new)
     text = decode(raw, source, "utf-8")
     if kind in ("csv", "tsv"):
-        mark = codecs.BOM_UTF8 if raw.startswith(codecs.BOM_UTF8) else b""
-        return mark + _separated(text, source, kind, column, new).encode("utf-8")
-    if kind == "json" and text.lstrip().startswith("["):
+        text = _separated(text, source, kind, column, new)
+    elif kind == "json" and text.lstrip().startswith("["):
         whole = enumerate(parse_json(text), start=1)
-        kept = [
-            _with(record, column, new, number) for number, record in whole if new.get(number, "") is not None
-        ]
-        return (json.dumps(kept, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
-    return _json_lines(text, column, new).encode("utf-8")
+        kept = [_with(record, column, new, at) for at, record in whole if new.get(at, "") is not None]
+        text = json.dumps(kept, ensure_ascii=False, indent=1) + "\n"
+    else:
+        text = _json_lines(text, column, new)
+    mark = codecs.BOM_UTF8 if raw.startswith(codecs.BOM_UTF8) else b""
+    return mark + text.encode("utf-8")
 
 
 def _with(record: dict[str, Any], column: str, new: Mapping[int, Any], number: int) -> dict[str, Any]:
@@ -209,10 +209,10 @@ def _json_lines(text: str, column: str, new: Mapping[int, Any]) -> str:
     for number, line in enumerate(text.split("\n"), start=1):
         if number in new and new[number] is None:
             continue
-        changed = number in new
-        lines.append(
-            json.dumps(_with(parse_json(line), column, new, number), ensure_ascii=False) if changed else line
-        )
+        if number in new:
+            closing = "\r" if line.endswith("\r") else ""
+            line = json.dumps(_with(parse_json(line), column, new, number), ensure_ascii=False) + closing
+        lines.append(line)
     return "\n".join(lines)
 
 

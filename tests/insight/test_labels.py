@@ -151,6 +151,16 @@ def test_near_images_are_nearly_the_same(tmp_path):
     assert near.alike((a,), (b,), 0.99) and not near.alike((a,), (c,), 0.99)
 
 
+def test_near_recordings_are_equally_long():
+    from graftkit.data.sounds import Sound
+
+    one, same, longer = (
+        Sound("", rate, samples, 1, False, b"") for rate, samples in ((8000, 800), (16000, 1601), (8000, 900))
+    )
+    assert near.alike((one,), (same,), 0.999) and not near.alike((one,), (longer,), 0.999)
+    assert not near.alike((one,), (same,), 0.98)
+
+
 def test_outliers_are_far_from_all():
     values, _ = clusters(200, 2, seed=3)
     values[17] = -8 * values[17][::-1]
