@@ -48,6 +48,33 @@ def check(
     return check_values(values, tables)
 
 
+def label_errors(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    train: Any = None,
+    eval: Any = ...,
+    test: Any = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return rows whose label is likely wrong: `graftkit data check --labels` in Python.
+
+    The arguments are those of `tune`. The result has `suspects`, `duplicates`, `leaks` and `outliers`, plain values as in
+    the JSON of the command, worst first. Bad rows are left out; `check` lists them. Raises `UserError` for a mistake in the
+    arguments, a task without classes, or rows that cannot be read at all.
+    """
+    given = {"train": train, "eval": eval, "test": test}
+    values, tables = recipes.gather(recipe, given, {"model": model, "task": task}, settings)
+    found = check_values(values, tables, judged=True)
+    if found.suspects is None:
+        raise UserError(found.problems[0].text)
+    assert found.outliers is not None
+    return {
+        "suspects": found.suspects, "duplicates": found.duplicates, "leaks": found.leaks, "outliers": found.outliers,
+    }  # fmt: skip
+
+
 def check_values(values: Mapping[str, Any], tables: Mapping[str, Any], judged: bool = False) -> Check:
     """Check nested recipe values, with tables in memory by name. `judged`: the labels too, by the features of the model."""
     recipe = recipes.make({"model": NO_MODEL, **values})

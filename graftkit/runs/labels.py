@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from graftkit.insight.features import features_of
 from graftkit.insight.labels import Judged, fitted, judge, out_of_fold
 from graftkit.insight.near import Neighbours, directions, near_pairs, neighbours, outliers
 from graftkit.insight.repeated import Pair, answers_of, inputs_of
-from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.features import frozen_backbone
 from graftkit.runs.prepare import Rows
@@ -32,35 +30,6 @@ class Suspicions:
     suspects: list[dict[str, Any]]
     outliers: list[dict[str, Any]]
     near: list[Pair]
-
-
-def label_errors(
-    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
-    *,
-    model: str | None = None,
-    task: str | None = None,
-    train: Any = None,
-    eval: Any = ...,
-    test: Any = None,
-    settings: Mapping[str, Any] | None = None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Return rows whose label is likely wrong: `graftkit data check --labels` in Python.
-
-    The arguments are those of `tune`. The result has `suspects`, `duplicates`, `leaks` and `outliers`, plain values as in
-    the JSON of the command, worst first. Bad rows are left out; `check` lists them. Raises `UserError` for a mistake in the
-    arguments, a task without classes, or rows that cannot be read at all.
-    """
-    from graftkit.runs.check import check_values
-
-    given = {"train": train, "eval": eval, "test": test}
-    values, tables = recipes.gather(recipe, given, {"model": model, "task": task}, settings)
-    found = check_values(values, tables, judged=True)
-    if found.suspects is None:
-        raise UserError(found.problems[0].text)
-    assert found.outliers is not None
-    return {
-        "suspects": found.suspects, "duplicates": found.duplicates, "leaks": found.leaks, "outliers": found.outliers,
-    }  # fmt: skip
 
 
 def refuse_without_classes(task: Task) -> None:
