@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from graftkit.report.console import Console, count
 from graftkit.report.summary import statistics_lines
 from graftkit.report.values import Check, Finding
 
 SHOWN = 20  # findings of each file
+WIDTH = 80  # characters of a text
 
 
 def show_check(console: Console, found: Check) -> None:
@@ -29,6 +33,8 @@ def show_check(console: Console, found: Check) -> None:
                 for title, text in statistics_lines(part)
             ]
         )
+    if found.suspects is not None:
+        _show_suspects(console, found)
     told = f"{count(len(found.warnings))} warning{'s' * (len(found.warnings) != 1)}"
     if found.ok:
         console.line(f"\nno problems, {told}")
@@ -47,3 +53,42 @@ def _show(console: Console, findings: list[Finding]) -> None:
             console.line(f"    {finding.place + ': ' if finding.place else ''}{finding.text}")
         if len(some) > SHOWN:
             console.line(f"    ... and {count(len(some) - SHOWN)} more; --json has all")
+
+
+def _show_suspects(console: Console, found: Check) -> None:
+    """Print the most suspicious labels, near duplicates and outliers."""
+    suspects, outliers = found.suspects or [], found.outliers or []
+    console.heading(f"Labels that another one fits better: {count(len(suspects))}")
+    for one in suspects[:SHOWN]:
+        console.line(
+            f"  {one['score']:.3f}  {_where(one)}: {_named(one['given'])}, or {_named(one['suggested'])}?  {_cut(one['text'])}"
+        )
+    _show_more(console, suspects)
+    near = [pair for pair in (*found.leaks, *found.duplicates) if pair["kind"] == "near"]
+    console.heading(f"Rows that are nearly the same: {count(len(near))}")
+    for pair in near[:SHOWN]:
+        other = "" if pair["same_label"] else ", with another label"
+        console.line(f"  {_where(pair)}: nearly the same as {_where(pair['of'])}{other}")
+    _show_more(console, near)
+    console.heading(f"Rows far from all others: {count(len(outliers))}")
+    for one in outliers[:SHOWN]:
+        console.line(f"  {one['distance']:.3f}  {_where(one)}: {_cut(one['text'])}")
+    _show_more(console, outliers)
+
+
+def _show_more(console: Console, some: Sequence[object]) -> None:
+    if len(some) > SHOWN:
+        console.line(f"  ... and {count(len(some) - SHOWN)} more; --json has all")
+
+
+def _where(one: Mapping[str, Any]) -> str:
+    return one["file"] if one["line"] is None else f"{one['file']}, line {one['line']}"
+
+
+def _named(label: str | Sequence[str]) -> str:
+    return label if isinstance(label, str) else f"[{', '.join(label)}]"
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."

@@ -62,13 +62,23 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """What `data check` found. `rows`: the number of good and bad rows in each data split."""
+    """What `data check` found. `rows`: the number of good and bad rows in each data split.
+
+    `duplicates`, `leaks`: rows that repeat one of their own or of another data split. `suspects`, `outliers`: rows whose
+    label is likely wrong, and rows far from all others, worst first; None unless labels were checked. `columns`: the
+    columns of the files that the task uses.
+    """
 
     problems: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     statistics: dict[str, Any] = field(default_factory=dict)
+    duplicates: list[dict[str, Any]] = field(default_factory=list)
+    leaks: list[dict[str, Any]] = field(default_factory=list)
+    suspects: list[dict[str, Any]] | None = None
+    outliers: list[dict[str, Any]] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -79,7 +89,8 @@ class Check:
         return {
             "ok": self.ok, "problems": [vars(one) for one in self.problems],
             "warnings": [vars(one) for one in self.warnings], "rows": self.rows, "labels": list(self.labels),
-            "statistics": self.statistics,
+            "statistics": self.statistics, "columns": self.columns, "duplicates": self.duplicates, "leaks": self.leaks,
+            **({} if self.suspects is None else {"suspects": self.suspects, "outliers": self.outliers}),
         }  # fmt: skip
 
 

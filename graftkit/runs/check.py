@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from collections import Counter
@@ -16,9 +15,11 @@ import numpy as np
 from graftkit.data.columns import find_again, find_columns
 from graftkit.data.read import Table
 from graftkit.errors import NoGoodRows, UserError, listing
+from graftkit.insight.repeated import PARTS, Pair, are_labels, repeated
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
 from graftkit.report.values import Check, Finding
+from graftkit.runs.labels import Suspicions, pairs_as_values, refuse_without_classes, suspicions
 from graftkit.runs.prepare import Rows, make_task, prepare, reading_of
 from graftkit.tasks.base import Examples
 from graftkit.tasks.shared.alike import alike
@@ -47,21 +48,54 @@ def check(
     return check_values(values, tables)
 
 
-def check_values(values: Mapping[str, Any], tables: Mapping[str, Any]) -> Check:
-    """Check nested recipe values, with tables in memory by name."""
+def label_errors(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    train: Any = None,
+    eval: Any = ...,
+    test: Any = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return rows whose label is likely wrong: `graftkit data check --labels` in Python.
+
+    The arguments are those of `tune`. The result has `suspects`, `duplicates`, `leaks` and `outliers`, plain values as in
+    the JSON of the command, worst first. Bad rows are left out; `check` lists them. Raises `UserError` for a mistake in the
+    arguments, a task without classes, or rows that cannot be read at all.
+    """
+    given = {"train": train, "eval": eval, "test": test}
+    values, tables = recipes.gather(recipe, given, {"model": model, "task": task}, settings)
+    found = check_values(values, tables, judged=True)
+    if found.suspects is None:
+        raise UserError(found.problems[0].text)
+    assert found.outliers is not None
+    return {
+        "suspects": found.suspects, "duplicates": found.duplicates, "leaks": found.leaks, "outliers": found.outliers,
+    }  # fmt: skip
+
+
+def check_values(values: Mapping[str, Any], tables: Mapping[str, Any], judged: bool = False) -> Check:
+    """Check nested recipe values, with tables in memory by name. `judged`: the labels too, by the features of the model."""
     recipe = recipes.make({"model": NO_MODEL, **values})
-    return _Checker(recipe, tables, "model" in values).check()
+    if judged and "model" not in values:
+        raise UserError(
+            "labels are checked by the features of a model: name one with --model (in Python: model=...)."
+        )
+    return _Checker(recipe, tables, "model" in values, judged).check()
 
 
 class _Checker:
-    def __init__(self, recipe: Recipe, tables: Mapping[str, Any], with_model: bool) -> None:
-        self.recipe, self.tables, self.with_model = recipe, tables, with_model
+    def __init__(self, recipe: Recipe, tables: Mapping[str, Any], with_model: bool, judged: bool) -> None:
+        self.recipe, self.tables, self.with_model, self.judged = recipe, tables, with_model, judged
         self.task = make_task(recipe.task)
         if self.task.makes_model:
             raise UserError(
                 f"`data check` is for rows with labels, and {self.task.name}() reads a corpus, whose text is cleaned and counted "
                 "when it is tokenized. `graftkit plan` does that and trains nothing."
             )
+        if judged:
+            refuse_without_classes(self.task)
         self.reading = replace(reading_of(recipe), skip_bad=True)
         self.problems: list[Finding] = []
         self.warnings: list[Finding] = []
@@ -88,16 +122,34 @@ class _Checker:
             if table is not None:
                 self._rows(name, table)
         share = self._share() if "train" in self.examples else None
-        self._repeated()
+        pairs = repeated(self.task, self.examples, self.labels) if "train" in self.examples else []
+        for pair in pairs:
+            self._warn(pair.data, self._told(pair))
         if self.with_model and "train" in self.examples and self.columns is not None:
             self._try("recipe", lambda: self._measure(share))
         self._classes()
+        found = self._suspicions()
+        pairs += found.near if found else []
         rows = {}
         for name, file in self.files.items():
             good = len(self.examples[name]) if name in self.examples else 0
             rows[name] = {"file": file, "good": good, "bad": len(self.bad[name])}
         problems, warnings = (sorted(some, key=_in_order) for some in (self.problems, self.warnings))
-        return Check(problems, warnings, rows, self.labels, self.statistics)
+        duplicates, leaks = (
+            pairs_as_values([pair for pair in pairs if (pair.data == pair.other) == within], self.examples)
+            for within in (True, False)
+        )
+        suspects, outliers = (found.suspects, found.outliers) if found else (None, None)
+        return Check(
+            problems, warnings, rows, self.labels, self.statistics, duplicates, leaks, suspects, outliers,
+            self.columns or {},
+        )  # fmt: skip
+
+    def _suspicions(self) -> Suspicions | None:
+        """Judge the labels, if that is asked for and there are rows."""
+        if not self.judged or "train" not in self.examples or self.columns is None or not self.known:
+            return None
+        return suspicions(self.recipe, self.task, self.columns, self.labels, self.examples)
 
     def _read(self, name: str) -> Table:
         source = self.tables.get(name)
@@ -173,61 +225,29 @@ class _Checker:
 
     # warnings
 
-    def _repeated(self) -> None:
-        """Warn of rows that repeat a training row."""
-        if "train" not in self.examples:
-            return
-        train = self.examples["train"]
-        first: dict[bytes, int] = {}
-        answers = self._answers(train)
-        for row, key in enumerate(self._inputs(train)):
-            before = first.setdefault(key, row)
-            if before == row:
-                continue
-            other = self._other(answers[before], answers[row])
-            self._warn("train", f"{train.where(row)}: the same as {_place(train, before)}{other}.")
-        for name in ("eval", "test"):
-            examples = self.examples.get(name)
-            if examples is None:
-                continue
-            given = self._answers(examples)
-            for row, key in enumerate(self._inputs(examples)):
-                if key in first:
-                    other = self._other(answers[first[key]], given[row])
-                    where = train.where(first[key])
-                    self._warn(name, f"{examples.where(row)}: also in the training rows ({where}){other}.")
+    def _told(self, pair: Pair) -> str:
+        """Say which earlier row a row repeats."""
+        examples, others = self.examples[pair.data], self.examples[pair.other]
+        where, there = examples.where(pair.row), others.where(pair.other_row)
+        answers = self._answer(pair.data, pair.row), self._answer(pair.other, pair.other_row)
+        differ = ""
+        if pair.same is False:
+            differ = ", but with a different answer"
+            if None not in answers:
+                differ = f", but here the label is {answers[0]!r}, and there {answers[1]!r}"
+        if pair.data == pair.other:
+            return f"{where}: the same as {_place(others, pair.other_row)}{differ}."
+        return f"{where}: also in the {PARTS[pair.other]} rows ({there}){differ}."
 
-    def _inputs(self, examples: Examples) -> list[bytes]:
-        """Return a digest of the inputs of each row."""
-        names = [column.name for column in self.task.columns]
-        names = [name for name in names if name in examples.values and name not in self.task.labelled]
-        columns = [examples.values[name] for name in names]
-        return [_digest([column[row] for column in columns]) for row in range(len(examples))]
-
-    def _answers(self, examples: Examples) -> list[Any]:
-        """Return the target of each row: a label, or a digest of anything longer; None if it is unknown."""
-        targets, labels = examples.targets, self.labels
-        if targets is not None:
-            if _are_labels(targets) and labels:
-                return [labels[target] for target in targets]
-            return [_digest(target) for target in targets]
-        columns = [examples.values[name] for name in self.task.labelled if name in examples.values]
-        return [
-            _digest([column[row] for column in columns]) if columns else None for row in range(len(examples))
-        ]
-
-    def _other(self, before: Any, now: Any) -> str:
-        if before == now:
-            return ""
-        if isinstance(now, str):
-            return f", but here the label is {now!r}, and there {before!r}"
-        return ", but with a different answer"
+    def _answer(self, name: str, row: int) -> str | None:
+        targets = self.examples[name].targets
+        return self.labels[int(targets[row])] if are_labels(targets) and self.labels else None  # type: ignore[index]
 
     def _classes(self) -> None:
         examples, labels = self.examples.get("train"), self.labels
         for warning in alike(labels):
             self._warn("train", warning)
-        if examples is None or not labels or not _are_labels(examples.targets):
+        if examples is None or not labels or not are_labels(examples.targets):
             return
         counts = Counter({label: 0 for label in labels})
         counts.update(labels[target] for target in np.asarray(examples.targets))
@@ -288,28 +308,3 @@ def _in_order(finding: Finding) -> tuple[int, int]:
 def _place(examples: Examples, row: int) -> str:
     """'line 17', where the file is known already."""
     return examples.where(row).removeprefix(f"{examples.table.source}, ")
-
-
-def _are_labels(targets: Any) -> bool:
-    """Whether each row has one label, as its number."""
-    return isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype.kind == "i"
-
-
-def _digest(value: Any) -> bytes:
-    """Of a value of any kind; blanks between words are all the same."""
-    return hashlib.blake2b(b"".join(_parts(value)), digest_size=16).digest()
-
-
-def _parts(value: Any) -> Sequence[bytes]:
-    if isinstance(value, str):
-        return [" ".join(value.split()).encode("utf-8", "surrogatepass"), b"\0"]
-    if isinstance(value, bytes):
-        return [value, b"\1"]
-    if isinstance(value, np.ndarray):
-        return [str(value.shape).encode(), value.tobytes()]
-    if isinstance(value, Mapping):
-        return [part for key, inner in value.items() for part in (*_parts(key), *_parts(inner))]
-    if isinstance(value, list | tuple):
-        return [b"(", *(part for inner in value for part in _parts(inner)), b")"]
-    known = getattr(value, "digest", None)  # of an image or a sound
-    return [known] if isinstance(known, bytes) else [repr(value).encode("utf-8", "replace"), b"\0"]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.load import begin_with
+from graftkit.insight.repeated import leak_warnings
 from graftkit.methods.base import Chain, Outputs
 from graftkit.methods.base import read as read_method
 from graftkit.optim.base import as_optimizer
@@ -66,10 +68,11 @@ class Rows:
         parts = [part.skipped for part in (self.train, self.eval, self.test) if part is not None]
         return tuple(dict.fromkeys(message for part in parts for message in part))
 
-    @property
+    @cached_property
     def warnings(self) -> list[str]:
-        """Warnings that do not stop a run."""
-        return alike(self.labels)
+        """Warnings that do not stop a run: rows that leak into evaluation or test rows, and labels that look alike."""
+        parts = {"train": self.train, "eval": self.eval, "test": self.test}
+        return [*leak_warnings(self.task, parts), *alike(self.labels)]
 
 
 @dataclass(frozen=True)

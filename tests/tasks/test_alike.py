@@ -38,5 +38,5 @@ def test_they_are_told_by_the_check_and_by_a_run(tiny_bert, tmp_path):
     run = graftkit.tune(
         model=tiny_bert, train=rows, method="head()", out=tmp_path / "run", settings={"train.steps": 1}
     )
-    assert run.result["warnings"] == [told]
-    assert json.loads((tmp_path / "run" / "plan.json").read_text())["warnings"] == [told]
+    assert told in run.result["warnings"]
+    assert told in json.loads((tmp_path / "run" / "plan.json").read_text())["warnings"]

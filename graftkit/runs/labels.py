@@ -1,0 +1,185 @@
+"""Labels that are likely wrong, near duplicates and outliers in the data of a recipe, by the features of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graftkit.data.folders import FileTable
+from graftkit.errors import UserError
+from graftkit.insight.features import features_of
+from graftkit.insight.labels import Judged, fitted, judge, out_of_fold
+from graftkit.insight.near import Neighbours, directions, near_pairs, neighbours, outliers
+from graftkit.insight.repeated import Pair, answers_of, inputs_of
+from graftkit.recipe.schema import Recipe
+from graftkit.runs.features import frozen_backbone
+from graftkit.runs.prepare import Rows
+from graftkit.tasks.base import Examples, Task
+
+NEAREST = 3  # training rows shown beside a suspect
+
+
+@dataclass(frozen=True)
+class Suspicions:
+    """What the features of rows tell. `suspects` and `outliers` are plain values, the worst first; `near`: pairs of rows
+    that are nearly the same, without those that are equal."""
+
+    suspects: list[dict[str, Any]]
+    outliers: list[dict[str, Any]]
+    near: list[Pair]
+
+
+def refuse_without_classes(task: Task) -> None:
+    """Raise `UserError` for a task whose rows do not have labels of a fixed set, one or several for a whole row."""
+    why = None
+    if not task.head:
+        why = "trains no head that reads features"
+    elif task.per_token:
+        why = "answers with tokens of a text, so a row has no label of its own"
+    if why is not None:
+        raise UserError(
+            f"labels of {task.name}() cannot be checked: it {why}. This needs a task with classes, such as classify; leave "
+            "--labels out."
+        )
+
+
+def suspicions(
+    recipe: Recipe,
+    task: Task,
+    columns: dict[str, str],
+    labels: tuple[str, ...],
+    parts: Mapping[str, Examples],
+) -> Suspicions:
+    """Compute the features of all parts, and what they tell. Raises `UserError` for a task without classes, too few rows,
+    or features that are not finite."""
+    train = parts["train"]
+    targets = np.asarray(train.targets)
+    if not labels or targets.ndim > 2 or targets.dtype.kind not in "if":
+        raise UserError(
+            f"labels of {recipe.task} cannot be checked: its rows have no labels of a fixed set. This needs a task with "
+            "classes; leave --labels out."
+        )
+    task = task.resolve(train, labels, recipe.seed)
+    held = parts.get("eval")
+    reading = frozen_backbone(recipe, Rows(task, columns, labels, train, held, parts.get("test")))
+    values, kept = {}, {}
+    for name, examples in parts.items():
+        dataset = reading.dataset(examples)
+        kept[name], values[name] = dataset.examples, features_of(reading.forward, dataset).values
+    return _told(task, labels, kept, values, recipe.seed)
+
+
+def _told(
+    task: Task, labels: tuple[str, ...], parts: Mapping[str, Examples], values: Mapping[str, np.ndarray], seed: int
+) -> Suspicions:  # fmt: skip
+    targets = {name: np.asarray(examples.targets) for name, examples in parts.items()}
+    mean = values["train"].mean(0, dtype=np.float64)
+    ways = {name: directions(part, mean) for name, part in values.items()}
+    suspects, far, near = [], [], []
+    for name, examples in parts.items():
+        if name == "train":
+            probabilities = out_of_fold(values[name], targets[name], len(labels), seed)
+        else:
+            probabilities = fitted(values["train"], targets["train"], values[name], len(labels))
+        around = neighbours(ways[name], ways["train"], itself=name == "train")
+        suspects += _suspects(task, labels, name, parts, judge(probabilities, targets[name]), around)
+        far += [
+            {
+                **place(parts[name], name, row),
+                "text": text_of(task, examples, row),
+                "distance": round(distance, 4),
+            }
+            for row, distance in outliers(around)
+        ]
+    near = _near(task, labels, parts, ways)
+    suspects.sort(key=lambda one: -one["score"])
+    far.sort(key=lambda one: -one["distance"])
+    return Suspicions(suspects, far, near)
+
+
+def _suspects(
+    task: Task, labels: Sequence[str], name: str, parts: Mapping[str, Examples], judged: Judged, around: Neighbours
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the rows for which another answer is more likely than their own, worst first."""
+    examples, train, found = parts[name], parts["train"], []
+    targets, known = np.asarray(examples.targets), np.asarray(train.targets)
+    for row in np.argsort(-judged.scores, kind="stable").tolist():
+        if judged.scores[row] <= 0.5:
+            break
+        nearest = around.rows[row, :NEAREST].tolist()
+        found.append({
+            **place(examples, name, row), "text": text_of(task, examples, row), "given": _named(targets[row], labels),
+            "suggested": _named(judged.suggested[row], labels), "score": round(float(judged.scores[row]), 4),
+            "nearest": nearest,
+            "nearest_rows": [
+                {"line": place(train, "train", near)["line"], "label": _named(known[near], labels), "text": text_of(task, train, near)}
+                for near in nearest
+            ],
+        })  # fmt: skip
+    return found
+
+
+def _named(target: Any, labels: Sequence[str]) -> str | list[str]:
+    """Return a label by its index, or a list of labels by a multi-hot row."""
+    if np.ndim(target) == 0:
+        return labels[int(target)]
+    return [label for label, given in zip(labels, target) if given]
+
+
+def _near(
+    task: Task, labels: tuple[str, ...], parts: Mapping[str, Examples], ways: Mapping[str, np.ndarray]
+) -> list[Pair]:
+    """Return the pairs of rows, of all parts, that are nearly the same and not equal; each pair once."""
+    keys = {name: inputs_of(task, examples) for name, examples in parts.items()}
+    inputs = {name: _inputs(task, examples) for name, examples in parts.items()}
+    answers = {name: answers_of(task, examples, labels) for name, examples in parts.items()}
+    names = list(parts)
+    found: dict[tuple[str, int, str, int], Pair] = {}
+    for at, name in enumerate(names):
+        for other in names[: at + 1]:
+            around = neighbours(ways[name], ways[other], itself=name == other)
+            for row, there, cosine in near_pairs(around, inputs[name], inputs[other]):
+                if keys[name][row] == keys[other][there]:
+                    continue
+                if name == other:  # each pair is found from both sides
+                    row, there = max(row, there), min(row, there)
+                same = answers[name][row] == answers[other][there]
+                found[name, row, other, there] = Pair(name, row, other, there, round(cosine, 4), False, same)
+    return sorted(
+        found.values(), key=lambda pair: (names.index(pair.data), pair.row, names.index(pair.other))
+    )
+
+
+def _inputs(task: Task, examples: Examples) -> list[tuple[Any, ...]]:
+    names = [column.name for column in task.columns if column.name not in task.labelled]
+    columns = [examples.values[name] for name in names if name in examples.values]
+    return list(zip(*columns))
+
+
+def place(examples: Examples, name: str, row: int) -> dict[str, Any]:
+    """Return where a row is: `data` (train, eval or test), `file`, `line` and `row`, which counts from 0.
+
+    A folder of files has no lines, so `file` is the row's own."""
+    table = examples.table
+    if isinstance(table, FileTable) and table.places:
+        return {"data": name, "file": table.places[row], "line": None, "row": row}
+    return {"data": name, "file": table.source, "line": table.numbers[row], "row": row}
+
+
+def text_of(task: Task, examples: Examples, row: int) -> str:
+    """Return the inputs of a row as one text: for images and recordings, their names."""
+    return " | ".join(str(value) for value in task.asked(examples, row).values())
+
+
+def pairs_as_values(pairs: Sequence[Pair], parts: Mapping[str, Examples]) -> list[dict[str, Any]]:
+    """Return pairs as plain values: the place of a row, and `of`, the earlier row that it repeats."""
+    return [
+        {
+            **place(parts[pair.data], pair.data, pair.row), "of": place(parts[pair.other], pair.other, pair.other_row),
+            "kind": "exact" if pair.exact else "near", "similarity": pair.similarity, "same_label": pair.same,
+        }
+        for pair in pairs
+    ]  # fmt: skip
