@@ -71,9 +71,7 @@ def encode_texts(
         again = tokenizer(*[[part[i] for i in full] for part in given], truncation=False, verbose=False)
         truncated = sum(len(row) > max_length for row in again["input_ids"])
     unknown = int(np.count_nonzero(features["input_ids"].values == unknown_of(tokenizer)))
-    return Encoded(
-        features, lengths, truncated, {"input_ids": tokenizer.pad_token_id or 0}, special, unknown
-    )
+    return Encoded(features, lengths, truncated, {"input_ids": tokenizer.pad_token_id or 0}, special, unknown)
 
 
 def unknown_of(tokenizer: Any) -> int:

@@ -11,7 +11,9 @@ import numpy as np
 
 from graftkit.errors import UserError
 
-PENALTY = 0.1  # C of logistic regression on standardized features, chosen on held-out training rows of banking77
+PENALTY = (
+    0.1  # C of logistic regression on standardized features, chosen on held-out training rows of banking77
+)
 ALPHAS = 10.0 ** np.arange(-1, 6)  # of ridge regression, chosen by generalized cross-validation
 SPARSE_ALPHA = 100.0  # of a bag of words, whose rows have length 10
 YES = 0.5  # a label belongs to a set above this probability
@@ -44,6 +46,10 @@ class Targets(Protocol):
 
     def measure(self, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Return the metric of scores (rows, columns) under each row of weights (resamples, rows), (resamples,)."""
+        ...
+
+    def answers(self, scores: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what `predict` would say for scores (rows, columns)."""
         ...
 
 
@@ -80,6 +86,13 @@ class Classes:
         correct = scores.argmax(1) == self.numbers
         return weights @ correct / weights.sum(1)
 
+    def answers(self, scores: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+        best = scores.argmax(1)
+        return [
+            {"label": labels[label], "probability": round(float(row[label]), 4)}
+            for label, row in zip(best, scores)
+        ]
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -115,6 +128,15 @@ class Sets:
         some = weights @ (said.sum(1) + self.table.sum(1))
         return 2 * both / np.maximum(some, 1e-12)
 
+    def answers(self, scores: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            {
+                "labels": [label for label, p in zip(labels, row) if p > YES],
+                "probabilities": {label: round(float(p), 4) for label, p in zip(labels, row)},
+            }
+            for row in scores
+        ]
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -148,6 +170,9 @@ class Numbers:
         means = shares @ self.values
         variances = shares @ self.values**2 - means**2
         return 1 - shares @ (self.values - scores[:, 0]) ** 2 / np.maximum(variances, 1e-12)
+
+    def answers(self, scores: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+        return [{"value": float(f"{value:.6g}")} for value in scores[:, 0]]
 
 
 def targets_of(given: Sequence[Any] | np.ndarray | None, labels: Sequence[str]) -> Targets:
