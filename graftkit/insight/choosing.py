@@ -38,12 +38,8 @@ def choose(
     weights = unsure[ground].astype(np.float32)
     own = unsure[candidates] ** POWER
     held = np.zeros((0, pool.shape[1]), pool.dtype) if labelled is None else labelled
-    covered = np.zeros(
-        len(ground), np.float32
-    )  # similarity of each ground row to the nearest labelled or chosen one
-    closest = np.full(
-        len(candidates), -1.0, np.float32
-    )  # similarity of each candidate to the nearest labelled one
+    # similarity to the nearest row that is labelled (later on: or chosen), of ground rows and of candidates
+    covered, closest = np.zeros(len(ground), np.float32), np.full(len(candidates), -1.0, np.float32)
     for _, found in similarities(held, pool):
         covered = np.maximum(covered, found[:, ground].max(0))
         closest = np.maximum(closest, found[:, candidates].max(0))
