@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from graftkit.insight.choosing import choose, uncertainty_of
+from graftkit.insight.choosing import choose
 from graftkit.insight.knn import directions
 from graftkit.insight.probe import fit_probe
 from graftkit.insight.targets import Classes

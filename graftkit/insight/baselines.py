@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,4 +67,4 @@ def _vectorizer(rows: np.ndarray) -> Callable[[np.ndarray], Any]:
 
 def _words_and_pairs(text: str) -> list[str]:
     words = words_of(text.lower())
-    return words + [f"{first} {second}" for first, second in zip(words, words[1:])]
+    return words + [f"{first} {second}" for first, second in pairwise(words)]

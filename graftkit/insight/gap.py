@@ -48,7 +48,7 @@ def pieces_of(dataset: Dataset, texts: Sequence[Sequence[str]]) -> list[str]:
     encoded = getattr(dataset, "encoded", None)
     if encoded is None:
         return []
-    whole = np.flatnonzero(encoded.lengths < encoded.lengths.max() + (dataset.truncated == 0))
+    whole = np.flatnonzero(encoded.lengths < encoded.lengths.max() + (dataset.truncated == 0)).tolist()
     known = int(encoded.lengths[whole].sum()) - encoded.special * len(whole)
     words = sum(len(words_of(part[row])) + len(MARK.findall(part[row])) for part in texts for row in whole)
     if not words or known < PIECES * words:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY
 from graftkit.runs.features import Reading, bare_backbone, frozen_backbone
 from graftkit.runs.fit import refuse_several_answers
-from graftkit.runs.predict import BATCH, Loaded, load_run, open_run
-from graftkit.runs.prepare import make_task, prepare_rows, reading_of
+from graftkit.runs.predict import BATCH, load_run, open_run
+from graftkit.runs.prepare import make_task, prepare_rows, reading_of, source_of
 from graftkit.tasks.base import Examples, Task
 
 COUNT = 50
@@ -50,12 +51,10 @@ def label_next(
     if count < 1:
         raise UserError(f"the number of rows to label is {count}; it must be at least 1.")
     judge = _judge(run, model, train, task, settings, "label next")
-    examples, overlap = judge.read(pool)
-    judge.load()
-    features = judge.features(examples)
-    answers = judge.answers(examples, features)
+    overlap = judge.read(pool)
+    answers = judge.answers()
     uncertainty = uncertainty_of(answers) if answers else None
-    labelled = judge.labelled_features()
+    features, labelled = judge.pool_features, judge.labelled_features
     unit = directions(features)
     chosen = choose(
         unit,
@@ -66,9 +65,9 @@ def label_next(
     )
     if not chosen:
         raise UserError(
-            f"all rows of {examples.table.source} are near-duplicates of labelled rows; there is nothing to label."
+            f"all rows of {judge.pool.table.source} are near-duplicates of labelled rows; there is nothing to label."
         )
-    rows = judge.rows(examples, chosen, answers)
+    rows = judge.rows(chosen, answers)
     if uncertainty is not None:
         rows = [{**row, "uncertainty": round(float(uncertainty[at]), 4)} for row, at in zip(rows, chosen)]
     if len(chosen) < count:
@@ -92,13 +91,12 @@ def label_suggest(
         raise UserError(
             "`graftkit label suggest` learns labels from a run or from labelled rows: give --run RUN, or --train FILE."
         )
-    examples, overlap = judge.read(pool)
-    judge.load()
-    answers = judge.answers(examples, judge.features(examples))
+    overlap = judge.read(pool)
+    answers = judge.answers()
     assert answers is not None
     uncertainty = uncertainty_of(answers)
     order = np.arange(len(answers)) if uncertainty is None else np.argsort(-uncertainty, kind="stable")
-    return judge.found(judge.rows(examples, order.tolist(), answers), overlap)
+    return judge.found(judge.rows(order.tolist(), answers), overlap)
 
 
 def _judge(run: Any, model: Any, train: Any, task: Any, settings: Any, command: str) -> _Judge:
@@ -128,20 +126,32 @@ class _Judge:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def load(self) -> None:
+    def load(self) -> Reading:
+        """Load what features come from."""
         raise NotImplementedError
 
-    def features(self, examples: Examples) -> np.ndarray:
+    def answers(self) -> Answers | None:
+        """Return the answers to the rows of the pool; None if no labels are known."""
         raise NotImplementedError
 
-    def answers(self, examples: Examples, features: np.ndarray) -> Answers | None:
-        raise NotImplementedError
+    @cached_property
+    def base(self) -> Reading:
+        return self.load()
 
+    @cached_property
+    def pool_features(self) -> np.ndarray:
+        return self._features(self.pool)
+
+    @cached_property
     def labelled_features(self) -> np.ndarray | None:
-        return None if self.train is None else self.features(self.train)
+        return None if self.train is None else self._features(self.train)
 
-    def read(self, pool: Any) -> tuple[Examples, list[dict[str, Any]]]:
-        """Return the rows of the pool that are not labelled yet, and those that are left out because they are."""
+    def _features(self, examples: Examples) -> np.ndarray:
+        dataset = _whole(self.base.dataset(replace(examples, targets=None)), examples)
+        return features_of(self.base.forward, dataset).values
+
+    def read(self, pool: Any) -> list[dict[str, Any]]:
+        """Read the rows of the pool that are not labelled yet; return those that are, which are left out."""
         task, reading = self.task, self.reading
         table = task.read(pool, reading, "pool")
         if self.columns:
@@ -170,21 +180,20 @@ class _Judge:
             self.notes.append(
                 f"{len(overlap):,} rows of the pool are among the labelled rows and are left out: {which}."
             )
-        return examples.take(self.numbers), overlap
+        self.pool = examples.take(self.numbers)
+        return overlap
 
     @property
     def reading(self) -> Any:
         raise NotImplementedError
 
-    def rows(
-        self, examples: Examples, chosen: Sequence[int], answers: Answers | None
-    ) -> list[dict[str, Any]]:
+    def rows(self, chosen: Sequence[int], answers: Answers | None) -> list[dict[str, Any]]:
         """Return what is told of some rows."""
-        table = examples.table
+        table = self.pool.table
         return [
             {
                 "row": self.numbers[row], "file": table.source, "line": table.numbers[row],
-                **self.task.asked(examples, row), **(answers[row] if answers else {}),
+                **self.task.asked(self.pool, row), **(answers[row] if answers else {}),
             }
             for row in chosen
         ]  # fmt: skip
@@ -197,7 +206,8 @@ class _Judge:
 
 
 class _OfRun(_Judge):
-    """A finished run: its own features and answers."""
+    """A finished run: its answers, and the features of its model without the graft, in which rows with the same answer are
+    still told apart."""
 
     def __init__(self, folder: Path, model: str | None, command: str) -> None:
         super().__init__()
@@ -224,21 +234,13 @@ class _OfRun(_Judge):
         )
         return None
 
-    def load(self) -> None:
-        self.loaded: Loaded = load_run(self.run)
+    def load(self) -> Reading:
+        return bare_backbone(self.run.recipe, self.task, source_of(self.run.recipe))
 
-    def features(self, examples: Examples) -> np.ndarray:
-        return features_of(self.loaded.forward, self._dataset(examples)).values
-
-    def answers(self, examples: Examples, features: np.ndarray) -> Answers | None:
-        dataset = self._dataset(examples)
-        outcomes = run_predict(dataset, self.loaded.forward, self.loaded.task, BATCH)
-        return self.loaded.task.answers(outcomes, dataset, self.labels)
-
-    def _dataset(self, examples: Examples) -> Any:
-        return _whole(
-            self.loaded.task.dataset(examples, self.loaded.backbone, self.loaded.max_length), examples
-        )
+    def answers(self) -> Answers | None:
+        loaded = load_run(self.run)
+        dataset = _whole(self.task.dataset(self.pool, loaded.backbone, loaded.max_length), self.pool)
+        return self.task.answers(run_predict(dataset, loaded.forward, self.task, BATCH), dataset, self.labels)
 
 
 class _OfModel(_Judge):
@@ -264,25 +266,16 @@ class _OfModel(_Judge):
     def reading(self) -> Any:
         return reading_of(self.recipe)
 
-    def load(self) -> None:
-        self.read_by: Reading
+    def load(self) -> Reading:
         if self.prepared is None:
-            self.read_by = bare_backbone(self.recipe, self.task, self.source)
-            return
-        assert self.train is not None
-        self.read_by = frozen_backbone(self.recipe, self.prepared, self.source)
-        self.known = self.features(self.train)
-        self.predict: Callable[[Any], np.ndarray] = fit_probe(self.known, self.targets)
+            return bare_backbone(self.recipe, self.task, self.source)
+        return frozen_backbone(self.recipe, self.prepared, self.source)
 
-    def features(self, examples: Examples) -> np.ndarray:
-        dataset = _whole(self.read_by.dataset(replace(examples, targets=None)), examples)
-        return features_of(self.read_by.forward, dataset).values
-
-    def answers(self, examples: Examples, features: np.ndarray) -> Answers | None:
-        return None if self.prepared is None else self.targets.answers(self.predict(features), self.labels)
-
-    def labelled_features(self) -> np.ndarray | None:
-        return None if self.prepared is None else self.known
+    def answers(self) -> Answers | None:
+        if self.labelled_features is None:
+            return None
+        predict = fit_probe(self.labelled_features, self.targets)
+        return self.targets.answers(predict(self.pool_features), self.labels)
 
 
 def _whole(dataset: Any, examples: Examples) -> Any:
