@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from graftkit.insight.targets import Predict, Targets
+from graftkit.errors import UserError
+from graftkit.insight.targets import Classes, Predict, Targets
 from graftkit.tasks.shared.metrics import resamples
 
 FOLDS = 5  # each row is predicted by a model that was fitted without its fold
@@ -24,7 +25,15 @@ class Figure:
 
 
 def folds_of(targets: Targets, seed: int = 0) -> np.ndarray:
-    """Return the number of the fold of each row, (rows,). Rows with like answers are dealt to the folds in turn."""
+    """Return the number of the fold of each row, (rows,). Rows with like answers are dealt to the folds in turn.
+
+    Raises `UserError` if fewer than two classes have two rows, so that one cannot be tried on what another row has taught.
+    """
+    if isinstance(targets, Classes) and (np.bincount(targets.numbers) > 1).sum() < 2:
+        raise UserError(
+            f"fewer than two of the {targets.count} classes have two rows, so nothing can be fitted to some rows and tried on "
+            "others; label more rows."
+        )
     order = targets.order
     shuffled = np.random.default_rng(seed).permutation(len(order))
     by_answer = shuffled[np.argsort(order[shuffled], kind="stable")]

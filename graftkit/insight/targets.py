@@ -9,8 +9,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from graftkit.errors import UserError
-
 PENALTY = (
     0.1  # C of logistic regression on standardized features, chosen on held-out training rows of banking77
 )
@@ -176,29 +174,19 @@ class Numbers:
 
 
 def targets_of(given: Sequence[Any] | np.ndarray | None, labels: Sequence[str]) -> Targets:
-    """Return the targets of examples in the form of their task: indices of labels, multi-hot rows, or numbers.
-
-    Raises `UserError` if they cannot be told apart from a part of the rows: fewer than two classes have two rows.
-    """
+    """Return the targets of examples in the form of their task: indices of labels, multi-hot rows, or numbers."""
     values = np.asarray(given)
     if values.ndim == 2:
         return Sets(values.astype(np.float32))
     if values.dtype.kind != "i":
         return Numbers(values.astype(np.float64))
-    counts = np.bincount(values, minlength=len(labels))
-    if (counts > 1).sum() < 2:
-        raise UserError(
-            f"fewer than two of the {len(labels)} classes have two rows, so nothing can be fitted to some rows and tried on "
-            "others; label more rows."
-        )
     return Classes(values, len(labels))
 
 
 def fit_logistic(features: Any, numbers: np.ndarray) -> Any:
     """Fit logistic regression, with softmax over the classes if there are more than two."""
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", UserWarning)  # not converged; almost as many classes as rows
         return LogisticRegression(C=PENALTY, max_iter=300, tol=1e-3).fit(features, numbers)

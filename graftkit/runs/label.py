@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
