@@ -16,6 +16,9 @@ _FRONT = {
     "resume": "graftkit.runs.tune",
     "check": "graftkit.runs.check",
     "label_errors": "graftkit.runs.check",
+    "fit": "graftkit.runs.fit",
+    "label_next": "graftkit.runs.label",
+    "label_suggest": "graftkit.runs.label",
     "train_tokenizer": "graftkit.runs.tokenizer",
     "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.attach",
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
     from graftkit.report.making import make_report as make_report
     from graftkit.runs.check import check as check
     from graftkit.runs.check import label_errors as label_errors
+    from graftkit.runs.fit import fit as fit
+    from graftkit.runs.label import label_next as label_next
+    from graftkit.runs.label import label_suggest as label_suggest
     from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer
     from graftkit.runs.tune import Run as Run

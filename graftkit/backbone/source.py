@@ -213,3 +213,13 @@ def register_own(kind: Any) -> None:
 def has_two_towers(source: Source) -> bool:
     """Return whether the bare architecture reads images and texts together, as CLIP and SigLIP do."""
     return source.folder is not None and {"text_config", "vision_config"} <= config_of(source.folder).keys()
+
+
+def modality_of(source: Source) -> str | None:
+    """Return what a model reads: 'text', 'image' or 'audio'; None if only trying it tells, as of a user's own module."""
+    if source.folder is None or has_two_towers(source):
+        return None
+    for family, modality in (("AUDIO_CLASSIFICATION", "audio"), ("IMAGE_CLASSIFICATION", "image")):
+        if auto_class(source, (family,)) is not None:
+            return modality
+    return "text"

@@ -16,6 +16,8 @@ import typer
 from graftkit.cli import bench as cli_bench
 from graftkit.cli import cached as cli_cached
 from graftkit.cli import data as cli_data
+from graftkit.cli import fit as cli_fit
+from graftkit.cli import label as cli_label
 from graftkit.cli import plan as cli_plan
 from graftkit.cli import pretraining
 from graftkit.cli import reports as cli_reports
@@ -210,8 +212,10 @@ def _choices(option: Option) -> str:
 
 app.command()(pretraining.pretrain)
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_label.app, name="label")
 app.add_typer(cli_cached.app, name="cache")
 for finished in (
+    cli_fit.fit,
     cli_runs.evaluate,
     cli_runs.predict,
     cli_runs.merge,

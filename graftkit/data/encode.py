@@ -20,13 +20,16 @@ class Encoded:
     """Token ids and other features of each row, without padding.
 
     `features`: name -> the integers of each row. `lengths` (rows,): tokens in each row. `truncated`: number of rows cut to
-    the maximum length. `padding`: padding value of a feature, 0 if it is not listed.
+    the maximum length. `padding`: padding value of a feature, 0 if it is not listed. `special`: special tokens that were added
+    to each row. `unknown`: number of tokens, in all rows, that stand for what is not in the vocabulary.
     """
 
     features: Mapping[str, Ragged]
     lengths: np.ndarray
     truncated: int
     padding: dict[str, int]
+    special: int = 0
+    unknown: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -67,4 +70,13 @@ def encode_texts(
     if len(full):
         again = tokenizer(*[[part[i] for i in full] for part in given], truncation=False, verbose=False)
         truncated = sum(len(row) > max_length for row in again["input_ids"])
-    return Encoded(features, lengths, truncated, {"input_ids": tokenizer.pad_token_id or 0})
+    unknown = int(np.count_nonzero(features["input_ids"].values == unknown_of(tokenizer)))
+    return Encoded(features, lengths, truncated, {"input_ids": tokenizer.pad_token_id or 0}, special, unknown)
+
+
+def unknown_of(tokenizer: Any) -> int:
+    """Return the id that stands only for what is not in the vocabulary; -1 if there is none."""
+    ids = [
+        getattr(tokenizer, f"{name}_token_id", None) for name in ("unk", "bos", "eos", "cls", "sep", "pad")
+    ]
+    return -1 if ids[0] is None or ids[0] in ids[1:] else int(ids[0])

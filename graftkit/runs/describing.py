@@ -32,7 +32,7 @@ def facts(prepared: Prepared, datasets: Mapping[str, Dataset], folder: Path) -> 
         "optimizer": plan.optimizer,
         "rows_truncated": sum(dataset.truncated for dataset in datasets.values()),
         "rows_skipped": len(rows.skipped),
-        "warnings": rows.warnings,
+        "warnings": prepared.warnings,
         "changed_when_resumed": forced(folder),
         "versions": versions(),
     }

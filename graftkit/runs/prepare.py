@@ -94,6 +94,11 @@ class Prepared:
     further: Path | None  # the state before its decay of the run that this one goes on from
 
     @property
+    def warnings(self) -> list[str]:
+        """Warnings about the rows, and about how the model reads them, that do not stop a run."""
+        return [*self.rows.warnings, *self.train.warnings()]
+
+    @property
     def depth(self) -> int:
         """The number of leading blocks that stay frozen for the whole run."""
         return self.phases[-1].depth

@@ -41,7 +41,7 @@ def found_in(prepared: Prepared, datasets: Mapping[str, Dataset], statistics: Ma
         columns=rows.columns,
         labels=rows.labels,
         skipped=rows.skipped,
-        warnings=tuple(rows.warnings),
+        warnings=tuple(prepared.warnings),
         sizes=_sizes(prepared, datasets),
         statistics=statistics.get("train", {}),
         chosen_by=len(rows.eval) if rows.eval and chooses else None,

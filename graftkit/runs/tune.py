@@ -341,7 +341,7 @@ def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]
     return {
         **prepared.plan.as_dict(),
         "statistics": statistics(prepared, datasets),
-        "warnings": [*prepared.plan.warnings, *prepared.rows.warnings],
+        "warnings": [*prepared.plan.warnings, *prepared.warnings],
         **inputs(prepared, datasets),
     }
 

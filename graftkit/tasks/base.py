@@ -56,6 +56,10 @@ class Dataset(Source):
     def where(self, row: int) -> str:
         return self.examples.where(row)
 
+    def warnings(self) -> list[str]:
+        """Return what the model may not be able to read in these rows."""
+        return []
+
     def digest(self) -> str:
         digest = hashlib.sha256()
         for part in self.digested():
@@ -348,6 +352,8 @@ class Task(Reader, Encoder, Learner, Scorer):
     modality: ClassVar[str] = "text"
     method: ClassVar[str] = "lora() + head()"
     head: ClassVar[bool] = True
+    # a row has one vector of features and one answer: a label, a set of labels or a number
+    one_answer: ClassVar[bool] = False
     new_head: ClassVar[bool] = (
         False  # if the model's weights lack its own head, it may be a new one, which is trained
     )

@@ -52,6 +52,8 @@ class AudioClassify(LabelTask):
 
     aliases: ClassVar[tuple[str, ...]] = ("audio_classification",)
     columns: ClassVar[tuple[Column, ...]] = (Column("audio", AUDIO, "text"), Column("label", LABEL, "label"))
+    modality: ClassVar[str] = "audio"
+    one_answer: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("AUDIO_CLASSIFICATION",)
 
     seconds: float | None = option(

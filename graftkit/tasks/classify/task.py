@@ -56,6 +56,7 @@ class Classify(TextTask):
         "multilabel": "classify(kind='multi')",
         "ordinal": "classify(kind='ordinal')",
     }
+    one_answer: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = (
         Column("text", (*FIRST, *TEXT), "text"),
         Column("text_pair", SECOND, "text", required=False),

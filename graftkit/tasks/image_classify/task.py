@@ -123,6 +123,8 @@ class ImageClassify(LabelTask):
     """
 
     method: ClassVar[str] = "head()"
+    modality: ClassVar[str] = "image"
+    one_answer: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("IMAGE_CLASSIFICATION",)
     aliases: ClassVar[tuple[str, ...]] = ("image_classification",)
     columns: ClassVar[tuple[Column, ...]] = (

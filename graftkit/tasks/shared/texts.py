@@ -21,6 +21,7 @@ from graftkit.tasks.shared.labels import is_missing
 
 TEXT = ("sentence", "content", "review", "question", "query", "utterance", "tweet", "comment", "document")
 FIRST = ("text", "text1", "sentence1", "sentence_1", "premise", "question1")
+UNKNOWN = 0.05  # warn if this share of the tokens is unknown
 SECOND = ("text2", "sentence2", "sentence_2", "hypothesis", "question2", "pair")
 
 
@@ -43,6 +44,16 @@ class TextDataset(Dataset):
 
     def identity(self, row: int, at: Pass) -> bytes | None:
         return identity_of({name: values[row] for name, values in self.encoded.features.items()})
+
+    def warnings(self) -> list[str]:
+        encoded = self.encoded
+        share = encoded.unknown / max(1, int(encoded.lengths.sum()) - encoded.special * len(encoded))
+        if share < UNKNOWN:
+            return []
+        return [
+            f"the model's tokenizer does not know {share:.0%} of the words or characters of these texts and reads all of them as "
+            "the same unknown token; use a model that was pre-trained on texts like them."
+        ]
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         numbers = [] if self.numbers is None else [self.numbers]

@@ -1,0 +1,143 @@
+"""The transfer gap: signs that a model was pre-trained on something else than the rows at hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graftkit.data.images import Picture, load
+from graftkit.data.words import words_of
+from graftkit.engine.forward import Forward, evaluating
+from graftkit.insight.probe import difference
+from graftkit.insight.targets import Targets
+from graftkit.tasks.base import Dataset
+
+PIECES = 2.0  # tokens per word from which a tokenizer is said not to fit; about 1.2 is usual for English in English models
+SMALL = 2.0  # factor of enlargement from which images are said to be small
+SAMPLE, BATCH = 128, 32
+SHIFT = 0.5  # standard deviations between the images and what a network saw, mean over its channels
+MARK = re.compile(r"[^\w\s]")
+
+
+def not_better(scores: np.ndarray, others: np.ndarray, targets: Targets, what: str) -> list[str]:
+    """Return a warning unless the metric of the first scores is higher, by more than chance, than that of others, which are
+    those of `what`."""
+    low, high = difference(scores, others, targets)
+    if low > 0:
+        return []
+    whole = np.ones((1, len(scores)))
+    own, other = (float(targets.measure(part, whole)[0]) for part in (scores, others))
+    how = "worse than" if high < 0 else "not clearly better than"
+    return [
+        f"the probe is {how} {what} ({targets.metric} {own:.3f} against {other:.3f}, 95% interval of the difference "
+        f"{low:.3f} to {high:.3f}): the features of this model tell little of the answers as they are."
+    ]
+
+
+def pieces_of(dataset: Dataset, texts: Sequence[Sequence[str]]) -> list[str]:
+    """Return a warning if the tokenizer splits words into many pieces. `texts`: the columns of texts of the rows.
+
+    Words are counted without a dictionary (`data.words`), and so are punctuation marks; a row that may have been truncated
+    is left out.
+    """
+    encoded = getattr(dataset, "encoded", None)
+    if encoded is None:
+        return []
+    whole = np.flatnonzero(encoded.lengths < encoded.lengths.max() + (dataset.truncated == 0)).tolist()
+    known = int(encoded.lengths[whole].sum()) - encoded.special * len(whole)
+    words = sum(len(words_of(part[row])) + len(MARK.findall(part[row])) for part in texts for row in whole)
+    if not words or known < PIECES * words:
+        return []
+    return [
+        f"the model's tokenizer splits a word of these texts into {known / words:.1f} pieces in the mean, so it was made for other "
+        "texts or another language; use a model that was pre-trained on texts like them."
+    ]
+
+
+def images_of(dataset: Dataset) -> list[str]:
+    """Return warnings about images that are enlarged a lot, or grey where a model was made for colours.
+
+    `dataset`: with `pictures` and `pixels`, as of `image_classify`; of others there is nothing to say.
+    """
+    pictures: Sequence[Picture] | None = getattr(dataset, "pictures", None)
+    if not pictures:
+        return []
+    some = [
+        pictures[row] for row in np.linspace(0, len(pictures) - 1, min(SAMPLE, len(pictures))).astype(int)
+    ]
+    pixels = dataset.pixels  # type: ignore[attr-defined]
+    seen = load(some, lambda image, place: (pixels.size(image), _is_grey(np.asarray(image))))
+    found = []
+    sides = [min(picture.width, picture.height) for picture in some]
+    factor = float(np.median([min(size) / side for (size, _), side in zip(seen, sides)]))
+    if factor >= SMALL:
+        found.append(
+            f"these images are enlarged {factor:.1f} times for this model (their shorter side has {np.median(sides):.0f} pixels in "
+            "the median): it was made for larger ones, with more detail."
+        )
+    grey = float(np.mean([one for _, one in seen]))
+    if grey > 0.5 and next(iter(dataset.batch(np.array([0])).inputs.values())).shape[1] == 3:
+        found.append(f"{grey:.0%} of these images are grey, but the model takes colours.")
+    return found
+
+
+def _is_grey(image: np.ndarray) -> bool:
+    """Whether the three channels of an image (height, width, 3) are the same, up to rounding by JPEG."""
+    values = image.astype(np.int16)
+    return bool(np.abs(values - values.mean(2, keepdims=True)).max() < 4)
+
+
+def shift_of(forward: Forward, dataset: Dataset) -> list[str]:
+    """Return a warning if rows are far from what a network with batch normalization was trained on.
+
+    Such a layer keeps the mean and the variance of each channel over the training data. The distance of a layer is that of
+    the means of these rows, in its standard deviations, and its mean over channels; the largest of all layers counts. A
+    network without such layers keeps nothing of what it saw.
+    """
+    far = distance_of(forward, dataset)
+    if far is None or far < SHIFT:
+        return []
+    return [
+        f"these rows are far from what this network was trained on: within it, the means of its channels are off by {far:.1f} "
+        "standard deviations of its batch normalization. Compare the size, the colours and the transform of the rows with "
+        "those of its training data, and train more than a head."
+    ]
+
+
+@torch.no_grad()
+def distance_of(forward: Forward, dataset: Dataset) -> float | None:
+    """Return the largest distance of a layer with batch normalization, as `shift_of` says; None if there is none."""
+    model = forward.graft.model
+    layers = [
+        layer for layer in model.modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+    ]  # fmt: skip
+    if not layers:
+        return None
+    sums: dict[int, list[Tensor]] = {}
+
+    def look(number: int, values: Tensor) -> None:
+        part = values.float().movedim(1, -1).flatten(0, -2)
+        total, seen = part.sum(0), part.new_tensor(float(len(part)))
+        sums[number] = [a + b for a, b in zip(sums.get(number, (0 * total, 0 * seen)), (total, seen))]
+
+    rows = np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for number, layer in enumerate(layers):
+            hook = layer.register_forward_pre_hook(lambda _, given, number=number: look(number, given[0]))
+            stack.callback(hook.remove)
+        for start in range(0, len(rows), BATCH):
+            forward(dataset.batch(rows[start : start + BATCH], forward.device))
+    found = []
+    for number, (total, seen) in sums.items():
+        mean, variance = layers[number].running_mean, layers[number].running_var
+        assert mean is not None and variance is not None
+        off = (total / seen - mean.float()).abs() / (variance.float() + layers[number].eps).sqrt()
+        found.append(float(off.mean()))
+    return max(found) if found else None
