@@ -31,6 +31,7 @@ from graftkit.tasks.audio_classify.inputs import (
 )
 from graftkit.tasks.audio_classify.rows import Augmentation, SoundDataset
 from graftkit.tasks.base import Dataset, Examples, Reading, check_rows
+from graftkit.tasks.explained import Cut, slices
 from graftkit.tasks.shared.labels import (
     LABEL,
     LabelIndex,
@@ -159,6 +160,13 @@ class AudioClassify(LabelTask):
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"audio": examples.values["name"][row]}
+
+    def divide(self, dataset: Dataset, row: int, backbone: Backbone, inputs: dict[str, Tensor]) -> Cut:
+        assert isinstance(dataset, SoundDataset)
+        front, values = dataset.front, inputs[dataset.front.name]
+        share = dataset.lengths[row] / dataset.longest if dataset.uniform else 1.0
+        frames = max(1, round(share * values.shape[1 + front.axis]))
+        return slices(values, front.axis, frames, dataset.lengths[row] / front.rate, front.name)
 
     def preview(self, examples: Examples, row: int) -> dict[str, str]:
         sound: Sound = examples.values["audio"][row]

@@ -172,6 +172,12 @@ def takes_grey(model: nn.Module) -> bool:
     return first is not None and first.in_channels == 1
 
 
+def patch_of(model: nn.Module) -> int | None:
+    """Return the side of the patches that a model divides images into, in pixels; None if it has none."""
+    patch = getattr(getattr(model, "config", None), "patch_size", None)
+    return patch if isinstance(patch, int) else None
+
+
 def processor_of(backbone: Backbone) -> Processor | None:
     """Return the image processor of a model, or None for a user's own module.
 
