@@ -81,6 +81,11 @@ class Explained:
         """Divide the input of a row into parts. `inputs`: those of the model for this row alone, each (1, ...)."""
         raise NotImplementedError
 
+    def pictured(self, dataset: Dataset, row: int, inputs: dict[str, Tensor]) -> np.ndarray | None:
+        """Return what the parts of a row are shown on, (height, width, 3) of 8 bits: an image as the model reads it, or the
+        spectrogram of a sound; None for texts."""
+        return None
+
 
 def index_of(label: str, labels: Sequence[str]) -> int:
     """Return the index of a label. Raises `UserError` for an unknown one."""

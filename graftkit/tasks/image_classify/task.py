@@ -30,6 +30,7 @@ from graftkit.tasks.image_classify.inputs import (
     Pixels,
     Transform,
     argument_of,
+    as_image,
     each_channel,
     patch_of,
     processor_of,
@@ -335,6 +336,10 @@ class ImageClassify(LabelTask):
     def divide(self, dataset: Dataset, row: int, backbone: Backbone, inputs: dict[str, Tensor]) -> Cut:
         assert isinstance(dataset, ImageDataset)
         return grid(inputs[dataset.argument], patch_of(backbone.model), dataset.argument)
+
+    def pictured(self, dataset: Dataset, row: int, inputs: dict[str, Tensor]) -> np.ndarray:
+        assert isinstance(dataset, ImageDataset)
+        return as_image(dataset.pixels, inputs[dataset.argument][0].float().cpu().numpy())
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"image": examples.values["image"][row].name}

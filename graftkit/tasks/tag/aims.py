@@ -8,18 +8,20 @@ import numpy as np
 from torch import Tensor
 
 from graftkit.errors import UserError, nearest
+from graftkit.tasks.base import Dataset
 from graftkit.tasks.explained import Aim, Cut, index_of
 from graftkit.tasks.tag.parts import TagDataset
 
 
 def aim_at_word(
-    dataset: TagDataset, grades: Callable[[int], Tensor], labels: Sequence[str], label: str | None, word: str | None
+    dataset: Dataset, grades: Callable[[int], Tensor], labels: Sequence[str], label: str | None, word: str | None
 ) -> Aim:  # fmt: skip
     """Aim at the tag of a word of the one text of a dataset: the first word that is written like `word`. Without one it is
     the word whose tag is surest among those that have not the text's most frequent tag, which mostly means no entity.
 
     `grades`: returns the log-odds (length, labels) of a row.
     """
+    assert isinstance(dataset, TagDataset)
     text, spans = dataset.texts[0], dataset.spans[0]
     found = []  # (word, row, place, log-odds of each label)
     for row, part in enumerate(dataset.parts):
@@ -43,9 +45,10 @@ def aim_at_word(
     return Aim(row, (place, chosen), said)
 
 
-def cut_part(dataset: TagDataset, row: int, behind: int) -> Cut:
+def cut_part(dataset: Dataset, row: int, behind: int) -> Cut:
     """Divide a part of a text into its words. A token belongs to the last word that begins at it or before; the last
     `behind` tokens are special ones."""
+    assert isinstance(dataset, TagDataset)
     part = dataset.parts[row]
     text, spans = dataset.texts[part.example], dataset.spans[part.example]
     places, first = np.unique(part.places, return_index=True)  # words may share a token

@@ -235,11 +235,9 @@ class Tag(Task):
         self, dataset: Dataset, outputs: Callable[[int], Tensor], labels: Sequence[str], label: str | None,
         word: str | None,
     ) -> Aim:  # fmt: skip
-        assert isinstance(dataset, TagDataset)
         return aim_at_word(dataset, lambda row: self.graded(outputs(row))[0], labels, label, word)
 
     def divide(self, dataset: Dataset, row: int, backbone: Backbone, inputs: dict[str, Tensor]) -> Cut:
-        assert isinstance(dataset, TagDataset)
         return cut_part(dataset, row, len(special_tokens(tokenizer_of(backbone, self))[1]))
 
     def metrics(
