@@ -15,6 +15,7 @@ _FRONT = {
     "pretrain": "graftkit.runs.pretrain",
     "resume": "graftkit.runs.tune",
     "check": "graftkit.runs.check",
+    "explain": "graftkit.runs.explain",
     "train_tokenizer": "graftkit.runs.tokenizer",
     "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.attach",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from graftkit.recipe.schema import Recipe as Recipe
     from graftkit.report.making import make_report as make_report
     from graftkit.runs.check import check as check
+    from graftkit.runs.explain import explain as explain
     from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer
     from graftkit.runs.tune import Run as Run

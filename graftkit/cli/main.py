@@ -16,6 +16,7 @@ import typer
 from graftkit.cli import bench as cli_bench
 from graftkit.cli import cached as cli_cached
 from graftkit.cli import data as cli_data
+from graftkit.cli import explain as cli_explain
 from graftkit.cli import plan as cli_plan
 from graftkit.cli import pretraining
 from graftkit.cli import reports as cli_reports
@@ -214,6 +215,7 @@ app.add_typer(cli_cached.app, name="cache")
 for finished in (
     cli_runs.evaluate,
     cli_runs.predict,
+    cli_explain.explain,
     cli_runs.merge,
     cli_runs.export,
     cli_reports.report,

@@ -151,7 +151,7 @@ def check_by_deletion(row: RowInput, scores: np.ndarray, value: float, empty: fl
     less = float((changes[1:] < changes[0]).mean()) if draws else 1.0
     said = [
         *_as_said(np.array([value, found[0]]), odds),
-        float(np.mean(_as_said(found[1:], odds))) if draws else None,
+        round(float(np.mean(_as_said(found[1:], odds))), 4) if draws else None,
     ]
     told: dict[str, Any] = {
         "parts": len(top), "of": len(scores), "before": said[0], "without_top": said[1], "without_random": said[2],

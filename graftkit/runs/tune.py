@@ -80,6 +80,12 @@ class Run:
 
         return run_evaluate(self.path, data, options)["metrics"]
 
+    def explain(self, texts: Any, **how: Any) -> list[dict[str, Any]]:
+        """Explain answers: `graftkit.explain` with this run."""
+        from graftkit.runs.explain import explain as run_explain
+
+        return run_explain(self.path, texts, **how)
+
     def export(self, to: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the run as a plain model into the folder `to`, compared with the run on real rows."""
         from graftkit.runs.export import export as run_export
