@@ -45,7 +45,7 @@ def attention(row: RowInput) -> Tensor:
     gradient: (1, height, width) for an image of patches, (1, length, 1) for a text.
 
     R = I, then R += A R for each layer, with A = mean over heads of (gradient * attention)+ (Chefer et al. 2021, "Generic
-    Attention-model Explainability", equations 5 and 6). The rows of R that the head reads are averaged, weighted by the norm
+    Attention-model Explainability", equations 5 and 6). The rows of R - I that the head reads are averaged, weighted by the norm
     of their gradient at the last block: for a class token this is its row, for mean pooling the mean.
     """
     backbone = row.forward.graft.backbone
@@ -79,7 +79,7 @@ def attention(row: RowInput) -> Tensor:
             relevance = relevance + (gradient * one).detach().clamp(min=0).mean(1)[0] @ relevance
     assert gradients[0] is not None
     read = gradients[0][0].norm(dim=-1)
-    flow = (read / read.sum()) @ relevance
+    flow = (read / read.sum()) @ (relevance - torch.eye(size, device=relevance.device))
     if row.is_text:
         if size != row.values.shape[1]:
             raise Unfit(

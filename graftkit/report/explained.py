@@ -7,7 +7,18 @@ from typing import Any
 from rich.text import Text
 
 from graftkit.report.console import Console, count
-from graftkit.report.html import Child, Markup, Section, details, element, figure_text, page, short, table
+from graftkit.report.html import (
+    Child,
+    Markup,
+    Section,
+    breakable,
+    details,
+    element,
+    figure_text,
+    page,
+    short,
+    table,
+)
 
 TOP = 5  # parts in the terminal
 LISTED = 20  # parts in the table of a page
@@ -147,7 +158,8 @@ def _content(one: dict[str, Any], picture: str | None) -> Child:
             class_="why",
         )  # fmt: skip
     failed = None
-    text = element("p", checked(one), ".")
+    check = checked(one)
+    text = element("p", check[:1].upper(), check[1:], ".")
     if not one["deletion"]["holds"]:
         failed = element(
             "aside",
@@ -193,15 +205,14 @@ def _scores(one: dict[str, Any]) -> Markup:
 def _neighbours(one: dict[str, Any]) -> Child:
     if not one["nearest"]:
         return None
-    rows: list[list[Child]] = []
+    items = []
     for row in one["nearest"]:
-        where = (
-            row["file"] if row["line"] is None else f"{row['file'].rpartition('/')[2]}, line {row['line']}"
+        name = short(row["file"].rpartition("/")[2], 80)
+        where = short(row["file"], 120) if row["line"] is None else f"{name}, line {row['line']}"
+        text = element("p", short(_asked(row), 400), class_="text", dir="auto") if _asked(row) else None
+        label = element(
+            "dl", element("dt", "label"), element("dd", breakable(said(row.get("label", "")))), class_="said"
         )
-        rows.append([short(_asked(row) or where, 400), said(row.get("label", "")), where if _asked(row) else "",
-                     f"{row['similarity']:.3f}"])  # fmt: skip
-    heads = ["training row", "label", "where", "similarity"]
-    return [
-        element("h3", "Nearest training rows"),
-        table("By the features that the head reads", heads, rows, words=3),
-    ]
+        lead = element("p", f"{where}, similarity {row['similarity']:.3f}", class_="where")
+        items.append(element("li", lead, text, label if "label" in row else None))
+    return [element("h3", "Nearest training rows"), element("ul", items, class_="rows")]
