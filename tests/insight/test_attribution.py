@@ -91,7 +91,7 @@ def test_a_linear_model_gives_its_terms(linear):
 def test_integrated_gradients_are_complete(curved):
     row = row_of(curved, image(), index=2)
     found = integrated_gradients(row, 50)
-    change = float(row(row.values) - row(row.absent))
+    change = float((row(row.values) - row(row.absent)).detach())
     assert abs(change) > 0.01 and float(found.sum()) == pytest.approx(change, abs=1e-4)
     points = (torch.arange(1000) + 0.5) / 1000  # a plain sum over the line
     at = (row.absent + points[:, None, None, None] * (row.values - row.absent)).requires_grad_()
@@ -154,16 +154,17 @@ def test_a_planted_patch_comes_first_and_deletion_reacts():
     assert row.parts[9]["box"] == [4, 8, 8, 12]
     grades = row.aimed(row.without([(), range(16), [9]]))
     value, empty, without = map(float, grades)
-    assert value > 3 and without < -0.5 and empty == pytest.approx(float(row(row.absent)))
-    # the convolution's own maps are those before the activation
+    assert value > 3 and without < -0.5 and empty == pytest.approx(float(row(row.absent).detach()))
     for method in ("gradient_x_input", "integrated_gradients", "grad_cam"):
         scores = row.by_part(_first_fitting(row, method, 20)[1])
         assert scores.argmax() == 9, method
         done = check_by_deletion(row, scores, value, empty)
         assert done["holds"] and done["without_top"] < 0.4 < 0.9 < done["without_random"], method
-        assert done["parts"] == 3 and done["best_without_top"] == 0
-    wrong = check_by_deletion(row, -scores, value, empty)
-    assert not wrong["holds"] and wrong["share_of_draws_below"] < 0.8
+        assert 1 <= done["parts"] <= 3 and done["best_without_top"] == 0
+    elsewhere = np.zeros(16)
+    elsewhere[[0, 5, 10]] = 3, 2, 1
+    wrong = check_by_deletion(row, elsewhere, value, empty)
+    assert wrong["parts"] == 3 and not wrong["holds"] and wrong["best_without_top"] == 1
     assert check_by_deletion(row, scores, value, empty) == done  # the same draws
     nothing = check_by_deletion(row, -np.abs(scores) - 1, value, empty)
     assert nothing["parts"] == 0 and not nothing["holds"]
@@ -192,7 +193,7 @@ def test_attention_is_that_of_the_paper(finished):
         relevance = relevance + sum(heads) / 4 @ relevance
     set_attention(model, before)
     assert torch.allclose(got, relevance[0] - torch.eye(7)[0], atol=1e-5)  # the head reads the class token
-    with pytest.raises(Unfit, match="grad_cam explains images by feature maps, but .* reads tokens"):
+    with pytest.raises(Unfit, match=r"grad_cam explains images by feature maps, but .* reads tokens"):
         grad_cam(row)
 
 
@@ -227,7 +228,7 @@ def test_parts_of_sounds_leave_the_padding_out():
 
 
 def test_methods_that_do_not_fit(linear):
-    with pytest.raises(UserError, match="method 'grad_cams' is unknown .* Did you mean 'grad_cam'"):
+    with pytest.raises(UserError, match=r"method 'grad_cams' is unknown .* Did you mean 'grad_cam'"):
         check_method("grad_cams", 50)
     with pytest.raises(UserError, match="steps is 0; it must be between 1 and 1,000"):
         check_method(None, 0)

@@ -181,7 +181,7 @@ def test_sounds_tags_and_spans(tiny_bert, tmp_path):
     assert (found["label"], found["word"], found["start"]) == ("B-tool", "hammer", 7)
     assert max(found["parts"], key=lambda part: part["score"])["text"] == "hammer"
     assert run.explain([TEXT], word="new", nearest=0)[0]["label"] == "O"
-    with pytest.raises(UserError, match="word 'hamer' is not in this text. Did you mean 'hammer'"):
+    with pytest.raises(UserError, match=r"word 'hamer' is not in this text\. Did you mean 'hammer'"):
         run.explain([TEXT], word="hamer")
     asked = [{"question": "the tool", "context": row["text"], "answers": {
         "text": [w for w in row["text"].split() if w in KINDS["tool"]],
