@@ -107,11 +107,12 @@ def _patch_of(row: RowInput, backbone: Backbone) -> int | None:
 
 
 def _last_maps(backbone: Backbone) -> Iterator[nn.Module]:
-    """Yield the last block, then the last convolution before the head."""
+    """Yield the last block; of a model without blocks, the last convolution before the head. (Before blocks of tokens there
+    may be a convolution too: the one that made the tokens.)"""
     if backbone.blocks:
         yield backbone.module(backbone.blocks[-1])
-    convs = [site.module for site in backbone.sites if is_conv(site.module) and site.role != "head"]
-    yield from convs[-1:]
+        return
+    yield from [site.module for site in backbone.sites if is_conv(site.module) and site.role != "head"][-1:]
 
 
 @contextmanager
