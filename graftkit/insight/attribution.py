@@ -145,16 +145,17 @@ def check_by_deletion(row: RowInput, scores: np.ndarray, value: float, empty: fl
     size = min(len(top), len(others))
     draws = [draw.choice(others, size, replace=False).tolist() for _ in range(DRAWS)] if size else []
     graded = row.without([top, *draws])
-    found = row.aimed(graded).double().cpu().numpy()
+    values = row.aimed(graded).double().cpu()
+    found = values.numpy()
     changes = value - found if odds else np.abs(value - found)
     least = MATTERS * (value - empty if odds else abs(value - empty))
     less = float((changes[1:] < changes[0]).mean()) if draws else 1.0
-    said = [
-        *_as_said(np.array([value, found[0]]), odds),
-        round(float(np.mean(_as_said(found[1:], odds))), 4) if draws else None,
-    ]
+    after = _means(found, draws)
+    shown = _means(values.sigmoid().numpy(), draws) if odds else after
+    before = float(torch.tensor(value, dtype=torch.float64).sigmoid()) if odds else value
     told: dict[str, Any] = {
-        "parts": len(top), "of": len(scores), "before": said[0], "without_top": said[1], "without_random": said[2],
+        "parts": len(top), "of": len(scores), "before": round(before, 4), **shown,
+        **({"log_odds": {"before": round(value, 4), **after}} if odds else {}),
         "draws": len(draws), "share_of_draws_below": round(less, 4),
         "holds": bool(top and changes[0] > max(0, least) and less >= HOLDS),
     }  # fmt: skip
@@ -163,8 +164,9 @@ def check_by_deletion(row: RowInput, scores: np.ndarray, value: float, empty: fl
     return told
 
 
-def _as_said(values: np.ndarray, odds: bool) -> list[float]:
-    """Return log-odds as probabilities; other values as they are."""
-    if odds:
-        values = 1 / (1 + np.exp(-values))
-    return [round(float(value), 4) for value in values]
+def _means(found: np.ndarray, draws: list[list[int]]) -> dict[str, float | None]:
+    """Return the first value, without the top parts, and the mean of the others, each without random ones."""
+    return {
+        "without_top": round(float(found[0]), 4),
+        "without_random": round(float(found[1:].mean()), 4) if draws else None,
+    }

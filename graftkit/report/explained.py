@@ -39,12 +39,8 @@ def show_explanations(console: Console, found: list[dict[str, Any]]) -> None:
         console.line(("check: " if one["deletion"]["holds"] else "check failed: ") + checked(one))
         for row in one["nearest"]:
             where = row["file"] if row["line"] is None else f"{row['file']}, line {row['line']}"
-            label = said(row.get("label", ""))
-            console.line(
-                f"near: {row['similarity']:.3f}  {label}  {short(_asked(row), CHARACTERS)}  ({where})".replace(
-                    "    ", "  "
-                )
-            )
+            told = said(row.get("label", "")), short(_asked(row), CHARACTERS), f"({where})"
+            console.line("  ".join([f"near: {row['similarity']:.3f}", *filter(None, told)]))
         for note in one["notes"]:
             console.line(f"note: {note}")
         if one is not found[-1]:
@@ -65,14 +61,17 @@ def checked(one: dict[str, Any]) -> str:
     done = one["deletion"]
     if not done["parts"]:
         return "no part speaks for this answer, so there is none to delete"
-    what = "probability" if "probability" in one else "value"
+    what, shown = ("probability" if "probability" in one else "value"), done
+    if "log_odds" in done and figure_text(done["before"], 3) == figure_text(done["without_top"], 3):
+        what, shown = "log-odds", done["log_odds"]
+    verb = "go" if what == "log-odds" else "goes"
     parts = "the part" if done["parts"] == 1 else f"the {count(done['parts'])} parts"
     text = (
-        f"without {parts} of {count(done['of'])} with the highest score, the {what} goes from {figure_text(done['before'], 3)} "
-        f"to {figure_text(done['without_top'], 3)}"
+        f"without {parts} of {count(done['of'])} with the highest score, the {what} {verb} from {figure_text(shown['before'], 3)} "
+        f"to {figure_text(shown['without_top'], 3)}"
     )
-    if done["without_random"] is not None:
-        text += f"; without as many others, to {figure_text(done['without_random'], 3)} on average"
+    if shown["without_random"] is not None:
+        text += f"; without as many others, to {figure_text(shown['without_random'], 3)} on average"
     if not done["holds"]:
         text += ". The scores do not show what this answer depends on"
     return text

@@ -160,6 +160,10 @@ def test_a_planted_patch_comes_first_and_deletion_reacts():
         assert scores.argmax() == 9, method
         done = check_by_deletion(row, scores, value, empty)
         assert done["holds"] and done["without_top"] < 0.4 < 0.9 < done["without_random"], method
+        assert (
+            done["log_odds"]["before"] == pytest.approx(value, abs=1e-3)
+            and done["log_odds"]["without_top"] < 0
+        )
         assert 1 <= done["parts"] <= 3 and done["best_without_top"] == 0
     elsewhere = np.zeros(16)
     elsewhere[[0, 5, 10]] = 3, 2, 1
