@@ -148,7 +148,7 @@ def explanations_page(run: str, task: str, found: list[dict[str, Any]], pictures
 
 def _content(one: dict[str, Any], picture: str | None) -> Child:
     marked = [_marked_text(one, name) for name in columns_of(one)]
-    name = short(one.get("image", one.get("audio", "")), 80)
+    name = short(str(one.get("image", one.get("audio", ""))).rpartition("/")[2], 80)
     image = None
     if picture is not None:
         caption = element("figcaption", name, element("small", f" {one['method'].replace('_', ' ')}"))
@@ -169,7 +169,7 @@ def _content(one: dict[str, Any], picture: str | None) -> Child:
         )
     notes = [element("p", note, class_="quiet", dir="auto") for note in one["notes"]]
     return [
-        marked, image, failed or [element("h3", "Checked by deletion"), text], _scores(one), _neighbours(one), notes,
+        marked, image, failed or [element("h3", "Checked by deletion"), text], notes, _scores(one), _neighbours(one),
     ]  # fmt: skip
 
 
