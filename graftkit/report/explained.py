@@ -129,11 +129,14 @@ def _marked(one: dict[str, Any], name: str) -> Text:
     return text
 
 
-def explanations_page(run: str, task: str, found: list[dict[str, Any]], pictures: list[str | None]) -> str:
-    """Return a page with explanations. `pictures`: of each, an image with marks as a data URI, or None for texts."""
+def explanations_page(
+    run: str, task: str, found: list[dict[str, Any]], pictures: list[str | None], near: list[list[str | None]]
+) -> str:  # fmt: skip
+    """Return a page with explanations. `pictures`: of each, an image with marks as a data URI, or None for texts; `near`:
+    likewise of its nearest training rows."""
     sections = [
-        Section(f"{number}. {answer_of(one)}", f"answer-{number}", _content(one, picture))
-        for number, (one, picture) in enumerate(zip(found, pictures), start=1)
+        Section(f"{number}. {answer_of(one)}", f"answer-{number}", _content(one, picture, rows))
+        for number, (one, picture, rows) in enumerate(zip(found, pictures, near), start=1)
     ]
     lead = [
         element("p", short(run, 100), class_="over", dir="auto"),
@@ -146,7 +149,7 @@ def explanations_page(run: str, task: str, found: list[dict[str, Any]], pictures
     )
 
 
-def _content(one: dict[str, Any], picture: str | None) -> Child:
+def _content(one: dict[str, Any], picture: str | None, near: list[str | None]) -> Child:
     marked = [_marked_text(one, name) for name in columns_of(one)]
     name = short(str(one.get("image", one.get("audio", ""))).rpartition("/")[2], 80)
     image = None
@@ -169,7 +172,7 @@ def _content(one: dict[str, Any], picture: str | None) -> Child:
         )
     notes = [element("p", note, class_="quiet", dir="auto") for note in one["notes"]]
     return [
-        marked, image, failed or [element("h3", "Checked by deletion"), text], notes, _scores(one), _neighbours(one),
+        marked, image, failed or [element("h3", "Checked by deletion"), text], notes, _scores(one), _neighbours(one, near),
     ]  # fmt: skip
 
 
@@ -201,17 +204,21 @@ def _scores(one: dict[str, Any]) -> Markup:
     return details("Scores", table(caption, ["part", "score"], rows))
 
 
-def _neighbours(one: dict[str, Any]) -> Child:
+def _neighbours(one: dict[str, Any], near: list[str | None]) -> Child:
     if not one["nearest"]:
         return None
     items = []
-    for row in one["nearest"]:
+    for row, picture in zip(one["nearest"], near):
         name = short(row["file"].rpartition("/")[2], 80)
-        where = short(row["file"], 120) if row["line"] is None else f"{name}, line {row['line']}"
+        where = name if row["line"] is None else f"{name}, line {row['line']}"
+        image = None if picture is None else element("img", src=picture, alt=name, loading="lazy")
         text = element("p", short(_asked(row), 400), class_="text", dir="auto") if _asked(row) else None
         label = element(
             "dl", element("dt", "label"), element("dd", breakable(said(row.get("label", "")))), class_="said"
         )
         lead = element("p", f"{where}, similarity {row['similarity']:.3f}", class_="where")
-        items.append(element("li", lead, text, label if "label" in row else None))
-    return [element("h3", "Nearest training rows"), element("ul", items, class_="rows")]
+        items.append(element("li", image, lead, text, label if "label" in row else None))
+    return [
+        element("h3", "Nearest training rows"),
+        element("ul", items, class_="rows grid" if any(near) else "rows"),
+    ]

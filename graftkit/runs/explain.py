@@ -74,7 +74,11 @@ def explain(
         loaded.task.dataset(examples.take([i]), loaded.backbone, loaded.max_length)
         for i in range(len(examples))
     ]
-    close = _nearest(opened, loaded, datasets, nearest) if nearest else Near([[] for _ in datasets], ())
+    close = (
+        _nearest(opened, loaded, datasets, nearest)
+        if nearest
+        else Near([[] for _ in datasets], (), [[] for _ in datasets])
+    )
     made = [
         explain_row(loaded.forward, loaded.task, one, loaded.labels, method=method, steps=steps, label=label, word=word)
         for one in datasets
@@ -85,17 +89,14 @@ def explain(
          "notes": [*one.notes, *close.notes]}
         for i, one in enumerate(made)
     ]  # fmt: skip
-    _write(page, picture, opened, made, found)
+    _write(page, picture, opened, made, found, close.shown)
     return found
 
 
 def _write(
-    page: Path | None,
-    picture: Path | None,
-    run: Opened,
-    made: Sequence[Explanation],
-    found: list[dict[str, Any]],
-) -> None:
+    page: Path | None, picture: Path | None, run: Opened, made: Sequence[Explanation], found: list[dict[str, Any]],
+    near: list[list[str | None]],
+) -> None:  # fmt: skip
     """Write the files that were asked for."""
     if page is None and picture is None:
         return
@@ -106,7 +107,7 @@ def _write(
             part.write_bytes(drawn[0])
     if page is not None:
         shown = [None if one is None else _uri(one) for one in drawn]
-        write_text(page, explanations_page(str(run.folder), run.recipe.task, found, shown))
+        write_text(page, explanations_page(str(run.folder), run.recipe.task, found, shown, near))
 
 
 def _checked(
@@ -195,10 +196,12 @@ def _uri(png: bytes) -> str:
 
 @dataclass(frozen=True)
 class Near:
-    """The nearest training rows of each explained row, and why there are none or what is odd about them."""
+    """The nearest training rows of each explained row, and why there are none or what is odd about them. `shown`: pictures
+    of them, as data URIs, of images and sounds."""
 
     rows: list[list[dict[str, Any]]]
     notes: tuple[str, ...]
+    shown: list[list[str | None]]
 
 
 def _nearest(run: Opened, loaded: Loaded, datasets: Sequence[Dataset], count: int) -> Near:
@@ -211,15 +214,16 @@ def _nearest(run: Opened, loaded: Loaded, datasets: Sequence[Dataset], count: in
         examples, notes = _training_rows(run, loaded)
         training = loaded.task.dataset(examples, loaded.backbone, loaded.max_length)
         kept = _unit(features_of(loaded.forward, training).values)
-        found = []
+        found, shown = [], []
         for dataset in datasets:
             asked = features_of(loaded.forward, dataset, Caching("memory")).values.mean(0, keepdims=True)
             similar = (kept @ _unit(asked).T)[:, 0]
             order = np.argsort(-similar, kind="stable")[:count].tolist()
             found.append([_as_row(run, training, i, float(similar[i])) for i in order])
+            shown.append([_thumbnail(run, training, i) for i in order])
     except UserError as error:
-        return Near(none, (f"no training rows are shown: {str(error).rstrip('.')}",))
-    return Near(found, notes)
+        return Near(none, (f"no training rows are shown: {str(error).rstrip('.')}",), [[] for _ in datasets])
+    return Near(found, notes, shown)
 
 
 def _training_rows(run: Opened, loaded: Loaded) -> tuple[Examples, tuple[str, ...]]:
@@ -270,6 +274,12 @@ def _as_row(run: Opened, training: Dataset, row: int, similarity: float) -> dict
         value = table.columns[column][example]
         found["label"] = [str(one) for one in value] if isinstance(value, list | tuple) else label_text(value)
     return {**found, "similarity": round(similarity, 4)}
+
+
+def _thumbnail(run: Opened, training: Dataset, row: int) -> str | None:
+    """Return a small picture of a training row as a data URI; None for a text."""
+    preview = run.task.preview(training.examples, row) if len(training) == len(training.examples) else {}
+    return preview.get("image", preview.get("spectrogram"))
 
 
 def _example_of(training: Dataset, row: int) -> int:
