@@ -98,7 +98,7 @@ def explain(
     )
     completeness = None
     if method == GRADIENTS:
-        completeness = _completeness(float(found.double().sum()), value - empty, steps)
+        completeness = _completeness(float(found.cpu().double().sum()), value - empty, steps)
         if completeness["error"] > CLOSE:
             notes.append(
                 f"the scores miss {completeness['error']:.0%} of the change that they should add up to; raise steps ({steps})"
@@ -145,7 +145,7 @@ def check_by_deletion(row: RowInput, scores: np.ndarray, value: float, empty: fl
     size = min(len(top), len(others))
     draws = [draw.choice(others, size, replace=False).tolist() for _ in range(DRAWS)] if size else []
     graded = row.without([top, *draws])
-    values = row.aimed(graded).double().cpu()
+    values = row.aimed(graded).cpu().double()
     found = values.numpy()
     changes = value - found if odds else np.abs(value - found)
     least = MATTERS * (value - empty if odds else abs(value - empty))

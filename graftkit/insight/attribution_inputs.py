@@ -107,12 +107,10 @@ class RowInput:
 
     def by_part(self, found: Tensor) -> np.ndarray:
         """Return the sum over each part, (parts,) in fp64, of values (1, ...) to which the owners broadcast."""
-        owners = self.owners.expand(found.shape[1:]).flatten()
-        sums = torch.zeros(len(self.parts) + 1, dtype=torch.float64, device=found.device)
-        sums.index_add_(
-            0, torch.where(owners < 0, len(self.parts), owners), found[0].detach().double().flatten()
-        )
-        return sums[:-1].cpu().numpy()
+        owners = self.owners.expand(found.shape[1:]).flatten().cpu()
+        sums = torch.zeros(len(self.parts) + 1, dtype=torch.float64)
+        values = found[0].detach().flatten().cpu().double()
+        return sums.index_add_(0, owners.where(owners >= 0, len(self.parts)), values)[:-1].numpy()
 
     def _outputs(self, given: dict[str, Tensor]) -> Tensor:
         rows = np.full(len(next(iter(given.values()))), self.aim.row)
