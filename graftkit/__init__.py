@@ -19,6 +19,7 @@ _FRONT = {
     "fit": "graftkit.runs.fit",
     "label_next": "graftkit.runs.label",
     "label_suggest": "graftkit.runs.label",
+    "explain": "graftkit.runs.explain",
     "train_tokenizer": "graftkit.runs.tokenizer",
     "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.attach",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from graftkit.runs.fit import fit as fit
     from graftkit.runs.label import label_next as label_next
     from graftkit.runs.label import label_suggest as label_suggest
+    from graftkit.runs.explain import explain as explain
     from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer
     from graftkit.runs.tune import Run as Run

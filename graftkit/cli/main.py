@@ -18,6 +18,7 @@ from graftkit.cli import cached as cli_cached
 from graftkit.cli import data as cli_data
 from graftkit.cli import fit as cli_fit
 from graftkit.cli import label as cli_label
+from graftkit.cli import explain as cli_explain
 from graftkit.cli import plan as cli_plan
 from graftkit.cli import pretraining
 from graftkit.cli import reports as cli_reports
@@ -218,6 +219,7 @@ for finished in (
     cli_fit.fit,
     cli_runs.evaluate,
     cli_runs.predict,
+    cli_explain.explain,
     cli_runs.merge,
     cli_runs.export,
     cli_reports.report,

@@ -40,7 +40,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a run on labelled rows."""
-    _refuse_empty(data)
+    refuse_empty(data)
     if report is not None:
         from graftkit.report.making import check_path
 
@@ -56,7 +56,8 @@ def evaluate(
     show_metrics(console_of(False), found, found["headline"])
 
 
-def _refuse_empty(data: str | None) -> None:
+def refuse_empty(data: str | None) -> None:
+    """Raise `UserError` if the name of the data file is empty."""
     if data is not None and not data.strip():
         raise UserError("--data is empty; name a data file.")
 
@@ -81,8 +82,8 @@ def predict(
     """Predict for texts or for the rows of a file, which may be larger than memory."""
     if bool(texts) == (data is not None):
         raise UserError("give either texts or --data FILE to predict.")
-    _refuse_empty(data)
-    _refuse_files(texts or [])
+    refuse_empty(data)
+    refuse_files(texts or [])
     if out is not None:
         from graftkit.report.table import check_path
 
@@ -118,7 +119,7 @@ def predict(
     emit(as_json, {"run": str(run), "predictions": predictions, **found})
 
 
-def _refuse_files(texts: list[str]) -> None:
+def refuse_files(texts: list[str]) -> None:
     """Raise `UserError` for the name of a table where a text should be: its name would be answered, not its rows."""
     from graftkit.data.table import SUFFIXES
 

@@ -47,7 +47,16 @@ def excerpt(sound: Sound, cut: str) -> str:
 def spectrogram(sound: Sound, cut: str) -> str:
     """Return the log power of the same three seconds as a PNG, time to the right and frequency upwards on a mel scale."""
     rate = min(RATE, sound.rate)
-    wave = sound.piece(rate, int(SECONDS * rate), cut)
+    return _uri("image/png", _png(_levels(sound.piece(rate, int(SECONDS * rate), cut), rate)))
+
+
+def spectrogram_of(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Return the same of a whole wave (samples,) as an image, (64, at most 160, 3) of 8 bits."""
+    return _palette()[_levels(wave, rate)]
+
+
+def _levels(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Return the log power of a wave in mel bands, (bands, columns), as levels from 0 to 255."""
     size = max(16, int(WINDOW * rate))
     wave = np.pad(wave, (size // 2, size))
     starts = np.linspace(0, len(wave) - size, min(COLUMNS, len(wave) // 16)).astype(int)
@@ -58,7 +67,14 @@ def spectrogram(sound: Sound, cut: str) -> str:
     low, high = np.floor(bands[:-1]).astype(int), np.ceil(bands[1:]).astype(int) + 1
     levels = 10 * np.log10(np.stack([power[:, a:b].mean(axis=1) for a, b in zip(low, high)]) + 1e-12)
     levels = np.clip((levels - levels.max()) / RANGE + 1, 0, 1)[::-1]
-    return _uri("image/png", _png((levels * 255).astype(np.uint8)))
+    return (levels * 255).astype(np.uint8)
+
+
+def _palette() -> np.ndarray:
+    """Return the colours of the levels, (256, 3) of 8 bits."""
+    places = np.linspace(0, len(COLOURS) - 1, 256)
+    palette = [np.interp(places, range(len(COLOURS)), COLOURS[:, i]) for i in range(3)]
+    return np.stack(palette, axis=1).round().astype(np.uint8)
 
 
 def _png(levels: np.ndarray) -> bytes:
@@ -68,12 +84,10 @@ def _png(levels: np.ndarray) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     height, width = levels.shape
-    places = np.linspace(0, len(COLOURS) - 1, 256)
-    palette = np.stack([np.interp(places, range(len(COLOURS)), COLOURS[:, i]) for i in range(3)], axis=1)
     rows = b"".join(b"\0" + row.tobytes() for row in levels)
     return b"".join([
         b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        chunk(b"PLTE", palette.round().astype(np.uint8).tobytes()), chunk(b"IDAT", zlib.compress(rows, 9)),
+        chunk(b"PLTE", _palette().tobytes()), chunk(b"IDAT", zlib.compress(rows, 9)),
         chunk(b"IEND", b""),
     ])  # fmt: skip
 

@@ -109,6 +109,10 @@ pre { background: var(--raised); padding: .9rem 1rem; overflow-x: auto; white-sp
 .said .wrong::before { content: "\\2717\\00a0"; color: var(--bad); }
 mark { color: inherit; border-radius: 2px; padding: .05em .15em; background: color-mix(in srgb, var(--c) 22%, transparent);
   box-decoration-break: clone; -webkit-box-decoration-break: clone; }
+.why { margin: 0 0 1rem; font-size: 1.125rem; line-height: 1.8; max-width: 52rem; white-space: pre-line; }
+.why mark { background: color-mix(in srgb, var(--c) calc(8% + var(--v) * 52%), transparent); }
+figure.why { font-size: 1rem; line-height: 1.55; white-space: normal; }
+.why img { display: block; width: 100%; max-width: 26rem; height: auto; }
 mark small { color: var(--quiet); font-size: .75em; margin-left: .35em; }
 @media (max-width: 34rem) {
   body { padding: 1.5rem 1rem 3rem; }

@@ -36,7 +36,7 @@ def inputs(prepared: Prepared, datasets: Mapping[str, Dataset]) -> dict[str, Any
     return {
         **_began(prepared),
         values.KEY: values.sampled(prepared.backbone, prepared.graft.labels),
-        ROWS: _digests(datasets, prepared.rows.labels),
+        ROWS: digests(datasets, prepared.rows.labels),
         VALUES: _values(prepared.recipe),
         CONFIG: _config(prepared.backbone.model),
         PROCESSES: processes()[1],
@@ -146,7 +146,7 @@ def _config(model: Any) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[str, str]:
+def digests(datasets: Mapping[str, Dataset], labels: tuple[str, ...]) -> dict[str, str]:
     """Return a digest of labels and rows for each data split."""
     names = "\0".join(labels)
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +79,19 @@ class Run:
         from graftkit.runs.predict import evaluate as run_evaluate
 
         return run_evaluate(self.path, data, options)["metrics"]
+
+    def explain(
+        self, texts: Any, *, rows: Sequence[int] | None = None, method: str | None = None, steps: int = 50,
+        label: str | None = None, word: str | None = None, nearest: int = 3, html: str | Path | None = None,
+        overlay: str | Path | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Return which parts of an input each answer comes from: `graftkit.explain` with this run."""
+        from graftkit.runs.explain import explain as run_explain
+
+        return run_explain(
+            self.path, texts, rows=rows, method=method, steps=steps, label=label, word=word, nearest=nearest, html=html,
+            overlay=overlay,
+        )  # fmt: skip
 
     def export(self, to: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the run as a plain model into the folder `to`, compared with the run on real rows."""

@@ -1,7 +1,8 @@
 """The task contract: columns, encoding of rows as tensors, loss, metrics, and how outputs become answers.
 
 A task combines four parts that can be read independently: the `Reader` (rows -> examples), the `Encoder` (examples -> a
-source of batches), the `Learner` (a batch -> the terms of a loss) and the `Scorer` (outputs -> metrics and answers).
+source of batches), the `Learner` (a batch -> the terms of a loss) and the `Scorer` (outputs -> metrics and answers);
+`Explained` says how its answers are explained.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from graftkit.errors import NoGoodRows, UserError
 from graftkit.recipe.catalogue import check_values, entry_name
 from graftkit.recipe.expressions import as_expression
 from graftkit.tasks.examples import Examples
+from graftkit.tasks.explained import Explained
 
 MAX_DEFAULT_LENGTH = 512
 SAMPLE = 4  # examples that are encoded before weights are read
@@ -338,7 +340,7 @@ class Scorer:
         return []
 
 
-class Task(Reader, Encoder, Learner, Scorer):
+class Task(Reader, Encoder, Learner, Scorer, Explained):
     """Base of all tasks. Subclasses are frozen dataclasses whose fields are declared with `option`.
 
     Two class attributes must be literals, because a recipe reads them before torch is loaded: `method`, the default

@@ -45,6 +45,11 @@ class Front:
         )
         return f"{type(self).__qualname__} {' '.join(parts)}"
 
+    @property
+    def axis(self) -> int:
+        """The time axis of a row as the model reads it."""
+        return self.time or 0
+
     def row(self, wave: np.ndarray) -> np.ndarray:
         """Return the features of one waveform (samples,), in float32; time is the first axis unless `fixed`."""
         raise NotImplementedError
@@ -123,6 +128,10 @@ class LogMel(Waveform):
         self.filters = mel_filter_bank(
             self.size // 2 + 1, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
         )
+
+    @property
+    def axis(self) -> int:
+        return 1
 
     def row(self, wave: np.ndarray) -> np.ndarray:
         return super().row(log_mel(wave, self.filters, self.window, self.hop, self.size))

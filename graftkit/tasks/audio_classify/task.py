@@ -14,7 +14,7 @@ from torch import Tensor
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
 from graftkit.data.folders import given_files, locate_files, read_files, stream_files
-from graftkit.data.previews import excerpt, spectrogram
+from graftkit.data.previews import excerpt, spectrogram, spectrogram_of
 from graftkit.data.read import Table
 from graftkit.data.sounds import SUFFIXES, BadSound, Sound, look
 from graftkit.errors import UserError, listing
@@ -31,6 +31,7 @@ from graftkit.tasks.audio_classify.inputs import (
 )
 from graftkit.tasks.audio_classify.rows import Augmentation, SoundDataset
 from graftkit.tasks.base import Dataset, Examples, Reading, check_rows
+from graftkit.tasks.explained import Cut, slices
 from graftkit.tasks.shared.labels import (
     LABEL,
     LabelIndex,
@@ -161,6 +162,18 @@ class AudioClassify(LabelTask):
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"audio": examples.values["name"][row]}
+
+    def divide(self, dataset: Dataset, row: int, backbone: Backbone, inputs: dict[str, Tensor]) -> Cut:
+        assert isinstance(dataset, SoundDataset)
+        front, values = dataset.front, inputs[dataset.front.name]
+        share = dataset.lengths[row] / dataset.longest if dataset.uniform else 1.0
+        frames = max(1, round(share * values.shape[1 + front.axis]))
+        return slices(values, front.axis, frames, dataset.lengths[row] / front.rate, front.name)
+
+    def pictured(self, dataset: Dataset, row: int, inputs: dict[str, Tensor]) -> np.ndarray:
+        assert isinstance(dataset, SoundDataset)
+        rate = dataset.front.rate
+        return spectrogram_of(dataset.sounds[row].piece(rate, dataset.longest, dataset.cut), rate)
 
     def preview(self, examples: Examples, row: int) -> dict[str, str]:
         sound: Sound = examples.values["audio"][row]

@@ -13,6 +13,7 @@ from graftkit.data.read import Table
 from graftkit.data.source import Batch
 from graftkit.errors import UserError, listing
 from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
+from graftkit.tasks.explained import log_odds
 from graftkit.tasks.shared.labels import LABEL, LabelTask, cross_entropy, is_missing, label_text
 from graftkit.tasks.shared.metrics import interval, resamples
 from graftkit.tasks.shared.weights import class_weights
@@ -114,6 +115,12 @@ class Ordinal(OneLabel):
 
     def log_probabilities(self, outcomes: Sequence[Any]) -> np.ndarray:
         return chances_of_steps(torch.from_numpy(np.stack(outcomes))).numpy()
+
+    def graded(self, outputs: Tensor) -> Tensor:
+        return log_odds(chances_of_steps(outputs))
+
+    def chosen(self, grades: Tensor) -> int:
+        return int(median(torch.nn.functional.logsigmoid(grades)[None])[0])
 
     def choices(self, log_probs: np.ndarray) -> np.ndarray:
         return median(torch.from_numpy(log_probs)).numpy()

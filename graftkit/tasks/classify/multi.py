@@ -199,6 +199,9 @@ class ManyLabels(Form):
 
         return one_term(scores)
 
+    def graded(self, outputs: Tensor) -> Tensor:
+        return outputs
+
     def metrics(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
     ) -> dict[str, Any]:

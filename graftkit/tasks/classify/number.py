@@ -15,6 +15,7 @@ from graftkit.data.split import hold_out
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import SCALE, Form, refuse_empty
+from graftkit.tasks.explained import Aim
 from graftkit.tasks.shared.labels import LABEL
 from graftkit.tasks.shared.metrics import interval, resamples
 
@@ -81,6 +82,17 @@ class Number(Form):
             return Term((logits[:, 0].float() - wanted) ** 2)
 
         return one_term(scores)
+
+    def graded(self, outputs: Tensor) -> Tensor:
+        return outputs * self.scale + self.center
+
+    def aim(
+        self, dataset: Dataset, outputs: Callable[[int], Tensor], labels: Sequence[str], label: str | None,
+        word: str | None,
+    ) -> Aim:  # fmt: skip
+        if label is not None:
+            raise UserError(f"label={label!r}: the answers of this run are numbers; leave the label out.")
+        return Aim(0, (0,), {}, odds=False)
 
     def values(self, outcomes: Sequence[Any]) -> np.ndarray:
         """Return outputs in the original units, (rows,)."""

@@ -3,12 +3,13 @@ scale, or a number."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.data.columns import Column
@@ -19,6 +20,7 @@ from graftkit.tasks.base import Dataset, Examples, Learn
 from graftkit.tasks.classify.form import Form, OneLabel, Ordinal
 from graftkit.tasks.classify.multi import ManyLabels
 from graftkit.tasks.classify.number import Number, units_of
+from graftkit.tasks.explained import Aim
 from graftkit.tasks.shared.labels import LABEL, label_text
 from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, encode, read_texts
 from graftkit.tasks.shared.weights import check_class_weights
@@ -62,6 +64,8 @@ class Classify(TextTask):
         Column("text_pair", SECOND, "text", required=False),
         Column("label", LABEL, "label"),
     )
+
+    explains: ClassVar[bool] = True
 
     kind: str = option("single", "what an answer is", choices=("single", "multi", "ordinal", "regression"))
     class_weights: str | dict | None = option(
@@ -181,6 +185,15 @@ class Classify(TextTask):
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
         return self.form.answers(outcomes, dataset, labels)
+
+    def graded(self, outputs: Tensor) -> Tensor:
+        return self.form.graded(outputs)
+
+    def aim(
+        self, dataset: Dataset, outputs: Callable[[int], Tensor], labels: Sequence[str], label: str | None,
+        word: str | None,
+    ) -> Aim:  # fmt: skip
+        return self.form.aim(dataset, outputs, labels, label, word)
 
     def line(self, answer: dict[str, Any]) -> str:
         return self.form.line(answer)

@@ -155,6 +155,27 @@ class Processor:
         return f"{self.given[0]} x {self.given[1]} by {type(self.processor).__name__}"
 
 
+def as_image(pixels: Pixels, values: np.ndarray) -> np.ndarray:
+    """Return what `pixels` made, (channels, height, width), as an image again, (height, width, 3) of 8 bits.
+
+    How it turns colours into numbers is read from black, red, green and blue images, as that is linear.
+    """
+    from PIL import Image
+
+    colours = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
+    size = max(values.shape[1:])
+    made = [pixels(Image.new("RGB", (size, size), one)).mean((1, 2)).double().numpy() for one in colours]
+    if len(values) == 1:
+        white = float(pixels(Image.new("RGB", (size, size), (255, 255, 255))).mean())
+        levels = (values - made[0][:, None, None]) / (white - made[0][:, None, None]) * 255
+        levels = levels.repeat(3, axis=0)
+    else:
+        matrix = np.stack([one - made[0] for one in made[1:]], axis=1)
+        levels = 255 * np.linalg.solve(matrix, (values - made[0][:, None, None]).reshape(3, -1))
+        levels = levels.reshape(values.shape)
+    return np.clip(levels.round(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
 def argument_of(model: nn.Module) -> str:
     """Return the name of the argument through which a model takes images."""
     if hasattr(model, "config"):
@@ -170,6 +191,12 @@ def takes_grey(model: nn.Module) -> bool:
         return channels == 1
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return first is not None and first.in_channels == 1
+
+
+def patch_of(model: nn.Module) -> int | None:
+    """Return the side of the patches that a model divides images into, in pixels; None if it has none."""
+    patch = getattr(getattr(model, "config", None), "patch_size", None)
+    return patch if isinstance(patch, int) else None
 
 
 def processor_of(backbone: Backbone) -> Processor | None:

@@ -23,13 +23,16 @@ from graftkit.data.source import Batch, Pass, identity_of
 from graftkit.errors import UserError, first_line, listing
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Term, check_rows, one_term
+from graftkit.tasks.explained import Cut, grid
 from graftkit.tasks.image_classify.inputs import (
     IMAGENET_DEVIATION,
     IMAGENET_MEAN,
     Pixels,
     Transform,
     argument_of,
+    as_image,
     each_channel,
+    patch_of,
     processor_of,
     same_size,
     sides_of,
@@ -331,6 +334,14 @@ class ImageClassify(LabelTask):
 
     def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
         return class_weights(self.class_weights, counts, labels)
+
+    def divide(self, dataset: Dataset, row: int, backbone: Backbone, inputs: dict[str, Tensor]) -> Cut:
+        assert isinstance(dataset, ImageDataset)
+        return grid(inputs[dataset.argument], patch_of(backbone.model), dataset.argument)
+
+    def pictured(self, dataset: Dataset, row: int, inputs: dict[str, Tensor]) -> np.ndarray:
+        assert isinstance(dataset, ImageDataset)
+        return as_image(dataset.pixels, inputs[dataset.argument][0].float().cpu().numpy())
 
     def asked(self, examples: Examples, row: int) -> dict[str, Any]:
         return {"image": examples.values["image"][row].name}

@@ -16,6 +16,7 @@ from graftkit.data.read import Table
 from graftkit.data.source import Batch
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
+from graftkit.tasks.explained import log_odds
 from graftkit.tasks.shared.metrics import calibration, log_softmax, of_choices
 
 LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment", "y")
@@ -25,6 +26,7 @@ class LabelTask(Task):
     """Base of tasks that predict one label for each example. `examples.targets` are label indices, (rows,) int64."""
 
     source_of_labels: str = "the training data"
+    explains = True
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         values = [value for value in table.columns[columns["label"]] if not is_missing(value)]
@@ -78,6 +80,9 @@ class LabelTask(Task):
     def choices(self, log_probs: np.ndarray) -> np.ndarray:
         """Return the predicted label, (rows,), given log-probabilities (rows, classes)."""
         return log_probs.argmax(axis=1)
+
+    def graded(self, outputs: Tensor) -> Tensor:
+        return log_odds(outputs.log_softmax(-1))
 
     def class_weight(self, counts: np.ndarray, labels: Sequence[str]) -> Tensor | None:
         """Return the weight of each class in the loss, or None. `counts`: training rows of each class, (labels,)."""

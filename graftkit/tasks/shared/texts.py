@@ -11,11 +11,14 @@ from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.fit import check_token_ids, check_token_types
+from graftkit.data.doubled import Around
 from graftkit.data.encode import Encoded, encode_texts
 from graftkit.data.read import Table
 from graftkit.data.source import Pass, identity_of
+from graftkit.data.words import assign, split_words
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Task, check_rows
+from graftkit.tasks.explained import Cut
 from graftkit.tasks.shared.items import check_kinds, check_texts
 from graftkit.tasks.shared.labels import is_missing
 
@@ -96,12 +99,62 @@ class TextTask(Task):
                 raise UserError(f"text {number} of {len(rows)} is empty; remove it, or fill it in.")
         return rows
 
+    def divide(self, dataset: Dataset, row: int, backbone: Backbone, inputs: dict[str, Tensor]) -> Cut:
+        tokenizer, values = tokenizer_of(backbone, self), dataset.examples.values
+        texts: dict[str, str] = {name: values[name][row] for name in ("text", "text_pair") if name in values}
+        around = Around.of(tokenizer)
+        given = {name: around.taken_off(text) for name, text in texts.items()}
+        encoding = encode_alone(
+            tokenizer, list(given.values()), inputs["input_ids"].shape[1], backbone.source
+        )
+        shifts = [text.find(given[name]) for name, text in texts.items()]
+        return words_of(texts, encoding.sequence_ids(0), encoding["offset_mapping"][0], shifts)
+
     def predict_arguments(self, columns: Mapping[str, str]) -> str:
         return '"a text" "its pair"' if "text_pair" in columns else '"a text"'
 
     def made_up(self, columns: Mapping[str, str], labels: Sequence[str]) -> list[Any]:
         texts = made_up_texts(labels)
         return list(zip(texts, texts[::-1])) if "text_pair" in columns else texts
+
+
+def encode_alone(tokenizer: Any, texts: Sequence[str], length: int, source: str) -> Any:
+    """Return the encoding of one text or pair with the characters of its tokens, cut to `length` tokens."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"the tokenizer of {source} does not say which characters its tokens stand for, which explaining an answer by "
+            "words needs; use a model with a fast tokenizer (tokenizer.json)."
+        )
+    return tokenizer(
+        *([text] for text in texts),
+        truncation=True,
+        max_length=length,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+
+
+def words_of(
+    texts: Mapping[str, str], sequences: Sequence[int | None], offsets: Sequence[tuple[int, int]],
+    shifts: Sequence[int] = (0, 0),
+) -> Cut:  # fmt: skip
+    """Divide the tokens of a text or pair into words.
+
+    `texts`: by column. `sequences`: the text of each token, None for special ones. `offsets`: the characters of each token
+    in its text, which was encoded from character `shifts` on.
+    """
+    parts: list[dict[str, Any]] = []
+    owners = np.full(len(sequences), -1, np.int64)
+    for number, (name, text) in enumerate(texts.items()):
+        mine = [place for place, sequence in enumerate(sequences) if sequence == number]
+        spans, of = assign(
+            split_words(text),
+            [(offsets[i][0] + shifts[number], offsets[i][1] + shifts[number]) for i in mine],
+        )
+        owners[mine] = [word + len(parts) if word >= 0 else -1 for word in of]
+        column = {"column": name} if len(texts) > 1 else {}
+        parts += [{"text": text[a:b], "start": a, "end": b, **column} for a, b in spans]
+    return Cut(parts, owners)
 
 
 def made_up_texts(labels: Sequence[str]) -> list[str]:

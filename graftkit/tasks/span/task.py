@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.fit import check_token_ids, check_token_types
@@ -22,8 +23,10 @@ from graftkit.data.stream import slices, stream_table
 from graftkit.errors import UserError, listing, shown
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, check_rows, one_term
+from graftkit.tasks.explained import Aim, Cut
 from graftkit.tasks.shared.labels import is_missing
 from graftkit.tasks.shared.texts import made_up_texts, text_problem, tokenizer_of
+from graftkit.tasks.span.aims import aim_at_span, cut_window, odds_of_spans
 from graftkit.tasks.span.metrics import best_threshold, figures, score
 from graftkit.tasks.span.windows import Best, Found, Windows, cut_windows, gather, search, span_loss
 
@@ -44,6 +47,7 @@ class Span(Task):
     )
     labelled: ClassVar[tuple[str, ...]] = ("answers",)
     per_token: ClassVar[bool] = True
+    explains: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
     families: ClassVar[tuple[str, ...]] = ("QUESTION_ANSWERING",)
     using: ClassVar[tuple[str, ...]] = ("doc_stride", "max_answer_length", "n_best", "threshold")
@@ -215,6 +219,25 @@ class Span(Task):
             )
             for i, row in enumerate(batch.rows)
         ]
+
+    def graded(self, outputs: Tensor) -> Tensor:
+        return odds_of_spans(outputs)
+
+    def aim(
+        self, dataset: Dataset, outputs: Callable[[int], Tensor], labels: Sequence[str], label: str | None,
+        word: str | None,
+    ) -> Aim:  # fmt: skip
+        assert isinstance(dataset, Windows)
+        if label is not None:
+            raise UserError(f"label={label!r}: the answers of this run are spans; leave the label out.")
+        scores = (outputs(row)[0].cpu().numpy() for row in range(len(dataset)))
+        limits = self.max_answer_length, self.n_best
+        found = [search(window, one, *limits) for window, one in zip(dataset.windows, scores)]
+        return aim_at_span(dataset, found, self.answers(found, dataset, labels)[0])
+
+    def divide(self, dataset: Dataset, row: int, backbone: Backbone, inputs: dict[str, Tensor]) -> Cut:
+        assert isinstance(dataset, Windows)
+        return cut_window(dataset, row, tokenizer_of(backbone, self))
 
     def metrics(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True

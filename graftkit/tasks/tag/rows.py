@@ -218,3 +218,11 @@ def entities_of(tags: Sequence[str], text: str, spans: Sequence[tuple[int, int]]
          "text": text[spans[first][0] : spans[last - 1][1]], "words": (first, last)}
         for first, last, kind in chunks(tags)
     ]  # fmt: skip
+
+
+def shown(tokens: Sequence[str], tags: Sequence[str]) -> str:
+    """Format a list of tokens with its entities marked, or with a tag after each token."""
+    if not all(tag == "O" or tag in "BI" or tag[:2] in ("B-", "I-") for tag in tags):
+        return " ".join(f"{token}/{tag}" for token, tag in zip(tokens, tags))
+    text, spans = text_of(list(tokens))
+    return marked(text, entities_of(tags, text, spans))

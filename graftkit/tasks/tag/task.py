@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,10 +23,12 @@ from graftkit.data.table import Table
 from graftkit.errors import UserError
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, Term, check_rows, one_term
+from graftkit.tasks.explained import Aim, Cut, log_odds
 from graftkit.tasks.shared.labels import LabelIndex
 from graftkit.tasks.shared.metrics import calibration
 from graftkit.tasks.shared.texts import made_up_texts, tokenizer_of
 from graftkit.tasks.shared.weights import check_class_weights, class_weights
+from graftkit.tasks.tag.aims import aim_at_word, cut_part
 from graftkit.tasks.tag.entities import (
     accuracy_of,
     by_tag,
@@ -46,9 +48,10 @@ from graftkit.tasks.tag.rows import (
     marked,
     numbers_of,
     read_sentence,
+    shown,
     types_in,
 )
-from graftkit.tasks.tag.words import split_all, text_of
+from graftkit.tasks.tag.words import special_tokens, split_all, text_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Tag(Task):
     labelled: ClassVar[tuple[str, ...]] = ("tags",)
     method: ClassVar[str] = "lora() + head()"
     per_token: ClassVar[bool] = True
+    explains: ClassVar[bool] = True
+    per_word: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "accuracy", "macro_f1")
     families: ClassVar[tuple[str, ...]] = ("TOKEN_CLASSIFICATION",)
 
@@ -223,6 +228,18 @@ class Tag(Task):
             found.append(outcome)
         return found
 
+    def graded(self, outputs: Tensor) -> Tensor:
+        return log_odds(outputs.log_softmax(-1))
+
+    def aim(
+        self, dataset: Dataset, outputs: Callable[[int], Tensor], labels: Sequence[str], label: str | None,
+        word: str | None,
+    ) -> Aim:  # fmt: skip
+        return aim_at_word(dataset, lambda row: self.graded(outputs(row))[0], labels, label, word)
+
+    def divide(self, dataset: Dataset, row: int, backbone: Backbone, inputs: dict[str, Tensor]) -> Cut:
+        return cut_part(dataset, row, len(special_tokens(tokenizer_of(backbone, self))[1]))
+
     def metrics(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
     ) -> dict[str, Any]:
@@ -297,7 +314,7 @@ class Tag(Task):
             return marked(answer["text"], answer["entities"])
         if "text" in answer:
             return " ".join(f"{word['text']}/{word['label']}" for word in answer["tags"])
-        return _shown(answer["tokens"], answer["tags"])
+        return shown(answer["tokens"], answer["tags"])
 
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int
@@ -380,10 +397,3 @@ def _sentence(table: Table, columns: dict[str, str], row: int, tagged: bool) -> 
 
 def _told(table: Table, row: int, problem: Unfit) -> str:
     return f"{table.where(row)}: {problem}."
-
-
-def _shown(tokens: Sequence[str], tags: Sequence[str]) -> str:
-    if not all(tag == "O" or tag in "BI" or tag[:2] in ("B-", "I-") for tag in tags):
-        return " ".join(f"{token}/{tag}" for token, tag in zip(tokens, tags))
-    text, spans = text_of(list(tokens))
-    return marked(text, entities_of(tags, text, spans))

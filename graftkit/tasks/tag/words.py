@@ -6,61 +6,16 @@ fast tokenizer provides, so it does not matter how a tokenizer represents a spac
 
 from __future__ import annotations
 
-import functools
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from graftkit.data.words import Spans, split_words
 from graftkit.errors import UserError
 
-Spans = list[tuple[int, int]]
-# scripts that put no space between words: each character is a word here
-UNSPACED = (
-    "CJK UNIFIED",
-    "CJK COMPATIBILITY",
-    "HIRAGANA",
-    "KATAKANA",
-    "THAI",
-    "LAO",
-    "KHMER",
-    "MYANMAR",
-    "TIBETAN",
-)
 STOPS = tuple(".!?\u3002\uff01\uff1f")
-JOINERS = "\u200c\u200d\ufe0e\ufe0f"
-
-
-@functools.lru_cache(maxsize=65536)
-def _kind(character: str) -> str:
-    """Return 'space'; 'letter', which continues a word; 'mark', which continues whatever precedes it; or 'single'."""
-    if character.isspace():
-        return "space"
-    category = unicodedata.category(character)
-    if category[0] == "M" or character in JOINERS:
-        return "mark"
-    if category[0] == "L" and unicodedata.name(character, "").startswith(UNSPACED):
-        return "single"
-    return "letter" if category[0] in "LN" or character == "_" else "single"
-
-
-def split_words(text: str) -> Spans:
-    """Return the spans of the words of a text: runs of letters and digits, and every other non-space character alone."""
-    spans: list[list[int]] = []
-    before = "space"
-    for place, character in enumerate(text):
-        kind = _kind(character)
-        if kind != "space":
-            if before != "space" and (kind == "mark" or kind == before == "letter"):
-                spans[-1][1] = place + 1
-                kind = before
-            else:
-                spans.append([place, place + 1])
-                kind = "letter" if kind == "mark" else kind
-        before = kind
-    return [(start, end) for start, end in spans]
 
 
 def text_of(value: str | list[str]) -> tuple[str, Spans]:
