@@ -32,6 +32,7 @@ class ManyLabels(Form):
     """A set of labels, possibly empty, read from a list, from a text with separated labels, from several columns of 0 and
     1, or from one column of such vectors. The loss of a row is the mean of the labels' binary cross-entropies."""
 
+    calibrates: ClassVar[str | None] = "labels"
     headline: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
     directions: ClassVar[Mapping[str, str | None]] = {
         "exact_match": "max",

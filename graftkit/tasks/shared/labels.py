@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
 from graftkit.tasks.shared.metrics import calibration, log_softmax, of_choices
 
+UNKNOWN = "unknown"  # shown for a row that is like none of the labels
+TOLD = ("row", "label", "probability", "labels", "known")  # of an answer; the rest is what was asked
 LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment", "y")
 
 
@@ -25,6 +27,7 @@ class LabelTask(Task):
     """Base of tasks that predict one label for each example. `examples.targets` are label indices, (rows,) int64."""
 
     source_of_labels: str = "the training data"
+    calibrates: ClassVar[str | None] = "label"
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         values = [value for value in table.columns[columns["label"]] if not is_missing(value)]
@@ -129,8 +132,10 @@ class LabelTask(Task):
         ]
 
     def line(self, answer: dict[str, Any]) -> str:
-        asked = [str(v) for k, v in answer.items() if k not in ("row", "label", "probability")]
-        return "\t".join([answer["label"], f"{answer['probability']:.3f}", *asked])
+        asked = [str(v) for k, v in answer.items() if k not in TOLD]
+        label = answer["label"] if answer.get("known", True) else f"{UNKNOWN} ({answer['label']})"
+        labels = [" | ".join(answer["labels"])] if "labels" in answer else []
+        return "\t".join([label, f"{answer['probability']:.3f}", *labels, *asked])
 
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int

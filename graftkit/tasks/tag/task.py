@@ -71,6 +71,7 @@ class Tag(Task):
     labelled: ClassVar[tuple[str, ...]] = ("tags",)
     method: ClassVar[str] = "lora() + head()"
     per_token: ClassVar[bool] = True
+    calibrates: ClassVar[str | None] = "words"
     headline: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "accuracy", "macro_f1")
     families: ClassVar[tuple[str, ...]] = ("TOKEN_CLASSIFICATION",)
 
