@@ -45,7 +45,7 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    n, labels = logits.shape
+    n = len(logits)
     rest = 1 / (n + 2)
     values = logits.astype(np.float32)
     if targets.ndim == 1:
@@ -85,7 +85,9 @@ def fit(evidence: Evidence, sets: bool, known: Known | None = None, note: str = 
     """
     logits, targets = evidence.logits, evidence.targets
     if not np.isfinite(logits).all():
-        raise UserError("the model gives outputs that are not finite for some rows, so nothing can be fitted on them.")
+        raise UserError(
+            "the model gives outputs that are not finite for some rows, so nothing can be fitted on them."
+        )
     temperature = fit_temperature(logits, targets) if len(logits) >= FEW else 1.0
     before, after = calibration_error(evidence), calibration_error(evidence, temperature)
     scores = np.sort(scores_of(logits, targets, temperature)).astype(np.float32) if sets else None

@@ -70,7 +70,9 @@ class Recorder:
         if not self.chosen[batch.rows].any():
             return self.forward(batch)
         seen: list[tuple[Any, Any]] = []
-        hook = self.layer and self.layer.register_forward_hook(lambda _, given, got: seen.append((given[0], got)))
+        hook = None
+        if self.layer is not None:
+            hook = self.layer.register_forward_hook(lambda _, given, got: seen.append((given[0], got)))
         try:
             outputs = self.forward(batch)
         finally:
@@ -103,7 +105,12 @@ def _features(seen: list[tuple[Any, Any]], outputs: Tensor) -> Tensor | None:
     if len(seen) != 1 or outputs.dim() != 2 or not all(isinstance(value, Tensor) for value in seen[0]):
         return None
     states, made = seen[0]
-    if states.dim() == 3 and made.dim() == 3 and len(states) == len(outputs) and made.shape[2] == outputs.shape[1]:
+    if (
+        states.dim() == 3
+        and made.dim() == 3
+        and len(states) == len(outputs)
+        and made.shape[2] == outputs.shape[1]
+    ):
         place = (made - outputs[:, None].to(made.dtype)).abs().sum(2).argmin(1)
         return states[torch.arange(len(states), device=states.device), place]
     flat = states.flatten(1)

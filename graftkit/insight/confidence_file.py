@@ -17,7 +17,10 @@ from graftkit.grafts.stored import CONFIDENCE, SUMS
 from graftkit.insight.confidence import LARGEST, Confidence
 from graftkit.insight.confidence_known import Known
 
-FACTS, GRAFT = "confidence", "graft"  # in the metadata: what was fitted, and the checksums of the graft's tensors
+FACTS, GRAFT = (
+    "confidence",
+    "graft",
+)  # in the metadata: what was fitted, and the checksums of the graft's tensors
 AGAIN = "restore it from a copy, remove it, or fit it again with `graftkit calibrate`"
 
 
@@ -48,18 +51,21 @@ def read(folder: Path, about: Mapping[str, Any], labels: int) -> Confidence | No
     tensors, metadata = read_tensors(path)
     try:
         facts, graft = json.loads(metadata[FACTS]), json.loads(metadata[GRAFT])
-        numbers = [float(facts[name]) for name in ("temperature", "before", "after")]
+        temperature, before, after = (float(facts[name]) for name in ("temperature", "before", "after"))
         rows, note, threshold = int(facts["rows"]), str(facts["note"]), facts.get("threshold")
     except (KeyError, ValueError, TypeError, RecursionError, OverflowError):
         raise UserError(f"{path} is not a file that graftkit wrote; {AGAIN}.") from None
     if graft != about.get(SUMS, {}):
         raise UserError(f"{path} was fitted for another graft than the one beside it; {AGAIN}.")
-    temperature, scores = numbers[0], tensors.pop("scores", None)
-    good = all(map(math.isfinite, numbers)) and 1 / (2 * LARGEST) < temperature < 2 * LARGEST
+    scores = tensors.pop("scores", None)
+    good = math.isfinite(before) and math.isfinite(after) and 1 / (2 * LARGEST) < temperature < 2 * LARGEST
     if scores is not None:
         kind = scores.dtype == torch.float32 and scores.dim() == 1
-        good = good and kind and bool((scores.diff() >= 0).all()) and bool(((scores >= 0) & (scores <= 1)).all())
+        good = (
+            good and kind and bool((scores.diff() >= 0).all()) and bool(((scores >= 0) & (scores <= 1)).all())
+        )
     known = Known.read(tensors, threshold, labels) if tensors else None
     if not good or (tensors and known is None):
         raise UserError(f"{path} holds values that no calibration gives; {AGAIN}.")
-    return Confidence(temperature, rows, *numbers[1:], None if scores is None else scores.numpy(), known, note)
+    sorted_scores = None if scores is None else scores.numpy()
+    return Confidence(temperature, rows, before, after, sorted_scores, known, note)

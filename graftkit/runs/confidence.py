@@ -16,9 +16,11 @@ from graftkit.engine.cached import CachedForward
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.engine.memory import in_parts
 from graftkit.engine.parallel import gather
-from graftkit.engine.predict import ADVICE
+from graftkit.engine.predict import ADVICE, predict
 from graftkit.errors import UserError
 from graftkit.grafts import folder as graft_files
+from graftkit.grafts.graft import Graft
+from graftkit.grafts.stored import CONFIDENCE
 from graftkit.insight import confidence_file
 from graftkit.insight.confidence import (
     FEW,
@@ -29,8 +31,15 @@ from graftkit.insight.confidence import (
     limit_of,
     sets_of,
 )
-from graftkit.insight.confidence_evidence import LABEL, Evidence, Recorder, evidence_of, sample_of
-from graftkit.insight.confidence_known import ROWS, SHARE, Known, fit_known, reference_rows
+from graftkit.insight.confidence_evidence import (
+    LABEL,
+    Evidence,
+    Recorder,
+    evidence_of,
+    last_layer,
+    sample_of,
+)
+from graftkit.insight.confidence_known import ROWS, Known, fit_known, reference_rows
 from graftkit.runs.prepare import Prepared
 from graftkit.tasks.base import Calls, Dataset, Task
 
@@ -61,23 +70,24 @@ class Watching:
         """Keep what the last evaluation showed: its weights are the best so far."""
         self.best = self.last.pop("eval", None)
 
-    def fit(self, folder: Path, evaluate: Callable[[], Any], forward: Forward, main: bool) -> None:
+    def fit(self, folder: Path, forwards: Callable[[str, int], Forward], main: bool) -> None:
         """Fit on the evaluation rows and write the result beside the graft in `folder`, in the first process.
 
-        `evaluate`: evaluates the best weights, which a run that was resumed has not done itself. `forward`: that of the
-        training rows.
+        `forwards`: returns the forward pass of the training or evaluation rows; these are evaluated again with the best
+        weights if the run was resumed since it did so.
         """
         task = self.prepared.rows.task
         if task.calibrates is None or "eval" not in self.datasets:
             return
         if self.best is None:
-            evaluate()
+            recorder = self.recording("eval", forwards("eval", 1))
+            predict(self.datasets["eval"], recorder, task, 2 * self.prepared.settings.batch_size)
             self.keep()
         assert self.best is not None
         evidence = evidence_of(gather(self.best.rows))
         if not main:
             return
-        known, note = self._known(evidence, forward)
+        known, note = self._known(evidence, forwards("train", 1))
         self.found = fit(evidence, task.calibrates == LABEL, known, note)
         confidence_file.write(folder, graft_files.read(folder).about, self.found)
         self.about = told(self.found)
@@ -148,12 +158,34 @@ def errors(evidence: Evidence, temperature: float) -> dict[str, float]:
 
 def told(found: Confidence) -> dict[str, Any]:
     """Return what result.json says of what was fitted."""
-    known = None if found.known is None else {"threshold": found.known.threshold, "rows": len(found.known.labels)}
+    known = (
+        None if found.known is None else {"threshold": found.known.threshold, "rows": len(found.known.labels)}
+    )
     note = {"note": found.note} if found.note else {}
     return {
         "temperature": found.temperature, "rows": found.rows, "eval": {"before": found.before, "after": found.after},
         "known": known, **note,
     }  # fmt: skip
+
+
+def scale_outputs(graft: Graft, temperature: float, holds: Callable[[], object]) -> bool:
+    """Divide the layer that outputs the logits by a temperature. `holds` raises `UserError` unless that has divided the
+    logits; then the layer is restored, and the result is False."""
+    layer: Any = last_layer(graft)
+    if layer is None:
+        return False
+    parts = [part for part in (layer.weight, layer.bias) if part is not None]
+    before = [part.detach().clone() for part in parts]
+    with torch.no_grad():
+        for part in parts:
+            part.div_(temperature)
+        try:
+            holds()
+        except UserError:
+            for part, values in zip(parts, before):
+                part.copy_(values)
+            return False
+    return True
 
 
 class Scaled:
@@ -176,8 +208,11 @@ class Sure:
     `coverage`: the probability with which a set of labels is to hold the right one; None for no sets.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], task: Task, coverage: float | None = None) -> None:
+    def __init__(
+        self, folder: Path, about: Mapping[str, Any], task: Task, coverage: float | None = None
+    ) -> None:
         """Raises `UserError` for a coverage that the run cannot give."""
+        self.labels: list[str] = about["labels"]
         self.limit: float | None = None
         if coverage is not None:
             check_coverage(coverage)
@@ -186,9 +221,10 @@ class Sure:
                     f"coverage gives sets of labels, for tasks with one of several labels for a row; {task.name}() of this "
                     "run has other answers. Leave coverage out."
                 )
-        self.task, self.found = task, None
+        self.task, self.place = task, folder / "graft" / CONFIDENCE
+        self.found: Confidence | None = None
         if task.calibrates is not None:
-            self.found = confidence_file.read(folder / "graft", about, len(about["labels"]))
+            self.found = confidence_file.read(folder / "graft", about, len(self.labels))
         if coverage is not None:
             scores = None if self.found is None else self.found.scores
             if scores is None:
@@ -203,9 +239,6 @@ class Sure:
     def temperature(self) -> float:
         return 1.0 if self.found is None else self.found.temperature
 
-    def scaled_task(self, task: Task) -> Task:
-        return task.scaled(self.temperature)
-
     def watching(self, forward: Calls, dataset: Dataset) -> Calls:
         """Return the forward pass to answer the rows of a dataset with."""
         if self.found is None:
@@ -214,16 +247,32 @@ class Sure:
             forward = self.recorder = Recorder(forward, self.task, np.ones(len(dataset), bool))
         return Scaled(forward, self.temperature)
 
-    def added(self, answers: list[dict[str, Any]], labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    def recording(self, forward: Calls, dataset: Dataset) -> Calls:
+        """Return the forward pass to evaluate the rows of a dataset with: its outputs are not scaled."""
+        if self.found is None:
+            return forward
+        self.recorder = Recorder(forward, self.task, sample_of(dataset, len(self.labels)))
+        return self.recorder
+
+    def errors(self) -> dict[str, float] | None:
+        """Return the temperature, and the calibration error without and with it on the rows that were evaluated."""
+        if self.found is None or self.recorder is None:
+            return None
+        evidence = evidence_of([self.recorder.rows])
+        return {"temperature": self.temperature, **errors(evidence, self.temperature)}
+
+    def added(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the answers with `labels`, the set, and `known`, if this run tells them."""
         if self.found is None or self.recorder is None:
             return answers
         evidence, self.recorder = evidence_of([self.recorder.rows]), None
         if self.limit is not None:
             sets = sets_of(evidence.logits, self.temperature, self.limit)
-            answers = [{**answer, "labels": [labels[i] for i in s]} for answer, s in zip(answers, sets)]
+            answers = [{**answer, "labels": [self.labels[i] for i in s]} for answer, s in zip(answers, sets)]
         known = self.found.known
         if known is not None and evidence.features is not None:
+            if known.vectors.shape[1] != evidence.features.shape[1]:
+                raise UserError(f"{self.place} does not fit the model; {confidence_file.AGAIN}.")
             flags = known.of(evidence.features, evidence.logits).tolist()
             answers = [{**answer, "known": flag} for answer, flag in zip(answers, flags)]
         return answers
