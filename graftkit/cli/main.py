@@ -214,6 +214,7 @@ app.add_typer(cli_cached.app, name="cache")
 for finished in (
     cli_runs.evaluate,
     cli_runs.predict,
+    cli_runs.calibrate,
     cli_runs.merge,
     cli_runs.export,
     cli_reports.report,

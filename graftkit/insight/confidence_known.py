@@ -79,10 +79,9 @@ def reference_rows(labels: np.ndarray, most: int, width: int) -> np.ndarray:
     return np.sort(order[np.argsort(place[order], kind="stable")][:most])
 
 
-def fit_known(training: Evidence, evaluation: Evidence, share: float = SHARE) -> Known | None:
-    """Return what tells unknown rows, with the threshold at which `share` of the evaluation rows are known.
-
-    None if there are too few of them to tell.
+def fit_known(training: Evidence, evaluation: Evidence, share: float = SHARE) -> tuple[Known | None, str]:
+    """Return what tells unknown rows, with the threshold at which `share` of the evaluation rows are known; None if there
+    are too few of them, and a note of it.
     """
     assert training.features is not None
     single = training.targets.ndim == 1
@@ -91,14 +90,19 @@ def fit_known(training: Evidence, evaluation: Evidence, share: float = SHARE) ->
     return with_share(found, evaluation, share)
 
 
-def with_share(known: Known, evaluation: Evidence, share: float) -> Known | None:
-    """Return `known` with the threshold at which `share` of the evaluation rows are known, None if they are too few."""
+def with_share(known: Known, evaluation: Evidence, share: float) -> tuple[Known | None, str]:
+    """Return `known` with the threshold at which `share` of the evaluation rows are known; None if there are too few of
+    them, and a note of it."""
     assert evaluation.features is not None
-    place = math.floor(round((len(evaluation.logits) + 1) * (1 - share), 9))
+    rows = len(evaluation.logits)
+    place = math.floor(round((rows + 1) * (1 - share), 9))
     if place < 1:
-        return None
+        return (
+            None,
+            f"{rows} evaluation rows are too few for a threshold at which {share:.6g} of them are known",
+        )
     similar = known.similarity(evaluation.features, evaluation.logits)
-    return replace(known, threshold=float(np.sort(similar)[place - 1]))
+    return replace(known, threshold=float(np.sort(similar)[place - 1])), ""
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

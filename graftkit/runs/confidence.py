@@ -112,10 +112,10 @@ class Watching:
         most = ROWS if whole else max(FEWEST, 4 * len(rows.labels), int(COST * trained))
         chosen = reference_rows(label_numbers(prepared.train), most, evidence.features.shape[1])
         if whole:
-            return fit_known(observed(prepared.train, forward, task, chosen), evidence), ""
+            return fit_known(observed(prepared.train, forward, task, chosen), evidence)
         dataset = task.dataset(rows.train.take(chosen.tolist()), prepared.backbone, prepared.max_length)
         plain = Forward(prepared.graft, prepared.device, prepared.precision)
-        return fit_known(observed(dataset, plain, task), evidence), ""
+        return fit_known(observed(dataset, plain, task), evidence)
 
 
 def label_numbers(dataset: Dataset) -> np.ndarray:
@@ -163,7 +163,7 @@ def told(found: Confidence) -> dict[str, Any]:
     )
     note = {"note": found.note} if found.note else {}
     return {
-        "temperature": found.temperature, "rows": found.rows, "eval": {"before": found.before, "after": found.after},
+        "temperature": found.temperature, "rows": found.rows, "before": found.before, "after": found.after,
         "known": known, **note,
     }  # fmt: skip
 
