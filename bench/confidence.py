@@ -50,7 +50,7 @@ def outputs(run: graftkit.Run, rows: list[dict[str, str]], labelled: bool) -> Ev
     )
     recorder = Recorder(loaded.forward, task, np.ones(len(dataset), bool))
     predict(dataset, recorder, task, 64)
-    return evidence_of([recorder.rows])
+    return evidence_of([recorder.recorded])
 
 
 def fitted(run: graftkit.Run) -> Any:

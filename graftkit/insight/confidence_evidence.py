@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from graftkit.backbone.anatomy import is_conv, is_linear
 from graftkit.data.source import Batch
+from graftkit.errors import UserError, first_line
 from graftkit.grafts.graft import Graft
 from graftkit.tasks.base import Calls, Dataset, Task
 
 ROWS = 10_000  # at most, of evaluation rows
 VALUES = 20_000_000  # at most, of their logits
 LABEL, WORDS = "label", "words"  # of `Task.calibrates`
+
+Rows = dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]]  # logits, targets and features by row
+Recorded = tuple[Rows, str]
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,13 @@ class Recorder:
         self.device = forward.device
         self.per_word = task.calibrates == WORDS
         self.layer = None if self.per_word or not task.head else last_layer(self.graft)
-        self.rows: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
+        self.fault = ""  # why nothing can be fitted on what was kept
+        self.rows: Rows = {}
+
+    @property
+    def recorded(self) -> Recorded:
+        """What this process kept, and what went wrong."""
+        return self.rows, self.fault
 
     def base(self, batch: Batch) -> Tensor:
         return self.forward.base(batch)
@@ -72,13 +82,18 @@ class Recorder:
         seen: list[tuple[Any, Any]] = []
         hook = None
         if self.layer is not None:
-            hook = self.layer.register_forward_hook(lambda _, given, got: seen.append((given[0], got)))
+            hook = self.layer.register_forward_hook(
+                lambda _, given, got: seen.append((given[0] if given else None, got))
+            )
         try:
             outputs = self.forward(batch)
         finally:
             if hook is not None:
                 hook.remove()
-        self._keep(batch, outputs, seen)
+        try:
+            self._keep(batch, outputs, seen)
+        except Exception as error:  # what is only looked at must not stop a run
+            self.fault = f"{type(error).__name__}: {first_line(error)}"
         return outputs
 
     def _keep(self, batch: Batch, outputs: Tensor, seen: list[tuple[Any, Any]]) -> None:
@@ -117,10 +132,19 @@ def _features(seen: list[tuple[Any, Any]], outputs: Tensor) -> Tensor | None:
     return flat if len(states) == len(outputs) and flat.shape[1] == states.shape[1] else None
 
 
-def evidence_of(recorded: Iterable[dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]]]) -> Evidence:
-    """Return what several processes recorded, in the order of the rows."""
-    rows = {row: found for part in recorded for row, found in part.items()}
+def evidence_of(recorded: Iterable[Recorded]) -> Evidence:
+    """Return what several processes recorded, in the order of the rows. Raises `UserError` if nothing was."""
+    rows: Rows = {}
+    for part, fault in recorded:
+        if fault:
+            raise UserError(f"the outputs of the model are not those of its labels ({fault}).")
+        rows |= part
     parts = [rows[row] for row in sorted(rows)]
-    logits, targets = (np.concatenate([part[i] for part in parts]) for i in (0, 1))  # type: ignore[misc]
+    if not sum(len(part[0]) for part in parts):
+        raise UserError("none of the rows has an answer that is known.")
     features = [part[2] for part in parts if part[2] is not None]
-    return Evidence(logits, targets, np.concatenate(features) if len(features) == len(parts) else None)
+    return Evidence(
+        np.concatenate([part[0] for part in parts]),
+        np.concatenate([part[1] for part in parts]),
+        np.concatenate(features) if len(features) == len(parts) else None,
+    )

@@ -101,8 +101,12 @@ def with_share(known: Known, evaluation: Evidence, share: float) -> tuple[Known 
             None,
             f"{rows} evaluation rows are too few for a threshold at which {share:.6g} of them are known",
         )
-    similar = known.similarity(evaluation.features, evaluation.logits)
-    return replace(known, threshold=float(np.sort(similar)[place - 1])), ""
+    similar = np.sort(known.similarity(evaluation.features, evaluation.logits))
+    above = float(
+        similar[place - 1]
+    )  # the threshold is between two rows, so that rounding moves neither across it
+    below = float(similar[place - 2]) if place > 1 else above - 0.01
+    return replace(known, threshold=(above + below) / 2), ""
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from graftkit.insight.confidence import fit
 from graftkit.insight.confidence_evidence import LABEL, Evidence, Recorder, evidence_of, sample_of
 from graftkit.insight.confidence_known import ROWS, SHARE, Known, fit_known, reference_rows, with_share
 from graftkit.recipe.schema import IN_MEMORY
-from graftkit.runs.confidence import label_numbers, observed, told, why_unknown
+from graftkit.runs.confidence import can_tell, label_numbers, observed, told
 from graftkit.runs.folder import GRAFT, RESULT, held
 from graftkit.runs.given import settings_of
 from graftkit.runs.predict import Loaded, Opened, load_run, open_run
@@ -51,7 +51,7 @@ def calibrate(
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
     recorder = Recorder(loaded.forward, task, sample_of(dataset, len(run.labels)))
     predict(dataset, recorder, task, 2 * run.recipe.train.batch_size)
-    evidence = evidence_of([recorder.rows])
+    evidence = evidence_of([recorder.recorded])
     near, note = _known(run, loaded, evidence, known)
     found = fit(evidence, task.calibrates == LABEL, near, note)
     with held(run.folder):
@@ -65,8 +65,8 @@ def calibrate(
 
 def _known(run: Opened, loaded: Loaded, evidence: Evidence, share: float) -> tuple[Known | None, str]:
     """Return what tells unknown rows, from the features that are stored already or else from those of the training rows."""
-    note = why_unknown(evidence)
-    if note:
+    possible, note = can_tell(evidence, run.task)
+    if not possible:
         return None, note
     with suppress(UserError):  # damaged: fitted anew
         before = confidence_file.read(run.folder / GRAFT, run.about, len(run.labels))
@@ -77,7 +77,7 @@ def _known(run: Opened, loaded: Loaded, evidence: Evidence, share: float) -> tup
     except UserError as error:
         return (
             None,
-            f"the training rows cannot be read, so rows that are like no label are not told: {first_line(error)}",
+            f"rows like no label cannot be told: the training rows cannot be read: {first_line(error)}",
         )
     assert evidence.features is not None
     chosen = reference_rows(label_numbers(train), ROWS, evidence.features.shape[1])

@@ -17,10 +17,10 @@ from graftkit.engine.forward import Forward, evaluating
 from graftkit.engine.memory import in_parts
 from graftkit.engine.parallel import gather
 from graftkit.engine.predict import ADVICE, predict
-from graftkit.errors import UserError
-from graftkit.grafts import folder as graft_files
+from graftkit.errors import UserError, first_line
+from graftkit.files import read_json
 from graftkit.grafts.graft import Graft
-from graftkit.grafts.stored import CONFIDENCE
+from graftkit.grafts.stored import CONFIDENCE, DESCRIPTION
 from graftkit.insight import confidence_file
 from graftkit.insight.confidence import (
     FEW,
@@ -33,6 +33,7 @@ from graftkit.insight.confidence import (
 )
 from graftkit.insight.confidence_evidence import (
     LABEL,
+    WORDS,
     Evidence,
     Recorder,
     evidence_of,
@@ -84,29 +85,35 @@ class Watching:
             predict(self.datasets["eval"], recorder, task, 2 * self.prepared.settings.batch_size)
             self.keep()
         assert self.best is not None
-        evidence = evidence_of(gather(self.best.rows))
+        evidence = evidence_of(gather(self.best.recorded))
         if not main:
             return
-        known, note = self._known(evidence, forwards("train", 1))
+        try:
+            known, note = self._known(evidence, forwards("train", 1))
+        except Exception as error:  # the temperature does not need it
+            known, note = (
+                None,
+                f"rows like no label cannot be told: {type(error).__name__}: {first_line(error)}",
+            )
         self.found = fit(evidence, task.calibrates == LABEL, known, note)
-        confidence_file.write(folder, graft_files.read(folder).about, self.found)
+        confidence_file.write(folder, read_json(folder / DESCRIPTION), self.found)
         self.about = told(self.found)
 
     def tested(self) -> None:
         """Add the calibration error on the test rows."""
         if "test" not in self.last:
             return
-        evidence = evidence_of(gather(self.last.pop("test").rows))
+        evidence = evidence_of(gather(self.last.pop("test").recorded))
         if self.found is not None:
             self.about["test"] = errors(evidence, self.found.temperature)
 
     def _known(self, evidence: Evidence, forward: Forward) -> tuple[Known | None, str]:
         prepared, settings = self.prepared, self.prepared.settings
-        note = why_unknown(evidence)
-        if note:
+        rows, task = prepared.rows, prepared.rows.task
+        possible, note = can_tell(evidence, task)
+        if not possible:
             return None, note
         assert evidence.features is not None
-        rows, task = prepared.rows, prepared.rows.task
         whole = isinstance(forward, CachedForward) and forward.start.last
         trained = settings.steps * prepared.plan.batch_size
         most = ROWS if whole else max(FEWEST, 4 * len(rows.labels), int(COST * trained))
@@ -124,15 +131,18 @@ def label_numbers(dataset: Dataset) -> np.ndarray:
     return targets if targets.ndim == 1 else np.zeros(len(targets), np.int64)
 
 
-def why_unknown(evidence: Evidence) -> str:
-    """Return why it cannot be told of rows whether they are known; empty if it can."""
+def can_tell(evidence: Evidence, task: Task) -> tuple[bool, str]:
+    """Return whether rows that are like no label can be told, and if not why, where it could be otherwise."""
+    if task.calibrates == WORDS or not task.head:
+        return False, ""
+    reason = ""
     if evidence.features is None:
-        return "the model has no layer that reads one vector for a row, so rows that are like no label are not told"
-    if len(evidence.logits) < FEW:
-        return f"there are fewer than {FEW} evaluation rows, so no temperature is fitted, and rows that are like no label are not told"
-    if not np.isfinite(evidence.features).all():
-        return "features of evaluation rows are not finite, so rows that are like no label are not told"
-    return ""
+        reason = "the model has no layer that reads one vector for a row"
+    elif len(evidence.logits) < FEW:
+        reason = f"there are fewer than {FEW} evaluation rows, which also give no temperature"
+    elif not np.isfinite(evidence.features).all():
+        reason = "features of evaluation rows are not finite"
+    return not reason, f"rows like no label cannot be told: {reason}" if reason else ""
 
 
 @torch.no_grad()
@@ -148,7 +158,7 @@ def observed(dataset: Dataset, forward: Forward, task: Task, rows: np.ndarray | 
         for places in ordered_batches(dataset.lengths[rows], 64):
             for _ in in_parts(rows[places], forward.device, compute, ADVICE):
                 pass
-    return evidence_of([recorder.rows])
+    return evidence_of([recorder.recorded])
 
 
 def errors(evidence: Evidence, temperature: float) -> dict[str, float]:
@@ -258,14 +268,14 @@ class Sure:
         """Return the temperature, and the calibration error without and with it on the rows that were evaluated."""
         if self.found is None or self.recorder is None:
             return None
-        evidence = evidence_of([self.recorder.rows])
+        evidence = evidence_of([self.recorder.recorded])
         return {"temperature": self.temperature, **errors(evidence, self.temperature)}
 
     def added(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the answers with `labels`, the set, and `known`, if this run tells them."""
         if self.found is None or self.recorder is None:
             return answers
-        evidence, self.recorder = evidence_of([self.recorder.rows]), None
+        evidence, self.recorder = evidence_of([self.recorder.recorded]), None
         if self.limit is not None:
             sets = sets_of(evidence.logits, self.temperature, self.limit)
             answers = [{**answer, "labels": [self.labels[i] for i in s]} for answer, s in zip(answers, sets)]

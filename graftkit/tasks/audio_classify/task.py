@@ -53,6 +53,7 @@ class AudioClassify(LabelTask):
     aliases: ClassVar[tuple[str, ...]] = ("audio_classification",)
     columns: ClassVar[tuple[Column, ...]] = (Column("audio", AUDIO, "text"), Column("label", LABEL, "label"))
     families: ClassVar[tuple[str, ...]] = ("AUDIO_CLASSIFICATION",)
+    calibrates: ClassVar[str | None] = "label"
 
     seconds: float | None = option(
         None, "longer sounds are cut to this length; null: the model's limit, at most 30", above=0

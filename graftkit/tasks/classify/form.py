@@ -47,6 +47,8 @@ class Form(Task):
 class OneLabel(LabelTask, Form):
     """One of several labels."""
 
+    calibrates: ClassVar[str | None] = "label"
+
     def __init__(self, class_weights: str | dict | None = None) -> None:
         self.class_weights = class_weights
 

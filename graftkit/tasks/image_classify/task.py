@@ -124,6 +124,7 @@ class ImageClassify(LabelTask):
 
     method: ClassVar[str] = "head()"
     families: ClassVar[tuple[str, ...]] = ("IMAGE_CLASSIFICATION",)
+    calibrates: ClassVar[str | None] = "label"
     aliases: ClassVar[tuple[str, ...]] = ("image_classification",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("image", PATHS, "text"),

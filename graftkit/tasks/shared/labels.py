@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ class LabelTask(Task):
     """Base of tasks that predict one label for each example. `examples.targets` are label indices, (rows,) int64."""
 
     source_of_labels: str = "the training data"
-    calibrates: ClassVar[str | None] = "label"
 
     def label_names(self, table: Table, columns: dict[str, str], skip_bad: bool) -> tuple[str, ...]:
         values = [value for value in table.columns[columns["label"]] if not is_missing(value)]
