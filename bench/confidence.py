@@ -55,7 +55,7 @@ def outputs(run: graftkit.Run, rows: list[dict[str, str]], labelled: bool) -> Ev
 
 def fitted(run: graftkit.Run) -> Any:
     opened = open_run(run.path)
-    return confidence_file.read(run.path / "graft", opened.about, len(opened.labels))
+    return confidence_file.read(run.path / "graft", opened.about)
 
 
 def measure(data: Path, model: str, method: str, seed: int, place: Path) -> dict[str, Any]:

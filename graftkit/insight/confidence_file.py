@@ -40,7 +40,7 @@ def write(folder: Path, about: Mapping[str, Any], found: Confidence) -> None:
     write_tensors(folder / CONFIDENCE, tensors, {FACTS: json.dumps(facts), GRAFT: graft})
 
 
-def read(folder: Path, about: Mapping[str, Any], labels: int) -> Confidence | None:
+def read(folder: Path, about: Mapping[str, Any]) -> Confidence | None:
     """Return what was fitted for the graft in `folder`; None if nothing was, as in runs of earlier versions.
 
     Raises `UserError` if the file is damaged, or belongs to another graft.
@@ -64,7 +64,7 @@ def read(folder: Path, about: Mapping[str, Any], labels: int) -> Confidence | No
         good = (
             good and kind and bool((scores.diff() >= 0).all()) and bool(((scores >= 0) & (scores <= 1)).all())
         )
-    known = Known.read(tensors, threshold, labels) if tensors else None
+    known = Known.read(tensors, threshold) if tensors else None
     if not good or (tensors and known is None):
         raise UserError(f"{path} holds values that no calibration gives; {AGAIN}.")
     sorted_scores = None if scores is None else scores.numpy()

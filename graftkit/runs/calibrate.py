@@ -69,7 +69,7 @@ def _known(run: Opened, loaded: Loaded, evidence: Evidence, share: float) -> tup
     if not possible:
         return None, note
     with suppress(UserError):  # damaged: fitted anew
-        before = confidence_file.read(run.folder / GRAFT, run.about, len(run.labels))
+        before = confidence_file.read(run.folder / GRAFT, run.about)
         if before is not None and before.known is not None:
             return with_share(before.known, evidence, share)
     try:

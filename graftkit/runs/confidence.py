@@ -234,7 +234,7 @@ class Sure:
         self.task, self.place = task, folder / "graft" / CONFIDENCE
         self.found: Confidence | None = None
         if task.calibrates is not None:
-            self.found = confidence_file.read(folder / "graft", about, len(self.labels))
+            self.found = confidence_file.read(folder / "graft", about)
         if coverage is not None:
             scores = None if self.found is None else self.found.scores
             if scores is None:

@@ -198,10 +198,10 @@ def a_confidence() -> Confidence:
 
 
 def test_it_is_read_as_it_was_written(tmp_path):
-    assert confidence_file.read(tmp_path, ABOUT, 3) is None
+    assert confidence_file.read(tmp_path, ABOUT) is None
     written = a_confidence()
     confidence_file.write(tmp_path, ABOUT, written)
-    found = confidence_file.read(tmp_path, ABOUT, 3)
+    found = confidence_file.read(tmp_path, ABOUT)
     assert found is not None and found.known is not None and written.known is not None
     assert np.array_equal(found.scores, written.scores) and np.array_equal(
         found.known.vectors, written.known.vectors
@@ -209,14 +209,14 @@ def test_it_is_read_as_it_was_written(tmp_path):
     same = (found.temperature, found.rows, found.before, found.after, found.note, found.known.threshold)
     assert same == (1.25, 40, 0.1, 0.05, "a note", 0.5)
     confidence_file.write(tmp_path, ABOUT, Confidence(1.5, 9, 0.1, 0.1))
-    found = confidence_file.read(tmp_path, ABOUT, 3)
+    found = confidence_file.read(tmp_path, ABOUT)
     assert found is not None and found.scores is None and found.known is None
 
 
 def test_a_file_of_another_graft_is_refused(tmp_path):
     confidence_file.write(tmp_path, ABOUT, a_confidence())
     with pytest.raises(UserError, match=r"confidence.safetensors was fitted for another graft"):
-        confidence_file.read(tmp_path, {"checksums": {"graft.safetensors": "abd"}}, 3)
+        confidence_file.read(tmp_path, {"checksums": {"graft.safetensors": "abd"}})
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_file_of_another_graft_is_refused(tmp_path):
         ({"threshold": "high"}, "no calibration gives"),
         ({"scores": torch.tensor([0.5, 0.2])}, "no calibration gives"),
         ({"scores": torch.tensor([0.5, 7.0])}, "no calibration gives"),
-        ({"labels": torch.tensor([0, 1, 2, 0, 1, 3], dtype=torch.int32)}, "no calibration gives"),
+        ({"labels": torch.tensor([0, 1, 2, 0, 1], dtype=torch.int32)}, "no calibration gives"),
         ({"vectors": torch.zeros(6, 4)}, "no calibration gives"),
         ({"more": torch.zeros(1)}, "no calibration gives"),
     ],
@@ -243,7 +243,7 @@ def test_strange_values_are_refused(tmp_path, change, told):
         (tensors if isinstance(value, torch.Tensor) else facts)[name] = value
     write_tensors(path, tensors, {"confidence": json.dumps(facts), "graft": metadata["graft"]})
     with pytest.raises(UserError, match=told):
-        confidence_file.read(tmp_path, ABOUT, 3)
+        confidence_file.read(tmp_path, ABOUT)
 
 
 def test_a_damaged_file_is_told(tmp_path):
@@ -253,4 +253,4 @@ def test_a_damaged_file_is_told(tmp_path):
     content[-5] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(UserError, match="damaged"):
-        confidence_file.read(tmp_path, ABOUT, 3)
+        confidence_file.read(tmp_path, ABOUT)

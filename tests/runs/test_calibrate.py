@@ -35,7 +35,7 @@ def logits_of(run, texts=TEXTS) -> torch.Tensor:
 
 def fitted(run):
     opened = open_run(run)
-    return confidence_file.read(run / "graft", opened.about, len(opened.labels))
+    return confidence_file.read(run / "graft", opened.about)
 
 
 def test_a_run_answers_with_calibrated_probabilities(finished):
