@@ -220,6 +220,7 @@ for finished in (
     cli_runs.evaluate,
     cli_runs.predict,
     cli_explain.explain,
+    cli_runs.calibrate,
     cli_runs.merge,
     cli_runs.export,
     cli_reports.report,

@@ -74,6 +74,12 @@ def predict(
     overwrite: Annotated[bool, typer.Option(help="replace the output file if it exists")] = False,
     option: Options = None,
     model: Moved = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="add the set of labels that holds the right one with this probability, such as 0.95"
+        ),
+    ] = None,
     stream: Annotated[
         bool | None, typer.Option(help="show a single answer as it is generated; default: only in a terminal")
     ] = None,
@@ -95,8 +101,9 @@ def predict(
             print(note, file=sys.stderr)
         given = data if data is not None else texts
         done = predict_into(
-            run, given, out, _options(option), overwrite=overwrite, tell=_progress(as_json), model=model
-        )
+            run, given, out, _options(option), overwrite=overwrite, tell=_progress(as_json), model=model,
+            coverage=coverage,
+        )  # fmt: skip
         _tell_skipped(done)
         emit(as_json, {"run": str(run), **done})
         if not as_json:
@@ -106,7 +113,8 @@ def predict(
 
     alone = texts is not None and len(texts) == 1 and not as_json
     show = _show if alone and (sys.stdout.isatty() if stream is None else stream) else None
-    answers = Answers(run, data if data is not None else texts, _options(option), show=show, model=model)
+    given = data if data is not None else texts
+    answers = Answers(run, given, _options(option), show=show, model=model, coverage=coverage)
     predictions = []
     for piece in answers.pieces():
         if as_json:
@@ -117,6 +125,25 @@ def predict(
     found = {"skipped": answers.skipped, "skipped_rows": answers.skipped_rows}
     _tell_skipped(found)
     emit(as_json, {"run": str(run), "predictions": predictions, **found})
+
+
+def calibrate(
+    run: RunFolder,
+    data: Annotated[str, typer.Option(help="labelled rows that the run was not trained on")],
+    known: Annotated[float, typer.Option(help="share of these rows that is to be known")] = 0.95,
+    model: Moved = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a run's probabilities, sets of labels and what it does not know on labelled rows."""
+    _refuse_empty(data)
+    from graftkit.runs.calibrate import calibrate as run_calibrate
+
+    found = run_calibrate(run, data, known=known, model=model)
+    emit(as_json, found)
+    if not as_json:
+        from graftkit.report.summary import confidence_lines
+
+        console_of(False).pairs(confidence_lines(found))
 
 
 def refuse_files(texts: list[str]) -> None:

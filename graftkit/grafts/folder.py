@@ -4,6 +4,8 @@ adapter_config.json, adapter_model.safetensors   a PEFT adapter, if PEFT can exp
 graft.safetensors                                 every tensor of the graft that is not in the PEFT file
 graft.json                                        the method, the backbone's fingerprint, and for each
                                                   of its tensors the file and key
+confidence.safetensors                            what a run has fitted on its evaluation rows; no part of the graft,
+                                                  and removed when another one is written to the folder
 """
 
 from __future__ import annotations
@@ -17,12 +19,20 @@ from torch import Tensor
 from graftkit.errors import UserError, listing
 from graftkit.files import CHECKSUM, assembling, read_json, read_tensors, write_json, write_tensors
 from graftkit.grafts.peft_folder import read_peft
-from graftkit.grafts.stored import DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, Contents, Stored
+from graftkit.grafts.stored import (
+    CONFIDENCE,
+    DESCRIPTION,
+    OWN_TENSORS,
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    SUMS,
+    Contents,
+    Stored,
+)
 from graftkit.recipe.expressions import renewed
 
 FORMAT = 1
-SUMS = "checksums"  # in the description: those of the graft's tensor files
-FILES = (PEFT_CONFIG, PEFT_TENSORS, OWN_TENSORS, DESCRIPTION)
+FILES = (PEFT_CONFIG, PEFT_TENSORS, OWN_TENSORS, DESCRIPTION, CONFIDENCE)
 
 
 def _is_text(value: Any) -> bool:

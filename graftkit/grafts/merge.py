@@ -19,6 +19,7 @@ from graftkit.grafts import folder as graft_files
 from graftkit.grafts.merge_rules import Combination, Factors
 from graftkit.grafts.peft_folder import read_peft
 from graftkit.grafts.stored import (
+    CONFIDENCE,
     DESCRIPTION,
     OWN_TENSORS,
     PEFT_CONFIG,
@@ -33,7 +34,7 @@ from graftkit.recipe.expressions import Call
 from graftkit.recipe.patterns import Pattern
 
 HEADS = ("mean", "first", "none")
-OF_A_GRAFT = {DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, "README.md"}
+OF_A_GRAFT = {DESCRIPTION, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, CONFIDENCE, "README.md"}
 OUT_PROJ = "out_proj_"
 
 

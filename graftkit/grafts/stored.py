@@ -13,6 +13,8 @@ from graftkit.methods.shared.peft_reading import PEFT_CONFIG, PEFT_TENSORS  # no
 
 STORED_NAME = "default"  # the name of a graft in its folder, whatever its name on a model
 OWN_TENSORS, DESCRIPTION = "graft.safetensors", "graft.json"
+CONFIDENCE = "confidence.safetensors"  # fitted on evaluation rows: graftkit/insight/confidence_file.py
+SUMS = "checksums"  # in the description: those of the graft's tensor files
 
 
 @dataclass(frozen=True)

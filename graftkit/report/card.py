@@ -46,7 +46,7 @@ import graftkit
 {_base(subject)}
 graft = graftkit.load(model, {result["run"] + "/graft"!r})
 ```
-{_in_peft(result)}"""
+{_temperature(result)}{_in_peft(result)}"""
 
 
 def _facts(subject: Subject, result: dict[str, Any]) -> str:
@@ -176,6 +176,17 @@ def _base(subject: Subject) -> str:
     return "\n".join(
         [*lines, f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({place})"]
     )
+
+
+def _temperature(result: dict[str, Any]) -> str:
+    """Say how logits of the graft alone become the probabilities of `predict`."""
+    temperature = result.get("confidence", {}).get("temperature", 1.0)
+    if temperature == 1:
+        return ""
+    return f"""
+Logits of this model are those of the training; `graftkit predict` divides them by the temperature {temperature:.6g}, fitted on
+evaluation rows, before they become probabilities.
+"""
 
 
 def _in_peft(result: dict[str, Any]) -> str:

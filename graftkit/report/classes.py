@@ -223,7 +223,26 @@ def calibration_sections(run: Finished) -> list[Section]:
     ]
     numbers = table("The same in numbers", ["probability", "answers", "mean probability", "correct"], rows)
     parts = [element("p", told), element("div", reliability(bins, told), numbers, class_="figures")]
-    return [Section("Calibration", "calibration", parts)]
+    return [Section("Calibration", "calibration", [*parts, *_temperature(run)])]
+
+
+def _temperature(run: Finished) -> list[Child]:
+    """Return what temperature scaling changes, if the run was calibrated."""
+    given = mapping(run.result.get("confidence"))
+    test = mapping(given.get("test"))
+    temperature, rows = _sane(given.get("temperature")), int(_sane(given.get("rows")))
+    if not temperature or not rows:
+        return []
+    figures = test or given
+    before, after = _sane(figures.get("before")), _sane(figures.get("after"))
+    where = (
+        "on the test rows" if test
+        else "on the rows that it was fitted on, which may have selected the weights too, so it will be higher on new rows"
+    )  # fmt: skip
+    return [element("p",
+        f"This is before temperature scaling. predict and export divide the logits by {temperature:.3g}, fitted on {rows:,} "
+        f"answers that were not trained on: the calibration error is {after:.3f} with it and {before:.3f} without, {where}."
+    )]  # fmt: skip
 
 
 def _is_bin(given: Any) -> bool:

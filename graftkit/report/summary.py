@@ -193,6 +193,7 @@ def show_end(
     """Print the metrics with intervals, the worst examples, time, memory and the run folder."""
     console.heading("Result")
     lines = [line for name, metrics in found.items() for line in _metric_lines(name, metrics, headline)]
+    lines += confidence_lines(result.get("confidence"))
     lines.append(("time", duration(result["seconds"])))
     lines.append(("peak memory", size(result["peak_memory_bytes"])))
     lines.append(("run folder", result["run"]))
@@ -236,10 +237,23 @@ def _short(text: str, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def confidence_lines(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Format what was fitted on evaluation rows: the content of `confidence` in result.json, or of `evaluate`."""
+    if not found:
+        return []
+    rows = f", fitted on {count(found['rows'])} evaluation rows" if "rows" in found else ""
+    lines = [("temperature", f"{found['temperature']:.3g}{rows}")]
+    for name, figures in (("", found), ("test ", found.get("test", {}))):
+        if "before" in figures:
+            text = f"{figures['before']:.4f}; {figures['after']:.4f} with the temperature"
+            lines.append((f"{name}calibration error", text))
+    return lines + ([("note", found["note"])] if "note" in found else [])
+
+
 def show_metrics(console: Console, found: dict[str, Any], headline: Sequence[str]) -> None:
     """Print the result of `evaluate`, with the table by class if there is one."""
     metrics = found["metrics"]
-    lines = _metric_lines("", metrics, headline)
+    lines = [*_metric_lines("", metrics, headline), *confidence_lines(found.get("confidence"))]
     if found["truncated"]:
         lines.append(("truncated", f"{count(found['truncated'])} rows are longer than the model's limit"))
     if found["skipped"]:

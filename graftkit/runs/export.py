@@ -15,6 +15,7 @@ from graftkit.export.base import ROWS, Exportable, Exporter, Sample, compare, lo
 from graftkit.export.transformers import Transformers
 from graftkit.files import assembling, read_json, write_json, write_text
 from graftkit.grafts.fold import why_not
+from graftkit.runs.confidence import Sure, scale_outputs
 from graftkit.runs.folder import CARD, MODEL, PLAN, RECIPE
 from graftkit.runs.predict import Loaded, load_run, open_run
 from graftkit.runs.prepare import by_shapes, reading_of
@@ -74,6 +75,16 @@ def _export(
         sample = Sample(loaded.task.dataset(examples, loaded.backbone, loaded.max_length), True)
     before = logits(run.graft.model, sample, run.device)
     run.graft.fold()
+    sure, calibrated = Sure(folder, opened.about, run.task), False
+    if run.task.head and sure.temperature != 1:
+        scaled = [values / sure.temperature for values in before]
+
+        def holds() -> None:
+            compare(scaled, logits(run.graft.model, sample, run.device))
+
+        calibrated = scale_outputs(run.graft, sure.temperature, holds)
+        if calibrated:
+            before, run = scaled, replace(run, task=run.task.scaled(sure.temperature))
     how, native = exporter.how(run, to), exporter.native(run)
     old = _written_before(to)
     with assembling(to, old, exporter.opened_by) as part:
@@ -86,7 +97,7 @@ def _export(
     return {
         "run": str(folder), "to": str(to), "files": files, "native": native, "rows_compared": len(sample.rows),
         "rows_real": sample.real, "largest_difference": found.difference, "same_answers": found.same_answers,
-        "load_with": how, "outputs": run.task.plain(run.labels).get("how"),
+        "calibrated": calibrated, "load_with": how, "outputs": run.task.plain(run.labels).get("how"),
     }  # fmt: skip
 
 

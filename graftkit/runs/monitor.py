@@ -26,12 +26,13 @@ from graftkit.report.making import write_report
 from graftkit.report.summary import show_end, title
 from graftkit.runs import folder as run_folder
 from graftkit.runs.best import best_of
+from graftkit.runs.confidence import Watching
 from graftkit.runs.describing import describe, facts
 from graftkit.runs.export import write_model
 from graftkit.runs.folder import BEFORE_DECAY, CHECKPOINTS, GRAFT, METRICS, RESULT, how_to_resume
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.probe import METRIC
-from graftkit.runs.saved import log_lines
+from graftkit.runs.saved import log_lines, stays
 from graftkit.tasks.base import Dataset
 
 CHECKPOINT_SECONDS = 120.0
@@ -60,6 +61,7 @@ class Watch:
         self.pending: list[dict[str, Any] | tuple[Step, float]] = []  # lines, or a step and its seconds
         rows = prepared.rows
         self.choice = best_of(rows.task, rows.labels, prepared.recipe.train.best)
+        self.watching = Watching(prepared, datasets)
         self.problems: list[str] = []  # failures that did not stop the run
         self.trackers: Trackers | None = None
         self.regions: Regions | None = None
@@ -162,7 +164,7 @@ class Watch:
         """Return the metrics on a dataset, with intervals if the metrics without them are `interesting`."""
         rows, dataset = self.prepared.rows, self.datasets[name]
         size = 2 * self.prepared.settings.batch_size
-        outcomes = predict(dataset, self._forward(name, 1), rows.task, size)
+        outcomes = predict(dataset, self.watching.recording(name, self._forward(name, 1)), rows.task, size)
         self.worst = []
         metrics = rows.task.metrics(outcomes, dataset, rows.labels, intervals=False)
         if interesting(metrics):
@@ -194,6 +196,7 @@ class Watch:
         better = self.choice.better(metrics, self.best)
         if better:
             self.best, self.waited, self.best_worst = {"step": step, **metrics}, 0, self.worst
+            self.watching.keep()
             if self.main:
                 with self._telling_how_to_go_on():
                     checkpoint.save_best(self.folder / CHECKPOINTS, self.loop.graft.tensors)
@@ -282,7 +285,7 @@ class Watch:
         path = self.folder / METRICS
         lines = log_lines(path)
         if self.main and lines:  # those after the checkpoint will be written again
-            write_text(path, "".join(f"{line}\n" for line, value in lines if _stays(value, step)))
+            write_text(path, "".join(f"{line}\n" for line, value in lines if stays(value, step)))
 
     def _check_best(self, step: int) -> None:
         """Raise `UserError` if the best weights are damaged, unless they are those of this step."""
@@ -321,10 +324,13 @@ class Watch:
                 folder / GRAFT, task=str(rows.task), labels=list(rows.labels), columns=rows.columns,
                 max_length=prepared.max_length, precision=prepared.precision,
             )  # fmt: skip
+        with self._reporting("calibrating"):
+            self.watching.fit(folder / GRAFT, self._forward, self.main)
         if "test" in self.datasets:
             with self._reporting("evaluating the test rows"):
                 found["test"] = self.metrics("test")
                 worst = self.worst
+                self.watching.tested()
         result = self._result(found, seconds)
         if self.main:
             for name, metrics in found.items():
@@ -373,6 +379,7 @@ class Watch:
             },
             "compiled": self.regions is not None and self.regions.compiled,
             "loss_scale": self.loop.updates.state or None,
+            "confidence": self.watching.about,
             "problems": list(self.problems),
             **facts(self.prepared, self.datasets, self.folder),
         }
@@ -385,11 +392,3 @@ class Watch:
         except Exception as error:
             problem = f"{what} failed: {type(error).__name__}: {first_line(error)}"
             self.problems += [] if problem in self.problems else [problem]
-
-
-def _stays(value: Any, step: int) -> bool:
-    """Return whether a log line belongs to the run up to `step`; the final lines are written again."""
-    try:
-        return value["step"] <= step and value["kind"] != "final"
-    except (KeyError, TypeError):
-        return False  # cut short when the process was killed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from graftkit.backbone import Backbone
 from graftkit.backbone.quantized import move
 from graftkit.backbone.source import Source
 from graftkit.data.columns import find_again
-from graftkit.data.read import SUFFIXES
 from graftkit.data.stream import ROWS
 from graftkit.engine import parallel, precision
 from graftkit.engine.forward import Forward
@@ -32,8 +30,10 @@ from graftkit.recipe.schema import Recipe
 from graftkit.report.html import short
 from graftkit.report.making import report_of_rows
 from graftkit.report.table import check_path, held, writing
+from graftkit.runs.confidence import Sure
 from graftkit.runs.describing import previews
 from graftkit.runs.folder import at_home
+from graftkit.runs.given import refuse_text, settings_of
 from graftkit.runs.prepare import make_task, method_of, outputs_of, prepare_backbone, reading_of, source_of
 from graftkit.runs.saved import read_result
 from graftkit.tasks.base import Dataset, Examples, Task
@@ -188,15 +188,15 @@ def evaluate(
     """
     run = open_run(Path(folder), options, model)
     reading, task = reading_of(run.recipe), run.task
-    with _settings_of(folder):
+    with settings_of(folder):
         table = task.read(data, reading, "eval")
         columns = find_again(table, task.columns, run.columns)
         examples = task.examples(table, columns, run.labels, reading.skip_bad)
     loaded = load_run(run)
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
-    outcomes = run_predict(
-        dataset, loaded.forward, task, 2 * loaded.recipe.train.batch_size
-    )  # as `tune` does
+    sure = Sure(run.folder, run.about, task)
+    recorder = sure.recording(loaded.forward, dataset)
+    outcomes = run_predict(dataset, recorder, task, 2 * loaded.recipe.train.batch_size)  # as `tune` does
     found: dict[str, Any] = {
         "run": str(folder),
         "metrics": task.metrics(outcomes, dataset, loaded.labels),
@@ -204,6 +204,7 @@ def evaluate(
         "headline": list(task.headline),
         "truncated": dataset.truncated,
         "skipped": len(dataset.examples.skipped),
+        "confidence": sure.errors(),
     }
     if report is not None:
         shown = previews(task, dataset.examples, found["worst"])
@@ -214,14 +215,16 @@ def evaluate(
 
 
 def predict(
-    folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, model: str | None = None
-) -> list[dict[str, Any]]:
+    folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, model: str | None = None,
+    coverage: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Predict for texts (a list of strings, or of pairs), a file, or a table in memory.
 
     Answers for a file or a table include their `row`: the line of a text file, otherwise the 1-based position.
-    `options`: task options to override. `model`: the new location of the run's backbone, if it has moved.
+    `options`: task options to override. `model`: the new location of the run's backbone, if it has moved. `coverage`: add
+    `labels` to each answer, a set that holds the right label with this probability.
     """
-    return answer(folder, given, options, model=model)["predictions"]
+    return answer(folder, given, options, model=model, coverage=coverage)["predictions"]
 
 
 def answer(
@@ -230,13 +233,14 @@ def answer(
     options: Mapping[str, Any] | None = None,
     show: Callable[[str], None] | None = None,
     model: str | None = None,
+    coverage: float | None = None,
 ) -> dict[str, Any]:
     """Return the predictions and the number of bad rows skipped, with messages for the first 1,000.
 
     `show`: called with the pieces of a single answer as it is generated, if the task supports that; `streamed` in the
     result says whether it did.
     """
-    answers = Answers(folder, given, options, show=show, model=model)
+    answers = Answers(folder, given, options, show=show, model=model, coverage=coverage)
     predictions = list(answers)
     return {
         "predictions": predictions,
@@ -249,15 +253,15 @@ def answer(
 
 def stream(
     folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, *, rows: int = ROWS,
-    model: str | None = None,
+    model: str | None = None, coverage: float | None = None,
 ) -> Answers:  # fmt: skip
     """Yield the answers of `predict` one by one while reading a file of any size, `rows` rows at a time."""
-    return Answers(folder, given, options, rows, model=model)
+    return Answers(folder, given, options, rows, model=model, coverage=coverage)
 
 
 def predict_into(
     folder: str | Path, given: Any, out: str | Path, options: Mapping[str, Any] | None = None, *, overwrite: bool = False,
-    rows: int = ROWS, tell: Callable[[int], None] | None = None, model: str | None = None,
+    rows: int = ROWS, tell: Callable[[int], None] | None = None, model: str | None = None, coverage: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the answers of `predict` to a file (.jsonl, .csv, .tsv, .parquet) atomically, `rows` rows at a time.
 
@@ -266,7 +270,7 @@ def predict_into(
     """
     path = Path(out).expanduser()
     check_path(path, str(given) if isinstance(given, str | Path) else None, overwrite)
-    answers, count = Answers(folder, given, options, rows, model=model), 0
+    answers, count = Answers(folder, given, options, rows, model=model, coverage=coverage), 0
     with held(path) as beside, writing(path, beside) as write:
         check_path(path, None, overwrite)  # another prediction may have finished there in between
         for piece in answers.pieces():
@@ -289,13 +293,14 @@ class Answers:
 
     def __init__(
         self, folder: str | Path, given: Any, options: Mapping[str, Any] | None = None, rows: int = ROWS,
-        show: Callable[[str], None] | None = None, model: str | None = None,
+        show: Callable[[str], None] | None = None, model: str | None = None, coverage: float | None = None,
     ) -> None:  # fmt: skip
         if isinstance(given, str) and not os.path.exists(os.path.expanduser(given)):
-            _refuse_text(given)
+            refuse_text(given)
         self.folder, self.rows, self.show = folder, rows, show
         self.run = open_run(Path(folder), options, model)
         task = self.run.task
+        self.sure = Sure(self.run.folder, self.run.about, task, coverage)
         if isinstance(given, list):
             check_items(given, task.modality)
         items = task.given(given, self.run.columns) if isinstance(given, list) else None
@@ -342,7 +347,7 @@ class Answers:
     def _examples(self) -> Iterator[Examples | NoGoodRows]:
         run, task = self.run, self.run.task
         columns: dict[str, str] | None = None
-        with _settings_of(self.folder):
+        with settings_of(self.folder):
             for table in task.pieces(self.given, self.reading, "data", self.rows):
                 if not len(table):
                     self._leave_out(table.skipped)
@@ -356,13 +361,14 @@ class Answers:
                     yield examples
 
     def _answer(self, dataset: Dataset) -> list[dict[str, Any]]:
-        task, examples = self.loaded.task, dataset.examples
+        task, examples = self.loaded.task.scaled(self.sure.temperature), dataset.examples
         shown = None
         if self.show is not None and len(dataset) == 1:
             shown = task.stream(self.loaded.forward, dataset, self.show)
         self.streamed = shown is not None
-        outcomes = run_predict(dataset, self.loaded.forward, task, BATCH) if shown is None else shown
-        answers = task.answers(outcomes, dataset, self.loaded.labels)
+        forward = self.sure.watching(self.loaded.forward, dataset)
+        outcomes = run_predict(dataset, forward, task, BATCH) if shown is None else shown
+        answers = self.sure.added(task.answers(outcomes, dataset, self.loaded.labels))
         asked = [task.asked(examples, row) for row in range(len(examples))]
         if self.numbered:
             asked = [{"row": number, **row} for number, row in zip(examples.table.numbers, asked)]
@@ -371,23 +377,3 @@ class Answers:
     def _leave_out(self, messages: Sequence[str]) -> None:
         self.skipped += len(messages)
         self.skipped_rows += messages[: max(0, MESSAGES - len(self.skipped_rows))]
-
-
-def _refuse_text(given: str) -> None:
-    if not given.strip():
-        raise UserError("the name of the data file is empty.")
-    if os.path.splitext(given)[1].lower() not in SUFFIXES:
-        shown = given if len(given) <= 60 else given[:60] + " ..."
-        raise UserError(f"{shown!r} is not a file. To predict for texts, pass a list: [{shown!r}].")
-
-
-@contextmanager
-def _settings_of(folder: str | Path) -> Iterator[None]:
-    """Add to a message that suggests a setting where to change it: a finished run takes no settings."""
-    try:
-        yield
-    except UserError as error:
-        if not re.search(r"\bdata\.(encoding|skip_bad)", str(error)):
-            raise
-        where = Path(folder) / "recipe.yaml"
-        raise UserError(f"{str(error).rstrip('.')} (a setting of this run, in {where}).") from None

@@ -60,6 +60,14 @@ def log_lines(path: Path) -> list[tuple[str, Any]]:
     return found
 
 
+def stays(value: Any, step: int) -> bool:
+    """Return whether a log line belongs to the run up to `step`; the final lines are written again."""
+    try:
+        return value["step"] <= step and value["kind"] != "final"
+    except (KeyError, TypeError):
+        return False  # cut short when the process was killed
+
+
 def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(number, int | float) and not isinstance(number, bool) for number in value

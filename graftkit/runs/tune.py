@@ -58,15 +58,16 @@ class Run:
 
     def predict(
         self, texts: Any, options: Mapping[str, Any] | None = None, *, out: str | Path | None = None,
-        overwrite: bool = False,
+        overwrite: bool = False, coverage: float | None = None,
     ) -> Any:  # fmt: skip
-        """Predict for texts, a file or a table. With `out`, write the answers to that file and return counts."""
+        """Predict for texts, a file or a table. With `out`, write the answers to that file and return counts. `coverage`:
+        add the set of labels that holds the right one with this probability."""
         from graftkit.runs.predict import predict as run_predict
         from graftkit.runs.predict import predict_into
 
         if out is not None:
-            return predict_into(self.path, texts, out, options, overwrite=overwrite)
-        return run_predict(self.path, texts, options)
+            return predict_into(self.path, texts, out, options, overwrite=overwrite, coverage=coverage)
+        return run_predict(self.path, texts, options, coverage=coverage)
 
     def predict_rows(self, data: Any, options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """Yield the answers one by one while reading a file of any size."""
@@ -92,6 +93,12 @@ class Run:
             self.path, texts, rows=rows, method=method, steps=steps, label=label, word=word, nearest=nearest, html=html,
             overlay=overlay,
         )  # fmt: skip
+
+    def calibrate(self, data: Any, *, known: float = 0.95) -> dict[str, Any]:
+        """Fit probabilities, sets of labels and what the run does not know on labelled rows that it was not trained on."""
+        from graftkit.runs.calibrate import calibrate as run_calibrate
+
+        return run_calibrate(self.path, data, known=known)
 
     def export(self, to: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the run as a plain model into the folder `to`, compared with the run on real rows."""

@@ -266,9 +266,8 @@ class Encoder:
 class Learner:
     """The loss of a batch."""
 
-    needs_base: ClassVar[bool] = (
-        False  # the loss needs outputs of the model without its graft: `forward.base`
-    )
+    # the loss needs outputs of the model without its graft: `forward.base`
+    needs_base: ClassVar[bool] = False
 
     def learner(self, dataset: Dataset, labels: Sequence[str], label_smoothing: float) -> Learn:
         """Return the loss function of a run on the rows of `dataset`, called once per run. It takes (forward, batch) and
@@ -290,6 +289,8 @@ class Scorer:
     # "max" or "min": which direction is better, for metrics that can select a checkpoint; None for those that cannot.
     # Metrics of `headline` that are not listed are better if larger
     directions: ClassVar[Mapping[str, str | None]] = {"loss": "min"}
+    # what logits are of, if their probabilities can be calibrated: 'label', 'labels' (any number of them) or 'words'
+    calibrates: ClassVar[str | None] = None
 
     def outcomes(self, forward: Calls, batch: Batch) -> Sequence[Any]:
         """Return what to keep of each row of a batch for `metrics`, small and on the CPU; its fp32 logits by default."""
@@ -356,9 +357,8 @@ class Task(Reader, Encoder, Learner, Scorer, Explained):
     head: ClassVar[bool] = True
     # a row has one vector of features and one answer: a label, a set of labels or a number
     one_answer: ClassVar[bool] = False
-    new_head: ClassVar[bool] = (
-        False  # if the model's weights lack its own head, it may be a new one, which is trained
-    )
+    # if the model's weights lack its own head, it may be a new one, which is trained
+    new_head: ClassVar[bool] = False
     makes_model: ClassVar[bool] = False  # a run ends with a plain model in RUN/model, beside its graft
     trains: ClassVar[bool] = True  # False: the model is used unchanged, and a run has no steps and no method
     using: ClassVar[tuple[str, ...]] = ()  # options that may be overridden when a finished run is used
@@ -380,6 +380,10 @@ class Task(Reader, Encoder, Learner, Scorer, Explained):
     def decided(self, metrics: dict[str, Any] | None) -> Task:
         """Return the task with the options that depend on the evaluation rows filled in, such as a threshold. `metrics`:
         evaluation metrics of the weights that are kept; None if the run had no evaluation."""
+        return self
+
+    def scaled(self, temperature: float) -> Task:
+        """Return the task that gives the same answers for logits divided by `temperature`."""
         return self
 
 

@@ -144,6 +144,8 @@ SPECIAL = [
     irregular(THEIRS, pipe, MERGE),
     irregular(THEIRS, linked("/dev/zero"), EXPORT),
     irregular("run/graft/adapter_config.json", pipe, MERGE),
+    irregular("run/graft/confidence.safetensors", pipe, PREDICT),
+    irregular("run/graft/confidence.safetensors", linked("/dev/zero"), PREDICT),
     Attack("weights-behind-a-link-to-nothing", "link that leads nowhere", PLAN, files={WEIGHTS: linked("nothing")}),
 ]  # fmt: skip
 

@@ -57,6 +57,10 @@ def test_the_code_of_a_model_card_runs(command, tiny_bert, rows_folder, tmp_path
     assert found["graft"].method.methods[0].name == method.partition("(")[0]
 
 
+def temperature(run) -> float:
+    return json.loads((run / "result.json").read_text())["confidence"]["temperature"]
+
+
 def test_the_graft_loads_on_a_plain_model_as_the_card_says(finished, tiny_bert):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -67,7 +71,8 @@ def test_the_graft_loads_on_a_plain_model_as_the_card_says(finished, tiny_bert):
     with torch.no_grad():
         logits = model.eval()(**AutoTokenizer.from_pretrained(tiny_bert)(text, return_tensors="pt")).logits
     ours = graftkit.Run(finished, {}).predict([text])[0]
-    assert logits.softmax(-1).max().item() == pytest.approx(ours["probability"], abs=1e-3)
+    chances = (logits / temperature(finished)).softmax(-1)
+    assert chances.max().item() == pytest.approx(ours["probability"], abs=1e-3)
 
 
 def test_the_graft_is_a_peft_adapter(finished, tiny_bert):
@@ -83,7 +88,8 @@ def test_the_graft_is_a_peft_adapter(finished, tiny_bert):
             **AutoTokenizer.from_pretrained(tiny_bert)("a very new plum", return_tensors="pt")
         ).logits
     ours = graftkit.Run(finished, {}).predict(["a very new plum"])[0]
-    assert logits.softmax(-1).max().item() == pytest.approx(ours["probability"], abs=1e-3)
+    chances = (logits / temperature(finished)).softmax(-1)
+    assert chances.max().item() == pytest.approx(ours["probability"], abs=1e-3)
 
 
 @pytest.mark.slow
@@ -240,7 +246,8 @@ def test_bf16(tiny_bert, rows_folder, tmp_path):
         out=tmp_path / "run", settings={"train.precision": "bf16", "train.lr": 0.01, "train.epochs": 12.0},
     )  # fmt: skip
     assert run.metrics["accuracy"] >= 0.8
-    assert all(tensor.dtype.itemsize == 4 for tensor in graft_tensors(run.path).values())
+    trained = {k: v for k, v in graft_tensors(run.path).items() if not k.startswith("confidence")}
+    assert all(tensor.dtype.itemsize == 4 for tensor in trained.values())
     assert run.evaluate(rows_folder / "eval.csv")["accuracy"] == pytest.approx(
         run.metrics["accuracy"], abs=0.026
     )

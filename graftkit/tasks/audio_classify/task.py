@@ -56,6 +56,7 @@ class AudioClassify(LabelTask):
     modality: ClassVar[str] = "audio"
     one_answer: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("AUDIO_CLASSIFICATION",)
+    calibrates: ClassVar[str | None] = "label"
 
     seconds: float | None = option(
         None, "longer sounds are cut to this length; null: the model's limit, at most 30", above=0

@@ -48,6 +48,8 @@ class Form(Task):
 class OneLabel(LabelTask, Form):
     """One of several labels."""
 
+    calibrates: ClassVar[str | None] = "label"
+
     def __init__(self, class_weights: str | dict | None = None) -> None:
         self.class_weights = class_weights
 
@@ -68,6 +70,9 @@ class Ordinal(OneLabel):
     ratio model. The K - 1 binary questions are from Frank and Hall 2001, rank consistency from Cao et al. 2020 (CORAL).
     """
 
+    calibrates: ClassVar[str | None] = (
+        None  # its logits are steps of a scale, of which a temperature moves the median
+    )
     headline: ClassVar[tuple[str, ...]] = (
         "quadratic_weighted_kappa", "mean_absolute_error", "accuracy", "macro_f1",
     )  # fmt: skip

@@ -19,7 +19,15 @@ from graftkit.data.split import hold_out
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import Form
-from graftkit.tasks.shared.labels import LABEL, LabelIndex, is_missing, label_problem, label_text, natural
+from graftkit.tasks.shared.labels import (
+    LABEL,
+    UNKNOWN,
+    LabelIndex,
+    is_missing,
+    label_problem,
+    label_text,
+    natural,
+)
 from graftkit.tasks.shared.metrics import calibration, interval, resamples
 from graftkit.tasks.shared.weights import positive_weights
 
@@ -32,6 +40,7 @@ class ManyLabels(Form):
     """A set of labels, possibly empty, read from a list, from a text with separated labels, from several columns of 0 and
     1, or from one column of such vectors. The loss of a row is the mean of the labels' binary cross-entropies."""
 
+    calibrates: ClassVar[str | None] = "labels"
     headline: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
     directions: ClassVar[Mapping[str, str | None]] = {
         "exact_match": "max",
@@ -221,9 +230,12 @@ class ManyLabels(Form):
         return found
 
     def line(self, answer: dict[str, Any]) -> str:
-        asked = [str(v) for k, v in answer.items() if k not in ("row", "labels", "probabilities")]
+        asked = [str(v) for k, v in answer.items() if k not in ("row", "labels", "probabilities", "known")]
         probabilities = "; ".join(f"{answer['probabilities'][label]:.3f}" for label in answer["labels"])
-        return "\t".join([_joined(answer["labels"]), probabilities, *asked])
+        labels = _joined(answer["labels"])
+        return "\t".join(
+            [labels if answer.get("known", True) else f"{UNKNOWN} ({labels})", probabilities, *asked]
+        )
 
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int

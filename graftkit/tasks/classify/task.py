@@ -25,6 +25,7 @@ from graftkit.tasks.shared.labels import LABEL, label_text
 from graftkit.tasks.shared.texts import FIRST, SECOND, TEXT, TextTask, encode, read_texts
 from graftkit.tasks.shared.weights import check_class_weights
 
+TINY = 1e-12  # of a threshold
 BELONGS = {  # options of some kinds of answers, and those kinds
     "class_weights": ("single", "multi", "ordinal"),
     "order": ("ordinal",),
@@ -103,6 +104,7 @@ class Classify(TextTask):
         # these depend on the kind; in all other tasks they are class attributes
         object.__setattr__(self, "headline", self.form.headline)
         object.__setattr__(self, "directions", self.form.directions)
+        object.__setattr__(self, "calibrates", self.form.calibrates)
         object.__setattr__(self, "columns", self._columns())
         object.__setattr__(self, "using", ("threshold",) if self.kind == "multi" else ())
 
@@ -160,6 +162,13 @@ class Classify(TextTask):
             center=center if self.center is None else self.center,
             scale=scale if self.scale is None else self.scale,
         )
+
+    def scaled(self, temperature: float) -> Classify:
+        """Return the task with the threshold of probabilities moved as they are."""
+        if self.threshold is None:
+            return self
+        odds = (self.threshold / (1 - self.threshold)) ** (1 / temperature)
+        return replace(self, threshold=min(max(odds / (1 + odds), TINY), 1 - TINY))
 
     def outputs(self, labels: Sequence[str]) -> int:
         return self.form.outputs(labels)

@@ -129,6 +129,7 @@ class ImageClassify(LabelTask):
     modality: ClassVar[str] = "image"
     one_answer: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("IMAGE_CLASSIFICATION",)
+    calibrates: ClassVar[str | None] = "label"
     aliases: ClassVar[tuple[str, ...]] = ("image_classification",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("image", PATHS, "text"),

@@ -19,6 +19,8 @@ from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
 from graftkit.tasks.explained import log_odds
 from graftkit.tasks.shared.metrics import calibration, log_softmax, of_choices
 
+UNKNOWN = "unknown"  # shown for a row that is like none of the labels
+TOLD = ("row", "label", "probability", "labels", "known")  # of an answer; the rest is what was asked
 LABEL = ("category", "intent", "class", "target", "labels", "topic", "sentiment", "y")
 
 
@@ -134,8 +136,10 @@ class LabelTask(Task):
         ]
 
     def line(self, answer: dict[str, Any]) -> str:
-        asked = [str(v) for k, v in answer.items() if k not in ("row", "label", "probability")]
-        return "\t".join([answer["label"], f"{answer['probability']:.3f}", *asked])
+        asked = [str(v) for k, v in answer.items() if k not in TOLD]
+        label = answer["label"] if answer.get("known", True) else f"{UNKNOWN} ({answer['label']})"
+        labels = [" | ".join(answer["labels"])] if "labels" in answer else []
+        return "\t".join([label, f"{answer['probability']:.3f}", *labels, *asked])
 
     def worst(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], count: int

@@ -76,6 +76,7 @@ class Tag(Task):
     per_token: ClassVar[bool] = True
     explains: ClassVar[bool] = True
     per_word: ClassVar[bool] = True
+    calibrates: ClassVar[str | None] = "words"
     headline: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "accuracy", "macro_f1")
     families: ClassVar[tuple[str, ...]] = ("TOKEN_CLASSIFICATION",)
 

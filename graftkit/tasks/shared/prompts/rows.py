@@ -79,6 +79,7 @@ class PromptTask(TextTask, LabelTask):
         Column("label", LABEL, "label"),
     )
     head: ClassVar[bool] = False
+    calibrates: ClassVar[str | None] = "label"
     families: ClassVar[tuple[str, ...]] = ("MASKED_LM", "CAUSAL_LM")
 
     template: str | None = option(

