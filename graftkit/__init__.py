@@ -15,6 +15,7 @@ _FRONT = {
     "pretrain": "graftkit.runs.pretrain",
     "resume": "graftkit.runs.tune",
     "check": "graftkit.runs.check",
+    "compare": "graftkit.runs.compare",
     "train_tokenizer": "graftkit.runs.tokenizer",
     "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.attach",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from graftkit.recipe.schema import Recipe as Recipe
     from graftkit.report.making import make_report as make_report
     from graftkit.runs.check import check as check
+    from graftkit.runs.compare import compare as compare
     from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer
     from graftkit.runs.tune import Run as Run
