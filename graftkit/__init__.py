@@ -16,6 +16,7 @@ _FRONT = {
     "resume": "graftkit.runs.tune",
     "check": "graftkit.runs.check",
     "compare": "graftkit.runs.compare",
+    "curve": "graftkit.runs.curve",
     "train_tokenizer": "graftkit.runs.tokenizer",
     "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.attach",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from graftkit.report.making import make_report as make_report
     from graftkit.runs.check import check as check
     from graftkit.runs.compare import compare as compare
+    from graftkit.runs.curve import curve as curve
     from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer
     from graftkit.runs.tune import Run as Run

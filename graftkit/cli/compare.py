@@ -13,6 +13,7 @@ from graftkit.cli.options import (
     Arguments,
     Eval,
     Json,
+    MethodName,
     Model,
     TaskName,
     Test,
@@ -97,3 +98,30 @@ def _refuse_beside_resume(arguments: list[str] | None, given: dict[str, Any]) ->
             "--resume goes on as it began; it takes no other options or settings. To add methods or seeds, give the same "
             "recipe again with --out and the same folder."
         )
+
+
+def curve(
+    arguments: Arguments = None, model: Model = None, weights: Weights = None, task: TaskName = None, train: Train = None,
+    eval: Eval = None, test: Test = None, method: MethodName = None, out: OutFolder = None,
+    points: Annotated[int | None, typer.Option(help="numbers of rows, each half of the next; default 4")] = None,
+    seeds: Seeds = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="go on with an interrupted curve")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Tell whether more rows would help: a learning curve over parts of the rows, continued by a power law."""
+    given = given_values(model, weights, task, train, eval, test, method, out)
+    console = console_of(as_json)
+    more = {"points": points, "seeds": seeds}
+    if resume is not None:
+        _refuse_beside_resume(arguments, given | more)
+        from graftkit.runs.curve import resume_curve
+
+        emit(as_json, resume_curve(resume, console).result)
+        return
+    from graftkit.recipe import schema as recipes
+
+    recipe = recipes.make(recipe_values(arguments, given))
+    from graftkit.runs.curve import Asked, run_curve
+
+    asked = Asked(**{key: value for key, value in more.items() if value is not None})
+    emit(as_json, run_curve(recipe, asked, console).result)

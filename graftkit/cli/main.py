@@ -137,6 +137,7 @@ def tune(
 
 app.command()(cli_plan.plan)
 app.command(cls=cli_compare.SeveralValues)(cli_compare.compare)
+app.command()(cli_compare.curve)
 
 
 @app.command()

@@ -143,8 +143,8 @@ def _described(recipe: Recipe) -> dict[str, Any]:
 def _refuse_another(study: Study, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise `UserError` if a folder was made for something else. Methods, seeds and trials may be added."""
     one, other = flat(before.get("recipe") or {}), flat(now["recipe"])
-    one |= {key: before.get(key) for key in ("few", "rows", "sizes") if key in now}
-    other |= {key: now[key] for key in ("few", "rows", "sizes") if key in now}
+    one |= {key: before.get(key) for key in ("few", "rows", "method", "points") if key in now}
+    other |= {key: now[key] for key in ("few", "rows", "method", "points") if key in now}
     different = [key for key in other if str(one.get(key)) != str(other[key])]
     if different:
         what = [
