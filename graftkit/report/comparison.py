@@ -33,7 +33,7 @@ def in_points(metric: str) -> bool:
 def gain_text(value: float, metric: str, signed: bool = False) -> str:
     """Format a difference of a metric: 0.8 points, or 0.0213."""
     if in_points(metric):
-        return f"{100 * value:{'+' if signed else ''}.1f}"
+        return f"{round(100 * value, 1) + 0.0:{'+' if signed else ''}.1f}"
     return f"{value:{'+' if signed else ''}.4g}"
 
 
@@ -145,13 +145,14 @@ def _figures(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:
         room = 0.1 * (max(values) - min(values)) or 0.05
         ends = max(0.0, min(values) - room), min(1.0, max(values) + room)
     heads = [
-        "", "method", f"mean {named(metric).lower()}", "95% interval", f"{figure_text(ends[0], 2)} to {figure_text(ends[1], 2)}",
+        "method", f"mean {named(metric).lower()}", "95% interval", f"{figure_text(ends[0], 2)} to {figure_text(ends[1], 2)}",
         "seeds", "learning rate", "time", "peak memory", "trained", "graft",
     ]  # fmt: skip
+    best = result["pareto"] if rows == ranks(result)[-1] else []  # the front is that of the most rows
     cells: list[list[Child]] = [
         [
-            place + 1, [short(row["method"], 120), " ", element("small", "best for its cost", class_="quiet")]
-            if row["method"] in result["pareto"] else short(row["method"], 120),
+            [f"{place + 1}. {short(row['method'], 120)}", [" ", element("small", "best for its cost", class_="quiet")]
+             if row["method"] in best else None],
             figure_text(row["mean"]), _interval(row["interval"]),
             whisker(row["mean"], *row["interval"], ends, place, 140) if row["interval"] else "",
             row["seeds"], f"{row['learning_rate']:.3g}", duration(row["seconds"]), size(row["peak_memory_bytes"]),
@@ -163,7 +164,7 @@ def _figures(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:
         "memory are medians over the seeds"
     )
     told = [element("li", difference_text(row["next"], metric), dir="auto") for row in rows if "next" in row]
-    return [table(caption, heads, cells, words=2), element("ul", told) if told else None]
+    return [table(caption, heads, cells), element("ul", told) if told else None]
 
 
 def _trade_offs(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:

@@ -17,14 +17,13 @@ def sentence(result: dict[str, Any]) -> str:
     """Say whether more rows would help."""
     metric, ahead = result["metric"], result["predicted"][0]
     unit = " points" if in_points(metric) else ""
-    better = "lower" if result["direction"] == "min" else "raise"
     what = (
-        f"{count(ahead['rows'])} rows instead of {count(result['points'][-1]['rows'])} would {better} {metric} by about "
-        f"{gain_text(ahead['gain'], metric)}{unit}"
+        f"By the curve, {count(ahead['rows'])} rows instead of {count(result['points'][-1]['rows'])} would bring {metric} from "
+        f"{result['fit']['values'][-1]:.4g} to {ahead['value']:.4g}, better by {gain_text(ahead['gain'], metric)}{unit}"
     )
     ends = ahead["gain_interval"]
     if ends is None:
-        return f"{what}, by the curve of a single draw."
+        return f"{what}; a single draw tells no interval."
     interval = f"95% {gain_text(ends[0], metric)} to {gain_text(ends[1], metric)}"
     least = CLEAR if in_points(metric) else CLEAR * abs(ahead["value"])
     verdict = (
@@ -32,7 +31,7 @@ def sentence(result: dict[str, Any]) -> str:
         else "more rows would hardly help" if ends[1] < 5 * least
         else "whether more rows would help is not clear"
     )  # fmt: skip
-    return f"{what} ({interval}), so {verdict}."
+    return f"{what} ({interval}): {verdict}."
 
 
 def curve_lines(console: Console, result: dict[str, Any]) -> None:

@@ -146,6 +146,7 @@ class _Comparing:
     def __init__(self, study: Study, rows: Rows, choice: Best, asked: Asked) -> None:
         self.study, self.rows, self.choice, self.asked = study, rows, choice, asked
         self.slugs: dict[str, str] = {}
+        self.told: set[str] = set()
 
     def candidates(self, recipe: Recipe) -> tuple[list[Candidate], list[dict[str, Any]]]:
         """Return the methods that can be trained, and a row for each that is refused. Of 'all', those that are refused are
@@ -223,6 +224,9 @@ class _Comparing:
         value = trial.result["metrics"][self.choice.figure]
         few_rows = "" if few is None else f", {few} rows per class"
         took = "done before" if known else f"in {duration(trial.result['seconds'])}"
+        if name in self.told:  # the trial of the search is the first of the seeds
+            return trial
+        self.told.add(name)
         self.study.console.line(
             f"{one.method}{few_rows}, learning rate {one.rate * factor:.3g}, seed {seed}: "
             f"{self.choice.figure} {value:.4f}, {took}"

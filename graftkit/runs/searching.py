@@ -73,4 +73,4 @@ class Search:
 
 
 def _round(factor: float) -> float:
-    return float(f"{factor:.3g}")
+    return float(f"{factor:.5g}")  # so that 10 is reached in two steps
