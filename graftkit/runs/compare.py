@@ -133,9 +133,9 @@ def run_compare(
         at_most = drawn(_with_data(recipe, {"per_class": count}), rows.task, rows.train, rows.labels)
     recipe = sized(recipe, len(at_most) if few else len(rows.train))
     study = Study(KIND, folder, dataclasses.asdict(asked) | {"few": list(few)}, console, tables)
+    comparing = _Comparing(study, rows, best_of(rows.task, rows.labels, recipe.train.best), asked)
+    candidates, refused = comparing.candidates(recipe)
     with opened(study, recipe, rows.train):
-        comparing = _Comparing(study, rows, best_of(rows.task, rows.labels, recipe.train.best), asked)
-        candidates, refused = comparing.candidates(recipe)
         found = [comparing.row(one, size) for size in few or (None,) for one in candidates]
         return _finish(study, comparing, recipe, found, refused)
 

@@ -19,7 +19,7 @@ from graftkit.report.console import Console, duration
 from graftkit.report.learning import curve_lines, curve_page, sentence
 from graftkit.runs.best import Best, best_of
 from graftkit.runs.folder import RESULT
-from graftkit.runs.prepare import Rows, prepare_rows
+from graftkit.runs.prepare import Rows, prepare_rows, rehearse, source_of
 from graftkit.runs.sizing import measured_on, refuse_unfit, sized
 from graftkit.runs.study import REPORT, Study, Trial, folder_of, opened, settled, stored
 
@@ -104,6 +104,7 @@ def run_curve(
     choice = best_of(rows.task, rows.labels, recipe.train.best)
     given = {"method": recipe.method, "points": asked.points, "seeds": asked.seeds}
     study = Study(KIND, folder, given, console, tables)
+    rehearse(recipe, rows, source_of(recipe))
     with opened(study, recipe, rows.train):
         trials = [
             [_train(study, recipe, choice, size, seed) for seed in range(asked.seeds)] for size in sizes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from graftkit.insight.paired import Group, draws_rows, interval, resampled
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from graftkit.insight.power_law import fit
 from scipy.optimize import curve_fit
+
+from graftkit.insight.power_law import fit
 
 ROWS = np.array([100.0, 200, 400, 800, 1600])
 

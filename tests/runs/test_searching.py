@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from graftkit.errors import UserError
 from graftkit.runs.best import Best
 from graftkit.runs.searching import Search
