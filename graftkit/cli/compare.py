@@ -82,7 +82,7 @@ def compare(
         return
     from graftkit.recipe import schema as recipes
 
-    recipe = recipes.make(recipe_values(arguments, given) | {"method": None})
+    recipe = recipes.make(_values(arguments, given) | {"method": None})
     from graftkit.runs.compare import Asked, run_compare
 
     chosen = {
@@ -90,6 +90,14 @@ def compare(
     }
     asked = Asked(tuple(methods or ()), few=tuple(few or ()), **chosen)
     emit(as_json, run_compare(recipe, asked, console).result)
+
+
+def _values(arguments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe, without the run folder that its file names."""
+    values = recipe_values(arguments, given)
+    if given["out"] is None and not any(word.startswith("out=") for word in arguments or ()):
+        values.pop("out", None)
+    return values
 
 
 def _refuse_beside_resume(arguments: list[str] | None, given: dict[str, Any]) -> None:
@@ -120,7 +128,7 @@ def curve(
         return
     from graftkit.recipe import schema as recipes
 
-    recipe = recipes.make(recipe_values(arguments, given))
+    recipe = recipes.make(_values(arguments, given))
     from graftkit.runs.curve import Asked, run_curve
 
     asked = Asked(**{key: value for key, value in more.items() if value is not None})

@@ -102,7 +102,7 @@ def compare(
     values, tables = recipes.gather(recipe, given, named, settings)
     texts = (methods,) if isinstance(methods, str) else tuple(map(str, methods))
     return run_compare(
-        recipes.make(values | {"method": None}),
+        recipes.make(values | {"method": None, "out": None if out is None else str(out)}),
         Asked(texts, seeds, search, tuple(few)),
         Console(quiet=quiet),
         tables=tables,

@@ -74,7 +74,8 @@ def curve(
     given = {"train": train, "eval": eval, "test": test}
     named = {"model": model, "task": task, "method": method, "out": out}
     values, tables = recipes.gather(recipe, given, named, settings)
-    return run_curve(recipes.make(values), Asked(points, seeds), Console(quiet=quiet), tables=tables)
+    recipe = recipes.make(values | {"out": None if out is None else str(out)})
+    return run_curve(recipe, Asked(points, seeds), Console(quiet=quiet), tables=tables)
 
 
 def resume_curve(folder: Path, console: Console) -> Curve:
