@@ -77,7 +77,7 @@ class Study:
                     except UserError:  # killed so early, or changed: it is made again
                         pass
                 run = run_recipe(recipe, quiet, tables=self.tables, overwrite=True)
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             raise Interrupted(f"stopped. Go on with: {self.how_to_go_on}") from None
         return Trial(folder, run.result)
 

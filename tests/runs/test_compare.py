@@ -10,7 +10,14 @@ import yaml
 from conftest import make_rows, write_csv
 
 import graftkit
+from graftkit.errors import Interrupted
+from graftkit.recipe import schema as recipes
+from graftkit.report.console import Console
+from graftkit.runs import compare as comparing
+from graftkit.runs.best import Best
+from graftkit.runs.prepare import prepare_rows
 from graftkit.runs.scores import read_scores
+from graftkit.runs.study import Study
 
 HEAD, BITFIT = "head(pooling='mean')", "bitfit() + head(pooling='mean')"
 SMALL = ("train.precision=fp32", "train.batch_size=16", "train.steps=4", "train.evaluate_every=2")
@@ -180,3 +187,31 @@ def test_scores_by_row_are_those_of_the_metrics(finished):
     for name, values in scores.items():
         above, below = values.sum(axis=0)
         assert len(values) == 40 and above / below == pytest.approx(metrics[name], rel=1e-5)
+
+
+def test_all_are_those_that_stand_alone(tiny_bert, rows, monkeypatch):
+    monkeypatch.setattr(comparing, "entries", lambda family: ["bitfit", "freeze", "full", "new_tokens"])
+    recipe = recipes.make({"model": str(tiny_bert), "data": {"train": str(rows / "train.csv")}})
+    study = Study("compare", rows, {}, Console(quiet=True))
+    work = comparing._Comparing(
+        study, prepare_rows(recipe), Best("accuracy", "max"), comparing.Asked(("all",))
+    )
+    found, refused = work.candidates(recipe)
+    assert {one.method: one.rates for one in found} == {
+        "bitfit() + head()": {"bitfit": 0.002, "head": 0.005}, "full() + head()": {"full": 5e-05, "head": 0.005},
+    }  # fmt: skip
+    assert not refused and found[0].rate == 0.002
+
+
+@pytest.mark.parametrize(
+    "tables, how", [({}, "graftkit compare --resume"), ({"train": []}, "graftkit.compare(..., out=")]
+)
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, tables, how):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graftkit.runs.study.run_recipe", stop)
+    recipe = recipes.make({"model": "m", "data": {"train": "t.csv"}})
+    with pytest.raises(Interrupted) as stopped:
+        Study("compare", tmp_path, {}, Console(quiet=True), tables).run(recipe, "one")
+    assert how in str(stopped.value)
