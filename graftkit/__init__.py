@@ -20,6 +20,8 @@ _FRONT = {
     "label_next": "graftkit.runs.label",
     "label_suggest": "graftkit.runs.label",
     "explain": "graftkit.runs.explain",
+    "compare": "graftkit.runs.compare",
+    "curve": "graftkit.runs.curve",
     "train_tokenizer": "graftkit.runs.tokenizer",
     "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.attach",
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from graftkit.runs.label import label_next as label_next
     from graftkit.runs.label import label_suggest as label_suggest
     from graftkit.runs.explain import explain as explain
+    from graftkit.runs.compare import compare as compare
+    from graftkit.runs.curve import curve as curve
     from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer
     from graftkit.runs.tune import Run as Run

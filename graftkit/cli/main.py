@@ -15,6 +15,7 @@ import typer
 
 from graftkit.cli import bench as cli_bench
 from graftkit.cli import cached as cli_cached
+from graftkit.cli import compare as cli_compare
 from graftkit.cli import data as cli_data
 from graftkit.cli import fit as cli_fit
 from graftkit.cli import label as cli_label
@@ -138,6 +139,8 @@ def tune(
 
 
 app.command()(cli_plan.plan)
+app.command(cls=cli_compare.SeveralValues)(cli_compare.compare)
+app.command()(cli_compare.curve)
 
 
 @app.command()

@@ -51,6 +51,33 @@ def hold_out(labels: Sequence[object], share: float, seed: int) -> tuple[list[in
     return sorted(kept), held
 
 
+def draw_rows(labels: Sequence[object], count: int, seed: int) -> list[int]:
+    """Return `count` row indices, sorted: a random draw in which each class has about its share of the rows.
+
+    With one seed, a smaller draw is part of a larger one. The first row of each class comes before the second of any.
+    """
+    draw = random.Random(int(seed) + 1)
+    places = [
+        (place / len(group), draw.random(), row)
+        for group in _shuffled(labels, seed)
+        for place, row in enumerate(group)
+    ]
+    return sorted(row for _, _, row in sorted(places)[:count])
+
+
+def draw_per_class(labels: Sequence[object], count: int, seed: int) -> list[int]:
+    """Return the indices of `count` random rows of each class, sorted. With one seed, fewer are part of more."""
+    return sorted(row for group in _shuffled(labels, seed) for row in group[:count])
+
+
+def _shuffled(labels: Sequence[object], seed: int) -> list[list[int]]:
+    """Return the row indices of each class in random order."""
+    draw, groups = random.Random(int(seed)), _groups(labels)
+    for group in groups:
+        draw.shuffle(group)
+    return groups
+
+
 def _groups(labels: Sequence[object]) -> list[list[int]]:
     """Group row indices by label, or put them all in one group if the labels are not classes."""
     if not all(isinstance(label, Hashable) and not isinstance(label, float) for label in labels):

@@ -101,7 +101,7 @@ class CachedForward(Forward):
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         ragged = start.per_token and not dataset.uniform
         lengths = np.tile(dataset.lengths, dataset.views)
-        filling = Filling(self._capture, lengths, ragged, blocks, device, in_memory)
+        filling = Filling(self._capture, lengths, ragged, blocks, device, in_memory, precision)
         with torch.no_grad(), evaluating(graft.model):
             self.kept, self._filled = filling.run()
 

@@ -32,8 +32,9 @@ FILL_BATCH = 64
 BLOCK = 1 << 26  # bytes of a file, about
 PATIENCE = 10.0  # seconds of work that a killed process may lose
 WORTHWHILE = 1.0  # seconds of work that are worth a file
-# largest difference of a stored value from one computed in another batch, relative to the largest value of the row
-SAME = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+# largest difference of a stored value from one computed in another batch, relative to the largest value of the row: of
+# what is computed in fp32, and in other types, in whatever type it is stored
+SAME_FP32, SAME_ROUNDED = 1e-3, 0.05
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,15 @@ class Filling:
     """The work of filling one cache.
 
     `capture` computes the values of some rows, padded; `lengths` (rows,); `blocks`: the files, if values are kept on disk;
-    `in_memory`: hold all values, otherwise only map the files.
+    `in_memory`: hold all values, otherwise only map the files. `precision`: the number type of the products, by which values
+    differ that are computed in different batches.
     """
 
     def __init__(
         self, capture: Callable[[np.ndarray], Tensor], lengths: np.ndarray, ragged: bool, blocks: Blocks | None,
-        device: torch.device, in_memory: bool,
+        device: torch.device, in_memory: bool, precision: str = "fp32",
     ) -> None:  # fmt: skip
+        self.same = SAME_FP32 if precision == "fp32" else SAME_ROUNDED
         self.capture, self.lengths, self.ragged, self.blocks = capture, lengths, ragged, blocks
         self.device, self.in_memory = device, in_memory
         self.kept = Kept(lengths, ragged)
@@ -127,7 +130,7 @@ class Filling:
         for row, value, wanted in zip(rows, known.float(), computed.float()):
             if self.ragged:
                 value, wanted = value[: self.lengths[row]], wanted[: self.lengths[row]]
-            if not (value - wanted).abs().max() <= SAME.get(computed.dtype, 0.05) * wanted.abs().max():
+            if not (value - wanted).abs().max() <= self.same * wanted.abs().max():
                 return False
         return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -25,3 +25,8 @@ class Group:
 
 
 Labels = dict[str, Group]
+
+
+def scaled(labels: Labels, factor: float) -> Labels:
+    """Return labels whose learning rates are multiplied by a factor."""
+    return {name: replace(group, lr_scale=group.lr_scale * factor) for name, group in labels.items()}

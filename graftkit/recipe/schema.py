@@ -110,6 +110,10 @@ class Recipe(Section):
         for key in ("early_stopping", "best"):
             if getattr(self.train, key) and self.data.eval is None:
                 raise UserError(f"train.{key} needs rows to evaluate on: set data.eval to a file or a share.")
+        if self.data.rows is not None and self.data.per_class is not None:
+            raise UserError(
+                "data.rows and data.per_class both draw the training rows; leave one of them out."
+            )
         if self.train.schedule == "wsd" and self.train.warmup + self.train.decay > 1:
             raise UserError(
                 f"train.warmup={self.train.warmup} and train.decay={self.train.decay} are more than the whole run; lower one."

@@ -27,6 +27,21 @@ class DataRecipe(Section):
         default=0.1,
         description="a file, or the fraction of the training rows to hold out; null: no evaluation",
     )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**32,
+        description="random seed of the held-out rows alone; null: that of the run",
+    )
+    rows: int | None = Field(
+        default=None, ge=1, le=MOST, description="train on this many of the rows, drawn at random; null: all"
+    )
+    per_class: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST,
+        description="train on this many rows of each class, drawn at random; null: all",
+    )
     test: str | None = Field(default=None, description="a file of test rows, evaluated once after training")
     probe: str | None = Field(
         default=None,
@@ -68,6 +83,11 @@ class TrainRecipe(Section):
         default=None,
         description="learning rate of each method that does not set its own; find: from a range test before the first step; "
         "null: the methods' defaults",
+    )
+    lr_scale: float = Field(
+        default=1.0,
+        gt=0,
+        description="factor on all learning rates, whether they are set or a method's default",
     )
     weight_decay: float = Field(
         default=0.01, ge=0, description="weight decay of trained matrices; norms and biases are not decayed"

@@ -60,8 +60,8 @@ def chart(
         return None
     xs = [point[0] for line in lines for point in line.points]
     ys = [value for line in lines for value in _range_of(line)]
-    across = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
-    up = _Axis(*_room(min(ys), max(ys)), HEIGHT - BOTTOM, TOP)
+    across = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    up = Axis(*_room(min(ys), max(ys)), HEIGHT - BOTTOM, TOP)
     drawn: list[Child] = [*_grid(across, up, x)]
     if mark is not None and across.low <= mark <= across.high:
         place = round(across(mark), 1)
@@ -74,11 +74,11 @@ def chart(
         "figure",
         element("figcaption", title, element("small", f" {unit}" if unit else None, f" {note}" if note else None)),
         element("ul", keys, class_="keys") if len(lines) > 1 else None,
-        _svg(WIDTH, HEIGHT, f"{title}: {told}", *drawn),
+        drawing(WIDTH, HEIGHT, f"{title}: {told}", *drawn),
     )  # fmt: skip
 
 
-class _Axis:
+class Axis:
     """A linear map from values to pixels."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
@@ -128,7 +128,7 @@ def tick_text(value: float) -> str:
     return text.rstrip("0").rstrip(".") or "0"
 
 
-def _grid(across: _Axis, up: _Axis, x: str) -> list[Markup]:
+def _grid(across: Axis, up: Axis, x: str) -> list[Markup]:
     """Return the axes with their numbers."""
     base = HEIGHT - BOTTOM
     made = []
@@ -156,7 +156,7 @@ def _range_of(line: Line) -> list[float]:
     return [min(values[cut], *smooth), max(values[-1 - cut], *smooth)]
 
 
-def _drawn(line: Line, across: _Axis, up: _Axis) -> list[Markup]:
+def _drawn(line: Line, across: Axis, up: Axis) -> list[Markup]:
     number = line.colour or 0
     colour = f"c{number % COLOURS}"
 
@@ -219,7 +219,7 @@ def _key(number: int) -> Markup:
     return element("svg", line, viewBox="0 0 22 8", aria_hidden="true")
 
 
-def _svg(wide: float, high: float, told: str, /, *drawn: Child, **more: str | float) -> Markup:
+def drawing(wide: float, high: float, told: str, /, *drawn: Child, **more: str | float) -> Markup:
     return element(
         "svg", element("title", told), *drawn, viewBox=f"0 0 {wide:g} {high:g}", role="img", aria_label=told, **more
     )  # fmt: skip
@@ -235,14 +235,14 @@ def whisker(
     scale: bool = False,
 ) -> Markup:
     """Return a dot with its interval on an axis between `ends`, which `scale` writes beneath."""
-    axis = _Axis(*ends, 6, width - 6)
+    axis = Axis(*ends, 6, width - 6)
     places = [round(min(max(axis(v), 1), width - 1), 1) for v in (low, value, high)]
     colour, height = f"c{number % COLOURS}", 34 if scale else 18
     numbers = [
         element("text", tick_text(float(f"{end:.3g}")), x=x, y=30, text_anchor=anchor)
         for end, x, anchor in ((ends[0], 0, "start"), (ends[1], width, "end"))
     ]
-    return _svg(
+    return drawing(
         width, height, f"{value:.4g}, 95% interval {low:.4g} to {high:.4g}",
         element("line", x1=0, x2=width, y1=9, y2=9, class_="grid"),
         element("line", x1=places[0], x2=places[2], y1=9, y2=9, class_=f"whisker {colour}"),
@@ -255,7 +255,7 @@ def whisker(
 def reliability(bins: Sequence[Sequence[float]], told: str) -> Markup:
     """Return a reliability diagram of bins [low, high, answers, mean probability, fraction correct]: the area of a dot shows
     how many answers are in its bin, and a perfectly calibrated model is on the diagonal."""
-    across, up = _Axis(0, 1, LEFT, WIDTH - 16), _Axis(0, 1, 300 - BOTTOM, 16)
+    across, up = Axis(0, 1, LEFT, WIDTH - 16), Axis(0, 1, 300 - BOTTOM, 16)
     total = sum(one[2] for one in bins) or 1
     made: list[Child] = []
     for value in (0, 0.25, 0.5, 0.75, 1):
@@ -290,5 +290,5 @@ def reliability(bins: Sequence[Sequence[float]], told: str) -> Markup:
             "Correct answers",
             element("small", " against their probability; the dashed line is perfect"),
         ),
-        _svg(WIDTH, 300, told, *made),
+        drawing(WIDTH, 300, told, *made),
     )

@@ -18,7 +18,7 @@ from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.finished import LR_FIND, METRICS, PLAN, PREVIEWS, RECIPE, REPORT, RESULT, WORST
 
-CARD, GRAFT, CHECKPOINTS, TRACKERS, BEFORE_DECAY, INITIAL, MODEL = (
+CARD, GRAFT, CHECKPOINTS, TRACKERS, BEFORE_DECAY, INITIAL, MODEL, SCORES = (
     "README.md",
     "graft",
     "checkpoints",
@@ -26,6 +26,7 @@ CARD, GRAFT, CHECKPOINTS, TRACKERS, BEFORE_DECAY, INITIAL, MODEL = (
     "before-decay",
     "initial",
     "model",
+    "scores.safetensors",
 )
 ENTRIES = (
     RECIPE,
@@ -43,6 +44,7 @@ ENTRIES = (
     INITIAL,
     MODEL,
     LR_FIND,
+    SCORES,
 )
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, ENTRIES))})\.\d+\.part")
 

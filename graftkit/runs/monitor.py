@@ -33,6 +33,7 @@ from graftkit.runs.folder import BEFORE_DECAY, CHECKPOINTS, GRAFT, METRICS, RESU
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.probe import METRIC
 from graftkit.runs.saved import log_lines, stays
+from graftkit.runs.scores import SCORES, write_scores
 from graftkit.tasks.base import Dataset
 
 CHECKPOINT_SECONDS = 120.0
@@ -169,6 +170,9 @@ class Watch:
         metrics = rows.task.metrics(outcomes, dataset, rows.labels, intervals=False)
         if interesting(metrics):
             metrics = rows.task.metrics(outcomes, dataset, rows.labels)
+            if self.main:
+                with self._reporting(f"writing {SCORES}"):
+                    write_scores(self.folder, rows.task, outcomes, dataset, rows.labels)
         with self._reporting(f"finding the worst {name} rows"):
             self.worst = rows.task.worst(outcomes, dataset, rows.labels, WORST_ROWS)
         return metrics

@@ -36,11 +36,13 @@ from graftkit.insight.repeated import leak_warnings
 from graftkit.methods.base import Chain, Outputs
 from graftkit.methods.base import read as read_method
 from graftkit.optim.base import as_optimizer
+from graftkit.optim.labels import scaled
 from graftkit.plan.parameters import Plan, make_plan
 from graftkit.recipe.expressions import build, parse
 from graftkit.recipe.schema import Recipe
 from graftkit.recipe.sections import number_of
 from graftkit.runs.best import best_of
+from graftkit.runs.drawing import drawn
 from graftkit.runs.further import check_further
 from graftkit.runs.probe import Probe, read_probe
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
@@ -152,7 +154,8 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
     if evaluation is not None or isinstance(data.eval, str):
         held = _examples(task, read(data.eval, evaluation, "eval"), columns, labels, data.skip_bad)
     elif data.eval is not None:
-        examples, held = task.split(examples, data.eval, recipe.seed)
+        examples, held = task.split(examples, data.eval, recipe.seed if data.seed is None else data.seed)
+    examples = drawn(recipe, task, examples, labels)
     task = task.resolve(examples, labels, recipe.seed)
     best_of(task, labels, recipe.train.best)  # raises for an unknown one before a model is loaded
     tested = None
@@ -275,6 +278,7 @@ def _grafted(recipe: Recipe, rows: Rows, source: Source, *, meta: bool) -> tuple
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         graft = attach_new(backbone, method, meta=meta, keep_base=rows.task.needs_base)
+    graft.labels = scaled(graft.labels, recipe.train.lr_scale)
     if recipe.train.start is not None:
         begin_with(graft, Path(recipe.train.start).expanduser(), rows.labels)
     if rows.task.new_head:

@@ -29,6 +29,7 @@ from graftkit.recipe.catalogue import check_values, entry_name
 from graftkit.recipe.expressions import as_expression
 from graftkit.tasks.examples import Examples
 from graftkit.tasks.explained import Explained
+from graftkit.tasks.shared.by_row import ByRow
 
 MAX_DEFAULT_LENGTH = 512
 SAMPLE = 4  # examples that are encoded before weights are read
@@ -279,7 +280,7 @@ class Learner:
         raise NotImplementedError
 
 
-class Scorer:
+class Scorer(ByRow):
     """Metrics and answers computed from outputs."""
 
     headline: ClassVar[tuple[str, ...]] = (

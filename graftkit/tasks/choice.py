@@ -23,6 +23,7 @@ from graftkit.data.split import hold_out
 from graftkit.data.stream import stream_table
 from graftkit.errors import UserError, listing
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task, Term, check_rows, one_term
+from graftkit.tasks.shared.by_row import means
 from graftkit.tasks.shared.items import check_texts
 from graftkit.tasks.shared.labels import LABEL, is_missing
 from graftkit.tasks.shared.masked import masked_cross_entropy
@@ -225,6 +226,11 @@ class Choice(Task):
             "rows": len(right),
             **({"calibration": calibration(np.exp([logs.max() for logs in outcomes]), right)} if intervals else {}),
         }  # fmt: skip
+
+    def by_row(self, outcomes: Sequence[Any], dataset: Any, labels: Sequence[str]) -> dict[str, np.ndarray]:
+        pairs = list(zip(outcomes, np.asarray(dataset.examples.targets)))
+        right = [logs.argmax() == target for logs, target in pairs]
+        return means(accuracy=right, loss=[-logs[target] for logs, target in pairs])
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]

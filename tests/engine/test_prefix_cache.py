@@ -347,3 +347,16 @@ def test_processes_fill_their_shares_and_read_those_of_others(tiny_bert, rows_fo
     assert len(files(folder)) == 7  # batches of 20 of 96 and 40 rows, each written once
     grafts = [graft_tensors(tmp_path / number) for number in "012"]
     assert equal_bits(grafts[0], grafts[1]) and equal_bits(grafts[1], grafts[2])
+
+
+@pytest.mark.parametrize("precision, agrees", [("bf16", True), ("fp32", False)])
+def test_stored_values_may_differ_by_the_rounding_of_what_computed_them(precision, agrees):
+    """Pooled outputs are stored in fp32, but computed from products in bf16, which depend on the batch."""
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    block = filling.Block(np.arange(6), np.arange(6), values)
+    refused = []
+    blocks = SimpleNamespace(begun=False, find=lambda: [block], refuse=lambda: refused.append(True))
+    filled = filling.Filling(
+        lambda rows: values[rows] * 1.01, np.full(6, 3), False, blocks, torch.device("cpu"), True, precision
+    )  # fmt: skip
+    assert bool(filled._found()) == agrees and bool(refused) != agrees

@@ -19,7 +19,7 @@ def test_the_folder_holds_what_it_should(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "recipe.yaml", "plan.json", "metrics.jsonl", "result.json", "graft", "checkpoints", "README.md",
-        "worst.jsonl", "report.html",
+        "worst.jsonl", "report.html", "scores.safetensors",
     }  # fmt: skip
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]

@@ -28,6 +28,7 @@ from graftkit.tasks.shared.labels import (
     label_text,
     natural,
 )
+from graftkit.tasks.shared.by_row import means, ratio
 from graftkit.tasks.shared.metrics import calibration, interval, resamples
 from graftkit.tasks.shared.weights import positive_weights
 
@@ -216,6 +217,15 @@ class ManyLabels(Form):
     ) -> dict[str, Any]:
         targets = np.asarray(dataset.examples.targets) > 0
         return of_sets(np.stack(outcomes), targets, labels, self.threshold, intervals)
+
+    def by_row(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        logits, targets = np.stack(outcomes), np.asarray(dataset.examples.targets) > 0
+        chosen = probabilities_of(logits) > self.threshold
+        exact, losses = (chosen == targets).all(axis=1), losses_of(logits, targets)
+        both, some = (chosen & targets).sum(axis=1), chosen.sum(axis=1) + targets.sum(axis=1)
+        return means(accuracy=exact, exact_match=exact, loss=losses) | {"f1": ratio(2 * both, some)}
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]

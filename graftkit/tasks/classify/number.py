@@ -16,6 +16,7 @@ from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import SCALE, Form, refuse_empty
 from graftkit.tasks.explained import Aim
+from graftkit.tasks.shared.by_row import means
 from graftkit.tasks.shared.labels import LABEL
 from graftkit.tasks.shared.metrics import interval, resamples
 
@@ -102,6 +103,12 @@ class Number(Form):
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str], intervals: bool = True
     ) -> dict[str, Any]:
         return of_numbers(self.values(outcomes), np.asarray(dataset.examples.targets), intervals)
+
+    def by_row(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        errors = self.values(outcomes) - np.asarray(dataset.examples.targets)
+        return means(loss=errors**2, mean_absolute_error=np.abs(errors))
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]

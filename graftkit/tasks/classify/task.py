@@ -190,6 +190,11 @@ class Classify(TextTask):
     ) -> dict[str, Any]:
         return self.form.metrics(outcomes, dataset, labels, intervals)
 
+    def by_row(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        return self.form.by_row(outcomes, dataset, labels)
+
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
     ) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from graftkit.data.source import Batch
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Dataset, Learn, Task, Term, one_term
 from graftkit.tasks.explained import log_odds
+from graftkit.tasks.shared.by_row import means
 from graftkit.tasks.shared.metrics import calibration, log_softmax, of_choices
 
 UNKNOWN = "unknown"  # shown for a row that is like none of the labels
@@ -124,6 +125,14 @@ class LabelTask(Task):
         if intervals:
             found["calibration"] = calibration(np.exp(log_probs[rows, chosen]), chosen == targets)
         return found
+
+    def by_row(
+        self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        targets, log_probs = dataset.examples.targets, self.log_probabilities(outcomes)
+        assert isinstance(targets, np.ndarray)
+        right = self.choices(log_probs) == targets
+        return means(accuracy=right, loss=-log_probs[np.arange(len(targets)), targets])
 
     def answers(
         self, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]

@@ -24,6 +24,7 @@ from graftkit.errors import UserError, listing, shown
 from graftkit.recipe.catalogue import option
 from graftkit.tasks.base import Calls, Dataset, Examples, Learn, Reading, Task, check_rows, one_term
 from graftkit.tasks.explained import Aim, Cut
+from graftkit.tasks.shared.by_row import means
 from graftkit.tasks.shared.labels import is_missing
 from graftkit.tasks.shared.texts import made_up_texts, text_problem, tokenizer_of
 from graftkit.tasks.span.aims import aim_at_span, cut_window, odds_of_spans
@@ -244,6 +245,22 @@ class Span(Task):
     ) -> dict[str, Any]:
         """Compute the metrics of evaluate-v2.0 if there are questions without an answer here or in training, else those of
         evaluate-v1.1; as fractions instead of percentages."""
+        pairs, answerable, second, more = self._scored(outcomes, dataset, labels)
+        losses = [outcome.loss for outcome in outcomes if not np.isnan(outcome.loss)]
+        return {
+            **figures(pairs[:, 0], pairs[:, 1], answerable, second, intervals), **more,
+            "loss": float(np.mean(losses)) if losses else float("nan"), "rows": len(pairs),
+        }  # fmt: skip
+
+    def by_row(self, outcomes: Sequence[Any], dataset: Any, labels: Sequence[str]) -> dict[str, np.ndarray]:
+        exact, f1s = self._scored(outcomes, dataset, labels)[0].T
+        return means(f1=f1s, exact_match=exact)
+
+    def _scored(
+        self, outcomes: Sequence[Found], dataset: Dataset, labels: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray, bool, dict[str, Any]]:
+        """Return exact match and F1 of each question, (questions, 2); whether it has an answer; whether SQuAD 2.0 is
+        followed; and the threshold if one applies."""
         golds = _golds_of(dataset)
         second = NO_ANSWER in labels or any(not gold for gold in golds)
         bests, texts = self._best(outcomes, dataset, labels)
@@ -254,11 +271,7 @@ class Span(Task):
             more["threshold"] = limit = self._limit(bests, texts, dataset)
             empty = np.array([best.lead > limit for best in bests])
             pairs[empty] = (~answerable[empty, None]).astype(float)
-        losses = [outcome.loss for outcome in outcomes if not np.isnan(outcome.loss)]
-        return {
-            **figures(pairs[:, 0], pairs[:, 1], answerable, second, intervals), **more,
-            "loss": float(np.mean(losses)) if losses else float("nan"), "rows": len(golds),
-        }  # fmt: skip
+        return pairs, answerable, second, more
 
     def decided(self, metrics: dict[str, Any] | None) -> Span:
         if self.threshold is not None or (metrics is not None and "threshold" not in metrics):

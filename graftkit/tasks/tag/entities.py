@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from graftkit.tasks.shared.by_row import ratio
 from graftkit.tasks.shared.metrics import RESAMPLES, interval
 
 Chunk = tuple[int, int, str]
@@ -166,6 +167,22 @@ def tag_scores(
         **interval("macro_f1", macro_f1(*drawn)),
         "per_class": by_class(labels, *totals),
     }
+
+
+def by_sentence(
+    wanted: Sequence[np.ndarray], found: Sequence[np.ndarray], labels: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return accuracy, and for entities precision, recall and F1, by sentence (`ByRow.by_row`); tags are indices into
+    `labels`."""
+    words = [len(gold) for gold in wanted]
+    made = {"accuracy": ratio([(guess == gold).sum() for gold, guess in zip(wanted, found)], words)}
+    if not types_of(labels):
+        return made
+    golds, guesses = ([set(chunks([labels[i] for i in row])) for row in rows] for rows in (wanted, found))
+    right = np.array([len(gold & guess) for gold, guess in zip(golds, guesses)])
+    given, expected = np.array([len(one) for one in guesses]), np.array([len(one) for one in golds])
+    f1 = ratio(2 * right, given + expected)
+    return made | {"f1": f1, "precision": ratio(right, given), "recall": ratio(right, expected)}
 
 
 def accuracy_of(right: np.ndarray, words: np.ndarray, intervals: bool = True) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from graftkit.tasks.shared.weights import check_class_weights, class_weights
 from graftkit.tasks.tag.aims import aim_at_word, cut_part
 from graftkit.tasks.tag.entities import (
     accuracy_of,
+    by_sentence,
     by_tag,
     chunks,
     entity_scores,
@@ -271,6 +272,10 @@ class Tag(Task):
             "rows": len(wanted),
             "words": int(words.sum()),
         }
+
+    def by_row(self, outcomes: Sequence[Any], dataset: Any, labels: Sequence[str]) -> dict[str, np.ndarray]:
+        answers = rejoined(outcomes, dataset, labels)
+        return by_sentence(dataset.examples.targets, [answer.labels for answer in answers], labels)
 
     def figures(self, labels: Sequence[str]) -> dict[str, str]:
         """Return the metrics of entities, or of independent tags."""
