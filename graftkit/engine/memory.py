@@ -38,6 +38,51 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class Peak:
+    """The peak memory of a part of a process over what it held before, in bytes.
+
+    On a GPU that of the allocator. On a CPU that of the resident pages, where the kernel can reset their peak (Linux);
+    elsewhere the peak of the whole process, if it grew in that part. `before`: the peak of the process until then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before = device, peak_memory(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.held, self.exact = int(torch.cuda.memory_allocated(device)), True
+        else:
+            self.held, self.exact = resident(), _reset_resident_peak()
+            self.held = self.held if self.exact else self.before
+
+    def over(self) -> int | None:
+        """Return the peak since then over what was held then; None if that cannot be told."""
+        over = peak_memory(self.device) - self.held
+        return over if self.exact or over > 0 else None
+
+    def whole(self) -> int:
+        """Return the peak of the process, before and since."""
+        return max(self.before, peak_memory(self.device))
+
+
+def resident() -> int:
+    """Return the bytes of the resident pages of this process; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _reset_resident_peak() -> bool:
+    """Reset the peak of the resident pages of this process to what is resident now; return whether that was possible."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return peak_memory(torch.device("cpu")) < resident() + (64 << 20)  # some kernels take it and do nothing
+
+
 def release(device: torch.device) -> None:
     """Release the cached memory of a device's allocator."""
     if device.type == "cuda":
