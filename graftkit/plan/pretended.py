@@ -1,0 +1,196 @@
+"""One training step on fake tensors: shapes, types and devices without a number, to count what the real one will take.
+
+The step is the engine's: autocast, checkpointing, joined layers, our own dropout and attention, and the cache of a frozen
+prefix all take part. Of the optimizer only what `plan.memory` counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graftkit.data.source import Batch, Pass, Source
+from graftkit.engine.dropout import drawing_from
+from graftkit.engine.forward import Forward, evaluating
+from graftkit.engine.frozen import Phase, head_of, only_head_trains, set_training
+from graftkit.engine.joining import Joining, join
+from graftkit.engine.precision import cast
+from graftkit.engine.recompute import Recompute
+from graftkit.engine.starts import AtBlock, AtHead, AtOwnHead, Start, trained_alone
+from graftkit.grafts.graft import Graft
+from graftkit.plan.counting import Counting, Shapes
+from graftkit.plan.operations import Operation
+from graftkit.tasks.base import Learn
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one pass takes. `peak`: the most bytes alive at once, without weights; `saved`: those between the forward and the
+    backward pass, which are activations; `modules`: calls of modules."""
+
+    peak: int
+    saved: int
+    operations: Counter[Operation]
+    modules: int = 0
+
+    @property
+    def flops(self) -> float:
+        return sum(operation.flops * times for operation, times in self.operations.items())
+
+    @property
+    def calls(self) -> int:
+        return sum(self.operations.values())
+
+
+class Pretended:
+    """A graft whose model, on the meta device, gets fake weights on `device`; passes through it are counted.
+
+    The model cannot be used for anything else afterwards. `cached`: outputs of frozen layers come from a cache, if the
+    structure of the model allows it.
+    """
+
+    def __init__(
+        self, graft: Graft, device: torch.device, precision: str, phase: Phase, learn: Learn, *, checkpointing: str,
+        cached: bool, rounded: Any = (),
+    ) -> None:  # fmt: skip
+        self.graft, self.device, self.phase, self.learn = graft, device, phase, learn
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        cast(graft.model, graft.labels, precision, rounded)
+        with self.mode:
+            fake(graft.model, device)
+        self.trained = {name: p for name, p in graft.parameters.items() if name in phase.labels}
+        for parameter in graft.model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.trained.values():
+            parameter.requires_grad_(True)
+        self.forward = Forward(graft, device, precision)
+        self.start = expected_start(self.forward, phase) if cached else None
+        self.checkpointing = checkpointing
+
+    def step(self, source: Source, rows: np.ndarray) -> Counted:
+        """Count the forward and backward pass of a batch. Gradients count as they do in a first step."""
+        batch = self._batch(source, rows)
+        units = source.count(rows, Pass())
+        blocks = [self.graft.backbone.module(name) for name in self.graft.backbone.blocks]
+        recompute, joining = Recompute(blocks, self.checkpointing), Joining(self.graft.model)
+        set_training(self.graft, self.phase.depth, self.phase.labels)
+        states = self._states(batch)
+        try:
+            with self._counted() as counting:
+                recompute.enter(self.phase.depth)
+                with nullcontext() if states is None or not self.start.last else torch.no_grad():
+                    join(joining, source, self.forward)
+                counting.operations.clear()
+                counting.restart()
+                terms = self.learn(_From(self, states), batch)
+                total = sum((term.losses.sum() / units[name]) * term.weight for name, term in terms.items())
+                saved = counting.now
+                del terms
+                total.backward()  # type: ignore[union-attr]
+                del total
+        finally:
+            joining.leave()
+            recompute.leave()
+            for parameter in self.trained.values():
+                parameter.grad = None
+        return Counted(counting.peak, saved, counting.operations)
+
+    def evaluation(self, source: Source, rows: np.ndarray) -> Counted:
+        """Count the forward pass of a batch without gradients, as for evaluation and for filling a cache."""
+        batch = self._batch(source, rows)
+        with torch.no_grad(), evaluating(self.graft.model), self._counted() as counting:
+            if self.start is not None:
+                self.start.capture(self.forward, batch)
+            else:
+                self.forward(batch)
+        return Counted(counting.peak, 0, counting.operations)
+
+    def _batch(self, source: Source, rows: np.ndarray) -> Batch:
+        batch = source.batch(rows, self.device, Pass())
+        batch.host_inputs  # noqa: B018  (made from numbers, before there are none)
+        batch.host_targets  # noqa: B018
+        return batch
+
+    def _states(self, batch: Batch) -> Tensor | None:
+        """Return what the cache holds for a batch; None if nothing is cached."""
+        if self.start is None:
+            return None
+        with torch.no_grad(), evaluating(self.graft.model), self.mode:
+            return self.start.capture(self.forward, batch).detach()
+
+    @contextmanager
+    def _counted(self) -> Iterator[Counting]:
+        counting = Counting()
+        for tensor in (*self.graft.model.parameters(), *self.graft.model.buffers()):
+            counting.ignore(tensor)
+        with self.mode, drawing_from(Shapes(counting)) if self.device.type == "cpu" else nullcontext(), counting:
+            yield counting
+
+
+class _From(Forward):
+    """The forward pass of a pretended step, from cached states if there are any."""
+
+    def __init__(self, pretended: Pretended, states: Tensor | None) -> None:
+        plain = pretended.forward
+        super().__init__(plain.graft, plain.device, plain.precision)
+        self.plain, self.start, self.states = plain, pretended.start, states
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self.states is None or self.start is None:
+            return self.plain(batch)
+        return self.start.resume(self.plain, batch, self.states)
+
+
+def expected_start(plain: Forward, phase: Phase) -> Start | None:
+    """Return where passes will start from cached outputs, from the structure of the model alone.
+
+    The engine tests on two rows whether a start gives the same logits, which takes numbers; where it finds that it does not,
+    nothing is cached and a step takes more than is counted here.
+    """
+    graft = plain.graft
+    if only_head_trains(graft, phase.labels):
+        head = head_of(graft)
+        assert head is not None
+        return AtHead(head)
+    blocks = [graft.backbone.module(name) for name in graft.backbone.blocks]
+    depth = min(phase.depth, len(blocks) - 1)
+    found = trained_alone(graft, phase.labels)
+    if found is not None and phase.depth == len(blocks) and not _drops(graft.model, found[1]):
+        return AtOwnHead(found[1], torch.Size([-1]), found[0])
+    return AtBlock(blocks, depth) if depth > 0 else None
+
+
+def _drops(model: nn.Module, but: nn.Module) -> bool:
+    """Return whether dropout may act behind the blocks, outside of a module."""
+    inside = set(but.modules())
+    return any(
+        isinstance(m, nn.Dropout) and m.p and m.training for m in model.modules() if m not in inside
+    )
+
+
+def fake(model: nn.Module, device: torch.device) -> None:
+    """Replace parameters and buffers by fake ones of the same shapes and types on a device; call it in a fake mode."""
+    made: dict[int, Any] = {}
+
+    def of(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = made.setdefault(id(parameter), None)
+                if new is None:
+                    new = made[id(parameter)] = nn.Parameter(of(parameter), requires_grad=False)
+                module._parameters[name] = new
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                new = made.get(id(buffer))
+                module._buffers[name] = made[id(buffer)] = of(buffer) if new is None else new
