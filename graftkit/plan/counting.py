@@ -17,6 +17,7 @@ from graftkit.engine.dropout import Source
 from graftkit.plan.operations import ELEMENTWISE, Operation, operation_of, tensors
 
 BLOCK = 512  # bytes that the allocators of GPUs round to
+MAPPED = 32 << 20  # bytes from which glibc maps a block and gives it back when it is freed; smaller ones it keeps
 
 
 class Counting(TorchDispatchMode):
@@ -30,6 +31,7 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.operations: Counter[Operation] = Counter()
         self.now = self.peak = 0
+        self.small = self.small_peak = self.large_peak = 0
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -62,7 +64,11 @@ class Counting(TorchDispatchMode):
     def add(self, size: int) -> None:
         """Count bytes that no tensor shows, until `add` takes them off again."""
         self.now += size
+        if abs(size) < MAPPED:
+            self.small += size
         self.peak = max(self.peak, self.now)
+        self.small_peak = max(self.small_peak, self.small)
+        self.large_peak = max(self.large_peak, self.now - self.small)
 
     def restart(self) -> None:
         """Take what is alive now as nothing."""
@@ -70,12 +76,13 @@ class Counting(TorchDispatchMode):
             storage = held()
             if storage is not None:
                 self._alive[key] = weakref.ref(storage, self._forget(key, 0))
-        self.now = self.peak = 0
+        self.now = self.peak = self.small = self.small_peak = self.large_peak = 0
 
     def _forget(self, key: int, size: int) -> Any:
         def freed(_: Any) -> None:
             self._alive.pop(key, None)
-            self.now -= size
+            if size:
+                self.add(-size)
 
         return freed
 

@@ -34,12 +34,14 @@ from graftkit.tasks.base import Learn
 @dataclass(frozen=True)
 class Counted:
     """What one pass takes. `peak`: the most bytes alive at once, without weights; `saved`: those between the forward and the
-    backward pass, which are activations; `modules`: calls of modules."""
+    backward pass, which are activations; `small`, `large`: the peaks of blocks that an allocator keeps, and of those that the
+    system maps one by one."""
 
     peak: int
     saved: int
     operations: Counter[Operation]
-    modules: int = 0
+    small: int = 0
+    large: int = 0
 
     @property
     def flops(self) -> float:
@@ -59,8 +61,10 @@ class Pretended:
 
     def __init__(
         self, graft: Graft, device: torch.device, precision: str, phase: Phase, learn: Learn, *, checkpointing: str,
-        cached: bool, rounded: Any = (),
+        cached: bool, rounded: Any = (), held: bool = False, freed: bool = False,
     ) -> None:  # fmt: skip
+        """`held`: gradients of the batches before are there already; `freed`: each is freed as soon as it is complete."""
+        self.held = held
         self.graft, self.device, self.phase, self.learn = graft, device, phase, learn
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         cast(graft.model, graft.labels, precision, rounded)
@@ -71,6 +75,8 @@ class Pretended:
             parameter.requires_grad_(False)
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
+            if freed:
+                parameter.register_post_accumulate_grad_hook(_free)
         self.forward = Forward(graft, device, precision)
         self.start = expected_start(self.forward, phase) if cached else None
         self.checkpointing = checkpointing
@@ -88,6 +94,8 @@ class Pretended:
                 recompute.enter(self.phase.depth)
                 with nullcontext() if states is None or not self.start.last else torch.no_grad():
                     join(joining, source, self.forward)
+                for parameter in self.trained.values() if self.held else ():
+                    parameter.grad = torch.zeros_like(parameter)
                 counting.operations.clear()
                 counting.restart()
                 terms = self.learn(_From(self, states), batch)
@@ -101,17 +109,33 @@ class Pretended:
             recompute.leave()
             for parameter in self.trained.values():
                 parameter.grad = None
-        return Counted(counting.peak, saved, counting.operations)
+        return _whole(counting, saved)
 
     def evaluation(self, source: Source, rows: np.ndarray) -> Counted:
-        """Count the forward pass of a batch without gradients, as for evaluation and for filling a cache."""
+        """Count the forward pass of a batch without gradients, from cached outputs if there are any."""
         batch = self._batch(source, rows)
+        states = self._states(batch)
         with torch.no_grad(), evaluating(self.graft.model), self._counted() as counting:
-            if self.start is not None:
-                self.start.capture(self.forward, batch)
-            else:
-                self.forward(batch)
-        return Counted(counting.peak, 0, counting.operations)
+            _From(self, states)(batch)
+        return _whole(counting)
+
+    def filling(self, source: Source, rows: np.ndarray) -> Counted:
+        """Count the pass of a batch up to the outputs that are cached."""
+        batch = self._batch(source, rows)
+        assert self.start is not None
+        with torch.no_grad(), evaluating(self.graft.model), self._counted() as counting:
+            self.start.capture(self.forward, batch)
+        return _whole(counting)
+
+    def cached_bytes(self, source: Source, rows: np.ndarray) -> int:
+        """Return the bytes of the cached outputs of all rows of a source; `rows`: some, to see their shape."""
+        states = self._states(self._batch(source, rows))
+        if states is None or self.start is None:
+            return 0
+        lengths, size = source.lengths, states.element_size()
+        if self.start.per_token and not source.uniform and not isinstance(lengths, int):
+            return int(lengths.sum()) * states[0, 0].numel() * size * source.views
+        return len(source) * states[0].numel() * size * source.views
 
     def _batch(self, source: Source, rows: np.ndarray) -> Batch:
         batch = source.batch(rows, self.device, Pass())
@@ -133,6 +157,14 @@ class Pretended:
             counting.ignore(tensor)
         with self.mode, drawing_from(Shapes(counting)) if self.device.type == "cpu" else nullcontext(), counting:
             yield counting
+
+
+def _whole(counting: Counting, saved: int = 0) -> Counted:
+    return Counted(counting.peak, saved, counting.operations, counting.small_peak, counting.large_peak)
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 class _From(Forward):

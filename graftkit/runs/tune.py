@@ -28,6 +28,7 @@ from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
 from graftkit.runs.finding import with_found_lr
+from graftkit.runs.foresight import Reality, foresee, told
 from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
@@ -231,10 +232,11 @@ def plan(recipe: Recipe, console: Console) -> Plan:
     recipe = budgeted(recipe, rows, console)
     with TemporaryDirectory() as place, started(recipe, rows, Path(place)) as recipe:
         prepared = prepare(recipe, rows, meta=True)
-    datasets = {"train": prepared.train}
-    show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
+    prepared, datasets = _encode(prepared)
+    show_found(console, found_in(prepared, datasets, statistics(prepared, {"train": datasets["train"]})))
     show_plan(console, prepared.plan.as_dict())
-    return prepared.plan
+    foreseen = foresee(prepared, datasets, twin=prepared.graft)
+    return prepared.plan if foreseen is None else replace(prepared.plan, forecast=told(foreseen, console))
 
 
 def _train(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console, *,
@@ -252,13 +254,16 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     train, rows = prepared.recipe.train, prepared.rows
     show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
     show_plan(console, prepared.plan.as_dict())
+    foreseen = foresee(prepared, datasets)
+    told(foreseen, console)
     show_rendered(console, rows.task.rendered(datasets["train"]))
+    reality = Reality(prepared, foreseen)
     start = time.monotonic()
     forward = _training_forward(prepared, datasets["train"])
     loop = Loop(
         prepared.graft, datasets["train"], forward, prepared.phases, prepared.learn, prepared.settings
     )
-    watch = Watch(prepared, datasets, folder, loop, start)
+    watch = Watch(prepared, datasets, folder, loop, start, reality)
     pace = Pace(prepared, loop, console)
     watch.regions = pace.regions
     if resumed:
