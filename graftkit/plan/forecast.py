@@ -104,11 +104,13 @@ def forecast(
     spent[ELEMENTWISE] += update / max(1, passes.accumulate)  # type: ignore[assignment]
     evaluation = _batch(load.evaluation, clock) * passes.evaluation_batches
     filling = _batch(load.filling, clock) * passes.fill_batches
+    step, evaluation, filling = (x * history.slower for x in (step, evaluation, filling))
     per_epoch = passes.per_epoch * step
     total = filling + passes.steps * step + passes.evaluations * evaluation
     flops = _flops(load, passes)
     seconds = {
         "step": step, "epoch": per_epoch, "evaluation": evaluation, "filling": filling, "total": total,
+        "by_rates": total / history.slower,
         "interval": [round(x, 3) for x in history.interval("seconds", total)],
     }  # fmt: skip
     whole = sum(spent.values()) or 1.0

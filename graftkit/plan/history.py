@@ -20,6 +20,8 @@ from graftkit.recipe.environment import cache_folder
 FILE = "predictions.jsonl"
 MOST = 200
 FIGURES = ("peak_memory_bytes", "seconds")
+LAST = 50  # runs that count
+CORRECTS = 3  # runs from which they correct the next
 LEAST = 8  # runs from which their errors are the interval
 DEFAULT = {"peak_memory_bytes": 0.15, "seconds": 0.4}  # relative, until there are so many
 COVERED = 0.9  # of the runs before lie within their interval
@@ -27,9 +29,11 @@ COVERED = 0.9  # of the runs before lie within their interval
 
 @dataclass(frozen=True)
 class History:
-    """The runs of one machine: `ratios`: measured by predicted of each figure, oldest first."""
+    """The runs of one machine: `ratios`: measured by predicted of each figure, oldest first; `slower`: how many times longer
+    than by rates alone the runs took, in the median, by which the next prediction is corrected."""
 
     ratios: dict[str, list[float]]
+    slower: float = 1.0
 
     def interval(self, figure: str, value: float) -> list[float]:
         """Return the least and most that a figure is expected to be: the range of nine runs in ten before, or a default."""
@@ -55,19 +59,25 @@ class History:
 def read(machine: str, path: Path | None = None) -> History:
     """Return what is known of a machine."""
     ratios: dict[str, list[float]] = {figure: [] for figure in FIGURES}
+    slower: list[float] = []
     for line in _lines(path or cache_folder() / FILE):
         if line.get("machine") == machine:
             for figure in FIGURES:
                 ratio = _ratio(line, figure)
                 if ratio is not None:
                     ratios[figure].append(ratio)
-    return History({figure: found[-50:] for figure, found in ratios.items()})
+            raw = _ratio(line, "seconds", "by_rates")
+            slower += [] if raw is None else [raw]
+    factor = float(np.median(slower[-LAST:])) if len(slower) >= CORRECTS else 1.0
+    return History({figure: found[-LAST:] for figure, found in ratios.items()}, factor)
 
 
-def add(machine: str, predicted: dict[str, Any], measured: dict[str, Any], path: Path | None = None) -> None:
-    """Add a run. Without a cache folder nothing is kept."""
+def add(
+    machine: str, predicted: dict[str, Any], measured: dict[str, Any], by_rates: float | None = None, path: Path | None = None
+) -> None:  # fmt: skip
+    """Add a run. `by_rates`: its seconds before they were corrected. Without a cache folder nothing is kept."""
     path = path or cache_folder() / FILE
-    line = {"machine": machine, "predicted": predicted, "measured": measured}
+    line = {"machine": machine, "predicted": predicted, "measured": measured, "by_rates": by_rates}
     with suppress(Exception):
         lines = [*_lines(path), line][-MOST:]
         write_text(path, "".join(f"{json.dumps(one)}\n" for one in lines))
@@ -87,9 +97,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _ratio(line: dict[str, Any], figure: str) -> float | None:
+def _ratio(line: dict[str, Any], figure: str, by: str | None = None) -> float | None:
     try:
-        ratio = line["measured"][figure] / line["predicted"][figure]
+        ratio = line["measured"][figure] / (line["predicted"][figure] if by is None else line[by])
     except (KeyError, TypeError, ZeroDivisionError):
         return None
     return float(ratio) if math.isfinite(ratio) and 0 < ratio < 1e3 else None

@@ -1,7 +1,7 @@
 """The arithmetic of single operations of torch: their kind, floating-point operations and bytes, from shapes alone.
 
-`torch.utils.flop_counter` has formulas for most products. It has none for attention on a CPU, for products that are added in
-place, and for oneDNN's linear layer, which are here.
+`torch.utils.flop_counter` counts nothing for attention on a CPU, for products that are added in place and for oneDNN's linear
+layer, and too much for the gradients of convolutions in groups.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 PRODUCTS, ATTENTION, CONVOLUTION, ELEMENTWISE, VIEW = "products", "attention", "convolution", "elementwise", "view"
 KINDS = (PRODUCTS, ATTENTION, CONVOLUTION, ELEMENTWISE)
@@ -47,8 +46,9 @@ def operation_of(function: Any, args: tuple, kwargs: dict[str, Any], output: Any
         flops = 2.0 * batch * rows * columns * inner
         return Operation(PRODUCTS, name, dtype, (batch, rows, columns, inner), flops, moved)
     if "convolution" in name:
-        flops = float(flop_registry[function._overloadpacket](*args, **kwargs, out_val=output))
-        return Operation(CONVOLUTION, name, dtype, _unfolded(name, args, outputs), flops, moved)
+        shape = _unfolded(name, args, outputs)
+        gradients = sum(args[-1][:2]) if "backward" in name else 1  # of the input and of the weight, as far as wanted
+        return Operation(CONVOLUTION, name, dtype, shape, 2.0 * gradients * math.prod(shape), moved)
     if name.startswith("_scaled_dot_product"):
         return _attention(name, args, kwargs, dtype, moved)
     return Operation(ELEMENTWISE, name, dtype, (max((t.numel() for t in outputs), default=0),), 0.0, moved)

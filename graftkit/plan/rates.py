@@ -259,6 +259,9 @@ def _byte_seconds(operation: Operation, device: torch.device) -> float:
         return _best(work, device) / (times * held(x))
 
 
+MODEL = 2.5  # times as much Python for an operation as a sequence of layers has in a model of transformers, as measured
+
+
 def _call_seconds(device: torch.device) -> float:
     """Measure the seconds of the host for one operation: a step of small layers, by the operations that it dispatches."""
     from graftkit.plan.counting import Counting
@@ -274,5 +277,5 @@ def _call_seconds(device: torch.device) -> float:
     with Counting() as counting:
         step()
     calls = sum(counting.operations.values())
-    return _best(step, device, one_thread=True) / calls
+    return MODEL * _best(step, device, one_thread=True) / calls
 

@@ -25,12 +25,12 @@ from graftkit.plan.estimate import estimated
 from graftkit.plan.forecast import Clock, Forecast, Load, Passes, forecast
 from graftkit.plan.pretended import Counted, Pretended
 from graftkit.plan.rates import Rates
+from graftkit.recipe.environment import forecasts
 from graftkit.report.console import Console
 from graftkit.report.forecast import show_forecast
 from graftkit.runs.prepare import Prepared, graft_of, source_of
 from graftkit.tasks.base import Dataset
 
-ON = True  # whether runs are foreseen; tests of other things turn it off
 SAMPLE = 200  # batches of the first epoch whose lengths are looked at
 
 
@@ -39,7 +39,7 @@ def foresee(
 ) -> Forecast | None:
     """Return what a run will take; None if nothing is known. `twin`: its graft on the meta device, if there is one already:
     it is used up. `clock`: the rates of another machine."""
-    if not ON:
+    if not forecasts():
         return None
     rates = Rates(prepared.device) if clock is None else None
     known = history.read(rates.machine if rates is not None else "")
@@ -211,7 +211,7 @@ class Reality:
         predicted = self.foreseen.predicted
         measured = {"peak_memory_bytes": self.over, "seconds": round(seconds, 3)}
         if not partly and processes()[0] == 0:
-            history.add(Rates(self.device, {}).machine, predicted, measured)
+            history.add(Rates(self.device, {}).machine, predicted, measured, self.foreseen.seconds["by_rates"])
         return {**found, "predicted": predicted, "measured": measured}
 
     def end_of_steps(self) -> None:
