@@ -86,9 +86,9 @@ class Forecast:
 
 
 def forecast(
-    plan: Plan, load: Load, passes: Passes, clock: Clock, history: History, *, cpu: bool, devices: int = 1
+    plan: Plan, load: Load, passes: Passes, clock: Clock, history: History, *, cpu: bool
 ) -> Forecast:
-    """Return what a run takes. `cpu`: of the memory of a process, not of a GPU. `devices`: among which rows are divided."""
+    """Return what a run takes. `cpu`: of the memory of a process, not of a GPU."""
     memory = memory_of(plan, load, passes, history, cpu)
     spent: Counter[str] = Counter()
     for share, counted in load.usual:

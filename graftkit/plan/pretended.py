@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from graftkit.data.source import Batch, Pass, Source
 from graftkit.engine.dropout import drawing_from
@@ -61,10 +62,11 @@ class Pretended:
 
     def __init__(
         self, graft: Graft, device: torch.device, precision: str, phase: Phase, learn: Learn, *, checkpointing: str,
-        cached: bool, rounded: Any = (), held: bool = False, freed: bool = False,
+        cached: bool, rounded: Any = (), held: bool = False, freed: bool = False, as_on_gpu: bool = False,
     ) -> None:  # fmt: skip
-        """`held`: gradients of the batches before are there already; `freed`: each is freed as soon as it is complete."""
-        self.held = held
+        """`held`: gradients of the batches before are there already; `freed`: each is freed as soon as it is complete.
+        `as_on_gpu`: fused attention and torch's own dropout, on a device that stands for a GPU."""
+        self.held, self.as_on_gpu = held, as_on_gpu
         self.graft, self.device, self.phase, self.learn = graft, device, phase, learn
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         cast(graft.model, graft.labels, precision, rounded)
@@ -155,8 +157,28 @@ class Pretended:
         counting = Counting()
         for tensor in (*self.graft.model.parameters(), *self.graft.model.buffers()):
             counting.ignore(tensor)
-        with self.mode, drawing_from(Shapes(counting)) if self.device.type == "cpu" else nullcontext(), counting:
+        own: Any = nullcontext()
+        if self.as_on_gpu:
+            own = _fused_attention()
+        elif self.device.type == "cpu":
+            own = drawing_from(Shapes(counting))
+        with self.mode, own, counting:
             yield counting
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Leave dropout out of attention, which GPUs compute within the fused kernel."""
+    plain = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **more: Any) -> Tensor:
+        return plain(query, key, value, attn_mask=attn_mask, **more)
+
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 def _whole(counting: Counting, saved: int = 0) -> Counted:

@@ -21,8 +21,9 @@ from graftkit.engine.parallel import processes
 from graftkit.engine.precision import rounded_names
 from graftkit.grafts.graft import Graft
 from graftkit.plan import history
+from graftkit.plan.elsewhere import Machine, fitted, shared
 from graftkit.plan.estimate import estimated
-from graftkit.plan.forecast import Clock, Forecast, Load, Passes, forecast
+from graftkit.plan.forecast import Forecast, Load, Passes, forecast
 from graftkit.plan.pretended import Counted, Pretended
 from graftkit.plan.rates import Rates
 from graftkit.recipe.environment import forecasts
@@ -35,23 +36,29 @@ SAMPLE = 200  # batches of the first epoch whose lengths are looked at
 
 
 def foresee(
-    prepared: Prepared, datasets: Mapping[str, Dataset], *, twin: Graft | None = None, clock: Clock | None = None
+    prepared: Prepared, datasets: Mapping[str, Dataset], *, twin: Graft | None = None, machine: Machine | None = None
 ) -> Forecast | None:
     """Return what a run will take; None if nothing is known. `twin`: its graft on the meta device, if there is one already:
-    it is used up. `clock`: the rates of another machine."""
-    if not forecasts():
-        return None
-    rates = Rates(prepared.device) if clock is None else None
-    known = history.read(rates.machine if rates is not None else "")
+    it is used up. `machine`: another one than this."""
+    return foresee_always(prepared, datasets, twin=twin, machine=machine) if forecasts() else None
+
+
+def foresee_always(
+    prepared: Prepared, datasets: Mapping[str, Dataset], *, twin: Graft | None = None, machine: Machine | None = None
+) -> Forecast:  # fmt: skip
+    """Return what a run will take, whether runs are foreseen or not."""
+    rates = Rates(prepared.device) if machine is None else None
+    known = history.read("" if rates is None else rates.machine)
     with _undisturbed():
-        load = load_of(prepared, datasets, twin)
-    found = forecast(
-        prepared.plan, load, passes_of(prepared, datasets, load), clock or rates, known,  # type: ignore[arg-type]
-        cpu=prepared.device.type == "cpu",
-    )  # fmt: skip
+        load = load_of(prepared, datasets, twin, as_on_gpu=machine is not None)
+    passes = passes_of(prepared, datasets, load)
+    if machine is not None:
+        passes = shared(passes, machine, fixed=prepared.recipe.train.steps is not None)
+    cpu = machine is None and prepared.device.type == "cpu"
+    found = forecast(prepared.plan, load, passes, machine or rates, known, cpu=cpu)  # type: ignore[arg-type]
     if rates is not None:
         rates.save()
-    return found
+    return found if machine is None else fitted(found, machine)
 
 
 @contextmanager
@@ -65,11 +72,13 @@ def _undisturbed() -> Any:
         np.random.set_state(state)
 
 
-def load_of(prepared: Prepared, datasets: Mapping[str, Dataset], twin: Graft | None = None) -> Load:
+def load_of(
+    prepared: Prepared, datasets: Mapping[str, Dataset], twin: Graft | None = None, as_on_gpu: bool = False
+) -> Load:  # fmt: skip
     """Count the passes of a run on fake tensors; where that fails, estimate them by a formula."""
     heavy, usual = batches_of(prepared)
     try:
-        return _counted(prepared, datasets, twin or _twin(prepared), heavy, usual)
+        return _counted(prepared, datasets, twin or _twin(prepared), heavy, usual, as_on_gpu)
     except Exception as error:
         return estimated(prepared.graft, prepared.depth, prepared.precision, _shapes(prepared.train, [heavy, *usual]), error)
 
@@ -97,7 +106,8 @@ def batches_of(prepared: Prepared) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _counted(
-    prepared: Prepared, datasets: Mapping[str, Dataset], twin: Graft, heavy: np.ndarray, batches: list[np.ndarray]
+    prepared: Prepared, datasets: Mapping[str, Dataset], twin: Graft, heavy: np.ndarray, batches: list[np.ndarray],
+    as_on_gpu: bool,
 ) -> Load:  # fmt: skip
     source, settings, recipe = prepared.train, prepared.settings, prepared.recipe
     phase = replace(prepared.phases[-1], labels={n: g for n, g in twin.labels.items() if n in prepared.phases[-1].labels})
@@ -106,7 +116,7 @@ def _counted(
     pretended = Pretended(
         twin, prepared.device, prepared.precision, phase, prepared.learn, checkpointing=settings.checkpointing, cached=cached,
         rounded=rounded_names(twin.model, twin.labels, settings.weight_type), held=settings.accumulate > 1,
-        freed=settings.step_in_backward,
+        freed=settings.step_in_backward, as_on_gpu=as_on_gpu,
     )  # fmt: skip
     begun = time.perf_counter()
     batch = source.batch(batches[len(batches) // 2], prepared.device)
@@ -182,6 +192,20 @@ def _batches(source: Source, size: int) -> float:
     if isinstance(source.lengths, int) or not len(source):
         return len(source) / size
     return float(source.lengths.sum()) / (size * int(source.lengths.max())) * (size / min(size, len(source)))
+
+
+def encoded(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
+    """Encode the rows for the model, and drop those that turn out to be bad."""
+    rows = prepared.rows
+    others = {"eval": rows.eval, "test": rows.test}
+    found = {
+        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
+        for name, examples in others.items()
+        if examples is not None
+    }
+    kept = {name: dataset.examples for name, dataset in found.items()}
+    rows = replace(rows, eval=kept.get("eval"), test=kept.get("test"))
+    return replace(prepared, rows=rows), {"train": prepared.train, **found}
 
 
 def told(found: Forecast | None, console: Console) -> dict[str, Any]:

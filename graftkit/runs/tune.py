@@ -19,6 +19,7 @@ from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.engine.tracking import refuse_missing
 from graftkit.errors import Interrupted, UserError
 from graftkit.files import write_json, write_text
+from graftkit.plan.elsewhere import Machine
 from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.environment import are_several
@@ -28,7 +29,7 @@ from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
 from graftkit.runs.finding import with_found_lr
-from graftkit.runs.foresight import Reality, foresee, told
+from graftkit.runs.foresight import Reality, encoded, foresee, foresee_always, told
 from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
@@ -143,7 +144,7 @@ def run_recipe(
         with uncollected():  # imports the code of the model
             rehearse(recipe, rows, source)
         prepared = prepare(recipe, rows, source)
-        prepared, datasets = _encode(prepared)
+        prepared, datasets = encoded(prepared)
         prepared, curve = with_found_lr(prepared, console)
         recipe = recipe.model_copy(update={"train": prepared.recipe.train})
         if processes()[0] == 0 and overwrite:
@@ -214,7 +215,7 @@ def resume_run(
         in_first(lambda: stack.enter_context(run_folder.held(folder)))
         rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
         prepared = prepare(recipe, rows)
-        prepared, datasets = _encode(prepared)
+        prepared, datasets = encoded(prepared)
         planned = _planned(prepared, datasets)
         planned, notes = check_inputs(folder, prepared, planned, force)
         for note in notes:
@@ -225,18 +226,23 @@ def resume_run(
         return _train(prepared, datasets, folder, console, resumed=True)
 
 
-def plan(recipe: Recipe, console: Console) -> Plan:
-    """Print what `tune` prints before its first step; no weights are read and nothing is trained."""
+def plan(recipe: Recipe, console: Console, machine: Machine | None = None) -> Plan:
+    """Print what `tune` prints before its first step; no weights are read and nothing is trained.
+
+    `machine`: another one, that the run is planned for.
+    """
     refuse_missing(recipe.train.trackers)
     rows = prepare_rows(recipe)
     recipe = budgeted(recipe, rows, console)
+    if machine is not None and recipe.train.precision == "auto":
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
     with TemporaryDirectory() as place, started(recipe, rows, Path(place)) as recipe:
         prepared = prepare(recipe, rows, meta=True)
-    prepared, datasets = _encode(prepared)
+    prepared, datasets = encoded(prepared)
     show_found(console, found_in(prepared, datasets, statistics(prepared, {"train": datasets["train"]})))
     show_plan(console, prepared.plan.as_dict())
-    foreseen = foresee(prepared, datasets, twin=prepared.graft)
-    return prepared.plan if foreseen is None else replace(prepared.plan, forecast=told(foreseen, console))
+    foreseen = foresee_always(prepared, datasets, twin=prepared.graft, machine=machine)
+    return replace(prepared.plan, forecast=told(foreseen, console))
 
 
 def _train(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console, *,
@@ -325,20 +331,6 @@ def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:
         return PhasedForward(*where, dataset, per_epoch, caching)
     passes = math.ceil(prepared.settings.steps / per_epoch)
     return make_forward(*where, prepared.depth, dataset, passes, prepared.phases[0].labels, caching)
-
-
-def _encode(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
-    """Encode the rows for the model, and drop those that turn out to be bad."""
-    rows = prepared.rows
-    others = {"eval": rows.eval, "test": rows.test}
-    found = {
-        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
-        for name, examples in others.items()
-        if examples is not None
-    }
-    kept = {name: dataset.examples for name, dataset in found.items()}
-    rows = replace(rows, eval=kept.get("eval"), test=kept.get("test"))
-    return replace(prepared, rows=rows), {"train": prepared.train, **found}
 
 
 def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]:
