@@ -35,8 +35,18 @@ MethodName = Annotated[
     str | None, typer.Option("--method", help="the method, for example 'lora(rank=8) + head()'")
 ]
 Out = Annotated[str | None, typer.Option(help="run folder; default: a new one under runs/")]
-Memory = Annotated[str | None, typer.Option(help="the most memory that the run may take, for example 8GB; chooses what the recipe leaves open")]
-Time = Annotated[str | None, typer.Option(help="the most time that the run may take, for example 30min; chooses what the recipe leaves open")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="the most memory that the run may take, for example 8GB; chooses what the recipe leaves open"
+    ),
+]
+Time = Annotated[
+    str | None,
+    typer.Option(
+        help="the most time that the run may take, for example 30min; chooses what the recipe leaves open"
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 
 

@@ -36,9 +36,7 @@ On = Annotated[str | None, typer.Option(help="another machine by its device, for
 Gpus = Annotated[int | None, typer.Option(help="with --on: number of devices; default 1")]
 Mfu = Annotated[
     float | None,
-    typer.Option(
-        help="with --on: the share of the device's bf16 products that is reached; default 0.4"
-    ),
+    typer.Option(help="with --on: the share of the device's bf16 products that is reached; default 0.4"),
 ]
 Length = Annotated[
     int | None, typer.Option(help="with --geometry: tokens in a row; default: as it was published")
@@ -61,7 +59,9 @@ def plan(
         return
     for name in ("tokens", "mfu", "length"):
         if name in stated and (on is None or name != "mfu"):
-            raise UserError(f"--{name} goes with --geometry NAME, which estimates pre-training on other machines.")
+            raise UserError(
+                f"--{name} goes with --geometry NAME, which estimates pre-training on other machines."
+            )
     if gpus is not None and on is None:
         raise UserError("--gpus goes with --on DEVICE, for example --on h100.")
     machine = None

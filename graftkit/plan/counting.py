@@ -17,7 +17,9 @@ from graftkit.engine.dropout import Source
 from graftkit.plan.operations import ELEMENTWISE, Operation, operation_of, tensors
 
 BLOCK = 512  # bytes that the allocators of GPUs round to
-MAPPED = 32 << 20  # bytes from which glibc maps a block and gives it back when it is freed; smaller ones it keeps
+MAPPED = (
+    32 << 20
+)  # bytes from which glibc maps a block and gives it back when it is freed; smaller ones it keeps
 
 
 class Counting(TorchDispatchMode):

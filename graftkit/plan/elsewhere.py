@@ -72,4 +72,6 @@ def fitted(found: Forecast, machine: Machine) -> Forecast:
         said = f"does not fit one {machine.name}; divided among devices it takes {least} of them, {each / 1e9:,.1f} GB on each of {machine.devices}"
     note = f"{machine.devices} x {machine.name}, by the rates of its data sheet and {machine.mfu:.0%} of its products; communication is not counted. It {said}"
     memory = {**memory, "each": int(each), "room": int(room)}
-    return dataclasses.replace(found, memory=memory, note=note if found.note is None else f"{note}. {found.note}")
+    return dataclasses.replace(
+        found, memory=memory, note=note if found.note is None else f"{note}. {found.note}"
+    )

@@ -28,7 +28,10 @@ def estimated(
 ) -> Load:  # fmt: skip
     """Return the load of batches of (rows, length), the heaviest first."""
     note = f"memory and time are estimated from shapes alone, as the model cannot be called without numbers ({type(reason).__name__}: {first_line(reason)[:120]})"
-    passes = [_pass(graft, depth, precision, rows, length) for rows, length in (batches[0], batches[len(batches) // 2])]
+    passes = [
+        _pass(graft, depth, precision, rows, length)
+        for rows, length in (batches[0], batches[len(batches) // 2])
+    ]
     return Load(passes[0], [(1.0, passes[1])], None, None, exact=False, note=note)
 
 

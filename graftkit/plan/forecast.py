@@ -175,7 +175,11 @@ def _update(plan: Plan, clock: Clock) -> float:
 
     trained = plan.trained_parameters - plan.never_trained_parameters
     moved = 4.0 * 3 * trained + 4.0 * 3 * trained + 2.0 * plan.optimizer_bytes
-    return clock.seconds(Operation(ELEMENTWISE, "add", torch.float32, (trained,), 0.0, moved)) if trained else 0.0
+    return (
+        clock.seconds(Operation(ELEMENTWISE, "add", torch.float32, (trained,), 0.0, moved))
+        if trained
+        else 0.0
+    )
 
 
 def _flops(load: Load, passes: Passes) -> dict[str, Any]:
@@ -184,7 +188,9 @@ def _flops(load: Load, passes: Passes) -> dict[str, Any]:
     for share, counted in load.usual:
         for operation, times in counted.operations.items():
             kinds[operation.kind] += share * times * operation.flops * passes.accumulate  # type: ignore[assignment]
-            moved += share * times * operation.bytes * passes.accumulate if operation.kind == ELEMENTWISE else 0.0
+            moved += (
+                share * times * operation.bytes * passes.accumulate if operation.kind == ELEMENTWISE else 0.0
+            )
     step = float(sum(kinds.values()))
     others = sum(
         0.0 if one is None else one.flops * times

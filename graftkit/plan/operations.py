@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PRODUCTS, ATTENTION, CONVOLUTION, ELEMENTWISE, VIEW = "products", "attention", "convolution", "elementwise", "view"
+PRODUCTS, ATTENTION, CONVOLUTION, ELEMENTWISE, VIEW = (
+    "products",
+    "attention",
+    "convolution",
+    "elementwise",
+    "view",
+)
 KINDS = (PRODUCTS, ATTENTION, CONVOLUTION, ELEMENTWISE)
 
 
@@ -47,7 +53,9 @@ def operation_of(function: Any, args: tuple, kwargs: dict[str, Any], output: Any
         return Operation(PRODUCTS, name, dtype, (batch, rows, columns, inner), flops, moved)
     if "convolution" in name:
         shape = _unfolded(name, args, outputs)
-        gradients = sum(args[-1][:2]) if "backward" in name else 1  # of the input and of the weight, as far as wanted
+        gradients = (
+            sum(args[-1][:2]) if "backward" in name else 1
+        )  # of the input and of the weight, as far as wanted
         return Operation(CONVOLUTION, name, dtype, shape, 2.0 * gradients * math.prod(shape), moved)
     if name.startswith("_scaled_dot_product"):
         return _attention(name, args, kwargs, dtype, moved)

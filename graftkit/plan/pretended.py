@@ -171,7 +171,9 @@ def _fused_attention() -> Iterator[None]:
     """Leave dropout out of attention, which GPUs compute within the fused kernel."""
     plain = F.scaled_dot_product_attention
 
-    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **more: Any) -> Tensor:
+    def fused(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **more: Any
+    ) -> Tensor:
         return plain(query, key, value, attn_mask=attn_mask, **more)
 
     F.scaled_dot_product_attention = fused  # type: ignore[assignment]
@@ -225,9 +227,7 @@ def expected_start(plain: Forward, phase: Phase) -> Start | None:
 def _drops(model: nn.Module, but: nn.Module) -> bool:
     """Return whether dropout may act behind the blocks, outside of a module."""
     inside = set(but.modules())
-    return any(
-        isinstance(m, nn.Dropout) and m.p and m.training for m in model.modules() if m not in inside
-    )
+    return any(isinstance(m, nn.Dropout) and m.p and m.training for m in model.modules() if m not in inside)
 
 
 def fake(model: nn.Module, device: torch.device) -> None:

@@ -35,7 +35,9 @@ REPEATS = 5
 class Rates:
     """The measured rates of a device. `found`: seconds of a FLOP or byte by key; `call`: seconds that the host takes for a call."""
 
-    def __init__(self, device: torch.device, found: dict[str, float] | None = None, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, device: torch.device, found: dict[str, float] | None = None, patience: float = PATIENCE
+    ) -> None:
         self.device, self.patience = device, patience
         self.machine = f"{hardware(device) if device.type == 'cuda' else cpu_name()} threads={torch.get_num_threads()} torch={torch.__version__}"
         self.found = self._read() if found is None else found
@@ -51,7 +53,9 @@ class Rates:
         if operation.kind == VIEW:
             return 0.0
         if operation.kind == ELEMENTWISE:
-            return operation.bytes * self._of(self._elementwise_key(operation), lambda: _byte_seconds(operation, self.device))
+            return operation.bytes * self._of(
+                self._elementwise_key(operation), lambda: _byte_seconds(operation, self.device)
+            )
         if not operation.flops:
             return 0.0
         return operation.flops * self._of(_key(operation), lambda: _flop_seconds(operation, self.device))
@@ -107,13 +111,20 @@ class Rates:
         with suppress(Exception):
             path = cache_folder() / FILE
             known = _all()
-            known[self.machine] = {**known.get(self.machine, {}), **{k: float(f"{v:.4g}") for k, v in self.found.items()}}
+            known[self.machine] = {
+                **known.get(self.machine, {}),
+                **{k: float(f"{v:.4g}") for k, v in self.found.items()},
+            }
             write_json(path, known)
             self.changed = False
 
     def _read(self) -> dict[str, float]:
         own = _all().get(self.machine, {})
-        return {k: float(v) for k, v in own.items() if isinstance(v, int | float) and 0 < v < 1} if isinstance(own, dict) else {}
+        return (
+            {k: float(v) for k, v in own.items() if isinstance(v, int | float) and 0 < v < 1}
+            if isinstance(own, dict)
+            else {}
+        )
 
 
 def _all() -> dict[str, Any]:
@@ -173,14 +184,19 @@ def _attention_seconds(operation: Operation, device: torch.device) -> float:
     heads, length, keys, width = (_half(n) for n in operation.shape)
     heads = max(1, min(heads, int(LARGEST // (4.0 * length * keys * width)) or 1))
     query = torch.randn(1, heads, length, width, device=device).to(operation.dtype).requires_grad_()
-    key, value = (torch.randn(1, heads, keys, width, device=device).to(operation.dtype).requires_grad_() for _ in range(2))
+    key, value = (
+        torch.randn(1, heads, keys, width, device=device).to(operation.dtype).requires_grad_()
+        for _ in range(2)
+    )
     forward = _best(lambda: F.scaled_dot_product_attention(query, key, value), device)
     one = 2.0 * heads * length * keys * width
     if "backward" not in operation.name:
         return forward / (2 * one)
     out = F.scaled_dot_product_attention(query, key, value)
     gradient = torch.randn_like(out)
-    seconds = _best(lambda: torch.autograd.grad(out, (query, key, value), gradient, retain_graph=True), device)
+    seconds = _best(
+        lambda: torch.autograd.grad(out, (query, key, value), gradient, retain_graph=True), device
+    )
     return seconds / (5 * one)
 
 
@@ -213,7 +229,9 @@ def _rows(x: Tensor) -> Tensor:
 def _norm_backward(x: Tensor) -> Any:
     rows, weight = _rows(x), torch.ones(256, dtype=x.dtype, device=x.device)
     mean = torch.zeros(len(rows), 1, device=x.device)
-    return lambda: aten.native_layer_norm_backward(rows, rows, [256], mean, mean + 1, weight, weight, [True, True, True])
+    return lambda: aten.native_layer_norm_backward(
+        rows, rows, [256], mean, mean + 1, weight, weight, [True, True, True]
+    )
 
 
 # each makes, from x (n,), a call and the bytes that it reads and writes by those of x
@@ -253,7 +271,9 @@ def _drawing(x: Tensor) -> Callable[[], Any]:
 def _byte_seconds(operation: Operation, device: torch.device) -> float:
     """Measure an element-wise operator at about this size; return the seconds of a byte."""
     half = operation.dtype in (torch.bfloat16, torch.float16)
-    x = torch.randn(min(_size(operation.shape[0]), 1 << 23), device=device).to(operation.dtype if half else torch.float32)
+    x = torch.randn(min(_size(operation.shape[0]), 1 << 23), device=device).to(
+        operation.dtype if half else torch.float32
+    )
     work, times = PROBES[operation.name if operation.name in PROBES else COMMON](x)
     with torch.no_grad():
         return _best(work, device) / (times * held(x))
@@ -278,4 +298,3 @@ def _call_seconds(device: torch.device) -> float:
         step()
     calls = sum(counting.operations.values())
     return MODEL * _best(step, device, one_thread=True) / calls
-

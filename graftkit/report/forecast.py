@@ -26,15 +26,29 @@ def _lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{name} {size(memory[name])}"
         for name in ("weights", "gradients", "optimizer", "activations", "other") if memory[name]
     ]  # fmt: skip
-    lines = [("memory", f"about {size(memory['peak'])} at the peak ({size(low)} to {size(high)}): {', '.join(parts)}")]
+    lines = [
+        (
+            "memory",
+            f"about {size(memory['peak'])} at the peak ({size(low)} to {size(high)}): {', '.join(parts)}",
+        )
+    ]
     low, high = seconds["interval"]
-    before = f", {span(seconds['filling'])} of them for frozen layers before the first step" if seconds["filling"] > 1 else ""
+    before = (
+        f", {span(seconds['filling'])} of them for frozen layers before the first step"
+        if seconds["filling"] > 1
+        else ""
+    )
     lines.append(
-        ("time", f"about {span(seconds['total'])} ({span(low)} to {span(high)}), {span(seconds['epoch'])} an epoch{before}")
+        (
+            "time",
+            f"about {span(seconds['total'])} ({span(low)} to {span(high)}), {span(seconds['epoch'])} an epoch{before}",
+        )
     )
     shares = sorted(found["time"].items(), key=lambda one: -one[1])
     if shares:
-        lines.append(("of a step", ", ".join(f"{NAMES[name]} {share:.0%}" for name, share in shares if share >= 0.01)))
+        lines.append(
+            ("of a step", ", ".join(f"{NAMES[name]} {share:.0%}" for name, share in shares if share >= 0.01))
+        )
     lines += [("advice", text) for text in found["advice"]]
     if found["plan_error"]:
         lines.append(("earlier runs", error_line(found["plan_error"])))
@@ -46,7 +60,10 @@ def _lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 def error_line(errors: Mapping[str, Any]) -> str:
     """Say how right the plans of earlier runs were."""
     names = {"peak_memory_bytes": "memory", "seconds": "time"}
-    parts = [f"{names[figure]} by {one['median']:.0%} (at most {one['largest']:.0%})" for figure, one in errors.items()]
+    parts = [
+        f"{names[figure]} by {one['median']:.0%} (at most {one['largest']:.0%})"
+        for figure, one in errors.items()
+    ]
     runs = max(one["runs"] for one in errors.values())
     return f"on this machine, the plans of the last {runs} were wrong in {' and '.join(parts)}, in the median"
 

@@ -14,8 +14,8 @@ import torch
 
 from graftkit.data.order import ordered_batches
 from graftkit.data.source import Source
-from graftkit.engine.filling import FILL_BATCH
 from graftkit.engine.cached import MEMORY_SHARE
+from graftkit.engine.filling import FILL_BATCH
 from graftkit.engine.memory import Peak, host_memory
 from graftkit.engine.parallel import processes
 from graftkit.engine.precision import rounded_names
@@ -36,7 +36,11 @@ SAMPLE = 200  # batches of the first epoch whose lengths are looked at
 
 
 def foresee(
-    prepared: Prepared, datasets: Mapping[str, Dataset], *, twin: Graft | None = None, machine: Machine | None = None
+    prepared: Prepared,
+    datasets: Mapping[str, Dataset],
+    *,
+    twin: Graft | None = None,
+    machine: Machine | None = None,
 ) -> Forecast | None:
     """Return what a run will take; None if nothing is known. `twin`: its graft on the meta device, if there is one already:
     it is used up. `machine`: another one than this."""
@@ -80,7 +84,13 @@ def load_of(
     try:
         return _counted(prepared, datasets, twin or _twin(prepared), heavy, usual, as_on_gpu)
     except Exception as error:
-        return estimated(prepared.graft, prepared.depth, prepared.precision, _shapes(prepared.train, [heavy, *usual]), error)
+        return estimated(
+            prepared.graft,
+            prepared.depth,
+            prepared.precision,
+            _shapes(prepared.train, [heavy, *usual]),
+            error,
+        )
 
 
 def _twin(prepared: Prepared) -> Graft:
@@ -110,7 +120,9 @@ def _counted(
     as_on_gpu: bool,
 ) -> Load:  # fmt: skip
     source, settings, recipe = prepared.train, prepared.settings, prepared.recipe
-    phase = replace(prepared.phases[-1], labels={n: g for n, g in twin.labels.items() if n in prepared.phases[-1].labels})
+    phase = replace(
+        prepared.phases[-1], labels={n: g for n, g in twin.labels.items() if n in prepared.phases[-1].labels}
+    )
     views = math.ceil(settings.steps / prepared.plan.steps_per_epoch) if prepared.plan.steps_per_epoch else 0
     cached = source.keeps and recipe.train.cache != "none" and views > source.views
     pretended = Pretended(
@@ -180,7 +192,9 @@ def passes_of(prepared: Prepared, datasets: Mapping[str, Dataset], load: Load) -
     world = processes()[1]
     filled = 0.0
     if load.filling is not None:
-        filled = sum(_batches(one, FILL_BATCH) * one.views for name, one in datasets.items() if name != "test")
+        filled = sum(
+            _batches(one, FILL_BATCH) * one.views for name, one in datasets.items() if name != "test"
+        )
     return Passes(
         settings.steps, per_epoch, settings.accumulate, times if held is not None else 0,
         0.0 if held is None else _batches(held, 2 * settings.batch_size) / world, filled / world,
@@ -208,21 +222,21 @@ def encoded(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
     return replace(prepared, rows=rows), {"train": prepared.train, **found}
 
 
-def told(found: Forecast | None, console: Console) -> dict[str, Any]:
+def told(found: Forecast, console: Console) -> dict[str, Any]:
     """Print a forecast, and return it as plain values."""
-    if found is None:
-        return {}
     values = found.as_dict()
     show_forecast(console, values)
     return values
 
 
 class Reality:
-    """What a run takes, beside what was foreseen. Made before the first step, when the model is in memory."""
+    """What a run takes, beside what is foreseen. Made before the first step, when the model is in memory."""
 
-    def __init__(self, prepared: Prepared, foreseen: Forecast | None) -> None:
-        self.device, self.foreseen = prepared.device, foreseen
-        if foreseen is not None:
+    def __init__(self, prepared: Prepared, datasets: Mapping[str, Dataset], console: Console) -> None:
+        """Foresee the run and print that."""
+        self.device, self.foreseen = prepared.device, foresee(prepared, datasets)
+        if self.foreseen is not None:
+            told(self.foreseen, console)
             make_resident(prepared.graft.model)
         self.peak = Peak(prepared.device)
         self.over: int | None = None
@@ -235,7 +249,9 @@ class Reality:
         predicted = self.foreseen.predicted
         measured = {"peak_memory_bytes": self.over, "seconds": round(seconds, 3)}
         if not partly and processes()[0] == 0:
-            history.add(Rates(self.device, {}).machine, predicted, measured, self.foreseen.seconds["by_rates"])
+            history.add(
+                Rates(self.device, {}).machine, predicted, measured, self.foreseen.seconds["by_rates"]
+            )
         return {**found, "predicted": predicted, "measured": measured}
 
     def end_of_steps(self) -> None:

@@ -27,8 +27,8 @@ from graftkit.runs import folder as run_folder
 from graftkit.runs.best import best_of
 from graftkit.runs.describing import describe, facts
 from graftkit.runs.export import write_model
-from graftkit.runs.foresight import Reality
 from graftkit.runs.folder import BEFORE_DECAY, CHECKPOINTS, GRAFT, METRICS, RESULT, how_to_resume
+from graftkit.runs.foresight import Reality
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.probe import METRIC
 from graftkit.runs.saved import log_lines

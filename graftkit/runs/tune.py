@@ -29,8 +29,8 @@ from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
 from graftkit.runs.finding import with_found_lr
-from graftkit.runs.foresight import Reality, encoded, foresee, foresee_always, told
 from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
+from graftkit.runs.foresight import Reality, encoded, foresee_always, told
 from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
@@ -260,10 +260,8 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     train, rows = prepared.recipe.train, prepared.rows
     show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
     show_plan(console, prepared.plan.as_dict())
-    foreseen = foresee(prepared, datasets)
-    told(foreseen, console)
+    reality = Reality(prepared, datasets, console)
     show_rendered(console, rows.task.rendered(datasets["train"]))
-    reality = Reality(prepared, foreseen)
     start = time.monotonic()
     forward = _training_forward(prepared, datasets["train"])
     loop = Loop(

@@ -17,7 +17,6 @@ import torch
 from graftkit.backbone.quantized import LIBRARY
 from graftkit.engine.memory import resident
 from graftkit.errors import UserError
-from graftkit.plan.forecast import Forecast
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.catalogue import entries
 from graftkit.recipe.schema import Recipe
@@ -75,7 +74,9 @@ def within(values: Mapping[str, Any], limits: Limits, console: Console) -> tuple
     """
     recipe = recipes.make(values)
     if recipe.budget is not None:
-        raise UserError("--memory and --time are for a recipe without a budget, which chooses by time already; leave out one of the two.")
+        raise UserError(
+            "--memory and --time are for a recipe without a budget, which chooses by time already; leave out one of the two."
+        )
     rows = prepare_rows(recipe)
     tried: list[Choice] = []
     for candidate in _methods(values, recipe):
@@ -93,11 +94,16 @@ def _methods(values: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[Recipe
     if values.get("method") is not None:
         return
     for word in ("is_product", "gives_outputs"):
-        name = next((entry.name for entry in entries("method").values() if entry.constants.get(word) is True), None)
+        name = next(
+            (entry.name for entry in entries("method").values() if entry.constants.get(word) is True), None
+        )
         if name is None or recipe.method is None or recipe.method.startswith(f"{name}("):
             continue
         try:
-            yield recipes.make({**values, "method": f"{name}()"}), (f"the method {recipe.method}, for {name}(), which trains less",)
+            yield (
+                recipes.make({**values, "method": f"{name}()"}),
+                (f"the method {recipe.method}, for {name}(), which trains less",),
+            )
         except UserError:
             continue  # a task without a head of its own
 
@@ -112,20 +118,30 @@ def _of_method(
     stated = values.get("train") if isinstance(values.get("train"), dict) else {}
     assert isinstance(stated, dict)
     batch = recipe.train.batch_size
-    while not one.in_memory(limits) and "batch_size" not in stated and "accumulate" not in stated and batch > 1:
+    while (
+        not one.in_memory(limits) and "batch_size" not in stated and "accumulate" not in stated and batch > 1
+    ):
         batch = max(1, batch // _times(one, limits, batch))
         more = -(-recipe.train.batch_size // batch)
         smaller = _with(recipe, batch_size=batch, accumulate=more)
-        one = _judged(smaller, rows, (*gave_up, f"batches of {recipe.train.batch_size} rows, for {more} of {batch} a step"))
+        one = _judged(
+            smaller,
+            rows,
+            (*gave_up, f"batches of {recipe.train.batch_size} rows, for {more} of {batch} a step"),
+        )
         yield one
     if not one.in_memory(limits) and "checkpointing" not in stated:
         again = _with(one.recipe, checkpointing="blocks")
-        one = _judged(again, rows, (*one.gave_up, "activations, which are computed again (train.checkpointing=blocks)"))
+        one = _judged(
+            again, rows, (*one.gave_up, "activations, which are computed again (train.checkpointing=blocks)")
+        )
         yield one
     if not one.in_memory(limits) and "quantize" not in values and _can_quantize():
         four = one.recipe.model_copy(update={"quantize": "nf4"})
         try:
-            yield _judged(four, rows, (*one.gave_up, "exact weights of frozen layers, for four bits (quantize=nf4)"))
+            yield _judged(
+                four, rows, (*one.gave_up, "exact weights of frozen layers, for four bits (quantize=nf4)")
+            )
         except UserError:
             return  # a method that trains the weights themselves
 
@@ -172,12 +188,18 @@ def _least(tried: list[Choice], limits: Limits) -> str:
     if limits.time is not None:
         parts.append(f"the least time is {span(quick.seconds)}, with {_named(quick)}")
     asked = " and ".join(
-        text for text in (limits.memory and f"--memory {size(limits.memory)}", limits.time and f"--time {span(limits.time)}") if text
+        text
+        for text in (
+            limits.memory and f"--memory {size(limits.memory)}",
+            limits.time and f"--time {span(limits.time)}",
+        )
+        if text
     )
     return f"nothing that this recipe leaves open keeps {asked}: {'; '.join(parts)}. Raise the limit, shorten the run, or name less in the recipe."
 
 
 def _named(one: Choice) -> str:
     train = one.recipe.train
-    return f"{one.recipe.method or 'the model unchanged'} in {train.accumulate} x {train.batch_size} rows a step"
-
+    return (
+        f"{one.recipe.method or 'the model unchanged'} in {train.accumulate} x {train.batch_size} rows a step"
+    )

@@ -85,7 +85,9 @@ def test_another_machine(planned):
     one = planned("--on", "h100", "train.batch_size=2")
     eight = planned("--on", "h100", "--gpus", "8", "train.batch_size=2")
     assert one["precision"] == "bf16" and "fits one h100" in one["forecast_note"]
-    assert eight["seconds"]["epoch"] == pytest.approx(one["seconds"]["epoch"] * 2 / 15, rel=0.01)  # of 15 batches
+    assert eight["seconds"]["epoch"] == pytest.approx(
+        one["seconds"]["epoch"] * 2 / 15, rel=0.01
+    )  # of 15 batches
 
 
 def test_earlier_runs_make_the_interval_and_correct_the_seconds(tmp_path):

@@ -20,14 +20,18 @@ from tests.conftest import make_rows
 
 
 def ready(model: str, method: str, *, meta: bool = False, **train: object) -> Prepared:
-    settings = {f"train.{name}": value for name, value in {"batch_size": 8, "precision": "fp32", **train}.items()}
+    settings = {
+        f"train.{name}": value for name, value in {"batch_size": 8, "precision": "fp32", **train}.items()
+    }
     given, named = {"train": make_rows(8), "eval": None, "test": None}, {"model": model, "method": method}
     values, tables = recipes.gather(None, given, named, settings)
     recipe = recipes.make(values)
     return prepare(recipe, prepare_rows(recipe, tables["train"]), meta=meta)
 
 
-def pretended(model: str, method: str, *, cached: bool = False, **train: object) -> tuple[Pretended, Prepared]:
+def pretended(
+    model: str, method: str, *, cached: bool = False, **train: object
+) -> tuple[Pretended, Prepared]:
     run = ready(model, method, meta=True, **train)
     checkpointing = run.settings.checkpointing
     return (
@@ -39,7 +43,9 @@ def pretended(model: str, method: str, *, cached: bool = False, **train: object)
 def saved_bytes(run: Prepared) -> int:
     """What autograd saves in a real step, weights apart: an outside count, by its own hooks."""
     kept: dict[int, torch.UntypedStorage] = {}
-    weights = {p.untyped_storage()._cdata for p in (*run.graft.model.parameters(), *run.graft.model.buffers())}
+    weights = {
+        p.untyped_storage()._cdata for p in (*run.graft.model.parameters(), *run.graft.model.buffers())
+    }
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -128,7 +134,9 @@ def test_convolutions():
     with Counting() as ours:
         layer(x).sum().backward()
     one = 2 * (2 * 8 * 25) * (3 * 9)
-    assert sum(operation.flops * times for operation, times in ours.operations.items()) == 2 * one  # none for x
+    assert (
+        sum(operation.flops * times for operation, times in ours.operations.items()) == 2 * one
+    )  # none for x
 
 
 def test_live_bytes_follow_storages():

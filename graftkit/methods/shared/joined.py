@@ -93,7 +93,10 @@ class Group:
 
     def _refresh(self, dtype: torch.dtype) -> None:
         """Cast the factors, unless nothing has changed them since the last call."""
-        key = (dtype, *[(p._version, 0 if type(p.data) is FakeTensor else p.data_ptr()) for p in self.factors])
+        key = (
+            dtype,
+            *[(p._version, 0 if type(p.data) is FakeTensor else p.data_ptr()) for p in self.factors],
+        )
         if key == self.key or not self.factors:
             return
         with torch.no_grad():
