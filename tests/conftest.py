@@ -15,6 +15,7 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRAFTKIT_CACHE"] = tempfile.mkdtemp(prefix="graftkit-cache-")
 os.environ["GRAFTKIT_CACHE_GB"] = "0"  # no activations in files: no test finds those of another
+os.environ["GRAFTKIT_FORECAST"] = "0"  # which takes longer than a tiny run; tests of it turn it on
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

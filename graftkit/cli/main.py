@@ -29,17 +29,20 @@ from graftkit.cli.options import (
     Arguments,
     Eval,
     Json,
+    Memory,
     MethodName,
     Model,
     Out,
     TaskName,
     Test,
+    Time,
     Train,
     Weights,
     console_of,
     emit,
     flush_output,
     given_values,
+    limited,
     lost_output,
     recipe_values,
 )
@@ -107,6 +110,7 @@ def tune(
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="resume an unfinished run")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the run folder if it exists")] = False,
     force: Annotated[bool, typer.Option(help="resume although the recipe, rows or model have changed")] = False,
+    memory: Memory = None, time: Time = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Fine-tune a model according to a recipe.
@@ -116,7 +120,7 @@ def tune(
     given = given_values(model, weights, task, train, eval, test, method, out)
     console = console_of(as_json)
     if resume is not None:
-        if arguments or any(value is not None for value in given.values()) or overwrite:
+        if arguments or any(value is not None for value in given.values()) or overwrite or memory or time:
             raise UserError(
                 "--resume continues an unfinished run unchanged; it takes no other options or settings. To train a "
                 f"finished run further: graftkit tune {resume}/recipe.yaml train.from={resume} train.epochs=N --out NEW"
@@ -127,9 +131,7 @@ def tune(
         return
     if force:
         raise UserError("--force is for --resume RUN; a new run has nothing to compare its inputs with.")
-    from graftkit.recipe import schema as recipes
-
-    recipe = recipes.make(recipe_values(arguments, given))
+    recipe, _ = limited(recipe_values(arguments, given), memory, time, console)
     from graftkit.runs.garbage import uncollected
 
     with uncollected():

@@ -13,6 +13,7 @@ from graftkit.errors import UserError
 from graftkit.recipe.environment import is_first
 
 if TYPE_CHECKING:
+    from graftkit.recipe.schema import Recipe
     from graftkit.report.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="print a single JSON object to standard output")]
@@ -34,6 +35,18 @@ MethodName = Annotated[
     str | None, typer.Option("--method", help="the method, for example 'lora(rank=8) + head()'")
 ]
 Out = Annotated[str | None, typer.Option(help="run folder; default: a new one under runs/")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="the most memory that the run may take, for example 8GB; chooses what the recipe leaves open"
+    ),
+]
+Time = Annotated[
+    str | None,
+    typer.Option(
+        help="the most time that the run may take, for example 30min; chooses what the recipe leaves open"
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 
 
@@ -100,3 +113,17 @@ def lost_output(error: OSError) -> str:
 
     drop(sys.stdout)
     return f"standard output cannot be written: {error.strerror or error}."
+
+
+def limited(
+    values: dict[str, Any], memory: str | None, time: str | None, console: Console
+) -> tuple[Recipe, list[str]]:
+    """Return the recipe of these values, within limits of memory and time if there are any, and what was given up for them."""
+    from graftkit.recipe import schema as recipes
+
+    if memory is None and time is None:
+        return recipes.make(values), []
+    recipes.make(values)  # its mistakes come first, before torch is loaded
+    from graftkit.runs.within import Limits, within
+
+    return within(values, Limits.of(memory, time), console)

@@ -151,8 +151,15 @@ def fast_dropout(device: torch.device, *seed: int) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
+    with drawing_from(Source(*seed)):
+        yield
+
+
+@contextmanager
+def drawing_from(source: Source) -> Iterator[None]:
+    """Replace the two dropout functions, on the CPU, by those that draw from this source."""
     before = F.dropout, F.scaled_dot_product_attention
-    _current.append(Source(*seed))
+    _current.append(source)
     F.dropout, F.scaled_dot_product_attention = _dropout, _attention  # type: ignore[assignment]
     try:
         yield

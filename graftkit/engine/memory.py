@@ -38,14 +38,49 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from now on, for several runs in one process. On a CPU this needs Linux; elsewhere the peak
-    stays that of the process."""
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let `peak_memory` count from now on; return whether that was possible: on a CPU this needs Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
+        return True
+    try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc
+    except OSError:
+        return False
+    return peak_memory(device) < resident() + (64 << 20)  # some kernels take it and do nothing
+
+
+class Peak:
+    """The peak memory of a part of a process over what it held before, in bytes.
+
+    On a GPU that of the allocator. On a CPU that of the resident pages, where the kernel can reset their peak (Linux);
+    elsewhere the peak of the whole process, if it grew in that part. `before`: the peak of the process until then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before = device, peak_memory(device)
+        held = int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident()
+        self.exact = reset_peak_memory(device)
+        self.held = held if self.exact else self.before
+
+    def over(self) -> int | None:
+        """Return the peak since then over what was held then; None if that cannot be told."""
+        over = peak_memory(self.device) - self.held
+        return over if self.exact or over > 0 else None
+
+    def whole(self) -> int:
+        """Return the peak of the process, before and since."""
+        return max(self.before, peak_memory(self.device))
+
+
+def resident() -> int:
+    """Return the bytes of the resident pages of this process; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def release(device: torch.device) -> None:

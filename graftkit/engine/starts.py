@@ -134,7 +134,7 @@ def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> t
     logits from it alone; and in training this tensor is the same, so nothing random happens before them.
     """
     graft, model = plain.graft, plain.graft.model
-    found = _trained_alone(graft, labels)
+    found = trained_alone(graft, labels)
     if found is None:
         return None
     name, module = found
@@ -175,7 +175,7 @@ def _own_head(plain: Forward, depth: int, dataset: Dataset, labels: Labels) -> t
     return start, states[0].numel() * len(dataset)
 
 
-def _trained_alone(graft: Graft, labels: Labels) -> tuple[str, nn.Module] | None:
+def trained_alone(graft: Graft, labels: Labels) -> tuple[str, nn.Module] | None:
     """Return the largest part of the model whose parameters are exactly the trained ones, with its name."""
     trained = {id(parameter) for name, parameter in graft.parameters.items() if name in labels}
     parts = ((name, module) for name, module in modules_of(graft.model).items() if name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ class Plan:
     `schedule`: if a method unfreezes parameters gradually, how many are trained from which 1-based step on;
     `never_trained_parameters` are those that the run ends too early to unfreeze. `trained_parameters` includes these.
     `lr`: train.lr, a number, 'find' or None for the methods' defaults.
+    `forecast`: memory, seconds and FLOPs, where they were asked for (`plan.forecast`).
     `warnings` concern methods that add more parameters than the modules they adapt, and grafts that cannot be exported.
     """
 
@@ -51,9 +53,12 @@ class Plan:
     never_trained_parameters: int = 0
     warnings: list[str] = field(default_factory=list)
     lr: float | str | None = None
+    forecast: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """Return all fields, those of the forecast among them; a run stores none of these, as they are not exact."""
+        values = dataclasses.asdict(self)
+        return values | values.pop("forecast")
 
 
 def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,

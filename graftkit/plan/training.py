@@ -77,6 +77,12 @@ DEVICES = {
 }
 
 
+def device_of(name: str) -> Device:
+    """Return the rates of a device by its name. Raises `UserError` for an unknown one, with those that are known."""
+    found: Device = _named(name, DEVICES, "device")
+    return found
+
+
 def training_flops(parameters: float, layers: int, width: int, length: int, tokens: float) -> float:
     """Return the floating-point operations of training on `tokens` tokens in rows of `length` (formula above)."""
     return 3 * tokens * (2 * parameters + 4 * layers * width * length)
@@ -100,14 +106,9 @@ def estimate(
     0.5 is usual on a cluster). `length`: tokens in a row; None: those of the publication. Raises `UserError` for an unknown
     name and for numbers out of range.
     """
-    shape, device = _named(geometry, GEOMETRIES, "geometry"), _named(on, DEVICES, "device")
+    shape, device = _named(geometry, GEOMETRIES, "geometry"), device_of(on)
     number = count_of(tokens, "--tokens")
-    if not 1 <= gpus <= 10**7:
-        raise UserError(f"--gpus {gpus} is not from 1 to 10,000,000.")
-    if not 0 < mfu <= 1:
-        raise UserError(
-            f"--mfu {mfu} is not a share above 0 and up to 1 of the device's bf16 products; 0.4 is usual."
-        )
+    refuse_share(gpus, mfu)
     length = shape.length if length is None else length
     if not 1 <= length <= 10**8:
         raise UserError(f"--length {length} is not from 1 to 100,000,000 tokens.")
@@ -120,6 +121,16 @@ def estimate(
         "tokens_per_second_per_gpu": number / seconds / gpus, "states_bytes": int(STATES * shape.parameters),
         "least_gpus": -int(-STATES * shape.parameters // device.memory_bytes),
     }  # fmt: skip
+
+
+def refuse_share(gpus: int, mfu: float) -> None:
+    """Raise `UserError` for a number of devices, or a share of their rate, that cannot be."""
+    if not 1 <= gpus <= 10**7:
+        raise UserError(f"--gpus {gpus} is not from 1 to 10,000,000.")
+    if not 0 < mfu <= 1:
+        raise UserError(
+            f"--mfu {mfu} is not a share above 0 and up to 1 of the device's bf16 products; 0.4 is usual."
+        )
 
 
 def _named(name: str, known: dict[str, Any], what: str) -> Any:

@@ -16,6 +16,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GRAFTKIT_CACHE") or "~/.cache/graftkit").expanduser()
 
 
+def forecasts() -> bool:
+    """Return whether runs forecast their memory and time: not with GRAFTKIT_FORECAST=0."""
+    return os.environ.get("GRAFTKIT_FORECAST", "1") != "0"
+
+
 def check_processes() -> None:
     """Raise `UserError` for numbers of processes that cannot be: otherwise they would wait for others forever."""
     found = {name: _number(name) for name in LEAST if os.environ.get(name, "") != ""}

@@ -175,3 +175,23 @@ def seconds(text: str) -> float:
     if found is None or unit is None or not float(found[1]):
         raise ValueError("must be a time such as '30 s', '20 min' or '2 h'")
     return float(found[1]) * unit
+
+
+SIZES = {
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
+
+
+def memory(text: str) -> float:
+    """Return a size such as '8GB' or '500 MB' in bytes. Raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]i?b)\s*", text.lower())
+    if found is None or not float(found[1]):
+        raise ValueError("must be a size such as '8GB' or '500 MB'")
+    return float(found[1]) * SIZES[found[2]]

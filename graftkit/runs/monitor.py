@@ -14,7 +14,6 @@ from graftkit.engine import checkpoint
 from graftkit.engine.cached import Caching, make_forward
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
-from graftkit.engine.memory import peak_memory
 from graftkit.engine.parallel import in_first, processes, wait
 from graftkit.engine.predict import predict
 from graftkit.engine.regions import Regions
@@ -30,6 +29,7 @@ from graftkit.runs.confidence import Watching
 from graftkit.runs.describing import describe, facts
 from graftkit.runs.export import write_model
 from graftkit.runs.folder import BEFORE_DECAY, CHECKPOINTS, GRAFT, METRICS, RESULT, how_to_resume
+from graftkit.runs.foresight import Reality
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.probe import METRIC
 from graftkit.runs.saved import log_lines, stays
@@ -44,10 +44,10 @@ class Watch:
     """What happens around the loop of one run, and the part of its state that is not the loop's."""
 
     def __init__(
-        self, prepared: Prepared, datasets: dict[str, Dataset], folder: Path, loop: Loop, start: float
-    ) -> None:
+        self, prepared: Prepared, datasets: dict[str, Dataset], folder: Path, loop: Loop, start: float, reality: Reality
+    ) -> None:  # fmt: skip
         self.prepared, self.datasets, self.folder, self.loop = prepared, datasets, folder, loop
-        self.start = start
+        self.start, self.reality = start, reality
         self.seconds_before = 0.0
         self.tokens = 0  # trained on, without padding
         self.stepping = 0.0  # seconds spent in steps, without evaluations
@@ -307,6 +307,7 @@ class Watch:
 
     def finish(self, console: Console) -> dict[str, Any]:
         """Restore the best weights, evaluate on the test rows, and write graft, card and result."""
+        self.reality.end_of_steps()
         with self._telling_how_to_go_on():
             return self._finished(console)
 
@@ -373,7 +374,7 @@ class Watch:
             "unused_parameters": sorted(self.unused),
             "zero_gradient_parameters": self.zero,
             "seconds": round(seconds, 2),
-            "peak_memory_bytes": peak_memory(self.prepared.device),
+            **self.reality.compared(seconds, self.seconds_before > 0 or self.ended),
             "optimizer_bytes": self.loop.optimizer_bytes,
             "steps": self.loop.step,
             "tokens": self.tokens,

@@ -288,6 +288,11 @@ def _grafted(recipe: Recipe, rows: Rows, source: Source, *, meta: bool) -> tuple
     return backbone, graft, rows.task.max_length(recipe.data.max_length, backbone)
 
 
+def graft_of(recipe: Recipe, rows: Rows, source: Source) -> Graft:
+    """Return the graft of a recipe on the meta device: shapes only."""
+    return _grafted(recipe, rows, source, meta=True)[1]
+
+
 def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: bool = False) -> Prepared:
     """Load the backbone, attach the graft and make the plan. `source`: the recipe's model, if it has been found already;
     `meta`: shapes only.

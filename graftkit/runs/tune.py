@@ -19,6 +19,7 @@ from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.engine.tracking import refuse_missing
 from graftkit.errors import Interrupted, UserError
 from graftkit.files import write_json, write_text
+from graftkit.plan.elsewhere import Machine
 from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.environment import are_several
@@ -29,6 +30,7 @@ from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
 from graftkit.runs.finding import with_found_lr
 from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
+from graftkit.runs.foresight import Reality, encoded, foresee_always, told
 from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
@@ -162,7 +164,7 @@ def run_recipe(
         with uncollected():  # imports the code of the model
             rehearse(recipe, rows, source)
         prepared = prepare(recipe, rows, source)
-        prepared, datasets = _encode(prepared)
+        prepared, datasets = encoded(prepared)
         prepared, curve = with_found_lr(prepared, console)
         recipe = recipe.model_copy(update={"train": prepared.recipe.train})
         if processes()[0] == 0 and overwrite:
@@ -233,7 +235,7 @@ def resume_run(
         in_first(lambda: stack.enter_context(run_folder.held(folder)))
         rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
         prepared = prepare(recipe, rows)
-        prepared, datasets = _encode(prepared)
+        prepared, datasets = encoded(prepared)
         planned = _planned(prepared, datasets)
         planned, notes = check_inputs(folder, prepared, planned, force)
         for note in notes:
@@ -244,17 +246,23 @@ def resume_run(
         return _train(prepared, datasets, folder, console, resumed=True)
 
 
-def plan(recipe: Recipe, console: Console) -> Plan:
-    """Print what `tune` prints before its first step; no weights are read and nothing is trained."""
+def plan(recipe: Recipe, console: Console, machine: Machine | None = None) -> Plan:
+    """Print what `tune` prints before its first step; no weights are read and nothing is trained.
+
+    `machine`: another one, that the run is planned for.
+    """
     refuse_missing(recipe.train.trackers)
     rows = prepare_rows(recipe)
     recipe = budgeted(recipe, rows, console)
+    if machine is not None and recipe.train.precision == "auto":
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
     with TemporaryDirectory() as place, started(recipe, rows, Path(place)) as recipe:
         prepared = prepare(recipe, rows, meta=True)
-    datasets = {"train": prepared.train}
-    show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
+    prepared, datasets = encoded(prepared)
+    show_found(console, found_in(prepared, datasets, statistics(prepared, {"train": datasets["train"]})))
     show_plan(console, prepared.plan.as_dict())
-    return prepared.plan
+    foreseen = foresee_always(prepared, datasets, twin=prepared.graft, machine=machine)
+    return replace(prepared.plan, forecast=told(foreseen, console))
 
 
 def _train(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console, *,
@@ -272,13 +280,14 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     train, rows = prepared.recipe.train, prepared.rows
     show_found(console, found_in(prepared, datasets, statistics(prepared, datasets)))
     show_plan(console, prepared.plan.as_dict())
+    reality = Reality(prepared, datasets, console)
     show_rendered(console, rows.task.rendered(datasets["train"]))
     start = time.monotonic()
     forward = _training_forward(prepared, datasets["train"])
     loop = Loop(
         prepared.graft, datasets["train"], forward, prepared.phases, prepared.learn, prepared.settings
     )
-    watch = Watch(prepared, datasets, folder, loop, start)
+    watch = Watch(prepared, datasets, folder, loop, start, reality)
     pace = Pace(prepared, loop, console)
     watch.regions = pace.regions
     if resumed:
@@ -340,20 +349,6 @@ def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:
         return PhasedForward(*where, dataset, per_epoch, caching)
     passes = math.ceil(prepared.settings.steps / per_epoch)
     return make_forward(*where, prepared.depth, dataset, passes, prepared.phases[0].labels, caching)
-
-
-def _encode(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
-    """Encode the rows for the model, and drop those that turn out to be bad."""
-    rows = prepared.rows
-    others = {"eval": rows.eval, "test": rows.test}
-    found = {
-        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
-        for name, examples in others.items()
-        if examples is not None
-    }
-    kept = {name: dataset.examples for name, dataset in found.items()}
-    rows = replace(rows, eval=kept.get("eval"), test=kept.get("test"))
-    return replace(prepared, rows=rows), {"train": prepared.train, **found}
 
 
 def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graftkit.backbone.anatomy import base_modules
 from graftkit.backbone.weights import narrow_product
@@ -77,7 +78,7 @@ class Group:
 
     def _computes_in(self, x: Tensor) -> torch.dtype | None:
         """Return the type of the computation; None if the hooks have to do it."""
-        if type(x) is not Tensor or x.is_nested or x.is_inference():
+        if type(x) not in (Tensor, FakeTensor) or x.is_nested or x.is_inference():
             return None
         kind = x.device.type
         first = self.members[0].site.weight.dtype
@@ -92,7 +93,10 @@ class Group:
 
     def _refresh(self, dtype: torch.dtype) -> None:
         """Cast the factors, unless nothing has changed them since the last call."""
-        key = (dtype, *[(p._version, p.data_ptr()) for p in self.factors])
+        key = (
+            dtype,
+            *[(p._version, 0 if type(p.data) is FakeTensor else p.data_ptr()) for p in self.factors],
+        )
         if key == self.key or not self.factors:
             return
         with torch.no_grad():

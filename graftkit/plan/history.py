@@ -1,0 +1,105 @@
+"""What earlier runs on this machine were predicted to take, and took: the intervals of the next plan.
+
+Lines of JSON in the cache folder, the newest last; at most `MOST` are kept. A run adds one when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graftkit.files import special, write_text
+from graftkit.recipe.environment import cache_folder
+
+FILE = "predictions.jsonl"
+MOST = 200
+FIGURES = ("peak_memory_bytes", "seconds")
+LAST = 50  # runs that count
+CORRECTS = 3  # runs from which they correct the next
+LEAST = 8  # runs from which their errors are the interval
+DEFAULT = {"peak_memory_bytes": 0.15, "seconds": 0.4}  # relative, until there are so many
+COVERED = 0.9  # of the runs before lie within their interval
+
+
+@dataclass(frozen=True)
+class History:
+    """The runs of one machine: `ratios`: measured by predicted of each figure, oldest first; `slower`: how many times longer
+    than by rates alone the runs took, in the median, by which the next prediction is corrected."""
+
+    ratios: dict[str, list[float]]
+    slower: float = 1.0
+
+    def interval(self, figure: str, value: float) -> list[float]:
+        """Return the least and most that a figure is expected to be: the range of nine runs in ten before, or a default."""
+        known = self.ratios.get(figure, [])
+        if len(known) < LEAST:
+            return [value / (1 + DEFAULT[figure]), value * (1 + DEFAULT[figure])]
+        low, high = np.quantile(known, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+        return [value * min(1.0, float(low)), value * max(1.0, float(high))]
+
+    def errors(self) -> dict[str, Any] | None:
+        """Return how right the last runs were: their number, and for each figure the median and the largest relative error.
+        None without a run."""
+        found = {
+            figure: {
+                "runs": len(ratios), "median": round(float(np.median(np.abs(np.array(ratios) - 1))), 4),
+                "largest": round(float(np.abs(np.array(ratios) - 1).max()), 4),
+            }
+            for figure, ratios in self.ratios.items() if ratios
+        }  # fmt: skip
+        return found or None
+
+
+def read(machine: str, path: Path | None = None) -> History:
+    """Return what is known of a machine."""
+    ratios: dict[str, list[float]] = {figure: [] for figure in FIGURES}
+    slower: list[float] = []
+    for line in _lines(path or cache_folder() / FILE):
+        if line.get("machine") == machine:
+            for figure in FIGURES:
+                ratio = _ratio(line, figure)
+                if ratio is not None:
+                    ratios[figure].append(ratio)
+            raw = _ratio(line, "seconds", "by_rates")
+            slower += [] if raw is None else [raw]
+    factor = float(np.median(slower[-LAST:])) if len(slower) >= CORRECTS else 1.0
+    return History({figure: found[-LAST:] for figure, found in ratios.items()}, factor)
+
+
+def add(
+    machine: str, predicted: dict[str, Any], measured: dict[str, Any], by_rates: float | None = None, path: Path | None = None
+) -> None:  # fmt: skip
+    """Add a run. `by_rates`: its seconds before they were corrected. Without a cache folder nothing is kept."""
+    path = path or cache_folder() / FILE
+    line = {"machine": machine, "predicted": predicted, "measured": measured, "by_rates": by_rates}
+    with suppress(Exception):
+        lines = [*_lines(path), line][-MOST:]
+        write_text(path, "".join(f"{json.dumps(one)}\n" for one in lines))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = "" if special(path) else path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found
+
+
+def _ratio(line: dict[str, Any], figure: str, by: str | None = None) -> float | None:
+    try:
+        ratio = line["measured"][figure] / (line["predicted"][figure] if by is None else line[by])
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+    return float(ratio) if math.isfinite(ratio) and 0 < ratio < 1e3 else None

@@ -1,0 +1,268 @@
+"""Foresee what a prepared run will take: a twin of its graft on fake tensors, and the rates of this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from graftkit.data.order import ordered_batches
+from graftkit.data.source import Source
+from graftkit.engine.cached import MEMORY_SHARE
+from graftkit.engine.filling import FILL_BATCH
+from graftkit.engine.memory import Peak, host_memory
+from graftkit.engine.parallel import processes
+from graftkit.engine.precision import rounded_names
+from graftkit.grafts.graft import Graft
+from graftkit.plan import history
+from graftkit.plan.elsewhere import Machine, fitted, shared
+from graftkit.plan.estimate import estimated
+from graftkit.plan.forecast import Forecast, Load, Passes, forecast
+from graftkit.plan.pretended import Counted, Pretended
+from graftkit.plan.rates import Rates
+from graftkit.recipe.environment import forecasts
+from graftkit.report.console import Console
+from graftkit.report.forecast import show_forecast
+from graftkit.runs.prepare import Prepared, graft_of, source_of
+from graftkit.tasks.base import Dataset
+
+SAMPLE = 200  # batches of the first epoch whose lengths are looked at
+
+
+def foresee(
+    prepared: Prepared,
+    datasets: Mapping[str, Dataset],
+    *,
+    twin: Graft | None = None,
+    machine: Machine | None = None,
+) -> Forecast | None:
+    """Return what a run will take; None if nothing is known. `twin`: its graft on the meta device, if there is one already:
+    it is used up. `machine`: another one than this."""
+    return foresee_always(prepared, datasets, twin=twin, machine=machine) if forecasts() else None
+
+
+def foresee_always(
+    prepared: Prepared, datasets: Mapping[str, Dataset], *, twin: Graft | None = None, machine: Machine | None = None
+) -> Forecast:  # fmt: skip
+    """Return what a run will take, whether runs are foreseen or not."""
+    rates = Rates(prepared.device) if machine is None else None
+    known = history.read("" if rates is None else rates.machine)
+    with _undisturbed():
+        load = load_of(prepared, datasets, twin, as_on_gpu=machine is not None)
+    passes = passes_of(prepared, datasets, load)
+    if machine is not None:
+        passes = shared(passes, machine, fixed=prepared.recipe.train.steps is not None)
+    cpu = machine is None and prepared.device.type == "cpu"
+    found = forecast(prepared.plan, load, passes, machine or rates, known, cpu=cpu)  # type: ignore[arg-type]
+    if rates is not None:
+        rates.save()
+    return found if machine is None else fitted(found, machine)
+
+
+@contextmanager
+def _undisturbed() -> Any:
+    """Leave the random states as they were."""
+    state = np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(state)
+
+
+def load_of(
+    prepared: Prepared, datasets: Mapping[str, Dataset], twin: Graft | None = None, as_on_gpu: bool = False
+) -> Load:  # fmt: skip
+    """Count the passes of a run on fake tensors; where that fails, estimate them by a formula."""
+    heavy, usual = batches_of(prepared)
+    try:
+        return _counted(prepared, datasets, twin or _twin(prepared), heavy, usual, as_on_gpu)
+    except Exception as error:
+        return estimated(
+            prepared.graft,
+            prepared.depth,
+            prepared.precision,
+            _shapes(prepared.train, [heavy, *usual]),
+            error,
+        )
+
+
+def _twin(prepared: Prepared) -> Graft:
+    """Return the graft of a run once more, on the meta device."""
+    recipe = prepared.recipe
+    source = source_of(recipe)
+    if source.made is not None and source.made is prepared.graft.model:
+        raise ValueError("the function that makes the model gives the same one each time")
+    return graft_of(recipe, prepared.rows, source)
+
+
+def batches_of(prepared: Prepared) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the rows of the heaviest batch that there can be, and batches with the least, a usual and the largest size."""
+    source, size = prepared.train, prepared.settings.batch_size
+    lengths = source.lengths
+    if isinstance(lengths, int):
+        rows = np.arange(min(size, len(source)))
+        return rows, [rows]
+    heavy = np.argsort(-lengths, kind="stable")[:size]
+    found = source.order(size, prepared.settings.seed, 0).batches(0, SAMPLE)
+    found.sort(key=lambda rows: len(rows) * int(lengths[rows].max()))
+    return heavy, found
+
+
+def _counted(
+    prepared: Prepared, datasets: Mapping[str, Dataset], twin: Graft, heavy: np.ndarray, batches: list[np.ndarray],
+    as_on_gpu: bool,
+) -> Load:  # fmt: skip
+    source, settings, recipe = prepared.train, prepared.settings, prepared.recipe
+    phase = replace(
+        prepared.phases[-1], labels={n: g for n, g in twin.labels.items() if n in prepared.phases[-1].labels}
+    )
+    views = math.ceil(settings.steps / prepared.plan.steps_per_epoch) if prepared.plan.steps_per_epoch else 0
+    cached = source.keeps and recipe.train.cache != "none" and views > source.views
+    pretended = Pretended(
+        twin, prepared.device, prepared.precision, phase, prepared.learn, checkpointing=settings.checkpointing, cached=cached,
+        rounded=rounded_names(twin.model, twin.labels, settings.weight_type), held=settings.accumulate > 1,
+        freed=settings.step_in_backward, as_on_gpu=as_on_gpu,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    batch = source.batch(batches[len(batches) // 2], prepared.device)
+    batch.host_inputs  # noqa: B018
+    prepare = time.perf_counter() - begun
+    step = pretended.step(source, heavy) if settings.steps else pretended.evaluation(source, heavy)
+    usual = _usual(pretended, source, batches, heavy, step) if settings.steps else [(1.0, step)]
+    kept = pretended.cached_bytes(source, heavy[:2]) if cached else 0
+    filling = pretended.filling(source, _longest(source, FILL_BATCH)) if kept else None
+    held = datasets.get("eval")
+    evaluation = None
+    if held is not None and len(held):
+        evaluation = pretended.evaluation(held, _longest(held, 2 * settings.batch_size))
+    in_memory = recipe.train.cache != "disk" and 2 * kept < MEMORY_SHARE * host_memory()
+    return Load(step, usual, evaluation, filling, prepare, kept if in_memory else 0)
+
+
+def _usual(
+    pretended: Pretended, source: Source, batches: list[np.ndarray], heavy: np.ndarray, step: Counted
+) -> list[tuple[float, Counted]]:  # fmt: skip
+    """Return two counted batches with shares whose mean has the size of the mean of all batches."""
+    if len(batches) == 1 and len(batches[0]) == len(heavy):
+        return [(1.0, step)]
+    sizes = [_padded(source, rows) for rows in batches]
+    mean, most = float(np.mean(sizes)), _padded(source, heavy)
+    near = int(np.argmin(np.abs(np.array(sizes) - mean)))
+    if not isinstance(source.lengths, int) and sizes[near] == most:
+        return [(1.0, step)]
+    one = pretended.step(source, batches[near])
+    return [(mean / sizes[near], one)]
+
+
+def _padded(source: Source, rows: np.ndarray) -> int:
+    lengths = source.lengths
+    return len(rows) * (lengths if isinstance(lengths, int) else int(lengths[rows].max()))
+
+
+def _longest(source: Source, size: int) -> np.ndarray:
+    lengths = source.lengths
+    if isinstance(lengths, int):
+        return np.arange(min(size, len(source)))
+    return ordered_batches(lengths, size)[0]
+
+
+def _shapes(source: Source, batches: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Return rows and padded length of batches."""
+    return [(len(rows), _padded(source, rows) // max(1, len(rows))) for rows in batches]
+
+
+def passes_of(prepared: Prepared, datasets: Mapping[str, Dataset], load: Load) -> Passes:
+    """Return how often each pass is made."""
+    settings, per_epoch = prepared.settings, prepared.plan.steps_per_epoch
+    held = datasets.get("eval")
+    every = prepared.recipe.train.evaluate_every
+    if every == "end":
+        times = 1
+    elif isinstance(every, str):
+        times = math.ceil(settings.steps / max(1, per_epoch * int("".join(filter(str.isdigit, every)) or 1)))
+    else:
+        times = math.ceil(settings.steps / every)
+    world = processes()[1]
+    filled = 0.0
+    if load.filling is not None:
+        filled = sum(
+            _batches(one, FILL_BATCH) * one.views for name, one in datasets.items() if name != "test"
+        )
+    return Passes(
+        settings.steps, per_epoch, settings.accumulate, times if held is not None else 0,
+        0.0 if held is None else _batches(held, 2 * settings.batch_size) / world, filled / world,
+    )  # fmt: skip
+
+
+def _batches(source: Source, size: int) -> float:
+    """Return how many batches of its longest rows a source has as many tokens as; rows of like length share a batch."""
+    if isinstance(source.lengths, int) or not len(source):
+        return len(source) / size
+    return float(source.lengths.sum()) / (size * int(source.lengths.max())) * (size / min(size, len(source)))
+
+
+def encoded(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
+    """Encode the rows for the model, and drop those that turn out to be bad."""
+    rows = prepared.rows
+    others = {"eval": rows.eval, "test": rows.test}
+    found = {
+        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
+        for name, examples in others.items()
+        if examples is not None
+    }
+    kept = {name: dataset.examples for name, dataset in found.items()}
+    rows = replace(rows, eval=kept.get("eval"), test=kept.get("test"))
+    return replace(prepared, rows=rows), {"train": prepared.train, **found}
+
+
+def told(found: Forecast, console: Console) -> dict[str, Any]:
+    """Print a forecast, and return it as plain values."""
+    values = found.as_dict()
+    show_forecast(console, values)
+    return values
+
+
+class Reality:
+    """What a run takes, beside what is foreseen. Made before the first step, when the model is in memory."""
+
+    def __init__(self, prepared: Prepared, datasets: Mapping[str, Dataset], console: Console) -> None:
+        """Foresee the run and print that."""
+        self.device, self.foreseen = prepared.device, foresee(prepared, datasets)
+        if self.foreseen is not None:
+            told(self.foreseen, console)
+            make_resident(prepared.graft.model)
+        self.peak = Peak(prepared.device)
+        self.over: int | None = None
+
+    def compared(self, seconds: float, partly: bool) -> dict[str, Any]:
+        """Return the entries of result.json. `partly`: the run was resumed or stopped early, and is not comparable."""
+        found: dict[str, Any] = {"peak_memory_bytes": self.peak.whole()}
+        if self.foreseen is None:
+            return found
+        predicted = self.foreseen.predicted
+        measured = {"peak_memory_bytes": self.over, "seconds": round(seconds, 3)}
+        if not partly and processes()[0] == 0:
+            history.add(
+                Rates(self.device, {}).machine, predicted, measured, self.foreseen.seconds["by_rates"]
+            )
+        return {**found, "predicted": predicted, "measured": measured}
+
+    def end_of_steps(self) -> None:
+        """Read the peak; what is done after the last step does not count."""
+        if self.over is None:
+            self.over = self.peak.over()
+
+
+def make_resident(model: torch.nn.Module) -> None:
+    """Read a number of each page of the weights. Those that were mapped from a file come into memory now, not in the first
+    step, whose memory they would seem to be."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() > 4096:
+            tensor.detach().view(-1).view(torch.uint8)[::4096].sum()

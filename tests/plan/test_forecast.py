@@ -1,0 +1,110 @@
+"""Forecasts of whole runs: their parts, limits, other machines, and what earlier runs taught."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from graftkit.cli.main import main
+from graftkit.plan import history
+from tests.conftest import make_rows, write_csv
+
+
+@pytest.fixture
+def planned(tiny_bert, tmp_path, capsys, monkeypatch):
+    """Run a command on the tiny model and return its JSON."""
+    monkeypatch.setenv("GRAFTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GRAFTKIT_FORECAST", "1")
+    rows = write_csv(tmp_path / "rows.csv", make_rows(32))
+
+    def run(*words: str, command: str = "plan", status: int = 0) -> dict:
+        given = ["--model", str(tiny_bert), "--train", str(rows), "train.epochs=1", *words, "--json"]
+        with pytest.raises(SystemExit) as stopped:
+            main([command, *given])
+        found = json.loads(capsys.readouterr().out)
+        assert (stopped.value.code or 0) == status, found
+        return found
+
+    return run
+
+
+def test_the_parts_of_a_plan(planned):
+    found = planned("--method", "full() + head()", "train.batch_size=8")
+    memory, seconds = found["memory_bytes"], found["seconds"]
+    parts = [memory[name] for name in ("weights", "gradients", "optimizer", "activations", "other")]
+    assert sum(parts) == memory["peak"] and min(parts) > 0
+    assert memory["interval"][0] < memory["peak"] < memory["interval"][1]
+    assert memory["optimizer"] == found["optimizer_bytes"] and memory["gradients"] == found["gradient_bytes"]
+    assert seconds["total"] == pytest.approx(
+        seconds["epoch"] + seconds["evaluation"] + seconds["filling"], abs=1e-3
+    )
+    assert found["flops"]["total"] >= found["flops"]["step"] * found["steps"] > 0
+    assert sum(found["time"].values()) == pytest.approx(1, abs=0.01)
+    assert found["plan_error"] is None and found["forecast_note"] is None
+
+
+def test_a_run_says_what_it_took_and_the_next_plan_how_right_that_was(planned, tmp_path):
+    result = planned("--out", str(tmp_path / "run"), command="tune")
+    for side in ("predicted", "measured"):
+        assert result[side]["seconds"] > 0 and result[side]["peak_memory_bytes"] > 0
+    assert result["measured"]["seconds"] == pytest.approx(result["seconds"], abs=0.02)
+    errors = planned()["plan_error"]
+    wrong = abs(result["measured"]["seconds"] / result["predicted"]["seconds"] - 1)
+    assert errors["seconds"]["runs"] == 1
+    assert errors["seconds"]["median"] == pytest.approx(wrong, rel=0.02)
+
+
+def test_limits_of_memory_choose_smaller_batches(planned, monkeypatch):
+    monkeypatch.setattr("graftkit.runs.within.resident", lambda: 0)
+    free = planned("--memory", "4GB", "--method", "full() + head()")
+    assert free["gave_up"] == []
+    memory = free["memory_bytes"]
+    limit = memory["peak"] - 0.3 * memory["activations"]
+    tight = planned("--memory", f"{limit / 1e6:.2f}MB", "--method", "full() + head()")
+    assert tight["memory_bytes"]["peak"] <= limit
+    assert "batches of 32 rows, for" in tight["gave_up"][0] and tight["batch_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--memory", "1kB"], "the least memory is"),
+        (["--memory", "a lot"], "--memory 'a lot' must be a size such as '8GB'"),
+        (["--time", "a while"], "--time 'a while' must be a time such as '30 s'"),
+        (["--on", "h1000"], "known: "),
+        (["--gpus", "8"], "--gpus goes with --on"),
+        (["--tokens", "7T"], "--tokens goes with --geometry"),
+    ],
+)
+def test_limits_that_cannot_be(planned, words, said):
+    assert said in planned(*words, status=1)["error"]
+
+
+def test_another_machine(planned):
+    one = planned("--on", "h100", "train.batch_size=2")
+    eight = planned("--on", "h100", "--gpus", "8", "train.batch_size=2")
+    assert one["precision"] == "bf16" and "fits one h100" in one["forecast_note"]
+    assert eight["seconds"]["epoch"] == pytest.approx(
+        one["seconds"]["epoch"] * 2 / 15, rel=0.01
+    )  # of 15 batches
+
+
+def test_earlier_runs_make_the_interval_and_correct_the_seconds(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"machine": "m", "predicted": 3}\nnot json\n')
+    for ratio in (1.8, 1.9, 2.0, 2.1, 2.2, 2.0, 2.0, 2.0):
+        predicted = {"seconds": 10.0, "peak_memory_bytes": 100}
+        history.add("m", predicted, {"seconds": 10 * ratio, "peak_memory_bytes": 110}, 5.0, path)
+    known = history.read("m", path)
+    assert known.slower == pytest.approx(4.0)
+    assert known.interval("seconds", 1.0) == pytest.approx([1.0, 2.165], abs=0.01)
+    assert known.errors()["peak_memory_bytes"] == {"runs": 8, "median": 0.1, "largest": 0.1}
+    assert history.read("another", path).errors() is None
+
+
+def test_the_file_of_earlier_runs_is_bounded(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps({"machine": str(i)}) + "\n" for i in range(500)))
+    history.add("m", {"seconds": 1.0}, {"seconds": 1.0}, path=path)
+    assert len(path.read_text().splitlines()) == history.MOST
