@@ -16,6 +16,7 @@ import torch
 from graftkit.backbone import Backbone
 from graftkit.backbone.quantized import move
 from graftkit.backbone.source import Source
+from graftkit.data.by_tokens import prediction_sizes
 from graftkit.data.columns import find_again
 from graftkit.data.read import SUFFIXES
 from graftkit.data.stream import ROWS
@@ -194,9 +195,7 @@ def evaluate(
         examples = task.examples(table, columns, run.labels, reading.skip_bad)
     loaded = load_run(run)
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
-    outcomes = run_predict(
-        dataset, loaded.forward, task, 2 * loaded.recipe.train.batch_size
-    )  # as `tune` does
+    outcomes = run_predict(dataset, loaded.forward, task, *prediction_sizes(loaded.recipe.train))  # as `tune`
     found: dict[str, Any] = {
         "run": str(folder),
         "metrics": task.metrics(outcomes, dataset, loaded.labels),
