@@ -41,6 +41,7 @@ from graftkit.recipe.schema import Recipe
 from graftkit.recipe.sections import number_of
 from graftkit.runs.best import best_of
 from graftkit.runs.further import check_further
+from graftkit.runs.garbage import uncollected
 from graftkit.runs.probe import Probe, read_probe
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 from graftkit.tasks.shared.alike import alike
@@ -297,7 +298,8 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     if config is not None:
         config.use_cache = False
     train = recipe.train
-    dataset = rows.task.dataset(rows.train, backbone, max_length, training=True)
+    with uncollected():
+        dataset = rows.task.dataset(rows.train, backbone, max_length, training=True)
     check_tokens(dataset, train.batch_tokens)
     per_epoch = steps_of(dataset, train, train.accumulate * parallel.processes()[1])
     steps = (train.steps or math.ceil(train.epochs * per_epoch)) if rows.task.trains else 0

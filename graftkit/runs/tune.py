@@ -326,11 +326,12 @@ def _encode(prepared: Prepared) -> tuple[Prepared, dict[str, Dataset]]:
     """Encode the rows for the model, and drop those that turn out to be bad."""
     rows = prepared.rows
     others = {"eval": rows.eval, "test": rows.test}
-    found = {
-        name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
-        for name, examples in others.items()
-        if examples is not None
-    }
+    with uncollected():
+        found = {
+            name: rows.task.dataset(examples, prepared.backbone, prepared.max_length)
+            for name, examples in others.items()
+            if examples is not None
+        }
     kept = {name: dataset.examples for name, dataset in found.items()}
     rows = replace(rows, eval=kept.get("eval"), test=kept.get("test"))
     return replace(prepared, rows=rows), {"train": prepared.train, **found}
