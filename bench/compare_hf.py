@@ -1,10 +1,12 @@
 """GraftKit beside what people use, on the same work, on a CPU: seconds, accuracy, peak memory, and whether each bar is reached.
 
-    python bench/compare_hf.py [--json] [--rows NAME ...] [--repeat 3] [--quick] [--only-write]
+    python bench/compare_hf.py [--json] [--rows NAME ...] [--repeat 3] [--compiled] [--quick] [--only-write]
 
 Each side runs in a process of its own (bench/compared/ has the work), the two in turn, `--repeat` times with another seed;
 seconds and memory are medians, accuracy is the mean. Where a peer has several settings, all run in the first round and the fastest
-goes on. A row passes if its ratio reaches the bar and our accuracy is at most a point lower (a loss at most one percent higher).
+goes on; those with torch.compile, which take minutes to compile, only with --compiled. Each run is kept in
+bench/results/compare-runs.json until all rows are done, so that the same command goes on where it was interrupted, as long as
+neither the code nor the machine has changed. A row passes if its ratio reaches the bar and our accuracy is at most a point lower (a loss at most one percent higher).
 Ends with 1 if a row does not pass. --json: one JSON object last. --quick: everything small, to try the script; bars are not
 checked and nothing is stored. Otherwise the rows are stored in bench/results and written into docs/performance.md, which
 --only-write does without running anything. Needs the extras `demo`, `images` and `peft`, and ../shared for the images.
@@ -13,6 +15,7 @@ checked and nothing is stored. Otherwise the rows are stored in bench/results an
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import statistics
@@ -38,9 +41,18 @@ class Side:
     given: dict[str, Any] = field(default_factory=dict)
     name: str = ""
 
-    def run(self, seed: int, quick: bool) -> dict[str, Any]:
+    @property
+    def compiled(self) -> bool:
+        return bool(self.given.get("compiled"))
+
+    def run(self, seed: int, quick: bool, done: Done) -> dict[str, Any]:
+        """Return the figures of a run: those of an earlier one of this measurement, if it was made already."""
         given = {"kind": self.kind, "function": self.function, "seed": seed, "quick": quick, **self.given}
-        return child(__file__, given)
+        key = json.dumps(given, sort_keys=True)
+        if key not in done.runs:
+            done.add(key, child(__file__, given))
+            tell(f"{self.function} ({self.name or self.kind}), seed {seed}", done.runs[key])
+        return done.runs[key]
 
 
 @dataclass(frozen=True)
@@ -108,20 +120,50 @@ ROWS = {
 }  # fmt: skip
 
 
-def run_row(row: Row, repeat: int, quick: bool, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Run both sides in turn. `known` keeps our runs, for rows that share them."""
+class Done:
+    """The runs of a measurement that are done, in a file if `path` is one. Rows that share a run share its figures."""
+
+    def __init__(self, path: Path | None, origin: str) -> None:
+        self.path, self.origin = path, origin
+        self.runs: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            self.runs = stored["runs"] if stored["origin"] == origin else {}
+
+    def add(self, key: str, found: dict[str, Any]) -> None:
+        self.runs[key] = found
+        if self.path is not None:
+            new = self.path.with_suffix(".new")
+            new.write_text(
+                json.dumps({"origin": self.origin, "runs": self.runs}, indent=1) + "\n", encoding="utf-8"
+            )
+            new.replace(self.path)
+
+    def end(self) -> None:
+        """Forget the runs: the next measurement is another one."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def code() -> str:
+    """Return a digest of the code that is measured."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [*Path(ROOT, "graftkit").rglob("*.py"), *Path(ROOT, "bench", "compared").glob("*.py")]
+    ):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run_row(row: Row, repeat: int, quick: bool, done: Done, compiled: bool = False) -> dict[str, Any]:
+    """Run both sides in turn; peers with torch.compile if `compiled`."""
     ours: list[dict[str, Any]] = []
-    theirs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in row.peers}
-    left = list(row.peers)
+    left = [side for side in row.peers if compiled or not side.compiled]
+    theirs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in left}
     for seed in range(repeat):
-        key = json.dumps([row.ours.kind, row.ours.given, seed])
-        if key not in known:
-            known[key] = row.ours.run(seed, quick)
-            tell("GraftKit", known[key])
-        ours.append(known[key])
+        ours.append(row.ours.run(seed, quick, done))
         for side in left:
-            theirs[side.name].append(side.run(seed, quick))
-            tell(f"{row.peer} ({side.name})", theirs[side.name][-1])
+            theirs[side.name].append(side.run(seed, quick, done))
         if len(left) > 1:
             left = [min(left, key=lambda side: theirs[side.name][0]["seconds"])]
     best = theirs[left[0].name] if left else [{"seconds": row.limit or one["ideal"]} for one in ours]
@@ -195,6 +237,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", dest="as_json")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true", help="try torch.compile on the peer's side too")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only-write", action="store_true")
     return parser.parse_args()
@@ -209,17 +252,18 @@ def main() -> int:
     about = (
         f"{machine()}; matrix products: fp32 {gflops('float32'):.0f}, bf16 {gflops('bfloat16'):.0f} GFLOP/s"
     )
-    known: dict[str, dict[str, Any]] = {}
+    done = Done(None if given.quick else RESULTS / "compare-runs.json", f"{machine()}; code {code()}")
     found, start = [], time.monotonic()
     for name in given.rows:
         print(f"{name}: {ROWS[name].title}", file=sys.stderr, flush=True)
-        found.append({"name": name, **run_row(ROWS[name], repeat, given.quick, known)})
+        found.append({"name": name, **run_row(ROWS[name], repeat, given.quick, done, given.compiled)})
         if not given.quick:
             stored = {**found[-1], "repeat": repeat, "machine": about}
             path = Path(RESULTS, f"compare-{name}.json")
             path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     if not given.quick:
         write()
+        done.end()
     print(table(found))
     print(f"\nRounds in turn: {repeat}; {(time.monotonic() - start) / 60:.0f} minutes. {about}.")
     if given.as_json:

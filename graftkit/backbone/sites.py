@@ -13,11 +13,13 @@ from graftkit.recipe import selection as language
 
 
 def select(
-    backbone: Backbone, selection: str, accepts: Callable[[Site], bool] | None = None, wanted: str = "modules"
-) -> list[Site]:
+    backbone: Backbone, selection: str, accepts: Callable[[Site], bool] | None = None,
+    wanted: str | Callable[[], str] = "modules",
+) -> list[Site]:  # fmt: skip
     """Return the sites that a selection matches, in model order.
 
-    `accepts` narrows them to those a method supports (`wanted` describes these in messages).
+    `accepts` narrows them to those a method supports (`wanted` describes these in messages; what it
+    recommends is read from the files of all methods, so it is called only for a message).
     Raises `UserError` if any term of the selection has no site left, listing what the model has.
     """
     chosen: dict[str, Site] = {}
@@ -33,7 +35,7 @@ def select(
             kinds = listing(sorted({type(site.module).__name__ for site in matches}))
             raise UserError(
                 f"selection {selection!r}: {term.text!r} matches {len(matches)} modules ({kinds}), "
-                f"but none of them are {wanted}."
+                f"but none of them are {wanted if isinstance(wanted, str) else wanted()}."
             )
         chosen |= {site.name: site for site in usable}
     return [site for site in backbone.sites if site.name in chosen]

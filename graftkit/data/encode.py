@@ -57,14 +57,20 @@ def encode_texts(
         )
     around = Around.of(tokenizer)
     given = tuple([around.taken_off(text) for text in part] for part in (texts, pairs) if part is not None)
+    fast = getattr(
+        tokenizer, "is_fast", False
+    )  # without padding, its masks are ones; made here, not in lists of numbers
     encoding = tokenizer(
-        *given, truncation=True, max_length=max_length, return_attention_mask=True, verbose=False
+        *given, truncation=True, max_length=max_length, return_attention_mask=not fast, verbose=False
     )
     names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoding]
     if pairs is None and "token_type_ids" in names:
         names.remove("token_type_ids")  # all zeros, the default of every model
     features = {name: Ragged([np.asarray(row, dtype=np.int32) for row in encoding[name]]) for name in names}
-    lengths = features["input_ids"].lengths
+    ids = features["input_ids"]
+    lengths = ids.lengths
+    if fast:
+        features["attention_mask"] = ids.like(np.ones_like(ids.values))
     full = np.flatnonzero(lengths >= max_length)
     truncated = 0
     if len(full):

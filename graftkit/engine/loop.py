@@ -15,7 +15,8 @@ from torch import Tensor
 
 from graftkit.backbone.anatomy import has_statistics
 from graftkit.backbone.memory import is_out_of_memory
-from graftkit.data.order import Order, steps_per_epoch
+from graftkit.data.by_tokens import order_of, steps_of
+from graftkit.data.order import Order
 from graftkit.data.source import Batch, Pass, Source
 from graftkit.engine import checkpoint
 from graftkit.engine.ahead import Ahead
@@ -79,7 +80,7 @@ class Loop:
         rounding = Rounding(settings.seed) if settings.weight_type == "bf16" else None
         self.updates: Updates = steps(self.optimizer, settings.clip, rounding)
         self.index, self.world = processes()
-        self.per_epoch = steps_per_epoch(len(source), settings.batch_size, settings.accumulate * self.world)
+        self.per_epoch = steps_of(source, settings, settings.accumulate * self.world)
         blocks = [graft.backbone.module(name) for name in graft.backbone.blocks]
         self.recompute = Recompute(blocks, settings.checkpointing)
         self.split = 1  # number of parts a batch is split into, after running out of memory
@@ -144,8 +145,7 @@ class Loop:
         epoch, position = divmod(step, self.per_epoch)
         order = self._order
         if order is None or order[0] != epoch:
-            settings = self.settings
-            order = self._order = epoch, self.source.order(settings.batch_size, settings.seed, epoch)
+            order = self._order = epoch, order_of(self.source, self.settings, epoch)
         width = self.settings.accumulate * self.world
         return order[1].batches(position * width, (position + 1) * width)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from graftkit.data.order import ordered_batches
+from graftkit.data.by_tokens import prediction_batches
 from graftkit.engine.memory import in_parts
 from graftkit.engine.parallel import gather, processes
 from graftkit.tasks.base import Calls, Dataset, Task
@@ -15,16 +15,18 @@ ADVICE = "lower data.max_length, or use a device with more memory."
 
 
 @torch.no_grad()
-def predict(dataset: Dataset, forward: Calls, task: Task, batch_size: int) -> list[Any]:
+def predict(
+    dataset: Dataset, forward: Calls, task: Task, batch_size: int, tokens: int | None = None
+) -> list[Any]:
     """Return the task's outcome for every row, in the dataset's order.
 
-    Each process computes a share of the batches and receives all outcomes. A batch that does not fit into memory is
+    `tokens`: the tokens of a batch, padding included, instead of `batch_size` rows. Each process computes a share of the batches and receives all outcomes. A batch that does not fit into memory is
     computed in halves.
     """
     forward.graft.model.eval()
     index, world = processes()
     found: list[tuple[int, Any]] = []
-    for rows in ordered_batches(dataset.lengths, batch_size)[index::world]:
+    for rows in prediction_batches(dataset.lengths, batch_size, tokens)[index::world]:
 
         def outcomes(part: Any) -> Any:
             return task.outcomes(forward, dataset.batch(part, forward.device))

@@ -7,18 +7,21 @@ numbers are drawn again from the same state.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from graftkit.backbone import packed
 from graftkit.engine import dropout
+from graftkit.errors import UserError
 from graftkit.libraries import cache_names
 
+FROM_THE_START = ("blocks", "selective", "offload")
 # results that 'selective' keeps: those of products and of attention; all between them is computed again
 KEPT = (
     "mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention",
@@ -31,12 +34,12 @@ class Recompute:
     """Computes blocks again in the backward pass while it is `on`.
 
     `how`: 'none'; 'blocks', which keeps the input of each block; 'selective', which also keeps the results of products and
-    attention; 'auto': 'none' until `turn_on`, then 'blocks'.
+    attention; 'offload', which keeps the input of each block in pinned host memory; 'auto': 'none' until `turn_on`, then 'blocks'.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], how: str) -> None:
         self.blocks, self.how = blocks, how
-        self.on = how in ("blocks", "selective")
+        self.on = how in FROM_THE_START
         self.depth: int | None = None  # of the current phase
         self.changed: list[nn.Module] = []
         self.untold = False
@@ -76,9 +79,15 @@ class Recompute:
         def run(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled() or _holds_cache(args, kwargs):
                 return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+            with self._keeping(args):
+                return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
 
         return run
+
+    def _keeping(self, args: tuple) -> AbstractContextManager:
+        """Return a context that decides where `checkpoint` keeps the input of a block; what is inside it has hooks of its own."""
+        states = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+        return nullcontext() if self.how != "offload" or states is None else OnHost(states)
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Return what surrounds the forward pass of a block, and what surrounds it when it is computed again."""
@@ -87,6 +96,25 @@ class Recompute:
             return ExitStack(), again
         first, second = create_selective_checkpoint_contexts(_policy)
         return first, _both(again, second)
+
+
+class OnHost(save_on_cpu):
+    """Keeps `states` in pinned host memory instead of the graph. Other tensors, such as masks, are shared by all blocks and stay."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__(pin_memory=True)
+        pack, unpack, address = self.pack_hook, self.unpack_hook, states.data_ptr()
+        self.pack_hook = lambda tensor: pack(tensor) if tensor.data_ptr() == address else tensor
+        self.unpack_hook = lambda kept: unpack(kept) if isinstance(kept, tuple) else kept
+
+
+def check_offload(how: str, device: torch.device) -> None:
+    """Raise `UserError` for 'offload' where activations are in host memory anyway."""
+    if how == "offload" and device.type == "cpu":
+        raise UserError(
+            "train.checkpointing=offload moves activations from a GPU to the host, but this run computes on the CPU; use "
+            "train.checkpointing=blocks."
+        )
 
 
 @contextmanager

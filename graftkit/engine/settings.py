@@ -26,3 +26,4 @@ class Settings:
     ema: float | None = None
     weight_type: str = "fp32"
     checkpointing: str = "none"
+    batch_tokens: int | None = None  # instead of batch_size rows

@@ -98,7 +98,9 @@ class Peft(Method):
                 return self.kind != "OFT"
             return is_linear(module) or is_norm(module) or isinstance(module, nn.Embedding)
 
-        wanted = f"modules that PEFT has layers of {self.tuner!r} for; use {general()} there"
+        def wanted() -> str:
+            return f"modules that PEFT has layers of {self.tuner!r} for; use {general()} there"
+
         sites = select(backbone, self._selection(backbone), usable, wanted)
         for site in sites:
             for parameter in site.module.parameters(recurse=False):

@@ -28,6 +28,7 @@ class Plan:
     `ema_bytes`: the averages of the trained parameters, with train.ema.
     `schedule`: if a method unfreezes parameters gradually, how many are trained from which 1-based step on;
     `never_trained_parameters` are those that the run ends too early to unfreeze. `trained_parameters` includes these.
+    `batch_tokens`: with train.batch_tokens, the most tokens of a step; `batch_size` are then its rows on average.
     `lr`: train.lr, a number, 'find' or None for the methods' defaults.
     `forecast`: memory, seconds and FLOPs, where they were asked for (`plan.forecast`).
     `warnings` concern methods that add more parameters than the modules they adapt, and grafts that cannot be exported.
@@ -54,6 +55,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     lr: float | str | None = None
     forecast: dict[str, Any] = field(default_factory=dict)
+    batch_tokens: int | None = None
 
     def as_dict(self) -> dict:
         """Return all fields, those of the forecast among them; a run stores none of these, as they are not exact."""
@@ -63,7 +65,8 @@ class Plan:
 
 def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int, steps_per_epoch: int, steps: int, precision: str,
               frozen_blocks: int, phases: Sequence[Phase] = (), step_in_backward: bool = False, ema: bool = False,
-              rounded: Collection[str] = (), accumulate: int = 1, lr: float | str | None = None) -> Plan:  # fmt: skip
+              rounded: Collection[str] = (), accumulate: int = 1, lr: float | str | None = None,
+              batch_tokens: int | None = None) -> Plan:  # fmt: skip
     """Count parameters and bytes of a graft, on real weights or on the `meta` device.
 
     Frozen floating-point parameters are stored in the compute type, trained ones in fp32, or bf16 if in `rounded`.
@@ -89,6 +92,8 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
         for phase in phases
     ]
     last = phases[-1].labels if phases else graft.labels
+    if batch_tokens is not None:
+        batch_size, batch_tokens = round(rows / max(1, steps_per_epoch)), batch_tokens * accumulate
     gradients = gradient_bytes(
         graft, last, step_in_backward=step_in_backward, rounded=rounded, accumulating=optimizer if accumulate > 1 else None
     )  # fmt: skip
@@ -98,7 +103,7 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
         gradients, optimizer_bytes(graft, optimizer, last),
         4 * trained if ema else 0, rows, batch_size, steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
-        [*_oversized(graft), *_unexportable(graft)], lr,
+        [*_oversized(graft), *_unexportable(graft)], lr, batch_tokens,
     )  # fmt: skip
 
 

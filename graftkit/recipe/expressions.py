@@ -86,8 +86,10 @@ def _call(node: ast.expr, family: str, expression: str, stored: bool) -> Call:
 def _known_as(written: str, family: str) -> str:
     """Return the name of the entry that declares `written` as another name of it, or else `written`."""
     known = entries(family)
+    if written in known:  # only the file of that name is read
+        return written
     found = (name for name, entry in known.items() if written.lower() in entry.constants.get("aliases", ()))
-    return written if written in known else next(found, written)
+    return next(found, written)
 
 
 def _option_of(entry: Entry, written: str, stored: bool) -> str:

@@ -128,10 +128,22 @@ class Recipe(Section):
                 "train.precision=fp16 needs all gradients of a step to find an overflow, but train.step_in_backward frees each "
                 "at once; leave out one of the two."
             )
+        self._fit_batches()
         self._fit_start()
         self._fit_updates()
         self._fit_method()
         return self
+
+    def _fit_batches(self) -> None:
+        """Refuse two sizes of a batch."""
+        if self.train.batch_tokens is None:
+            return
+        if "batch_size" in self.train.model_fields_set:
+            raise UserError(
+                "train.batch_tokens and train.batch_size both say how large a batch is; leave out one of the two."
+            )
+        if self.budget is not None:
+            raise UserError("budget chooses train.batch_size; leave train.batch_tokens out.")
 
     def _fit_updates(self) -> None:
         """Refuse what steps of single parameters cannot do."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from graftkit.recipe import expressions
 
@@ -71,6 +78,12 @@ class TrainRecipe(Section):
     epochs: float = Field(default=5, gt=0, le=10**6, description="passes over the training rows")
     steps: int | None = Field(default=None, ge=1, le=MOST, description="optimizer steps; replaces epochs")
     batch_size: int = Field(default=32, ge=1, le=MOST, description="rows in one forward pass")
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST,
+        description="tokens in one forward pass, padding included, instead of batch_size: as many rows of like length as fit",
+    )
     accumulate: int = Field(default=1, ge=1, le=MOST, description="forward passes before one optimizer step")
     optimizer: str = Field(
         default=DEFAULT_OPTIMIZER, description="the optimizer, for example galore(rank=128)"
@@ -146,10 +159,10 @@ class TrainRecipe(Section):
         description="where outputs of frozen layers are kept: in memory, and if that is worthwhile in files for later runs "
         "(auto), in memory alone, in files alone, or nowhere",
     )
-    checkpointing: Literal["auto", "none", "blocks", "selective"] = Field(
+    checkpointing: Literal["auto", "none", "blocks", "selective", "offload"] = Field(
         default="auto",
         description="activations that are computed again in the backward pass, to save memory: 'blocks', all of the trained "
-        "blocks; 'selective', all but products and attention; 'auto', blocks once memory has run out",
+        "blocks; 'selective', all but products and attention; 'offload', all, and what is kept lies in host memory instead of the GPU's; 'auto', blocks once memory has run out",
     )
     weight_type: Literal["fp32", "bf16"] = Field(
         default="fp32",
@@ -164,6 +177,11 @@ class TrainRecipe(Section):
         description="number type of the matrix products; fp16: with a scaled loss, for GPUs without bf16; fp8: of frozen weights, "
         "on NVIDIA Hopper and later",
     )
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the rows of a batch where tokens replace them: both in one recipe are refused."""
+        return {k: v for k, v in handler(self).items() if k != "batch_size" or self.batch_tokens is None}
 
     @field_validator("lr")
     @classmethod

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.errors import listing
-from graftkit.report.console import count, duration, size
+from graftkit.report.console import count, duration, rows_of, size
 from graftkit.report.summary import mistake, statistics_lines, title
 from graftkit.report.values import Subject
 
@@ -56,7 +56,7 @@ def _facts(subject: Subject, result: dict[str, Any]) -> str:
     labels = ", ".join(map(_plain, subject.labels[:20])) + (" ..." if len(subject.labels) > 20 else "")
     return f"""- data: {subject.rows:,} training rows of `{subject.data}`{f"; {columns}" if columns else ""}.{skipped}
 {f"- labels ({len(subject.labels)}): {labels}" if labels else f"- task: {subject.task_name}"}
-- training: {count(result["steps"])} steps of {subject.batch_size} rows{f" with {subject.optimizer}" if subject.optimizer else ""}, {result["precision"]}, seed {subject.seed};
+- training: {count(result["steps"])} steps of {rows_of(subject.batch_size, subject.batch_tokens)}{f" with {subject.optimizer}" if subject.optimizer else ""}, {result["precision"]}, seed {subject.seed};
   {duration(result["seconds"])}, peak memory {size(result["peak_memory_bytes"])} on {result["device"]}{_unused(result)}{_changed(result)}"""
 
 

@@ -30,6 +30,13 @@ def size(number: float) -> str:
     raise AssertionError
 
 
+def rows_of(rows: object, tokens: object = None) -> str:
+    """Return the size of a step: `rows` as text, and with train.batch_tokens the most tokens."""
+    return (
+        f"{rows} rows" if tokens is None else f"about {rows} rows (at most {count(int(str(tokens)))} tokens)"
+    )
+
+
 def duration(seconds: float) -> str:
     """Format seconds as '8 s', '2 min 5 s' or '1 h 4 min'."""
     whole = round(seconds)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from graftkit.report.classes import calibration_sections, class_sections
-from graftkit.report.console import count, duration, size
+from graftkit.report.console import count, duration, rows_of, size
 from graftkit.report.finished import Finished, interval_of, mapping, number
 from graftkit.report.html import Child, Markup, Section, details, element, figure_text, page, short, table
 from graftkit.report.mistakes import mistake_sections
@@ -219,7 +219,7 @@ def _facts(run: Finished) -> Child:
     ]  # fmt: skip
     about = mapping(plan.get("statistics"))
     labels = list(mapping(mapping(about.get("train")).get("labels")))
-    steps = f"{told(result.get('steps'), count)} steps of {told(plan.get('batch_size'), count)} rows"
+    steps = f"{told(result.get('steps'), count)} steps of {rows_of(told(plan.get('batch_size'), count), number(plan.get('batch_tokens')))}"
     optimizer = (
         f" with {short(result['optimizer'], 60)}" if result.get("optimizer") and result.get("steps") else ""
     )

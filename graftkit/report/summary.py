@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from graftkit.report.console import Console, count, duration, size
+from graftkit.report.console import Console, count, duration, rows_of, size
 from graftkit.report.values import Found, Sizes
 
 HARDEST = 3  # classes and examples to show
@@ -149,7 +149,7 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
             ("memory", f"weights {size(plan['weight_bytes'])}, gradients {size(plan['gradient_bytes'])}, "
                        f"optimizer {size(plan['optimizer_bytes'])}"
                        f"{', average ' + size(plan['ema_bytes']) if plan['ema_bytes'] else ''}; activations come on top"),
-            ("steps", f"{count(plan['steps'])} of {plan['batch_size']} rows ({count(plan['steps_per_epoch'])} an epoch)"
+            ("steps", f"{count(plan['steps'])} of {rows_of(plan['batch_size'], plan.get('batch_tokens'))} ({count(plan['steps_per_epoch'])} an epoch)"
                       f"{' with ' + plan['optimizer'] if plan['steps'] else ''}, {plan['precision']}"),
         ]
     )  # fmt: skip

@@ -122,3 +122,4 @@ class Subject:
     optimizer: str  # empty if nothing is trained
     seed: int
     makes_model: bool = False
+    batch_tokens: int | None = None

@@ -93,7 +93,8 @@ def _changes(
     stored = _entries(before, VALUES)
     if stored:  # a key that came since has its default
         default = _values(recipes.make({"model": "", "data": {"train": ""}}))
-        stored = {name: value for name, value in default.items() if name not in PLACES} | stored
+        known = now[VALUES].keys() - PLACES  # a recipe leaves out what another key replaces
+        stored = {name: value for name, value in default.items() if name in known} | stored
     for name in sorted({*stored, *now[VALUES]} if stored else ()):
         if stored.get(name) != now[VALUES].get(name):
             found.append(f"{folder / RECIPE}: {name} was {stored.get(name)} and is {now[VALUES].get(name)}")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from graftkit.data.by_tokens import prediction_sizes
 from graftkit.engine import checkpoint
 from graftkit.engine.cached import Caching, make_forward
 from graftkit.engine.forward import Forward
@@ -164,8 +165,9 @@ class Watch:
     ) -> dict[str, Any]:
         """Return the metrics on a dataset, with intervals if the metrics without them are `interesting`."""
         rows, dataset = self.prepared.rows, self.datasets[name]
-        size = 2 * self.prepared.settings.batch_size
-        outcomes = predict(dataset, self.watching.recording(name, self._forward(name, 1)), rows.task, size)
+        sizes = prediction_sizes(self.prepared.recipe.train)
+        forward = self.watching.recording(name, self._forward(name, 1))
+        outcomes = predict(dataset, forward, rows.task, *sizes)
         self.worst = []
         metrics = rows.task.metrics(outcomes, dataset, rows.labels, intervals=False)
         if interesting(metrics):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import processes
 from graftkit.engine.precision import with_tf32
+from graftkit.engine.recompute import FROM_THE_START
 from graftkit.engine.regions import Regions
 from graftkit.report.console import Console
 from graftkit.runs.prepare import Prepared
@@ -47,7 +48,7 @@ def regions_of(prepared: Prepared, console: Console) -> Regions:
     `auto`, in several processes, each of which would measure another time."""
     train = prepared.recipe.train
     wanted = train.compile
-    phased, recomputed = len(prepared.phases) > 1, train.checkpointing in ("blocks", "selective")
+    phased, recomputed = len(prepared.phases) > 1, train.checkpointing in FROM_THE_START
     if phased or recomputed:
         if wanted == "blocks":
             why = "the method trains others in each phase" if phased else "their activations are recomputed"

@@ -15,6 +15,7 @@ import torch
 from graftkit.backbone import Backbone
 from graftkit.backbone.quantized import move
 from graftkit.backbone.source import Source
+from graftkit.data.by_tokens import prediction_sizes
 from graftkit.data.columns import find_again
 from graftkit.data.stream import ROWS
 from graftkit.engine import parallel, precision
@@ -196,7 +197,7 @@ def evaluate(
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
     sure = Sure(run.folder, run.about, task)
     recorder = sure.recording(loaded.forward, dataset)
-    outcomes = run_predict(dataset, recorder, task, 2 * loaded.recipe.train.batch_size)  # as `tune` does
+    outcomes = run_predict(dataset, recorder, task, *prediction_sizes(loaded.recipe.train))  # as `tune`
     found: dict[str, Any] = {
         "run": str(folder),
         "metrics": task.metrics(outcomes, dataset, loaded.labels),

@@ -19,14 +19,15 @@ from graftkit.backbone.load import load_backbone
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.quantized import move
 from graftkit.backbone.source import Source, auto_class, find_source, has_two_towers, pooling_of
+from graftkit.data.by_tokens import check_tokens, steps_of
 from graftkit.data.columns import find_again, find_columns
-from graftkit.data.order import steps_per_epoch
 from graftkit.data.read import Table
 from graftkit.engine import parallel, precision
 from graftkit.engine.fp8 import quantize_frozen
 from graftkit.engine.frozen import Phase
 from graftkit.engine.frozen import phases as find_phases
 from graftkit.engine.range_test import check_searchable
+from graftkit.engine.recompute import check_offload
 from graftkit.engine.settings import Settings
 from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.grafts.attach import attach
@@ -44,6 +45,7 @@ from graftkit.recipe.sections import number_of
 from graftkit.runs.best import best_of
 from graftkit.runs.drawing import drawn
 from graftkit.runs.further import check_further
+from graftkit.runs.garbage import uncollected
 from graftkit.runs.probe import Probe, read_probe
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 from graftkit.tasks.shared.alike import alike
@@ -299,6 +301,7 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     """
     backbone, graft, max_length = _grafted(recipe, rows, source or source_of(recipe), meta=meta)
     device = parallel.device()
+    check_offload(recipe.train.checkpointing, device)
     bf16 = recipe.train.weight_type == "bf16"
     kind = precision.choose("bf16" if bf16 else recipe.train.precision, device)
     named, kind = kind, "bf16" if kind == "fp8" else kind  # of everything but the products of frozen weights
@@ -312,8 +315,10 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
     if config is not None:
         config.use_cache = False
     train = recipe.train
-    dataset = rows.task.dataset(rows.train, backbone, max_length, training=True)
-    per_epoch = steps_per_epoch(len(dataset), train.batch_size, train.accumulate * parallel.processes()[1])
+    with uncollected():
+        dataset = rows.task.dataset(rows.train, backbone, max_length, training=True)
+    check_tokens(dataset, train.batch_tokens)
+    per_epoch = steps_of(dataset, train, train.accumulate * parallel.processes()[1])
     steps = (train.steps or math.ceil(train.epochs * per_epoch)) if rows.task.trains else 0
     graft.method.check_steps(steps)
     further = check_further(recipe, steps)
@@ -325,11 +330,12 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
         graft, optimizer, rows=len(dataset), batch_size=train.batch_size * train.accumulate, steps_per_epoch=per_epoch,
         steps=steps, precision=named, frozen_blocks=phases[-1].depth, phases=phases, step_in_backward=train.step_in_backward,
         ema=train.ema is not None, rounded=rounded, accumulate=train.accumulate, lr=train.lr,
+        batch_tokens=train.batch_tokens,
     )  # fmt: skip
     settings = Settings(
         steps, train.batch_size, train.accumulate, optimizer, number_of(train.lr), train.weight_decay,
         0.0 if further else train.warmup, train.schedule, train.clip, recipe.seed, train.step_in_backward, train.decay,
-        train.ema, train.weight_type, train.checkpointing,
+        train.ema, train.weight_type, train.checkpointing, train.batch_tokens,
     )  # fmt: skip
     return Prepared(
         recipe,

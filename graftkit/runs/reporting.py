@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from graftkit.backbone import Backbone
-from graftkit.data.order import epoch_batches, padding_share
+from graftkit.data.by_tokens import order_of
+from graftkit.data.order import padding_share
 from graftkit.engine.forward import Forward
 from graftkit.errors import UserError
 from graftkit.report.console import Console
@@ -52,7 +53,8 @@ def _sizes(prepared: Prepared, datasets: Mapping[str, Dataset]) -> Sizes:
     dataset = datasets["train"]
     lengths, padding = dataset.lengths, None
     if not dataset.uniform:
-        batches = epoch_batches(lengths, prepared.settings.batch_size, prepared.settings.seed, 0)
+        order = order_of(dataset, prepared.settings, 0)
+        batches = order.batches(0, len(order))
         padding = padding_share(lengths, batches)
     return Sizes(
         rows=len(dataset),
@@ -95,6 +97,7 @@ def subject_of(prepared: Prepared) -> Subject:
         columns=rows.columns,
         labels=rows.labels,
         batch_size=prepared.plan.batch_size,
+        batch_tokens=prepared.plan.batch_tokens,
         optimizer=prepared.plan.optimizer if prepared.rows.task.trains else "",
         seed=recipe.seed,
         makes_model=rows.task.makes_model,

@@ -78,6 +78,34 @@ def test_a_row_passes_with_its_ratio_its_accuracy_and_its_memory(script):
     assert not passes(5.0, 0.9, 501)
 
 
+def test_an_interrupted_measurement_goes_on_and_compiled_peers_run_when_asked(script, monkeypatch, tmp_path):
+    compare = script("compare_hf")
+    asked, path = [], tmp_path / "runs.json"
+
+    def child(_, given):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append((given["function"], given["seed"]))
+        return {"seconds": 10.0 if given["function"] == "trainer_side" else 2.0}
+
+    monkeypatch.setattr(compare, "child", child)
+    row = compare.ROWS["lora-bf16"]
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_row(row, 2, True, compare.Done(path, "this code"))
+    first = [("graftkit_side", 0), ("trainer_side", 0), ("graftkit_side", 1)]
+    assert asked == first
+    asked.clear()
+    found = compare.run_row(row, 2, True, compare.Done(path, "this code"))
+    assert asked == [("trainer_side", 1)] and found["ratio"] == 5.0 and len(found["peer_settings"]) == 1
+    asked.clear()
+    compare.run_row(row, 1, True, compare.Done(path, "other code"), compiled=True)
+    assert asked == [first[0], ("trainer_side", 0), ("trainer_side", 0)]
+    done = compare.Done(path, "other code")
+    assert len(done.runs) == 3
+    done.end()
+    assert not path.exists()
+
+
 def test_a_lower_loss_passes_and_a_limit_stands_for_a_peer(script):
     compare = script("compare_hf")
     row = compare.ROWS["llama"]

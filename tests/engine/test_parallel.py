@@ -67,6 +67,21 @@ def test_a_step_with_fewer_batches_than_processes(tmp_path, still_bert, rows_fol
     assert len(rows) == 4 and sum(rows[:2]) == sum(rows[2:]) == 96
 
 
+def test_batches_of_tokens_are_shared_out(tmp_path, still_bert, rows_folder, command):
+    """Two processes take the steps of one that accumulates, also where the last step of an epoch has one batch."""
+    losses = []
+    for name, more in (("both", ()), ("alone", ("train.accumulate=2",))):
+        words = tune_words(
+            still_bert, rows_folder, tmp_path / name, "train.batch_tokens=150", "train.epochs=2", *more
+        )
+        words = [word for word in words if not word.startswith("train.batch_size")]
+        ended = together(*words) if name == "both" else [command(*words)]
+        assert all(one.status == 0 for one in ended), ended[0].err
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([(line["rows"], line["loss"]) for line in lines if line["kind"] == "step"])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4)
+
+
 def test_their_folder_must_be_named(tmp_path, monkeypatch, still_bert, rows_folder):
     monkeypatch.chdir(tmp_path)
     words = tune_words(still_bert, rows_folder, Path("unused"), *SETTINGS)

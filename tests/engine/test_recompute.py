@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from graftkit.errors import UserError
+
 pytestmark = pytest.mark.slow
 
 METHODS = ("lora(rank=2, dropout=0.3) + head()", "unfreeze('blocks[-1:]') + head()")
@@ -74,3 +76,36 @@ def test_it_begins_when_memory_runs_out_before_the_batch_is_halved(ready, monkey
     assert [step.rows for step in run.loop] == [16, 16]
     assert run.loop.split == 1 and failures == [16]
     assert [len(list(run.loop.recompute.notes())) for _ in range(2)] == [1, 0]
+
+
+def test_inputs_of_blocks_are_kept_on_the_host(ready, monkeypatch):
+    """A CPU has no other memory, so that the copies are made there: as many as there are blocks, and no number changes."""
+    from graftkit.engine import recompute
+    from graftkit.runs import prepare
+
+    losses, weights = trained(ready(METHODS[0], checkpointing="none", steps=3))
+    monkeypatch.setattr(prepare, "check_offload", lambda *given: None)
+    kept = []
+
+    class Counting(recompute.OnHost):
+        def __init__(self, states):
+            super().__init__(states)
+            pack = self.pack_hook
+
+            def counted(tensor):
+                kept.append(pack(tensor))
+                return kept[-1]
+
+            self.pack_hook = counted
+
+    monkeypatch.setattr(recompute, "OnHost", Counting)
+    run = ready(METHODS[0], checkpointing="offload", steps=3)
+    found, other = trained(run)
+    assert found == losses and all(torch.equal(weights[name], other[name]) for name in weights)
+    copies = [value[1] for value in kept if isinstance(value, tuple)]
+    assert [copy.shape[-1] for copy in copies] == [32] * len(run.graft.backbone.blocks) * 3
+
+
+def test_offloading_is_refused_on_a_cpu(ready):
+    with pytest.raises(UserError, match="this run computes on the CPU; use"):
+        ready(METHODS[0], checkpointing="offload")

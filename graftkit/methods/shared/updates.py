@@ -166,7 +166,7 @@ class UpdateMethod(Method):
             return part.name in weights and self.accepts(weights[part.name][1])
 
         view = dataclasses.replace(backbone, sites=tuple(parts))
-        return [weights[part.name] for part in select(view, selection, usable, self.wanted)]
+        return [weights[part.name] for part in select(view, selection, usable, lambda: self.wanted)]
 
     def named(self, backbone: Backbone) -> dict[str, tuple[Site, Weight]]:
         """Return `targets` by the name of the weight's parameter."""
