@@ -113,6 +113,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for CUDA must not forbid to fork
     # Only a loss of power shows what was not synced; tests of that (`killing.moments`) replace it themselves.
     os.fsync = os.fstat  # type: ignore[assignment]
+    _build_each_parser_once()
+
+
+def _build_each_parser_once() -> None:
+    """Typer builds the parser anew for every command: a tenth of a tiny run. It depends on nothing but the epilogs."""
+    import typer.main
+
+    plain, built = typer.main.get_command, {}
+
+    def get_command(app):
+        key = (id(app), *(command.epilog for command in app.registered_commands))
+        if key not in built:
+            built[key] = plain(app)
+        return built[key]
+
+    typer.main.get_command = get_command
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -152,10 +168,15 @@ def device():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
+def one_thread(device):
     import torch
 
     torch.set_num_threads(1)
+    if (
+        device.type == "cpu"
+    ):  # `torch.manual_seed` keeps each seed for the others, with a trace of the whole stack
+        for other in (torch.cuda, torch.xpu, torch.mtia):
+            other.manual_seed_all = lambda seed: None
 
 
 @pytest.fixture(scope="session")
@@ -308,6 +329,16 @@ def graft_tensors(run: Path) -> dict:
 
 def equal_bits(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all((left[name] == right[name]).all() for name in left)
+
+
+@pytest.fixture
+def few_compared(monkeypatch) -> None:
+    """Exports are compared with their runs on 8 rows instead of 64, which take most of an export's time."""
+    from graftkit.export import base
+    from graftkit.runs import export
+
+    for module in (base, export):
+        monkeypatch.setattr(module, "ROWS", 8)
 
 
 @pytest.fixture(scope="session")
