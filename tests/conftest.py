@@ -65,7 +65,7 @@ def _tokenizer(folder: Path, special: tuple[str, ...]):
     return tokenizer
 
 
-def _make_bert(folder: Path) -> Path:
+def make_bert(folder: Path, blocks: int = 3) -> Path:
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -81,7 +81,7 @@ def _make_bert(folder: Path) -> Path:
     BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=size, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        vocab_size=size, hidden_size=32, num_hidden_layers=blocks, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
     model = BertModel(config)
@@ -182,13 +182,13 @@ def one_thread(device):
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     """A BERT model folder: 3 blocks, width 32, at most 64 tokens, WordPiece tokenizer."""
-    return _make_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+    return make_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
 @pytest.fixture(scope="session")
 def tiny_sentence_bert(tmp_path_factory) -> Path:
     """The same with a sentence-transformers configuration that says mean pooling."""
-    folder = _make_bert(tmp_path_factory.mktemp("models") / "tiny-sentence-bert")
+    folder = make_bert(tmp_path_factory.mktemp("models") / "tiny-sentence-bert")
     (folder / "1_Pooling").mkdir()
     pooling = {
         "word_embedding_dimension": 32,
