@@ -66,7 +66,7 @@ def _tokenizer(folder: Path, special: tuple[str, ...]):
     return tokenizer
 
 
-def _make_bert(folder: Path) -> Path:
+def make_bert(folder: Path, blocks: int = 3) -> Path:
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -82,7 +82,7 @@ def _make_bert(folder: Path) -> Path:
     BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=size, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        vocab_size=size, hidden_size=32, num_hidden_layers=blocks, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
     model = BertModel(config)
@@ -114,6 +114,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for CUDA must not forbid to fork
     # Only a loss of power shows what was not synced; tests of that (`killing.moments`) replace it themselves.
     os.fsync = os.fstat  # type: ignore[assignment]
+    _build_each_parser_once()
+
+
+def _build_each_parser_once() -> None:
+    """Typer builds the parser anew for every command: a tenth of a tiny run. It depends on nothing but the epilogs."""
+    import typer.main
+
+    plain, built = typer.main.get_command, {}
+
+    def get_command(app):
+        key = (id(app), *(command.epilog for command in app.registered_commands))
+        if key not in built:
+            built[key] = plain(app)
+        return built[key]
+
+    typer.main.get_command = get_command
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -153,22 +169,27 @@ def device():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
+def one_thread(device):
     import torch
 
     torch.set_num_threads(1)
+    if (
+        device.type == "cpu"
+    ):  # `torch.manual_seed` keeps each seed for the others, with a trace of the whole stack
+        for other in (torch.cuda, torch.xpu, torch.mtia):
+            other.manual_seed_all = lambda seed: None
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     """A BERT model folder: 3 blocks, width 32, at most 64 tokens, WordPiece tokenizer."""
-    return _make_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+    return make_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
 @pytest.fixture(scope="session")
 def tiny_sentence_bert(tmp_path_factory) -> Path:
     """The same with a sentence-transformers configuration that says mean pooling."""
-    folder = _make_bert(tmp_path_factory.mktemp("models") / "tiny-sentence-bert")
+    folder = make_bert(tmp_path_factory.mktemp("models") / "tiny-sentence-bert")
     (folder / "1_Pooling").mkdir()
     pooling = {
         "word_embedding_dimension": 32,
@@ -309,6 +330,16 @@ def graft_tensors(run: Path) -> dict:
 
 def equal_bits(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all((left[name] == right[name]).all() for name in left)
+
+
+@pytest.fixture
+def few_compared(monkeypatch) -> None:
+    """Exports are compared with their runs on 8 rows instead of 64, which take most of an export's time."""
+    from graftkit.export import base
+    from graftkit.runs import export
+
+    for module in (base, export):
+        monkeypatch.setattr(module, "ROWS", 8)
 
 
 @pytest.fixture(scope="session")

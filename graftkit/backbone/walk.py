@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return what `model.named_modules()` yields: each module under its first name, in definition order."""
-    found: dict[str, nn.Module] = {}
-    seen: set[nn.Module] = set()
+    found: dict[str, nn.Module] = {"": model}
+    seen = {model}
 
-    def walk(module: nn.Module, name: str, prefix: str) -> None:
-        seen.add(module)
-        found[name] = module
+    def walk(module: nn.Module, prefix: str) -> None:
         for leaf, child in module._modules.items():
             if child is not None and child not in seen:
+                seen.add(child)
                 path = prefix + leaf
-                walk(child, path, f"{path}.")
+                found[path] = child
+                if child._modules:
+                    walk(child, f"{path}.")
 
-    walk(model, "", "")
+    walk(model, "")
     return found
 
 
@@ -42,8 +43,10 @@ def _tensors(model: nn.Module, kind: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     seen: set[int] = set()
     for path, module in modules_of(model).items():
-        for leaf, tensor in getattr(module, kind).items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[f"{path}.{leaf}" if path else leaf] = tensor
+        held = getattr(module, kind)
+        if held:
+            for leaf, tensor in held.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{path}.{leaf}" if path else leaf] = tensor
     return found

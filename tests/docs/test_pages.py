@@ -123,6 +123,7 @@ def first_run(demo_model, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_compared")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_a_page_runs(path: Path, first_run: Path, tmp_path: Path, monkeypatch) -> None:
     text = path.read_text(encoding="utf-8")

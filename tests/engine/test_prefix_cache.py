@@ -2,10 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -308,36 +305,24 @@ def test_augmented_versions_of_images_are_kept_and_used_in_turn(tiny_vit, colour
     assert counts(make(7)) == (3 * len(data), 0) and counts(make(8)) == (0, 3 * len(data))
 
 
-TOGETHER = """
-import json, sys
-import graftkit
-from graftkit.engine import filling
-
-filling.WORTHWHILE, filling.FILL_BATCH, filling.BLOCK = 0.0, 20, 0
-model, rows, folder = sys.argv[1:]
-done = []
-for number, mode in enumerate(("auto", "disk", "auto")):
-    run = graftkit.tune(model=model, task="classify", train=f"{rows}/train.csv", eval=f"{rows}/eval.csv",
-        method="unfreeze('blocks[-1:]') + head(dropout=0)", out=f"{folder}/{number}",
-        settings={"train.precision": "fp32", "train.epochs": 2.0, "train.cache": mode})
-    done.append(run.result["cache"])
-index = __import__("os").environ["RANK"]
-with open(f"{folder}/found-{index}.json", "w") as file:
-    json.dump(done, file)
-"""
-
-
 @pytest.mark.slow
 def test_processes_fill_their_shares_and_read_those_of_others(tiny_bert, rows_folder, tmp_path, folder):
-    from test_parallel import free_port
+    from processes import both
 
-    script = tmp_path / "together.py"
-    script.write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-               f"--master-port={free_port()}", str(script), str(tiny_bert), str(rows_folder), str(tmp_path)]  # fmt: skip
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    def work(rank: int) -> None:
+        filling.WORTHWHILE, filling.FILL_BATCH, filling.BLOCK = 0.0, 20, 0
+        done = []
+        for number, mode in enumerate(("auto", "disk", "auto")):
+            run = graftkit.tune(
+                model=tiny_bert, task="classify", train=rows_folder / "train.csv", eval=rows_folder / "eval.csv",
+                method="unfreeze('blocks[-1:]') + head(dropout=0)", out=tmp_path / str(number),
+                settings={"train.precision": "fp32", "train.epochs": 2.0, "train.cache": mode},
+            )  # fmt: skip
+            done.append(run.result["cache"])
+        (tmp_path / f"found-{rank}.json").write_text(json.dumps(done))
+
+    ended = both(work)
+    assert [one.status for one in ended] == [0, 0], ended[0].err + ended[1].err
     for index in (0, 1):
         found = json.loads((tmp_path / f"found-{index}.json").read_text())
         read = [

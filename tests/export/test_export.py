@@ -58,6 +58,7 @@ def test_own_head_loads_with_plain_transformers(command, finished, tmp_path):
     assert "Figures" in card and "graftkit predict" not in card
 
 
+@pytest.mark.usefixtures("few_compared")
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["pooling='mean'", "pooling='attention'", "pooling='last', hidden=8"])
 def test_pooled_head_comes_with_a_script(command, tiny_bert, rows_folder, tmp_path, head):
@@ -70,6 +71,7 @@ def test_pooled_head_comes_with_a_script(command, tiny_bert, rows_folder, tmp_pa
     assert out.splitlines() == [f"{a['label']}\t{a['text']}" for a in graftkit.Run(run, {}).predict(TEXTS)]
 
 
+@pytest.mark.usefixtures("few_compared")
 @pytest.mark.slow
 def test_the_script_reads_pairs_where_the_run_did(command, tiny_bert, rows_folder, tmp_path):
     run = tmp_path / "run"
@@ -89,6 +91,7 @@ def test_the_script_reads_pairs_where_the_run_did(command, tiny_bert, rows_folde
     assert out == f"{answer['label']}\tthe plum\tmy saw\n"
 
 
+@pytest.mark.usefixtures("few_compared")
 @pytest.mark.parametrize("method", ["adapter()", "prefix(tokens=2)"])
 def test_what_cannot_be_folded_is_not_written(command, tiny_bert, rows_folder, tmp_path, method):
     run = tmp_path / "run"
@@ -101,6 +104,7 @@ def test_what_cannot_be_folded_is_not_written(command, tiny_bert, rows_folder, t
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.usefixtures("few_compared")
 @pytest.mark.parametrize(
     "method", ["full() + head()", "bitfit() + head()", "unfreeze('blocks[-1:]') + head()"]
 )
@@ -133,6 +137,7 @@ def test_evaluation_rows_where_the_training_rows_have_gone(command, tiny_bert, r
     assert found["rows_compared"] == 40 and found["rows_real"] is True
 
 
+@pytest.mark.usefixtures("few_compared")
 def test_a_folder_that_exists(command, finished, tiny_bert, tmp_path):
     (tmp_path / "mine").mkdir()
     shutil.copy(tiny_bert / "config.json", tmp_path / "mine")
@@ -156,6 +161,7 @@ def test_a_folder_that_exists(command, finished, tiny_bert, tmp_path):
         assert done.status == 1 and "the run itself" in done.err
 
 
+@pytest.mark.usefixtures("few_compared")
 def test_an_export_is_not_written_over_the_model_it_came_from(command, finished, rows_folder, tmp_path):
     assert command("export", finished, "--to", "m").status == 0
     words = tune_words(tmp_path / "m", rows_folder, tmp_path / "run", "train.steps=2", method="head()")
@@ -164,6 +170,7 @@ def test_an_export_is_not_written_over_the_model_it_came_from(command, finished,
     assert done.status == 1 and "started from" in done.err
 
 
+@pytest.mark.usefixtures("few_compared")
 @pytest.mark.slow
 def test_the_present_folder_a_link_and_a_file(command, finished, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")

@@ -130,7 +130,7 @@ def test_dare_keeps_the_mean(tmp_path):
     folders = saved(tiny.bare("bert"), tmp_path, ("lora(rank=2)", "lora(rank=2, alpha=3)"), ("a", "b"))
     plain = load(tiny.bare("bert"), merge(folders, tmp_path / "plain", how="linear")).parameters
     draws = []
-    for seed in range(60):
+    for seed in range(30):
         folder = merge(folders, tmp_path / "draw", how="dare", density=0.5, seed=seed, overwrite=True)
         draws.append(
             torch.cat([p.flatten() for p in load(tiny.bare("bert"), folder).parameters.values()]).detach()

@@ -10,7 +10,7 @@ import pytest
 from conftest import forked, tune_words
 from killing import at_operation, contents
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 UMASK = 0o027
 

@@ -13,7 +13,7 @@ from killing import assert_same, at_operation, contents, die, killed, moments, p
 from graftkit.recipe import schema as recipes
 from graftkit.runs import folder as run_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 SHORT = ("train.steps=2", "train.checkpoint_every=1")
 

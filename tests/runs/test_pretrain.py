@@ -16,7 +16,7 @@ from objectives import WORDS, tiny_model, word_tokenizer, write_texts
 import graftkit
 from graftkit.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 FAST = {
     "train.precision": "fp32",

@@ -191,10 +191,11 @@ def base_checkpoint_loads(pair: Pair) -> None:
     result = graft.model.load_state_dict(checkpoint, strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
     before = pair.attached(seed=9)
+    tensors = graft.tensors
     with torch.no_grad():
         for name, tensor in before.tensors.items():
             if name not in checkpoint:
-                tensor.copy_(graft.tensors[name])
+                tensor.copy_(tensors[name])
     equal(pair.outputs(graft.model), pair.outputs(before.model))
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def _template(model: Model, seed: int | None) -> nn.Module:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickle a module without its tensors and the classes that parametrizations made, which are collected in `kept`."""
+    """Pickle a module without its tensors, functions and classes that parametrizations made, which `kept` collects."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -76,7 +77,7 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> int | None:
         made = isinstance(value, type) and value.__name__.startswith("Parametrized")
-        if not isinstance(value, Tensor) and not made:
+        if not isinstance(value, Tensor | FunctionType) and not made:
             return None
         self.kept[id(value)] = value
         return id(value)
@@ -99,7 +100,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, number: int) -> Any:
         kept = self.kept[number]
-        if isinstance(kept, type):
+        if not isinstance(kept, Tensor):
             return kept
         if number not in self.copied:
             values = kept.detach().clone()
@@ -334,7 +335,7 @@ MODELS = [
         )
     ), _random("input_features", 8, 24)),
     Model("transformer", "`nn.TransformerEncoder`", Plain, _plain),
-    Model("squeezenet", "SqueezeNet", _example("squeezenet"), _random("x", 3, 63, 63)),
-    Model("resnet20", "ResNet-20", _example("resnet20"), _random("x", 3, 32, 32)),
+    Model("squeezenet", "SqueezeNet", _example("squeezenet"), _random("x", 3, 47, 47)),
+    Model("resnet20", "ResNet-20", _example("resnet20"), _random("x", 3, 16, 16)),
 ]  # fmt: skip
 BY_NAME = {model.name: model for model in MODELS}

@@ -59,7 +59,7 @@ def tune(
 
 @pytest.fixture(scope="module")
 def finished(llama, data, tmp_path_factory):
-    return tune(llama, data, tmp_path_factory.mktemp("runs") / "run", epochs=16.0)
+    return tune(llama, data, tmp_path_factory.mktemp("runs") / "run", epochs=16.0, evaluate_every="end")
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_the_loss_of_a_packed_run_is_that_of_separate_rows(llama, tmp_path):
 
 @pytest.mark.slow
 def test_encoder_and_decoder(t5, data, tmp_path):
-    run = tune(t5, data, tmp_path / "run", method="full(lr=0.02)", epochs=40.0)
+    run = tune(t5, data, tmp_path / "run", method="full(lr=0.02)", epochs=40.0, evaluate_every="end")
     assert run.metrics["perplexity"] < 2
     assert run.predict(["what colour is coal?"]) == [
         {"prompt": "what colour is coal?", "completion": "black"}
