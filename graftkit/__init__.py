@@ -52,12 +52,12 @@ if TYPE_CHECKING:
     from graftkit.report.making import make_report as make_report
     from graftkit.runs.check import check as check
     from graftkit.runs.check import label_errors as label_errors
+    from graftkit.runs.compare import compare as compare
+    from graftkit.runs.curve import curve as curve
+    from graftkit.runs.explain import explain as explain
     from graftkit.runs.fit import fit as fit
     from graftkit.runs.label import label_next as label_next
     from graftkit.runs.label import label_suggest as label_suggest
-    from graftkit.runs.explain import explain as explain
-    from graftkit.runs.compare import compare as compare
-    from graftkit.runs.curve import curve as curve
     from graftkit.runs.pretrain import pretrain as pretrain
     from graftkit.runs.tokenizer import train_tokenizer as train_tokenizer
     from graftkit.runs.tune import Run as Run

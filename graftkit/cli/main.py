@@ -17,9 +17,9 @@ from graftkit.cli import bench as cli_bench
 from graftkit.cli import cached as cli_cached
 from graftkit.cli import compare as cli_compare
 from graftkit.cli import data as cli_data
+from graftkit.cli import explain as cli_explain
 from graftkit.cli import fit as cli_fit
 from graftkit.cli import label as cli_label
-from graftkit.cli import explain as cli_explain
 from graftkit.cli import plan as cli_plan
 from graftkit.cli import pretraining
 from graftkit.cli import reports as cli_reports

@@ -90,30 +90,14 @@ def predict(
         raise UserError("give either texts or --data FILE to predict.")
     refuse_empty(data)
     refuse_files(texts or [])
+    given = data if data is not None else texts or []
     if out is not None:
-        from graftkit.report.table import check_path
-
-        check_path(out, data, overwrite)  # before torch is loaded
-        from graftkit.data.stream import told_of_size
-        from graftkit.runs.predict import predict_into
-
-        if note := told_of_size(data):
-            print(note, file=sys.stderr)
-        given = data if data is not None else texts
-        done = predict_into(
-            run, given, out, _options(option), overwrite=overwrite, tell=_progress(as_json), model=model,
-            coverage=coverage,
-        )  # fmt: skip
-        _tell_skipped(done)
-        emit(as_json, {"run": str(run), **done})
-        if not as_json:
-            print(f"{done['rows']} answers are in {out}", file=sys.stderr)
+        _predict_into(out, run, given, _options(option), overwrite, as_json, model=model, coverage=coverage)
         return
     from graftkit.runs.predict import Answers
 
     alone = texts is not None and len(texts) == 1 and not as_json
     show = _show if alone and (sys.stdout.isatty() if stream is None else stream) else None
-    given = data if data is not None else texts
     answers = Answers(run, given, _options(option), show=show, model=model, coverage=coverage)
     predictions = []
     for piece in answers.pieces():
@@ -127,6 +111,26 @@ def predict(
     emit(as_json, {"run": str(run), "predictions": predictions, **found})
 
 
+def _predict_into(
+    out: Path, run: Path, given: str | list[str], options: dict[str, Any], overwrite: bool, as_json: bool, **more: Any
+) -> None:  # fmt: skip
+    """Write the answers to a file."""
+    from graftkit.report.table import check_path
+
+    data = given if isinstance(given, str) else None
+    check_path(out, data, overwrite)  # before torch is loaded
+    from graftkit.data.stream import told_of_size
+    from graftkit.runs.predict import predict_into
+
+    if note := told_of_size(data):
+        print(note, file=sys.stderr)
+    done = predict_into(run, given, out, options, overwrite=overwrite, tell=_progress(as_json), **more)
+    _tell_skipped(done)
+    emit(as_json, {"run": str(run), **done})
+    if not as_json:
+        print(f"{done['rows']} answers are in {out}", file=sys.stderr)
+
+
 def calibrate(
     run: RunFolder,
     data: Annotated[str, typer.Option(help="labelled rows that the run was not trained on")],
@@ -135,7 +139,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Fit a run's probabilities, sets of labels and what it does not know on labelled rows."""
-    _refuse_empty(data)
+    refuse_empty(data)
     from graftkit.runs.calibrate import calibrate as run_calibrate
 
     found = run_calibrate(run, data, known=known, model=model)

@@ -103,7 +103,7 @@ def make_plan(graft: Graft, optimizer: Optimizer, *, rows: int, batch_size: int,
         gradients, optimizer_bytes(graft, optimizer, last),
         4 * trained if ema else 0, rows, batch_size, steps_per_epoch, steps, precision, frozen_blocks, len(graft.backbone.blocks), groups,
         schedule if len(schedule) > 1 or reached < trained else [], trained - reached,
-        [*_oversized(graft), *_unexportable(graft)], lr, batch_tokens,
+        [*_oversized(graft), *_unexportable(graft)], lr, batch_tokens=batch_tokens,
     )  # fmt: skip
 
 

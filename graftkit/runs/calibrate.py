@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from graftkit.data.by_tokens import prediction_sizes
 from graftkit.data.columns import find_again
 from graftkit.engine.predict import predict
 from graftkit.errors import UserError, first_line
@@ -50,7 +51,7 @@ def calibrate(
     loaded = load_run(run)
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
     recorder = Recorder(loaded.forward, task, sample_of(dataset, len(run.labels)))
-    predict(dataset, recorder, task, 2 * run.recipe.train.batch_size)
+    predict(dataset, recorder, task, *prediction_sizes(run.recipe.train))
     evidence = evidence_of([recorder.recorded])
     near, note = _known(run, loaded, evidence, known)
     found = fit(evidence, task.calibrates == LABEL, near, note)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftkit.data.by_tokens import prediction_sizes
 from graftkit.data.order import ordered_batches
 from graftkit.data.source import Batch
 from graftkit.engine.cached import CachedForward
@@ -82,7 +83,7 @@ class Watching:
             return
         if self.best is None:
             recorder = self.recording("eval", forwards("eval", 1))
-            predict(self.datasets["eval"], recorder, task, 2 * self.prepared.settings.batch_size)
+            predict(self.datasets["eval"], recorder, task, *prediction_sizes(self.prepared.recipe.train))
             self.keep()
         assert self.best is not None
         evidence = evidence_of(gather(self.best.recorded))

@@ -103,9 +103,8 @@ class Watch:
         new = set(step.unused) - self.unused
         if new:
             self.unused |= new
-            console.line(
-                f"note: {len(new)} parameters do not affect the output and stay unchanged: {listing(sorted(new), 4)}"
-            )
+            names = listing(sorted(new), 4)
+            console.line(f"note: {len(new)} parameters do not affect the output and stay unchanged: {names}")
         if step.zero and not self.zero:
             self.zero = list(step.zero)
             console.line(

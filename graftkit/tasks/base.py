@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from graftkit.backbone import Backbone
 from graftkit.backbone.load import positions_of
@@ -30,6 +28,7 @@ from graftkit.recipe.expressions import as_expression
 from graftkit.tasks.examples import Examples
 from graftkit.tasks.explained import Explained
 from graftkit.tasks.shared.by_row import ByRow
+from graftkit.tasks.terms import Calls, Learn, Term, Terms, one_term  # noqa: F401
 
 MAX_DEFAULT_LENGTH = 512
 SAMPLE = 4  # examples that are encoded before weights are read
@@ -81,55 +80,6 @@ class Reading:
     encoding: str = "utf-8"
     skip_bad: bool = False
     columns: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One part of a loss on the rows of one batch.
-
-    `losses`: (rows,) in fp32, each summed over the row's units; or their sum (), in which case `by_row` computes them on
-    demand, so that a bad row can be named. `correct`: number of correctly predicted units, (rows,) or a sum, if that is
-    meaningful. `Source.count` counts the units under the same name. `weight`: weight of this term in the step's loss.
-    """
-
-    losses: Tensor
-    correct: Tensor | None = None
-    weight: float = 1.0
-    by_row: Callable[[], Tensor] | None = None
-
-    def each(self) -> Tensor:
-        """Return the loss of each row, (rows,)."""
-        return self.losses if self.by_row is None else self.by_row()
-
-
-Terms = Mapping[str, Term]
-
-
-class Calls(Protocol):
-    """The engine's forward function as seen by tasks; it handles autocast and the activation cache."""
-
-    graft: Any
-    device: torch.device
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Return the outputs (`Source.call`) of the model with its graft."""
-        ...
-
-    def base(self, batch: Batch) -> Tensor:
-        """Return the outputs with the graft disabled, in eval mode and without gradients. Needs `Task.needs_base`."""
-        ...
-
-
-Learn = Callable[[Calls, Batch], Terms]
-
-
-def one_term(loss: Callable[[Tensor, Batch], Term]) -> Learn:
-    """Return the learner for a loss with a single term, computed from the outputs of one forward pass."""
-
-    def learn(forward: Calls, batch: Batch) -> Terms:
-        return {LOSS: loss(forward(batch), batch)}
-
-    return learn
 
 
 class Reader:

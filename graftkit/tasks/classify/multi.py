@@ -19,6 +19,7 @@ from graftkit.data.split import hold_out
 from graftkit.errors import UserError, listing, nearest
 from graftkit.tasks.base import Dataset, Examples, Learn, Term, one_term
 from graftkit.tasks.classify.form import Form
+from graftkit.tasks.shared.by_row import means, ratio
 from graftkit.tasks.shared.labels import (
     LABEL,
     UNKNOWN,
@@ -28,7 +29,6 @@ from graftkit.tasks.shared.labels import (
     label_text,
     natural,
 )
-from graftkit.tasks.shared.by_row import means, ratio
 from graftkit.tasks.shared.metrics import calibration, interval, resamples
 from graftkit.tasks.shared.weights import positive_weights
 

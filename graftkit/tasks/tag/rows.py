@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftkit.data.json_text import parse_json
+from graftkit.data.read import Table
 from graftkit.errors import listing, nearest
 from graftkit.tasks.shared.items import is_nothing
 from graftkit.tasks.shared.labels import LabelIndex, label_text
@@ -156,6 +157,17 @@ def _shown(text: str, span: tuple[int, int, str]) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def name_classes(table: Table, source: Any) -> None:
+    """Put the names of the classes in place of their numbers, in lists of a `ClassLabel` of datasets."""
+    for column, feature in (getattr(source, "features", None) or {}).items():
+        classes = getattr(getattr(feature, "feature", None), "names", None)
+        if classes and column in table.columns:
+            table.columns[column] = [
+                values if values is None else [classes[value] for value in values]
+                for values in table.columns[column]
+            ]
 
 
 def types_in(sentences: Sequence[Sentence]) -> tuple[str, ...] | None:

@@ -47,6 +47,7 @@ from graftkit.tasks.tag.rows import (
     entities_of,
     label_of,
     marked,
+    name_classes,
     numbers_of,
     read_sentence,
     shown,
@@ -97,13 +98,7 @@ class Tag(Task):
                 tag_column=self.tag_column,
             )  # fmt: skip
         table = read_table(source, encoding=reading.encoding, skip_bad=reading.skip_bad, name=name)
-        for column, feature in (getattr(source, "features", None) or {}).items():
-            classes = getattr(getattr(feature, "feature", None), "names", None)
-            if classes and column in table.columns:  # lists of a `ClassLabel` of datasets
-                table.columns[column] = [
-                    values if values is None else [classes[value] for value in values]
-                    for values in table.columns[column]
-                ]
+        name_classes(table, source)
         return table
 
     def pieces(self, source: Any, reading: Reading, name: str, rows: int) -> Iterator[Table]:
