@@ -162,6 +162,10 @@ class Source:
         """Return the position of a row in the user's data."""
         return f"row {row + 1}"
 
+    def warnings(self) -> list[str]:
+        """Return what the model may not be able to read in these rows."""
+        return []
+
     def digest(self) -> str:
         """Return a digest of all training data; if it differs on resuming, the rows are not those the run started with."""
         raise NotImplementedError

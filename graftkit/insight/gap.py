@@ -20,7 +20,9 @@ from graftkit.tasks.base import Dataset
 PIECES = 2.0  # tokens per word from which a tokenizer is said not to fit; about 1.2 is usual for English in English models
 SMALL = 2.0  # factor of enlargement from which images are said to be small
 SAMPLE, BATCH = 128, 32
-SHIFT = 0.5  # standard deviations between the images and what a network saw, mean over its channels
+# standard deviations, mean over the channels of a layer. A ResNet-20 of CIFAR-10: 0.18 on its own test images, 0.26 on
+# photographs of insects in that size, 0.51 without the mean of its transform
+SHIFT = 0.4
 MARK = re.compile(r"[^\w\s]")
 
 

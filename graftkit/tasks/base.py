@@ -58,10 +58,6 @@ class Dataset(Source):
     def where(self, row: int) -> str:
         return self.examples.where(row)
 
-    def warnings(self) -> list[str]:
-        """Return what the model may not be able to read in these rows."""
-        return []
-
     def digest(self) -> str:
         digest = hashlib.sha256()
         for part in self.digested():
