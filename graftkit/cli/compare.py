@@ -83,12 +83,14 @@ def compare(
     from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(_values(arguments, given) | {"method": None})
-    from graftkit.runs.compare import Asked, run_compare
+    from graftkit.runs.compare import SEARCH, SEEDS, Asked, run_compare
 
-    chosen = {
-        key: value for key, value in more.items() if value is not None and key not in ("methods", "few")
-    }
-    asked = Asked(tuple(methods or ()), few=tuple(few or ()), **chosen)
+    asked = Asked(
+        tuple(methods or ()),
+        SEEDS if seeds is None else seeds,
+        SEARCH if search is None else search,
+        tuple(few or ()),
+    )
     emit(as_json, run_compare(recipe, asked, console).result)
 
 

@@ -154,7 +154,7 @@ def _figures(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:
             [f"{place + 1}. {short(row['method'], 120)}", [" ", element("small", "best for its cost", class_="quiet")]
              if row["method"] in best else None],
             figure_text(row["mean"]), _interval(row["interval"]),
-            whisker(row["mean"], *row["interval"], ends, place, 140) if row["interval"] else "",
+            whisker(row["mean"], row["interval"][0], row["interval"][1], ends, place, 140) if row["interval"] else "",
             row["seeds"], f"{row['learning_rate']:.3g}", duration(row["seconds"]), size(row["peak_memory_bytes"]),
             count(row["trained_parameters"]), size(row["graft_bytes"]),
         ] for place, row in enumerate(rows)
