@@ -18,6 +18,9 @@ CPU_FRAGMENTED = 1.26
 GPU_CONTEXT = 9e6  # of cuBLAS, as torch's allocator counts it; the context of the driver is outside of that
 GPU_FRAGMENTED = 1.02
 HOST = "host"
+# Seconds that no operation shows, on a CPU: the first steps load libraries and are audited; an evaluation computes metrics and
+# writes a checkpoint.
+BEGINNING, EVALUATED = 0.8, 0.1
 
 
 class Clock(Protocol):
@@ -106,7 +109,8 @@ def forecast(
     filling = _batch(load.filling, clock) * passes.fill_batches
     step, evaluation, filling = (x * history.slower for x in (step, evaluation, filling))
     per_epoch = passes.per_epoch * step
-    total = filling + passes.steps * step + passes.evaluations * evaluation
+    evaluation += EVALUATED if passes.evaluations else 0.0
+    total = BEGINNING + filling + passes.steps * step + passes.evaluations * evaluation
     flops = _flops(load, passes)
     seconds = {
         "step": step, "epoch": per_epoch, "evaluation": evaluation, "filling": filling, "total": total,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from graftkit.engine.filling import FILL_BATCH
 from graftkit.engine.memory import Peak, host_memory
 from graftkit.engine.parallel import processes
 from graftkit.engine.precision import rounded_names
+from graftkit.errors import Note, first_line
 from graftkit.grafts.graft import Graft
 from graftkit.plan import history
 from graftkit.plan.elsewhere import Machine, fitted, shared
@@ -35,22 +37,22 @@ from graftkit.tasks.base import Dataset
 SAMPLE = 200  # batches of the first epoch whose lengths are looked at
 
 
-def foresee(
-    prepared: Prepared,
-    datasets: Mapping[str, Dataset],
-    *,
-    twin: Graft | None = None,
-    machine: Machine | None = None,
-) -> Forecast | None:
-    """Return what a run will take; None if nothing is known. `twin`: its graft on the meta device, if there is one already:
-    it is used up. `machine`: another one than this."""
-    return foresee_always(prepared, datasets, twin=twin, machine=machine) if forecasts() else None
+def foresee(prepared: Prepared, datasets: Mapping[str, Dataset]) -> Forecast | None:
+    """Return what a run will take; None if runs are not foreseen, or if that failed."""
+    if not forecasts():
+        return None
+    try:
+        return foresee_always(prepared, datasets)
+    except Exception as error:  # no forecast is worth a run
+        warnings.warn(Note(f"no forecast ({type(error).__name__}: {first_line(error)})."), stacklevel=2)
+        return None
 
 
 def foresee_always(
     prepared: Prepared, datasets: Mapping[str, Dataset], *, twin: Graft | None = None, machine: Machine | None = None
 ) -> Forecast:  # fmt: skip
-    """Return what a run will take, whether runs are foreseen or not."""
+    """Return what a run will take. `twin`: its graft on the meta device, if there is one already: it is used up. `machine`:
+    another one than this."""
     rates = Rates(prepared.device) if machine is None else None
     known = history.read("" if rates is None else rates.machine)
     with _undisturbed():
@@ -97,8 +99,10 @@ def _twin(prepared: Prepared) -> Graft:
     """Return the graft of a run once more, on the meta device."""
     recipe = prepared.recipe
     source = source_of(recipe)
-    if source.made is not None and source.made is prepared.graft.model:
-        raise ValueError("the function that makes the model gives the same one each time")
+    if source.made is not None:  # whose weights would be lost on the meta device if they are those of the run
+        own = {id(tensor) for tensor in (*prepared.graft.model.parameters(), *prepared.graft.model.buffers())}
+        if any(id(tensor) in own for tensor in (*source.made.parameters(), *source.made.buffers())):
+            raise ValueError("the function that makes the model returns the same tensors each time")
     return graft_of(recipe, prepared.rows, source)
 
 

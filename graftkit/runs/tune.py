@@ -22,7 +22,7 @@ from graftkit.files import write_json, write_text
 from graftkit.plan.elsewhere import Machine
 from graftkit.plan.parameters import Plan
 from graftkit.recipe import schema as recipes
-from graftkit.recipe.environment import are_several
+from graftkit.recipe.environment import are_several, forecasts
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.report.summary import show_found, show_plan, show_rendered
@@ -261,6 +261,8 @@ def plan(recipe: Recipe, console: Console, machine: Machine | None = None) -> Pl
     prepared, datasets = encoded(prepared)
     show_found(console, found_in(prepared, datasets, statistics(prepared, {"train": datasets["train"]})))
     show_plan(console, prepared.plan.as_dict())
+    if not forecasts() and machine is None:
+        return prepared.plan
     foreseen = foresee_always(prepared, datasets, twin=prepared.graft, machine=machine)
     return replace(prepared.plan, forecast=told(foreseen, console))
 
