@@ -30,11 +30,9 @@ def size(number: float) -> str:
     raise AssertionError
 
 
-def rows_of(rows: object, tokens: object = None) -> str:
+def rows_of(rows: object, tokens: float | None = None) -> str:
     """Return the size of a step: `rows` as text, and with train.batch_tokens the most tokens."""
-    return (
-        f"{rows} rows" if tokens is None else f"about {rows} rows (at most {count(int(str(tokens)))} tokens)"
-    )
+    return f"{rows} rows" if tokens is None else f"about {rows} rows (at most {count(tokens)} tokens)"
 
 
 def duration(seconds: float) -> str:

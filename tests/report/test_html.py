@@ -223,7 +223,7 @@ def test_values_of_wrong_types_do_not_stop_a_report(tmp_path, seed):
         made(write_run(
             tmp_path / str(i), found=found if isinstance(found, dict) else {}, lines=[shaken(log()[0])] * 3,
             result={key: draw.choice(odd) for key in keys if draw.random() < 0.5}, worst=[row], previews=[draw.choice(odd)],
-            plan={"statistics": draw.choice(odd), "batch_size": draw.choice(odd)},
+            plan={"statistics": draw.choice(odd), "batch_size": draw.choice(odd), "batch_tokens": draw.choice(odd)},
         ))  # fmt: skip
 
 
