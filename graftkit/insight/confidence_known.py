@@ -16,6 +16,8 @@ from graftkit.insight.confidence_evidence import Evidence
 ROWS = 10_000  # training rows that are kept, at most
 VALUES = 4_000_000  # of their features, at most: 8 MB in fp16
 NEAREST = 2
+BATCH = 256
+ENOUGH = 2000  # evaluation rows for a threshold
 SHARE = 0.95  # of the evaluation rows that are known
 
 
@@ -35,7 +37,15 @@ class Known:
     def similarity(self, features: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Return the similarity of rows, (rows,). `features` (rows, width), `logits` (rows, labels)."""
         given = logits.argmax(1) if self.labels.any() else np.zeros(len(logits), np.int64)
-        near = _unit(features) @ self.vectors.astype(np.float32).T
+        vectors = self.vectors.astype(np.float32)
+        found = [
+            self._nearest(_unit(features[i : i + BATCH]) @ vectors.T, given[i : i + BATCH])
+            for i in range(0, len(features), BATCH)
+        ]
+        return np.concatenate(found)
+
+    def _nearest(self, near: np.ndarray, given: np.ndarray) -> np.ndarray:
+        """Return the mean of the largest similarities of each row with those of its label. `near` (rows, kept rows)."""
         other = self.labels[None] != given[:, None]
         other[other.all(1)] = False  # a label without rows: all rows count
         near[other] = -np.inf
@@ -71,10 +81,10 @@ def reference_rows(labels: np.ndarray, most: int, width: int) -> np.ndarray:
     """
     most = max(1, min(most, ROWS, VALUES // max(1, width)))
     order = np.random.default_rng(0).permutation(len(labels))
+    grouped = order[np.argsort(labels[order], kind="stable")]
+    _, starts, counts = np.unique(labels[grouped], return_index=True, return_counts=True)
     place = np.empty(len(labels), np.int64)  # of a row among those of its label
-    for label in np.unique(labels):
-        own = order[labels[order] == label]
-        place[own] = np.arange(len(own))
+    place[grouped] = np.arange(len(labels)) - np.repeat(starts, counts)
     return np.sort(order[np.argsort(place[order], kind="stable")][:most])
 
 
@@ -93,17 +103,14 @@ def with_share(known: Known, evaluation: Evidence, share: float) -> tuple[Known 
     """Return `known` with the threshold at which `share` of the evaluation rows are known; None if there are too few of
     them, and a note of it."""
     assert evaluation.features is not None
-    rows = len(evaluation.logits)
-    place = math.floor(round((rows + 1) * (1 - share), 9))
+    every = slice(None, None, math.ceil(len(evaluation.logits) / ENOUGH))
+    similar = np.sort(known.similarity(evaluation.features[every], evaluation.logits[every]))
+    place = math.floor(round((len(similar) + 1) * (1 - share), 9))
     if place < 1:
-        return (
-            None,
-            f"{rows} evaluation rows are too few for a threshold at which {share:.6g} of them are known",
-        )
-    similar = np.sort(known.similarity(evaluation.features, evaluation.logits))
-    above = float(
-        similar[place - 1]
-    )  # the threshold is between two rows, so that rounding moves neither across it
+        few = f"{len(similar)} evaluation rows are too few for a threshold at which {share:.6g} of them are known"
+        return None, few
+    # between two rows, so that rounding moves neither across it
+    above = float(similar[place - 1])
     below = float(similar[place - 2]) if place > 1 else above - 0.01
     return replace(known, threshold=(above + below) / 2), ""
 
