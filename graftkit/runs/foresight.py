@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graftkit.data.order import ordered_batches
+from graftkit.data.by_tokens import order_of, prediction_batches, prediction_sizes
 from graftkit.data.source import Source
 from graftkit.engine.cached import MEMORY_SHARE
 from graftkit.engine.filling import FILL_BATCH
@@ -101,20 +101,22 @@ def _twin(prepared: Prepared) -> Graft:
     source = source_of(recipe)
     if source.made is not None:  # whose weights would be lost on the meta device if they are those of the run
         own = {id(tensor) for tensor in (*prepared.graft.model.parameters(), *prepared.graft.model.buffers())}
-        if any(id(tensor) in own for tensor in (*source.made.parameters(), *source.made.buffers())):
+        if any(
+            id(tensor) in own for tensor in (*source.made.model.parameters(), *source.made.model.buffers())
+        ):
             raise ValueError("the function that makes the model returns the same tensors each time")
     return graft_of(recipe, prepared.rows, source)
 
 
 def batches_of(prepared: Prepared) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the rows of the heaviest batch that there can be, and batches with the least, a usual and the largest size."""
-    source, size = prepared.train, prepared.settings.batch_size
-    lengths = source.lengths
+    source, settings = prepared.train, prepared.settings
+    lengths, size, tokens = source.lengths, settings.batch_size, settings.batch_tokens
     if isinstance(lengths, int):
-        rows = np.arange(min(size, len(source)))
+        rows = _longest(source, size if tokens is None else tokens // lengths)
         return rows, [rows]
-    heavy = np.argsort(-lengths, kind="stable")[:size]
-    found = source.order(size, prepared.settings.seed, 0).batches(0, SAMPLE)
+    heavy = max(prediction_batches(lengths, size, tokens), key=lambda rows: _padded(source, rows))
+    found = order_of(source, settings, 0).batches(0, SAMPLE)
     found.sort(key=lambda rows: len(rows) * int(lengths[rows].max()))
     return heavy, found
 
@@ -145,7 +147,7 @@ def _counted(
     held = datasets.get("eval")
     evaluation = None
     if held is not None and len(held):
-        evaluation = pretended.evaluation(held, _longest(held, 2 * settings.batch_size))
+        evaluation = pretended.evaluation(held, _longest(held, *prediction_sizes(recipe.train)))
     in_memory = recipe.train.cache != "disk" and 2 * kept < MEMORY_SHARE * host_memory()
     return Load(step, usual, evaluation, filling, prepare, kept if in_memory else 0)
 
@@ -170,11 +172,11 @@ def _padded(source: Source, rows: np.ndarray) -> int:
     return len(rows) * (lengths if isinstance(lengths, int) else int(lengths[rows].max()))
 
 
-def _longest(source: Source, size: int) -> np.ndarray:
+def _longest(source: Source, size: int, tokens: int | None = None) -> np.ndarray:
     lengths = source.lengths
     if isinstance(lengths, int):
         return np.arange(min(size, len(source)))
-    return ordered_batches(lengths, size)[0]
+    return prediction_batches(lengths, size, tokens)[0]
 
 
 def _shapes(source: Source, batches: list[np.ndarray]) -> list[tuple[int, int]]:
@@ -201,14 +203,16 @@ def passes_of(prepared: Prepared, datasets: Mapping[str, Dataset], load: Load) -
         )
     return Passes(
         settings.steps, per_epoch, settings.accumulate, times if held is not None else 0,
-        0.0 if held is None else _batches(held, 2 * settings.batch_size) / world, filled / world,
+        0.0 if held is None else _batches(held, *prediction_sizes(prepared.recipe.train)) / world, filled / world,
     )  # fmt: skip
 
 
-def _batches(source: Source, size: int) -> float:
+def _batches(source: Source, size: int, tokens: int | None = None) -> float:
     """Return how many batches of its longest rows a source has as many tokens as; rows of like length share a batch."""
     if isinstance(source.lengths, int) or not len(source):
         return len(source) / size
+    if tokens is not None:
+        return float(source.lengths.sum()) / tokens
     return float(source.lengths.sum()) / (size * int(source.lengths.max())) * (size / min(size, len(source)))
 
 
