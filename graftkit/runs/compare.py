@@ -112,9 +112,14 @@ def compare(
 def resume_compare(folder: Path, console: Console) -> Comparison:
     """Go on with a comparison that was interrupted. Raises `UserError` if the folder holds none."""
     folder = folder.expanduser().absolute()
-    given = stored(KIND, folder)
+    given = stored(KIND, folder, ("seeds", "search"))
     recipe = recipes.make(given["recipe"], str(folder / f"{KIND}.json"), stored=True)
-    asked = Asked(tuple(given["methods"]), given["seeds"], given["search"], tuple(given["few"]))
+    asked = Asked(
+        tuple(map(str, given.get("methods", ()))),
+        given["seeds"],
+        given["search"],
+        tuple(map(int, given.get("few", ()))),
+    )
     return run_compare(recipe.model_copy(update={"out": str(folder)}), asked, console)
 
 

@@ -81,9 +81,9 @@ def curve(
 def resume_curve(folder: Path, console: Console) -> Curve:
     """Go on with a curve that was interrupted. Raises `UserError` if the folder holds none."""
     folder = folder.expanduser().absolute()
-    given = stored(KIND, folder)
+    given = stored(KIND, folder, ("points", "seeds"))
     recipe = recipes.make(
-        given["recipe"] | {"method": given["method"]}, str(folder / f"{KIND}.json"), stored=True
+        given["recipe"] | {"method": given.get("method")}, str(folder / f"{KIND}.json"), stored=True
     )
     return run_curve(
         recipe.model_copy(update={"out": str(folder)}), Asked(given["points"], given["seeds"]), console

@@ -181,12 +181,25 @@ def folder_of(kind: str, out: str | Path | None) -> Path:
     raise AssertionError
 
 
-def stored(kind: str, folder: Path) -> dict[str, Any]:
-    """Return what a study is of. Raises `UserError` if the folder holds none."""
+def stored(kind: str, folder: Path, numbers: Iterable[str]) -> dict[str, Any]:
+    """Return what a study is of, with its `numbers`. Raises `UserError` if the folder holds none, if its description is
+    damaged, or if its rows were in memory."""
     path = folder / f"{kind}.json"
     if not path.is_file():
         raise UserError(f"{str(folder)!r} holds no {kind} to go on with (it has no {path.name}).")
-    return read_json(path)
+    found = read_json(path)
+    if not isinstance(found.get("recipe"), dict) or not all(
+        isinstance(found.get(name), int) for name in numbers
+    ):
+        raise UserError(
+            f"{path} does not describe a {kind}; restore it from a copy, or begin again with another --out."
+        )
+    if IN_MEMORY in (found["recipe"].get("data") or {}).values():
+        raise UserError(
+            f"the rows of {folder} were in memory. Go on with: graftkit.{kind}(..., out={str(folder)!r}) in Python, with the "
+            "same arguments."
+        )
+    return found
 
 
 def slugs(methods: Iterable[str]) -> dict[str, str]:

@@ -137,6 +137,8 @@ def test_few_rows_in_memory_without_test_rows(tiny_bert, tmp_path):
         }
         assert plans[0]["rows_sha256"]["eval"] == plans[1]["rows_sha256"]["eval"]
         assert plans[0]["rows_sha256"]["train"] != plans[1]["rows_sha256"]["train"]
+    with pytest.raises(graftkit.UserError, match="were in memory"):
+        comparing.resume_compare(tmp_path / "few", Console(quiet=True))
     assert "Rows and quality" in (tmp_path / "few" / "report.html").read_text()
 
 
@@ -158,6 +160,11 @@ def test_mistakes_are_told_before_anything_is_trained(command, tiny_bert, rows, 
     out.mkdir()
     (out / "mine.txt").write_text("x")
     assert "holds files that are not of a compare (mine.txt)" in error("--methods", HEAD)
+    for text, wrong in ((None, "no compare to go on with"), ("{}", "does not describe a compare")):
+        if text is not None:
+            (out / "compare.json").write_text(text)
+        done = command("compare", "--resume", out)
+        assert done.status == 1 and wrong in done.err
 
 
 def test_a_learning_curve(command, tiny_bert, rows, tmp_path):
