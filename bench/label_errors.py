@@ -79,9 +79,9 @@ def with_cleanlab(values: np.ndarray, targets: np.ndarray) -> np.ndarray | None:
 
 
 def nearest_other_class(values: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    from graftkit.insight.near import directions
+    from graftkit.insight.near import centred
 
-    ways = directions(values, values.mean(0))
+    ways = centred(values, values.mean(0))
     cosines = ways @ ways.T
     cosines[targets[:, None] == targets] = -2
     return targets[cosines.argmax(1)]

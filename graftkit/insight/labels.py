@@ -6,14 +6,14 @@ Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset La
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
 from graftkit.errors import UserError
+from graftkit.insight.probe import deal, standardized
+from graftkit.insight.targets import fit_logistic
 
-FOLDS = 5
 # C of logistic regression on standardized features; bench/label_errors.py compares it with others on flipped labels
 STRENGTH = 0.03
 STEPS = 100
@@ -37,7 +37,8 @@ def out_of_fold(values: np.ndarray, targets: np.ndarray, classes: int, seed: int
     `UserError` if fewer than two classes have two rows.
     """
     _refuse_few(targets, classes)
-    folds = folds_of(targets, seed)
+    answers = targets if targets.ndim == 1 else np.unique(targets, axis=0, return_inverse=True)[1].reshape(-1)
+    folds = deal(answers, seed)
     found = np.zeros((len(values), classes))
     for fold in range(int(folds.max()) + 1):
         inside, outside = folds == fold, folds != fold
@@ -47,9 +48,8 @@ def out_of_fold(values: np.ndarray, targets: np.ndarray, classes: int, seed: int
 
 def fitted(values: np.ndarray, targets: np.ndarray, asked: np.ndarray, classes: int) -> np.ndarray:
     """Fit logistic regression to features (rows, width), and return its probabilities for other rows, (asked, classes)."""
-    mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
-    std[std < 1e-6 * max(float(np.abs(values).max()), TINY)] = 1.0  # constant
-    values, asked = (((part - mean) / std).astype(np.float32) for part in (values, asked))
+    change = standardized(values)
+    values, asked = change(values), change(asked)
     found = np.zeros((len(asked), classes))
     if targets.ndim == 1:
         known, numbers = np.unique(targets, return_inverse=True)
@@ -63,25 +63,9 @@ def fitted(values: np.ndarray, targets: np.ndarray, asked: np.ndarray, classes: 
 
 
 def _logistic(values: np.ndarray, numbers: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     if numbers.max() == 0:
         return np.ones((len(asked), 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=STRENGTH, max_iter=STEPS, tol=1e-3).fit(values, numbers)
-    return model.predict_proba(asked)
-
-
-def folds_of(targets: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return the fold of each row, (rows,), with the rows of each class, or set of labels, dealt to the folds in turn."""
-    answers = targets if targets.ndim == 1 else np.unique(targets, axis=0, return_inverse=True)[1].reshape(-1)
-    shuffled = np.random.default_rng(seed).permutation(len(answers))
-    order = shuffled[np.argsort(answers[shuffled], kind="stable")]
-    folds = np.empty(len(answers), np.int64)
-    folds[order] = np.arange(len(answers)) % FOLDS
-    return folds
+    return fit_logistic(values, numbers, STRENGTH, STEPS).predict_proba(asked)
 
 
 def _refuse_few(targets: np.ndarray, classes: int) -> None:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from graftkit.data.images import Picture
 from graftkit.data.sounds import Sound
+from graftkit.insight.knn import nearest
 
 NEIGHBOURS = 10
-CELLS = 32_000_000  # of a block of similarities
 # Two rows are near duplicates above this cosine, if their inputs agree too. Of pairs of texts of banking77 above both limits,
 # all but a few differ in case, punctuation, a typo or one word.
 COSINE = 0.9
@@ -34,13 +33,13 @@ class Neighbours:
     cosines: np.ndarray
 
 
-def directions(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def centred(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Return features (rows, width) minus their `mean` over the training rows (width,), each of length 1.
 
     Without the mean, all texts are near one another for many models, which have a direction in common.
     """
-    centred = (values - mean).astype(np.float32)
-    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    rest = (values - mean).astype(np.float32)
+    return rest / np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), 1e-12)
 
 
 def neighbours(asked: np.ndarray, known: np.ndarray, k: int = NEIGHBOURS, itself: bool = False) -> Neighbours:
@@ -48,21 +47,7 @@ def neighbours(asked: np.ndarray, known: np.ndarray, k: int = NEIGHBOURS, itself
 
     `itself`: both are the same rows, and no row is a neighbour of its own. All pairs are compared, in blocks.
     """
-    k = min(k, len(known) - itself)
-    right = torch.from_numpy(known)
-    rows = np.empty((len(asked), k), np.int64)
-    cosines = np.empty((len(asked), k), np.float32)
-    size = max(1, CELLS // len(known))
-    for start in range(0, len(asked), size):
-        part = torch.from_numpy(asked[start : start + size]) @ right.T
-        if itself:
-            here = torch.arange(len(part))
-            part[here, here + start] = -2
-        found = part.topk(k, dim=1)
-        rows[start : start + size], cosines[start : start + size] = (
-            found.indices.numpy(),
-            found.values.numpy(),
-        )
+    rows, cosines = nearest(asked, known, k, themselves=itself)
     return Neighbours(rows, cosines.clip(-1, 1))
 
 

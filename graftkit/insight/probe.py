@@ -34,11 +34,15 @@ def folds_of(targets: Targets, seed: int = 0) -> np.ndarray:
             f"fewer than two of the {targets.count} classes have two rows, so nothing can be fitted to some rows and tried on "
             "others; label more rows."
         )
-    order = targets.order
-    shuffled = np.random.default_rng(seed).permutation(len(order))
-    by_answer = shuffled[np.argsort(order[shuffled], kind="stable")]
-    folds = np.empty(len(order), np.int64)
-    folds[by_answer] = np.arange(len(order)) % min(FOLDS, len(order))
+    return deal(targets.order, seed)
+
+
+def deal(answers: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return the number of the fold of each row, (rows,): rows with like answers (rows,) are dealt to the folds in turn."""
+    shuffled = np.random.default_rng(seed).permutation(len(answers))
+    by_answer = shuffled[np.argsort(answers[shuffled], kind="stable")]
+    folds = np.empty(len(answers), np.int64)
+    folds[by_answer] = np.arange(len(answers)) % min(FOLDS, len(answers))
     return folds
 
 

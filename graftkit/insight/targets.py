@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+STEPS = 300
 PENALTY = (
     0.1  # C of logistic regression on standardized features, chosen on held-out training rows of banking77
 )
@@ -183,10 +184,11 @@ def targets_of(given: Sequence[Any] | np.ndarray | None, labels: Sequence[str]) 
     return Classes(values, len(labels))
 
 
-def fit_logistic(features: Any, numbers: np.ndarray) -> Any:
-    """Fit logistic regression, with softmax over the classes if there are more than two."""
+def fit_logistic(features: Any, numbers: np.ndarray, strength: float = PENALTY, steps: int = STEPS) -> Any:
+    """Fit logistic regression, with softmax over the classes if there are more than two. `strength`: the inverse of its
+    penalty."""
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # not converged; almost as many classes as rows
-        return LogisticRegression(C=PENALTY, max_iter=300, tol=1e-3).fit(features, numbers)
+        return LogisticRegression(C=strength, max_iter=steps, tol=1e-3).fit(features, numbers)

@@ -12,7 +12,7 @@ from graftkit.data.folders import FileTable
 from graftkit.errors import UserError
 from graftkit.insight.features import features_of
 from graftkit.insight.labels import Judged, fitted, judge, out_of_fold
-from graftkit.insight.near import Neighbours, directions, near_pairs, neighbours, outliers
+from graftkit.insight.near import Neighbours, centred, near_pairs, neighbours, outliers
 from graftkit.insight.repeated import Pair, answers_of, inputs_of
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.features import frozen_backbone
@@ -77,7 +77,7 @@ def _told(
 ) -> Suspicions:  # fmt: skip
     targets = {name: np.asarray(examples.targets) for name, examples in parts.items()}
     mean = values["train"].mean(0, dtype=np.float64)
-    ways = {name: directions(part, mean) for name, part in values.items()}
+    ways = {name: centred(part, mean) for name, part in values.items()}
     suspects, far, near = [], [], []
     for name, examples in parts.items():
         if name == "train":

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from graftkit.errors import UserError
-from graftkit.insight import labels, near
+from graftkit.insight import knn, labels, near
+from graftkit.insight.probe import FOLDS, deal
 
 
 def clusters(
@@ -45,12 +46,12 @@ def test_no_row_is_judged_by_itself():
     """The probabilities of a row stay the same whatever its own label is, if the folds do."""
     values, targets = clusters(60, 2)
     before = labels.out_of_fold(values, targets, 2)
-    folds = labels.folds_of(targets)
+    folds = deal(targets)
     row = 7
     inside = folds == folds[row]
     expected = labels.fitted(values[~inside], targets[~inside], values[inside], 2)
     assert np.array_equal(before[inside], expected)
-    counts = np.array([np.bincount(targets[folds == fold], minlength=2) for fold in range(labels.FOLDS)])
+    counts = np.array([np.bincount(targets[folds == fold], minlength=2) for fold in range(FOLDS)])
     assert np.ptp(counts, axis=0).max() <= 1  # as many of each class in each fold
 
 
@@ -109,10 +110,10 @@ def test_the_order_is_cleanlabs():
 
 def test_neighbours_are_those_of_all_cosines(monkeypatch):
     values, _ = clusters(90)
-    ways = near.directions(values, values.mean(0))
+    ways = near.centred(values, values.mean(0))
     cosines = ways @ ways.T
     np.fill_diagonal(cosines, -2)
-    monkeypatch.setattr(near, "CELLS", 90 * 7)  # several blocks
+    monkeypatch.setattr(knn, "CELLS", 90 * 7)  # several blocks
     found = near.neighbours(ways, ways, 4, itself=True)
     assert np.array_equal(found.rows, np.argsort(-cosines, axis=1)[:, :4])
     assert np.allclose(found.cosines, -np.sort(-cosines, axis=1)[:, :4], atol=1e-6)
@@ -164,7 +165,7 @@ def test_near_recordings_are_equally_long():
 def test_outliers_are_far_from_all():
     values, _ = clusters(200, 2, seed=3)
     values[17] = -8 * values[17][::-1]
-    ways = near.directions(values, values.mean(0))
+    ways = near.centred(values, values.mean(0))
     ways[17] = np.linalg.svd(ways)[2][-1]  # a direction that no row has
     found = near.outliers(near.neighbours(ways, ways, itself=True))
     assert found and found[0][0] == 17 and len(found) < 10
