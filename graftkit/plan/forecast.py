@@ -95,8 +95,8 @@ def forecast(
     memory = memory_of(plan, load, passes, history, cpu)
     spent: Counter[str] = Counter()
     for share, counted in load.usual:
-        for kind, seconds in _spent(counted, clock).items():
-            spent[kind] += share * seconds  # type: ignore[assignment]
+        for kind, taken in _spent(counted, clock).items():
+            spent[kind] += share * taken  # type: ignore[assignment]
     one = _total(spent, clock)
     if clock.waits:
         one += 0.5 * load.prepare  # made ahead, in a thread that takes a core of those that compute

@@ -94,7 +94,7 @@ class Pretended:
         try:
             with self._counted() as counting:
                 recompute.enter(self.phase.depth)
-                with nullcontext() if states is None or not self.start.last else torch.no_grad():
+                with nullcontext() if self.start is None or not self.start.last else torch.no_grad():
                     join(joining, source, self.forward)
                 for parameter in self.trained.values() if self.held else ():
                     parameter.grad = torch.zeros_like(parameter)
