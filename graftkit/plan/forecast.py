@@ -112,7 +112,7 @@ def forecast(
     evaluation += EVALUATED if passes.evaluations else 0.0
     total = BEGINNING + filling + passes.steps * step + passes.evaluations * evaluation
     flops = _flops(load, passes)
-    seconds = {
+    seconds: dict[str, Any] = {
         "step": step, "epoch": per_epoch, "evaluation": evaluation, "filling": filling, "total": total,
         "by_rates": total / history.slower,
         "interval": [round(x, 3) for x in history.interval("seconds", total)],
