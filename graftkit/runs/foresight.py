@@ -17,7 +17,7 @@ from graftkit.data.by_tokens import order_of, prediction_batches, prediction_siz
 from graftkit.data.source import Source
 from graftkit.engine.cached import MEMORY_SHARE
 from graftkit.engine.filling import FILL_BATCH
-from graftkit.engine.memory import Peak, host_memory
+from graftkit.engine.memory import Peak, host_memory, resident
 from graftkit.engine.parallel import processes
 from graftkit.engine.precision import rounded_names
 from graftkit.errors import Note, first_line
@@ -25,11 +25,11 @@ from graftkit.grafts.graft import Graft
 from graftkit.plan import history
 from graftkit.plan.elsewhere import Machine, fitted, shared
 from graftkit.plan.estimate import estimated
-from graftkit.plan.forecast import Forecast, Load, Passes, forecast
+from graftkit.plan.forecast import HOST, Forecast, Load, Passes, forecast
 from graftkit.plan.pretended import Counted, Pretended
 from graftkit.plan.rates import Rates
 from graftkit.recipe.environment import forecasts
-from graftkit.report.console import Console
+from graftkit.report.console import Console, size
 from graftkit.report.forecast import show_forecast
 from graftkit.runs.prepare import Prepared, graft_of, source_of
 from graftkit.tasks.base import Dataset
@@ -64,7 +64,25 @@ def foresee_always(
     found = forecast(prepared.plan, load, passes, machine or rates, known, cpu=cpu)  # type: ignore[arg-type]
     if rates is not None:
         rates.save()
-    return found if machine is None else fitted(found, machine)
+    return (
+        replace(found, advice=advice(found, prepared.device)) if machine is None else fitted(found, machine)
+    )
+
+
+def advice(found: Forecast, device: torch.device) -> list[str]:
+    """Return what would make a run fit, or faster."""
+    room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else host_memory() - resident()
+    most, said = found.memory["interval"][1], []
+    if most > room:
+        said.append(
+            f"may not fit: up to {size(most)} of {size(room)}; give --memory {size(room).replace(' ', '')}, or lower train.batch_size "
+            "with train.accumulate, or use train.checkpointing=blocks"
+        )
+    elif found.time.get(HOST, 0.0) > 0.5:
+        said.append(
+            "more than half of a step is Python, not arithmetic; a larger train.batch_size takes less time for a row"
+        )
+    return said
 
 
 @contextmanager
@@ -111,11 +129,11 @@ def _twin(prepared: Prepared) -> Graft:
 def batches_of(prepared: Prepared) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the rows of the heaviest batch that there can be, and batches with the least, a usual and the largest size."""
     source, settings = prepared.train, prepared.settings
-    lengths, size, tokens = source.lengths, settings.batch_size, settings.batch_tokens
+    lengths, most, tokens = source.lengths, settings.batch_size, settings.batch_tokens
     if isinstance(lengths, int):
-        rows = _longest(source, size if tokens is None else tokens // lengths)
+        rows = _longest(source, most if tokens is None else tokens // lengths)
         return rows, [rows]
-    heavy = max(prediction_batches(lengths, size, tokens), key=lambda rows: _padded(source, rows))
+    heavy = max(prediction_batches(lengths, most, tokens), key=lambda rows: _padded(source, rows))
     found = order_of(source, settings, 0).batches(0, SAMPLE)
     found.sort(key=lambda rows: len(rows) * int(lengths[rows].max()))
     return heavy, found

@@ -23,6 +23,7 @@ from graftkit.insight.targets import targets_of
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY
 from graftkit.runs.features import Reading, bare_backbone, frozen_backbone
+from graftkit.runs.confidence import Scaled, Sure
 from graftkit.runs.fit import refuse_several_answers
 from graftkit.runs.predict import BATCH, load_run, open_run
 from graftkit.runs.prepare import make_task, prepare_rows, reading_of, source_of
@@ -240,7 +241,9 @@ class _OfRun(_Judge):
     def answers(self) -> Answers | None:
         loaded = load_run(self.run)
         dataset = _whole(self.task.dataset(self.pool, loaded.backbone, loaded.max_length), self.pool)
-        return self.task.answers(run_predict(dataset, loaded.forward, self.task, BATCH), dataset, self.labels)
+        temperature = Sure(self.run.folder, self.run.about, self.task).temperature
+        forward, task = Scaled(loaded.forward, temperature), self.task.scaled(temperature)
+        return task.answers(run_predict(dataset, forward, task, BATCH), dataset, self.labels)
 
 
 class _OfModel(_Judge):

@@ -91,6 +91,13 @@ def test_another_machine(planned):
     )  # of 15 batches
 
 
+def test_advice(planned, monkeypatch):
+    """Of a tiny model most of a step is Python; with no memory at all, that comes first."""
+    assert "larger train.batch_size" in planned("train.batch_size=2")["advice"][0]
+    monkeypatch.setattr("graftkit.runs.foresight.host_memory", lambda: 1)
+    assert "may not fit" in planned("train.batch_size=2")["advice"][0]
+
+
 def test_earlier_runs_make_the_interval_and_correct_the_seconds(tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text('{"machine": "m", "predicted": 3}\nnot json\n')
