@@ -171,7 +171,7 @@ def test_a_learning_curve(command, tiny_bert, rows, tmp_path):
     out = tmp_path / "curve"
     done = command(
         "curve",
-        *words(tiny_bert, rows, out, "--method", HEAD, "--points", 3, "--seeds", 2, "train.steps=2"),
+        *words(tiny_bert, rows, out, "--method", HEAD, "--points", 3, "--seeds", 1, "train.steps=2"),
         "--json",
     )
     assert done.status == 0, done.err
