@@ -22,8 +22,8 @@ from graftkit.insight.probe import fit_probe
 from graftkit.insight.targets import targets_of
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY
-from graftkit.runs.features import Reading, bare_backbone, frozen_backbone
 from graftkit.runs.confidence import Scaled, Sure
+from graftkit.runs.features import Reading, bare_backbone, frozen_backbone
 from graftkit.runs.fit import refuse_several_answers
 from graftkit.runs.predict import BATCH, load_run, open_run
 from graftkit.runs.prepare import make_task, prepare_rows, reading_of, source_of
