@@ -15,6 +15,7 @@ from graftkit.plan.pretended import Counted
 # the first step touches, and the room that malloc leaves between blocks of other sizes and keeps.
 CPU_CONTEXT = 40e6
 CPU_FRAGMENTED = 1.26
+CPU_LEAST = 41e6  # of the evaluation and its metrics; they use what larger steps have left
 GPU_CONTEXT = 9e6  # of cuBLAS, as torch's allocator counts it; the context of the driver is outside of that
 GPU_FRAGMENTED = 1.02
 HOST = "host"
@@ -136,7 +137,7 @@ def memory_of(plan: Plan, load: Load, passes: Passes, history: History, cpu: boo
         small = max([load.heavy.small, *(one.small for one in others)])
         large = max([load.heavy.large, *(one.large for one in others)])
         over = min(small + large, 1.1 * max([load.heavy.peak, *(one.peak for one in others)]))
-        live = CPU_CONTEXT + CPU_FRAGMENTED * over
+        live = CPU_CONTEXT + max(CPU_FRAGMENTED * over, CPU_LEAST)
     else:
         live = GPU_CONTEXT + GPU_FRAGMENTED * max([load.heavy.peak, *(one.peak for one in others)])
     held = plan.optimizer_bytes + plan.ema_bytes + (plan.gradient_bytes if passes.accumulate > 1 else 0)

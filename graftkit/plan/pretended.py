@@ -129,6 +129,15 @@ class Pretended:
             self.start.capture(self.forward, batch)
         return _whole(counting)
 
+    def check_start(self, source: Source, rows: np.ndarray) -> None:
+        """Cache nothing if the states of ragged rows do not have one place for each unit of length, as the engine demands."""
+        states, lengths = self._states(self._batch(source, rows)), source.lengths
+        if states is None or self.start is None or source.uniform or isinstance(lengths, int):
+            return
+        ragged = states.dim() == 3 and states.shape[1] == int(lengths[rows].max())
+        if not (ragged if self.start.per_token else states.dim() == 2):
+            self.start = None
+
     def cached_bytes(self, source: Source, rows: np.ndarray) -> int:
         """Return the bytes of the cached outputs of all rows of a source; `rows`: some, to see their shape."""
         states = self._states(self._batch(source, rows))

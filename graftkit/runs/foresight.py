@@ -154,6 +154,7 @@ def _counted(
         rounded=rounded_names(twin.model, twin.labels, settings.weight_type), held=settings.accumulate > 1,
         freed=settings.step_in_backward, as_on_gpu=as_on_gpu,
     )  # fmt: skip
+    pretended.check_start(source, heavy[:2])
     begun = time.perf_counter()
     batch = source.batch(batches[len(batches) // 2], prepared.device)
     batch.host_inputs  # noqa: B018
