@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 STEPS = 300
-PENALTY = (
-    0.1  # C of logistic regression on standardized features, chosen on held-out training rows of banking77
-)
+# C of logistic regression on standardized features. In cross-validation on the training rows of banking77, 0.03, 0.1 and 0.3 give
+# 0.920, 0.917 and 0.913; the first look at it was on its test rows
+PENALTY = 0.1
 ALPHAS = 10.0 ** np.arange(-1, 6)  # of ridge regression, chosen by generalized cross-validation
 SPARSE_ALPHA = 100.0  # of a bag of words, whose rows have length 10
 YES = 0.5  # a label belongs to a set above this probability
