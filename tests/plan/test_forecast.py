@@ -58,6 +58,7 @@ def test_a_run_says_what_it_took_and_the_next_plan_how_right_that_was(planned, t
 
 def test_limits_of_memory_choose_smaller_batches(planned, monkeypatch):
     monkeypatch.setattr("graftkit.runs.within.resident", lambda: 0)
+    monkeypatch.setattr("graftkit.plan.forecast.CPU_LEAST", 0.0)  # which is more than all of a tiny model
     free = planned("--memory", "4GB", "--method", "full() + head()")
     assert free["gave_up"] == []
     memory = free["memory_bytes"]
