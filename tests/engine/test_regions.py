@@ -164,7 +164,7 @@ def test_a_short_run_tries_nothing_and_what_is_remembered_decides(monkeypatch):
     for known, tries in ((Measured(0.2, 0.1, 5.0, 1.0), True), (Measured(0.1, 0.2, 5.0, 1.0), False)):
         monkeypatch.setattr(Regions, "_remembered", lambda _, known=known: known)
         regions = Regions(graft, 0, CPU, "fp32", "auto", print, backend="aot_eager")
-        for _ in range(8):
+        for _ in range(6):
             regions.after_step(1.0, 1, 100)
         assert bool(regions.regions) is tries
         regions.leave()

@@ -166,6 +166,7 @@ def test_an_export(finished, empty, tmp_path, exists):
             json.dumps(json.loads((other / "graft" / "graft.json").read_text()) | {"checksums": {}})
         )
         write_tensors(weights, {name: tensor * 1.1 for name, tensor in tensors.items()})
+        (other / "graft" / "confidence.safetensors").unlink()  # which was fitted for the weights before
         ran(["export", other, "--to", out, "--overwrite"])
         words.append("--overwrite")
     else:

@@ -354,7 +354,8 @@ def test_a_run_trains_nothing_and_can_be_used(folders, tmp_path, command, kind):
     result = json.loads((out / "result.json").read_text())
     assert result["trained_parameters"] == result["steps"] == 0 and result["method"] == "none"
     assert {"accuracy", "macro_f1", "loss", "per_class", "accuracy_interval"} <= set(result["metrics"])
-    assert not list((out / "graft").glob("*.safetensors")) and not list((out / "checkpoints").glob("step*"))
+    assert [path.name for path in (out / "graft").glob("*.safetensors")] == ["confidence.safetensors"]
+    assert not list((out / "checkpoints").glob("step*"))
     found = json.loads(command("evaluate", out, "--data", test, "--json").out)["metrics"]
     assert found == result["metrics"]
     answers = json.loads(command("predict", out, "the old plum", "--json").out)["predictions"]
