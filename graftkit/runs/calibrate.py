@@ -82,7 +82,9 @@ def _known(run: Opened, loaded: Loaded, evidence: Evidence, share: float) -> tup
         )
     assert evidence.features is not None
     chosen = reference_rows(label_numbers(train), ROWS, evidence.features.shape[1])
-    return fit_known(observed(train, loaded.forward, run.task, chosen), evidence, share)
+    return fit_known(
+        observed(train, loaded.forward, run.task, prediction_sizes(run.recipe.train), chosen), evidence, share
+    )
 
 
 def _training_rows(run: Opened, loaded: Loaded) -> Any:

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftkit.data.by_tokens import prediction_sizes
-from graftkit.data.order import ordered_batches
+from graftkit.data.by_tokens import prediction_batches, prediction_sizes
 from graftkit.data.source import Batch
 from graftkit.engine.cached import CachedForward
 from graftkit.engine.forward import Forward, evaluating
@@ -110,7 +109,7 @@ class Watching:
 
     def _known(self, evidence: Evidence, forward: Forward) -> tuple[Known | None, str]:
         prepared, settings = self.prepared, self.prepared.settings
-        rows, task = prepared.rows, prepared.rows.task
+        rows, task, sizes = prepared.rows, prepared.rows.task, prediction_sizes(prepared.recipe.train)
         possible, note = can_tell(evidence, task)
         if not possible:
             return None, note
@@ -120,10 +119,10 @@ class Watching:
         most = ROWS if whole else max(FEWEST, 4 * len(rows.labels), int(COST * trained))
         chosen = reference_rows(label_numbers(prepared.train), most, evidence.features.shape[1])
         if whole:
-            return fit_known(observed(prepared.train, forward, task, chosen), evidence)
+            return fit_known(observed(prepared.train, forward, task, sizes, chosen), evidence)
         dataset = task.dataset(rows.train.take(chosen.tolist()), prepared.backbone, prepared.max_length)
         plain = Forward(prepared.graft, prepared.device, prepared.precision)
-        return fit_known(observed(dataset, plain, task), evidence)
+        return fit_known(observed(dataset, plain, task, sizes), evidence)
 
 
 def label_numbers(dataset: Dataset) -> np.ndarray:
@@ -147,7 +146,9 @@ def can_tell(evidence: Evidence, task: Task) -> tuple[bool, str]:
 
 
 @torch.no_grad()
-def observed(dataset: Dataset, forward: Forward, task: Task, rows: np.ndarray | None = None) -> Evidence:
+def observed(
+    dataset: Dataset, forward: Forward, task: Task, sizes: tuple[int, int | None], rows: np.ndarray | None = None
+) -> Evidence:  # fmt: skip
     """Return the outputs of rows, by default all, computed by this process alone."""
     rows = np.arange(len(dataset)) if rows is None else rows
     recorder = Recorder(forward, task, np.ones(len(dataset), bool))
@@ -156,7 +157,7 @@ def observed(dataset: Dataset, forward: Forward, task: Task, rows: np.ndarray | 
         return recorder(dataset.batch(part, forward.device))
 
     with evaluating(forward.graft.model):
-        for places in ordered_batches(dataset.lengths[rows], 64):
+        for places in prediction_batches(dataset.lengths[rows], *sizes):
             for _ in in_parts(rows[places], forward.device, compute, ADVICE):
                 pass
     return evidence_of([recorder.recorded])
