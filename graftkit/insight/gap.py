@@ -37,7 +37,7 @@ def not_better(scores: np.ndarray, others: np.ndarray, targets: Targets, what: s
     how = "worse than" if high < 0 else "not clearly better than"
     return [
         f"the probe is {how} {what} ({targets.metric} {own:.3f} against {other:.3f}, 95% interval of the difference "
-        f"{low:.3f} to {high:.3f}): the features of this model tell little of the answers as they are."
+        f"{low:.3f} to {high:.3f}): as they are, the features of this model tell no more of the answers."
     ]
 
 
