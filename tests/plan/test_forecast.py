@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import make_rows, write_csv
 
 from graftkit.cli.main import main
 from graftkit.plan import history
 from graftkit.plan.forecast import BEGINNING
-from tests.conftest import make_rows, write_csv
 
 
 @pytest.fixture

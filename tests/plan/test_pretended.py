@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import make_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from graftkit.plan.counting import Counting
 from graftkit.plan.pretended import Pretended
 from graftkit.recipe import schema as recipes
 from graftkit.runs.prepare import Prepared, prepare, prepare_rows
-from tests.conftest import make_rows
 
 
 def ready(model: str, method: str, *, meta: bool = False, **train: object) -> Prepared:
