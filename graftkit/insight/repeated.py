@@ -66,17 +66,24 @@ def leak_warnings(task: Task, parts: Mapping[str, Examples | None]) -> list[str]
 
 def _warning(parts: Mapping[str, Examples], before: str, name: str, rows: Sequence[tuple[int, int]]) -> str:
     count, total = len(rows), len(parts[name])
-    places = [f"{parts[name].where(row)} = {parts[before].where(first)}" for first, row in rows[:SHOWN]]
+    places = [
+        f"{_short(parts[name].where(row))} = {_short(parts[before].where(first))}"
+        for first, row in rows[:SHOWN]
+    ]
     more = f"; and {count - SHOWN:,} more" if count > SHOWN else ""
     are = "are" if count > 1 else "is"
     remedy = f"Remove {'them' if count > 1 else 'it'} from one of both"
     if parts[name].table.source == parts[before].table.source:
         remedy = "Remove the duplicates"  # one file, part of which is held out
     return (
-        f"LEAK: {count:,} of {total:,} {PARTS[name]} rows {are} also among the {PARTS[before]} rows ({'; '.join(places)}{more}), "
-        f"so the metrics on the {PARTS[name]} rows are too good. {remedy}; `graftkit data check` "
-        "lists all."
+        f"LEAK: {count:,} of {total:,} {PARTS[name]} rows {are} also among the {PARTS[before]} rows, so the metrics on the "
+        f"{PARTS[name]} rows are too good ({'; '.join(places)}{more}). {remedy}; `graftkit data check` lists all."
     )
+
+
+def _short(where: str) -> str:
+    """Return the place of a row without the folders of its file."""
+    return where.replace("\\", "/").rpartition("/")[2]
 
 
 def inputs_of(task: Task, examples: Examples) -> list[bytes]:
