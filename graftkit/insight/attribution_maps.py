@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -116,6 +116,15 @@ def _last_maps(backbone: Backbone) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def _hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], None]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def _keeping(module: nn.Module, got: list[Tensor]) -> Iterator[None]:
     """Keep the first tensor of each output of a module."""
 
@@ -124,11 +133,8 @@ def _keeping(module: nn.Module, got: list[Tensor]) -> Iterator[None]:
         if isinstance(first, Tensor):
             got.append(first)
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with _hooked(module, hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -142,11 +148,8 @@ def _attending(module: nn.Module, got: list[Tensor]) -> Iterator[None]:
         if all(second is not one for one in got):  # a module around it returns it too
             got.append(second)
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with _hooked(module, hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

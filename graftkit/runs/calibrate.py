@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.data.by_tokens import prediction_sizes
-from graftkit.data.columns import find_again
 from graftkit.engine.predict import predict
 from graftkit.errors import UserError, first_line
 from graftkit.files import write_json
@@ -15,12 +14,10 @@ from graftkit.insight import confidence_file
 from graftkit.insight.confidence import fit
 from graftkit.insight.confidence_evidence import LABEL, Evidence, Recorder, evidence_of, sample_of
 from graftkit.insight.confidence_known import ROWS, SHARE, Known, fit_known, reference_rows, with_share
-from graftkit.recipe.schema import IN_MEMORY
 from graftkit.runs.confidence import can_tell, label_numbers, observed, told
 from graftkit.runs.folder import GRAFT, RESULT, held
-from graftkit.runs.given import settings_of
+from graftkit.runs.given import labelled_rows, training_rows
 from graftkit.runs.predict import Loaded, Opened, load_run, open_run
-from graftkit.runs.prepare import prepare_rows, reading_of
 from graftkit.runs.saved import read_result
 
 
@@ -43,11 +40,7 @@ def calibrate(
             f"{run.recipe.task} cannot be calibrated: it gives no probabilities of labels that could be compared with the "
             "right ones. Calibrated are runs of tasks with classes, such as classify()."
         )
-    reading = reading_of(run.recipe)
-    with settings_of(folder):
-        table = task.read(data, reading, "data")
-        columns = find_again(table, task.columns, run.columns)
-        examples = task.examples(table, columns, run.labels, reading.skip_bad)
+    examples = labelled_rows(run, data, "data")
     loaded = load_run(run)
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
     recorder = Recorder(loaded.forward, task, sample_of(dataset, len(run.labels)))
@@ -74,7 +67,7 @@ def _known(run: Opened, loaded: Loaded, evidence: Evidence, share: float) -> tup
         if before is not None and before.known is not None:
             return with_share(before.known, evidence, share)
     try:
-        train = _training_rows(run, loaded)
+        train = run.task.dataset(training_rows(run), loaded.backbone, loaded.max_length)
     except UserError as error:
         return (
             None,
@@ -85,14 +78,3 @@ def _known(run: Opened, loaded: Loaded, evidence: Evidence, share: float) -> tup
     return fit_known(
         observed(train, loaded.forward, run.task, prediction_sizes(run.recipe.train), chosen), evidence, share
     )
-
-
-def _training_rows(run: Opened, loaded: Loaded) -> Any:
-    data = run.recipe.data
-    if data.train == IN_MEMORY:
-        raise UserError("they were in memory.")
-    recipe = run.recipe.model_copy(update={"data": data.model_copy(update={"test": None, "probe": None})})
-    rows = prepare_rows(recipe)
-    if rows.labels != run.labels:
-        raise UserError(f"{data.train} has changed: it has other labels now.")
-    return run.task.dataset(rows.train, loaded.backbone, loaded.max_length)

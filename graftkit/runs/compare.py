@@ -11,7 +11,6 @@ from typing import Any
 
 from graftkit.errors import UserError
 from graftkit.files import write_json, write_text
-from graftkit.insight.paired import Group
 from graftkit.optim.groups import rate
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.catalogue import entries
@@ -22,11 +21,11 @@ from graftkit.report.console import Console, duration
 from graftkit.runs.best import Best, best_of
 from graftkit.runs.drawing import drawn
 from graftkit.runs.folder import GRAFT, RESULT
-from graftkit.runs.prepare import Rows, prepare, prepare_rows, source_of
+from graftkit.runs.prepare import Rows, prepare, source_of
 from graftkit.runs.ranking import ranked
 from graftkit.runs.searching import Search
-from graftkit.runs.sizing import measured_on, refuse_unfit, sized
-from graftkit.runs.study import REPORT, Study, Trial, folder_of, opened, settled, slugs, stored
+from graftkit.runs.sizing import measured_on, sized
+from graftkit.runs.study import REPORT, Study, Trial, begun, group_of, opened, slugs, stored
 
 ALL = "all"
 SEEDS, SEARCH = 3, 4
@@ -128,11 +127,8 @@ def run_compare(
 ) -> Comparison:
     """Compare methods into a folder: the recipe's `out`, or a new one under runs/."""
     asked.check()
-    refuse_unfit(recipe, KIND)
-    tables, folder, recipe = tables or {}, folder_of(KIND, recipe.out), settled(recipe)
-    rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
-    if not rows.task.trains:
-        raise UserError(f"{rows.task.name}() uses the model unchanged, so there are no methods to compare.")
+    tables = tables or {}
+    folder, recipe, rows = begun(KIND, recipe, tables, "there are no methods to compare")
     few = tuple(sorted(set(asked.few)))
     for count in few:  # raises for too few rows
         at_most = drawn(_with_data(recipe, {"per_class": count}), rows.task, rows.train, rows.labels)
@@ -266,12 +262,7 @@ def _finish(
     """Compare the runs, and write and show the result."""
     choice = comparing.choice
     trained = [row for row in found if "refused" not in row]
-    groups = [
-        Group(
-            row["values"], [s for t in row.pop("_trials") if (s := t.scores.get(choice.figure)) is not None]
-        )
-        for row in trained
-    ]
+    groups = [group_of(row.pop("_trials"), choice.figure) for row in trained]
     result = {
         "compare": str(study.folder), "task": recipe.task, "model": recipe.model, "metric": choice.figure,
         "direction": choice.direction, **measured_on(recipe, comparing.rows), "steps": recipe.train.steps,

@@ -19,9 +19,9 @@ from graftkit.report.console import Console, duration
 from graftkit.report.learning import curve_lines, curve_page, sentence
 from graftkit.runs.best import Best, best_of
 from graftkit.runs.folder import RESULT
-from graftkit.runs.prepare import Rows, prepare_rows, rehearse, source_of
-from graftkit.runs.sizing import measured_on, refuse_unfit, sized
-from graftkit.runs.study import REPORT, Study, Trial, folder_of, opened, settled, stored
+from graftkit.runs.prepare import Rows, rehearse, source_of
+from graftkit.runs.sizing import measured_on, sized
+from graftkit.runs.study import REPORT, Study, Trial, begun, group_of, opened, stored
 
 KIND = "curve"
 POINTS, SEEDS = 4, 3
@@ -95,11 +95,8 @@ def run_curve(
 ) -> Curve:
     """Draw a learning curve into a folder: the recipe's `out`, or a new one under runs/."""
     asked.check()
-    refuse_unfit(recipe, KIND)
-    tables, folder, recipe = tables or {}, folder_of(KIND, recipe.out), settled(recipe)
-    rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
-    if not rows.task.trains:
-        raise UserError(f"{rows.task.name}() uses the model unchanged, so rows to train on do not matter.")
+    tables = tables or {}
+    folder, recipe, rows = begun(KIND, recipe, tables, "rows to train on do not matter")
     sizes = asked.sizes(len(rows.train))
     recipe = sized(recipe, len(rows.train))
     choice = best_of(rows.task, rows.labels, recipe.train.best)
@@ -131,12 +128,7 @@ def _finish(
     study: Study, recipe: Recipe, rows: Rows, choice: Best, sizes: Sequence[int], trials: Sequence[Sequence[Trial]]
 ) -> Curve:  # fmt: skip
     """Fit the curve, and write and show the result."""
-    groups = [
-        Group(
-            [t.result["metrics"][choice.figure] for t in part],
-            [s for t in part if (s := t.scores.get(choice.figure)) is not None],
-        ) for part in trials
-    ]  # fmt: skip
+    groups = [group_of(part, choice.figure) for part in trials]
     result: dict[str, Any] = {
         "curve": str(study.folder), "task": recipe.task, "model": recipe.model, "method": recipe.method,
         "metric": choice.figure, "direction": choice.direction, **measured_on(recipe, rows), "steps": recipe.train.steps,

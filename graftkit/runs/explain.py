@@ -19,13 +19,12 @@ from graftkit.insight.attribution import STEPS, Explanation, check_method
 from graftkit.insight.attribution import explain as explain_row
 from graftkit.insight.attribution_pictures import overlay as draw
 from graftkit.insight.features import features_of
-from graftkit.recipe.schema import IN_MEMORY
 from graftkit.report.explained import explanations_page
 from graftkit.report.making import check_path
 from graftkit.runs.folder import PLAN
+from graftkit.runs.given import training_rows
 from graftkit.runs.inputs import digests
 from graftkit.runs.predict import Answers, Loaded, Opened, load_run
-from graftkit.runs.prepare import reading_of
 from graftkit.runs.saved import ROWS, read_plan
 from graftkit.tasks.base import Dataset, Examples, Task
 from graftkit.tasks.explained import index_of
@@ -228,21 +227,12 @@ def _nearest(run: Opened, loaded: Loaded, datasets: Sequence[Dataset], count: in
 
 def _training_rows(run: Opened, loaded: Loaded) -> tuple[Examples, tuple[str, ...]]:
     """Return the rows that a run was trained on, and notes. Raises `UserError` if they cannot be read."""
-    recipe, task, data = run.recipe, run.task, run.recipe.data
-    if data.train == IN_MEMORY:
-        raise UserError("they were in memory when the run was trained")
-    reading = reading_of(recipe)
-    table = task.read(data.train, reading, "train")
-    columns = find_again(table, task.columns, run.columns)
-    examples = task.examples(table, columns, run.labels, reading.skip_bad)
-    if isinstance(data.eval, float):
-        examples, _ = task.split(examples, data.eval, recipe.seed)
-    dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
+    dataset = run.task.dataset(training_rows(run), loaded.backbone, loaded.max_length)
     now, then = digests({"train": dataset}, run.labels), read_plan(run.folder / PLAN).get(ROWS, {})
     notes = []
     if then.get("train") not in (None, now["train"]):
         notes.append(
-            f"{data.train} has changed since the run was trained, so the nearest rows may be new to it"
+            f"{run.recipe.data.train} has changed since the run was trained, so the nearest rows may be new to it"
         )
     examples = dataset.examples
     if len(examples) > MOST_TRAINING:

@@ -34,7 +34,7 @@ from graftkit.report.table import check_path, held, writing
 from graftkit.runs.confidence import Sure
 from graftkit.runs.describing import previews
 from graftkit.runs.folder import at_home
-from graftkit.runs.given import refuse_text, settings_of
+from graftkit.runs.given import labelled_rows, refuse_text, settings_of
 from graftkit.runs.prepare import make_task, method_of, outputs_of, prepare_backbone, reading_of, source_of
 from graftkit.runs.saved import read_result
 from graftkit.tasks.base import Dataset, Examples, Task
@@ -188,11 +188,7 @@ def evaluate(
     to write a report of these rows to.
     """
     run = open_run(Path(folder), options, model)
-    reading, task = reading_of(run.recipe), run.task
-    with settings_of(folder):
-        table = task.read(data, reading, "eval")
-        columns = find_again(table, task.columns, run.columns)
-        examples = task.examples(table, columns, run.labels, reading.skip_bad)
+    task, examples = run.task, labelled_rows(run, data, "eval")
     loaded = load_run(run)
     dataset = task.dataset(examples, loaded.backbone, loaded.max_length)
     sure = Sure(run.folder, run.about, task)

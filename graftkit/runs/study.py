@@ -9,7 +9,7 @@ import re
 import shlex
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,14 @@ from graftkit.engine.parallel import device
 from graftkit.engine.tracking import flat
 from graftkit.errors import Interrupted, Note, UserError, listing
 from graftkit.files import read_json, write_json
+from graftkit.insight.paired import Group
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.runs.folder import RECIPE, RESULT
+from graftkit.runs.prepare import Rows, prepare_rows
 from graftkit.runs.saved import read_result
 from graftkit.runs.scores import read_scores
+from graftkit.runs.sizing import refuse_unfit
 from graftkit.runs.tune import resume_run, run_recipe
 from graftkit.tasks.base import Examples
 
@@ -119,6 +122,25 @@ def opened(study: Study, recipe: Recipe, rows: Examples) -> Iterator[Study]:
         claims.remove_leftovers(study.folder)
         write_json(path, now)
         yield study
+
+
+def group_of(trials: Sequence[Trial], figure: str) -> Group:
+    """Return the values of runs that differ in their seed alone, with the scores of their rows."""
+    scores = [found for trial in trials if (found := trial.scores.get(figure)) is not None]
+    return Group([trial.result["metrics"][figure] for trial in trials], scores)
+
+
+def begun(
+    kind: str, recipe: Recipe, tables: Mapping[str, Any], nothing: str
+) -> tuple[Path, Recipe, Rows]:  # fmt: skip
+    """Return the folder, the settled recipe and the rows of a study. Raises `UserError` for a recipe whose runs cannot be
+    compared; `nothing`: what there is not, with a task that uses the model unchanged."""
+    refuse_unfit(recipe, kind)
+    folder, recipe = folder_of(kind, recipe.out), settled(recipe)
+    rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+    if not rows.task.trains:
+        raise UserError(f"{rows.task.name}() uses the model unchanged, so {nothing}.")
+    return folder, recipe, rows
 
 
 def settled(recipe: Recipe) -> Recipe:
