@@ -30,7 +30,7 @@ COVERED = 0.9  # of the runs before lie within their interval
 @dataclass(frozen=True)
 class History:
     """The runs of one machine: `ratios`: measured by predicted of each figure, oldest first; `slower`: how many times longer
-    than by rates alone the runs took, in the median, by which the next prediction is corrected."""
+    than by rates alone runs of the same kind took, in the median, by which the next prediction is corrected."""
 
     ratios: dict[str, list[float]]
     slower: float = 1.0
@@ -56,8 +56,8 @@ class History:
         return found or None
 
 
-def read(machine: str, path: Path | None = None) -> History:
-    """Return what is known of a machine."""
+def read(machine: str, kind: str, path: Path | None = None) -> History:
+    """Return what is known of a machine. `kind`: of the run to come: heads tell nothing of how long full fine-tuning takes."""
     ratios: dict[str, list[float]] = {figure: [] for figure in FIGURES}
     slower: list[float] = []
     for line in _lines(path or cache_folder() / FILE):
@@ -66,18 +66,25 @@ def read(machine: str, path: Path | None = None) -> History:
                 ratio = _ratio(line, figure)
                 if ratio is not None:
                     ratios[figure].append(ratio)
-            raw = _ratio(line, "seconds", "by_rates")
+            raw = _ratio(line, "seconds", "by_rates") if line.get("kind") == kind else None
             slower += [] if raw is None else [raw]
     factor = float(np.median(slower[-LAST:])) if len(slower) >= CORRECTS else 1.0
     return History({figure: found[-LAST:] for figure, found in ratios.items()}, factor)
 
 
 def add(
-    machine: str, predicted: dict[str, Any], measured: dict[str, Any], by_rates: float | None = None, path: Path | None = None
+    machine: str, kind: str, predicted: dict[str, Any], measured: dict[str, Any], by_rates: float | None = None,
+    path: Path | None = None,
 ) -> None:  # fmt: skip
     """Add a run. `by_rates`: its seconds before they were corrected. Without a cache folder nothing is kept."""
     path = path or cache_folder() / FILE
-    line = {"machine": machine, "predicted": predicted, "measured": measured, "by_rates": by_rates}
+    line = {
+        "machine": machine,
+        "kind": kind,
+        "predicted": predicted,
+        "measured": measured,
+        "by_rates": by_rates,
+    }
     with suppress(Exception):
         lines = [*_lines(path), line][-MOST:]
         write_text(path, "".join(f"{json.dumps(one)}\n" for one in lines))

@@ -54,7 +54,7 @@ def foresee_always(
     """Return what a run will take. `twin`: its graft on the meta device, if there is one already: it is used up. `machine`:
     another one than this."""
     rates = Rates(prepared.device) if machine is None else None
-    known = history.read("" if rates is None else rates.machine)
+    known = history.read("" if rates is None else rates.machine, kind_of(prepared))
     with _undisturbed():
         load = load_of(prepared, datasets, twin, as_on_gpu=machine is not None)
     passes = passes_of(prepared, datasets, load)
@@ -256,12 +256,20 @@ def told(found: Forecast, console: Console) -> dict[str, Any]:
     return values
 
 
+def kind_of(prepared: Prepared) -> str:
+    """Return what runs have in common whose times are off alike: the model's class, the methods, and the number type."""
+    graft = prepared.graft
+    names = "+".join(method.name for method in graft.method.methods)
+    return f"{type(graft.model).__name__} {names} {prepared.precision}"
+
+
 class Reality:
     """What a run takes, beside what is foreseen. Made before the first step, when the model is in memory."""
 
     def __init__(self, prepared: Prepared, datasets: Mapping[str, Dataset], console: Console) -> None:
         """Foresee the run and print that."""
         self.device, self.foreseen = prepared.device, foresee(prepared, datasets)
+        self.kind = kind_of(prepared)
         if self.foreseen is not None:
             told(self.foreseen, console)
             make_resident(prepared.graft.model)
@@ -276,9 +284,8 @@ class Reality:
         predicted = self.foreseen.predicted
         measured = {"peak_memory_bytes": self.over, "seconds": round(seconds, 3)}
         if not partly and processes()[0] == 0:
-            history.add(
-                Rates(self.device, {}).machine, predicted, measured, self.foreseen.seconds["by_rates"]
-            )
+            machine = Rates(self.device, {}).machine
+            history.add(machine, self.kind, predicted, measured, self.foreseen.seconds["by_rates"])
         return {**found, "predicted": predicted, "measured": measured}
 
     def end_of_steps(self) -> None:

@@ -104,16 +104,17 @@ def test_earlier_runs_make_the_interval_and_correct_the_seconds(tmp_path):
     path.write_text('{"machine": "m", "predicted": 3}\nnot json\n')
     for ratio in (1.8, 1.9, 2.0, 2.1, 2.2, 2.0, 2.0, 2.0):
         predicted = {"seconds": 10.0, "peak_memory_bytes": 100}
-        history.add("m", predicted, {"seconds": 10 * ratio, "peak_memory_bytes": 110}, 5.0, path)
-    known = history.read("m", path)
+        history.add("m", "k", predicted, {"seconds": 10 * ratio, "peak_memory_bytes": 110}, 5.0, path)
+    known = history.read("m", "k", path)
+    assert history.read("m", "another kind", path).slower == 1.0
     assert known.slower == pytest.approx(4.0)
     assert known.interval("seconds", 1.0) == pytest.approx([1.0, 2.165], abs=0.01)
     assert known.errors()["peak_memory_bytes"] == {"runs": 8, "median": 0.1, "largest": 0.1}
-    assert history.read("another", path).errors() is None
+    assert history.read("another", "k", path).errors() is None
 
 
 def test_the_file_of_earlier_runs_is_bounded(tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps({"machine": str(i)}) + "\n" for i in range(500)))
-    history.add("m", {"seconds": 1.0}, {"seconds": 1.0}, path=path)
+    history.add("m", "k", {"seconds": 1.0}, {"seconds": 1.0}, path=path)
     assert len(path.read_text().splitlines()) == history.MOST
