@@ -6,23 +6,19 @@ version: a silent default could change results. Libraries are imported lazily, a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import re
-import sys
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from graftkit.errors import UserError, first_line
 
-SCIPY = "scipy.optimize"
 WATCHED = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -228,43 +224,6 @@ def image_processors() -> Any:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return AutoImageProcessor
-
-
-# ---- transformers: what its models import
-
-
-@contextlib.contextmanager
-def without_scipy() -> Iterator[None]:
-    """Import a model of transformers without scipy.optimize, which takes a sixteenth of the start of a run.
-
-    Every model imports the losses of all, and those of object detection take `linear_sum_assignment` from there (5.17 to
-    5.24). Within the `with` block they get a function of that name instead, which imports the real one when it is called.
-    """
-    if SCIPY in sys.modules:
-        yield
-        return
-    instead = sys.modules[SCIPY] = types.ModuleType(SCIPY)
-
-    def real() -> Any:
-        if sys.modules.get(SCIPY) is instead:
-            del sys.modules[SCIPY]
-        return importlib.import_module(SCIPY)
-
-    def linear_sum_assignment(*given: Any, **options: Any) -> Any:
-        return real().linear_sum_assignment(*given, **options)
-
-    def other(name: str) -> Any:
-        if name.startswith("__"):  # asked for by each import
-            raise AttributeError(name)
-        return getattr(real(), name)
-
-    instead.linear_sum_assignment = linear_sum_assignment  # type: ignore[attr-defined]
-    instead.__getattr__ = other  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if sys.modules.get(SCIPY) is instead:
-            del sys.modules[SCIPY]
 
 
 # ---- transformers: the attention function

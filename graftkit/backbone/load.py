@@ -24,7 +24,7 @@ from graftkit.backbone.sizes import allowance_for
 from graftkit.backbone.source import Source, pooling_of
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, read_shapes
-from graftkit.libraries import image_processors, without_scipy
+from graftkit.libraries import image_processors
 
 
 def load_backbone(
@@ -57,8 +57,7 @@ def load_backbone(
     tokenizer = processor if hasattr(processor, "pad_token_id") else None
     if tokenizer is not None:
         _agree_on_padding(tokenizer, config)
-    with without_scipy():
-        model, missing = _built(source, native or "AutoModel", config, labels is not None, meta, seed)
+    model, missing = _built(source, native or "AutoModel", config, labels is not None, meta, seed)
     model.eval()
     length = _max_length(source.folder, model, tokenizer) if tokenizer is not None else None
     backbone = Backbone(model, processor, source.name, pooling_of(source.folder), length, missing=missing)
