@@ -55,13 +55,13 @@ def foresee_always(
     another one than this."""
     rates = Rates(prepared.device) if machine is None else None
     known = history.read("" if rates is None else rates.machine, kind_of(prepared))
-    with _undisturbed():
-        load = load_of(prepared, datasets, twin, as_on_gpu=machine is not None)
-    passes = passes_of(prepared, datasets, load)
-    if machine is not None:
-        passes = shared(passes, machine, fixed=prepared.recipe.train.steps is not None)
     cpu = machine is None and prepared.device.type == "cpu"
-    found = forecast(prepared.plan, load, passes, machine or rates, known, cpu=cpu)  # type: ignore[arg-type]
+    with _undisturbed(prepared.device):  # rates are measured on random numbers
+        load = load_of(prepared, datasets, twin, as_on_gpu=machine is not None)
+        passes = passes_of(prepared, datasets, load)
+        if machine is not None:
+            passes = shared(passes, machine, fixed=prepared.recipe.train.steps is not None)
+        found = forecast(prepared.plan, load, passes, machine or rates, known, cpu=cpu)  # type: ignore[arg-type]
     if rates is not None:
         rates.save()
     return (
@@ -86,11 +86,11 @@ def advice(found: Forecast, device: torch.device) -> list[str]:
 
 
 @contextmanager
-def _undisturbed() -> Any:
+def _undisturbed(device: torch.device) -> Any:
     """Leave the random states as they were."""
     state = np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             yield
     finally:
         np.random.set_state(state)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from conftest import make_rows, write_csv
 
 from graftkit.cli.main import main
@@ -43,6 +45,16 @@ def test_the_parts_of_a_plan(planned):
     assert found["flops"]["total"] >= found["flops"]["step"] * found["steps"] > 0
     assert sum(found["time"].values()) == pytest.approx(1, abs=0.01)
     assert found["plan_error"] is None and found["forecast_note"] is None
+
+
+def test_measuring_rates_leaves_the_random_states(planned):
+    """A first run measures and later ones read what it found: both have to go on with the same numbers."""
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    planned()
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
 
 
 def test_a_run_says_what_it_took_and_the_next_plan_how_right_that_was(planned, tmp_path):
