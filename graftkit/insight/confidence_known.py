@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graftkit.insight.confidence_evidence import Evidence
+from graftkit.insight.knn import unit
 
 ROWS = 10_000  # training rows that are kept, at most
 VALUES = 4_000_000  # of their features, at most: 8 MB in fp16
@@ -39,7 +40,7 @@ class Known:
         given = logits.argmax(1) if self.labels.any() else np.zeros(len(logits), np.int64)
         vectors = self.vectors.astype(np.float32)
         found = [
-            self._nearest(_unit(features[i : i + BATCH]) @ vectors.T, given[i : i + BATCH])
+            self._nearest(unit(features[i : i + BATCH]) @ vectors.T, given[i : i + BATCH])
             for i in range(0, len(features), BATCH)
         ]
         return np.concatenate(found)
@@ -95,7 +96,7 @@ def fit_known(training: Evidence, evaluation: Evidence, share: float = SHARE) ->
     assert training.features is not None
     single = training.targets.ndim == 1
     labels = training.targets if single else np.zeros(len(training.targets))
-    found = Known(_unit(training.features).astype(np.float16), labels.astype(np.int32), 0.0)
+    found = Known(unit(training.features).astype(np.float16), labels.astype(np.int32), 0.0)
     return with_share(found, evaluation, share)
 
 
@@ -113,8 +114,3 @@ def with_share(known: Known, evaluation: Evidence, share: float) -> tuple[Known 
     above = float(similar[place - 1])
     below = float(similar[place - 2]) if place > 1 else above - 0.01
     return replace(known, threshold=(above + below) / 2), ""
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    values = features.astype(np.float32)
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)

@@ -16,8 +16,13 @@ CELLS = 20_000_000  # similarities that are in memory at a time
 
 def directions(features: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     """Return standardized features of length 1, (rows, width). `like`: the rows whose mean and standard deviation apply."""
-    changed = standardized(features if like is None else like)(features)
-    return changed / np.maximum(np.linalg.norm(changed, axis=1, keepdims=True), 1e-12)
+    return unit(standardized(features if like is None else like)(features))
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    """Return rows (rows, width) of length 1, in fp32."""
+    values = values.astype(np.float32, copy=False)
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 
 
 def similarities(given: np.ndarray, among: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

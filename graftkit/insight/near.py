@@ -12,7 +12,7 @@ import numpy as np
 
 from graftkit.data.images import Picture
 from graftkit.data.sounds import Sound
-from graftkit.insight.knn import nearest
+from graftkit.insight.knn import nearest, unit
 
 NEIGHBOURS = 10
 # Two rows are near duplicates above this cosine, if their inputs agree too. Of pairs of texts of banking77 above both limits,
@@ -38,8 +38,7 @@ def centred(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
 
     Without the mean, all texts are near one another for many models, which have a direction in common.
     """
-    rest = (values - mean).astype(np.float32)
-    return rest / np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), 1e-12)
+    return unit(values - mean)
 
 
 def neighbours(asked: np.ndarray, known: np.ndarray, k: int = NEIGHBOURS, itself: bool = False) -> Neighbours:

@@ -19,6 +19,7 @@ from graftkit.insight.attribution import STEPS, Explanation, check_method
 from graftkit.insight.attribution import explain as explain_row
 from graftkit.insight.attribution_pictures import overlay as draw
 from graftkit.insight.features import features_of
+from graftkit.insight.knn import unit
 from graftkit.report.explained import explanations_page
 from graftkit.report.making import check_path
 from graftkit.runs.folder import PLAN
@@ -212,11 +213,11 @@ def _nearest(run: Opened, loaded: Loaded, datasets: Sequence[Dataset], count: in
     try:
         examples, notes = _training_rows(run, loaded)
         training = loaded.task.dataset(examples, loaded.backbone, loaded.max_length)
-        kept = _unit(features_of(loaded.forward, training).values)
+        kept = unit(features_of(loaded.forward, training).values)
         found, shown = [], []
         for dataset in datasets:
             asked = features_of(loaded.forward, dataset, Caching("memory")).values.mean(0, keepdims=True)
-            similar = (kept @ _unit(asked).T)[:, 0]
+            similar = (kept @ unit(asked).T)[:, 0]
             order = np.argsort(-similar, kind="stable")[:count].tolist()
             found.append([_as_row(run, training, i, float(similar[i])) for i in order])
             shown.append([_thumbnail(run, training, i) for i in order])
@@ -243,10 +244,6 @@ def _training_rows(run: Opened, loaded: Loaded) -> tuple[Examples, tuple[str, ..
             np.linspace(0, len(examples) - 1, MOST_TRAINING).round().astype(int).tolist()
         )
     return examples, tuple(notes)
-
-
-def _unit(values: np.ndarray) -> np.ndarray:
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 
 
 def _as_row(run: Opened, training: Dataset, row: int, similarity: float) -> dict[str, Any]:
