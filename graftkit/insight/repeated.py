@@ -53,14 +53,11 @@ def leak_warnings(task: Task, parts: Mapping[str, Examples | None]) -> list[str]
     """Return a warning for each pair of parts that have rows in common. Only digests of the rows are compared."""
     if task.makes_model:
         return []  # a corpus, whose duplicates are counted when it is tokenized
-    seen: dict[bytes, tuple[str, int]] = {}
-    shared: dict[tuple[str, str], list[tuple[int, int]]] = {}
     there = {name: examples for name, examples in parts.items() if examples is not None}
-    for name, examples in there.items():
-        for row, key in enumerate(inputs_of(task, examples)):
-            before, first = seen.setdefault(key, (name, row))
-            if before != name:
-                shared.setdefault((before, name), []).append((first, row))
+    shared: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for pair in repeated(task, there, ()):
+        if pair.data != pair.other:
+            shared.setdefault((pair.other, pair.data), []).append((pair.other_row, pair.row))
     return [_warning(there, before, name, rows) for (before, name), rows in shared.items()]
 
 

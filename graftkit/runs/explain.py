@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from graftkit.data.columns import find_again
-from graftkit.data.folders import FileTable
 from graftkit.engine.cached import Caching
 from graftkit.errors import UserError
 from graftkit.files import replacing, write_text
@@ -25,6 +24,7 @@ from graftkit.report.making import check_path
 from graftkit.runs.folder import PLAN
 from graftkit.runs.given import training_rows
 from graftkit.runs.inputs import digests
+from graftkit.runs.labels import file_of
 from graftkit.runs.predict import Answers, Loaded, Opened, load_run
 from graftkit.runs.saved import ROWS, read_plan
 from graftkit.tasks.base import Dataset, Examples, Task
@@ -251,11 +251,7 @@ def _as_row(run: Opened, training: Dataset, row: int, similarity: float) -> dict
     examples = training.examples
     table = examples.table
     example = row if len(training) == len(examples) else _example_of(training, row)
-    if isinstance(table, FileTable) and table.places:
-        place: dict[str, Any] = {"file": table.places[example], "line": None}
-    else:
-        place = {"file": table.source, "line": table.numbers[example]}
-    found = {**place, **run.task.asked(examples, example)}
+    found = {**file_of(examples, example), **run.task.asked(examples, example)}
     column = run.columns.get("label")
     if column in table.columns:
         value = table.columns[column][example]

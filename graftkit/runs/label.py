@@ -19,12 +19,14 @@ from graftkit.insight.choosing import choose, uncertainty_of
 from graftkit.insight.features import features_of
 from graftkit.insight.knn import directions
 from graftkit.insight.probe import fit_probe
+from graftkit.insight.repeated import inputs_of
 from graftkit.insight.targets import targets_of
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import IN_MEMORY
 from graftkit.runs.confidence import Scaled, Sure
 from graftkit.runs.features import Reading, bare_backbone, frozen_backbone
 from graftkit.runs.fit import refuse_several_answers
+from graftkit.runs.labels import file_of
 from graftkit.runs.predict import BATCH, load_run, open_run
 from graftkit.runs.prepare import make_task, prepare_rows, reading_of, source_of
 from graftkit.tasks.base import Examples, Task
@@ -162,11 +164,11 @@ class _Judge:
             named = {name: column for name, column in reading.columns.items() if name not in task.labelled}
             self.columns_here = task.used(find_columns(table, wanted, named), named, table)
         examples = task.examples(table, self.columns_here, self.labels, reading.skip_bad, targets=False)
-        known = {} if self.train is None else {_key(task, self.train, i): i for i in range(len(self.train))}
+        known = {} if self.train is None else {key: i for i, key in enumerate(inputs_of(task, self.train))}
         overlap: list[dict[str, Any]] = []
         self.numbers: list[int] = []  # of the rows that are left, among all of the pool
-        for row in range(len(examples)):
-            at = known.get(_key(task, examples, row))
+        for row, key in enumerate(inputs_of(task, examples)):
+            at = known.get(key)
             if at is None:
                 self.numbers.append(row)
             else:
@@ -190,10 +192,9 @@ class _Judge:
 
     def rows(self, chosen: Sequence[int], answers: Answers | None) -> list[dict[str, Any]]:
         """Return what is told of some rows."""
-        table = self.pool.table
         return [
             {
-                "row": self.numbers[row], "file": table.source, "line": table.numbers[row],
+                "row": self.numbers[row], **file_of(self.pool, row),
                 **self.task.asked(self.pool, row), **(answers[row] if answers else {}),
             }
             for row in chosen
@@ -286,15 +287,3 @@ def _whole(dataset: Any, examples: Examples) -> Any:
     if len(dataset) != len(examples):
         raise UserError(f"{dataset.examples.skipped[0]} Fix the row, or leave it out of the file.")
     return dataset
-
-
-def _key(task: Task, examples: Examples, row: int) -> tuple[Any, ...]:
-    """Return what two rows with the same inputs share; blanks between words are all the same."""
-    values = [
-        examples.values[column.name][row] for column in task.columns
-        if column.name in examples.values and column.name not in task.labelled
-    ]  # fmt: skip
-    return tuple(
-        " ".join(value.split()) if isinstance(value, str) else getattr(value, "digest", value)
-        for value in values
-    )

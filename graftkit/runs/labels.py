@@ -160,13 +160,16 @@ def _inputs(task: Task, examples: Examples) -> list[tuple[Any, ...]]:
 
 
 def place(examples: Examples, name: str, row: int) -> dict[str, Any]:
-    """Return where a row is: `data` (train, eval or test), `file`, `line` and `row`, which counts from 0.
+    """Return where a row is: `data` (train, eval or test), `file`, `line` and `row`, which counts from 0."""
+    return {"data": name, **file_of(examples, row), "row": row}
 
-    A folder of files has no lines, so `file` is the row's own."""
+
+def file_of(examples: Examples, row: int) -> dict[str, Any]:
+    """Return the `file` of a row and its `line`. A folder of files has no lines, so `file` is the row's own."""
     table = examples.table
     if isinstance(table, FileTable) and table.places:
-        return {"data": name, "file": table.places[row], "line": None, "row": row}
-    return {"data": name, "file": table.source, "line": table.numbers[row], "row": row}
+        return {"file": table.places[row], "line": None}
+    return {"file": table.source, "line": table.numbers[row]}
 
 
 def text_of(task: Task, examples: Examples, row: int) -> str:
