@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -59,6 +60,8 @@ class Peak:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.before = device, peak_memory(device)
+        if device.type == "cpu":
+            release(device)  # freed blocks of earlier work would hide what the part takes
         held = int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident()
         self.exact = reset_peak_memory(device)
         self.held = held if self.exact else self.before
@@ -66,7 +69,7 @@ class Peak:
     def over(self) -> int | None:
         """Return the peak since then over what was held then; None if that cannot be told."""
         over = peak_memory(self.device) - self.held
-        return over if self.exact or over > 0 else None
+        return over if over > 0 else None
 
     def whole(self) -> int:
         """Return the peak of the process, before and since."""
@@ -84,9 +87,12 @@ def resident() -> int:
 
 
 def release(device: torch.device) -> None:
-    """Release the cached memory of a device's allocator."""
+    """Release the cached memory of a device's allocator; on a CPU that of glibc's, where it is the one."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_parts(
