@@ -164,13 +164,23 @@ def by_head(data: Path) -> Callable[..., float]:
     return measure
 
 
-def train(data: Path, seeds: int, probe: bool) -> str:
+def measured_before(log: Path | None) -> dict[tuple[str, str, str], float]:
+    """The accuracies that a measurement that was stopped has printed, by seed, column and name."""
+    if log is None:
+        return {}
+    lines = [line.split() for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = [words for words in lines if len(words) > 3 and words[0].isdecimal() and words[1] in ("0", "1")]
+    return {(words[0], words[1], " ".join(words[2:-1])): float(words[-1]) for words in lines}
+
+
+def train(data: Path, seeds: int, probe: bool, log: Path | None) -> str:
     """Accuracy without suspects, on the labels as they are and with 5% flipped at random."""
     from graftkit.insight import labels as insight
 
     values, targets, classes, _ = features(data)
     measure = by_probe(data, values, classes) if probe else by_head(data)
     found: dict[str, list[list[float]]] = {}
+    before = measured_before(log)
     for seed in range(seeds):
         for column, given in enumerate((targets, flipped(targets, classes, seed, None)[0])):
             judged = insight.judge(insight.out_of_fold(values, given, classes), given)
@@ -188,7 +198,9 @@ def train(data: Path, seeds: int, probe: bool) -> str:
                 changed[first] = judged.suggested[first]
                 variants[f"the {share:.0%} most suspicious with the suggested label"] = (drawn, changed)
             for name, (kept, labels) in variants.items():
-                accuracy = measure(np.sort(kept), labels, seed)
+                accuracy = before.get((str(seed), str(column), name))
+                if accuracy is None:
+                    accuracy = measure(np.sort(kept), labels, seed)
                 found.setdefault(name, [[], []])[column].append(accuracy)
                 print(seed, column, name, f"{accuracy:.4f}", file=sys.stderr, flush=True)
     lines = ["| training rows | labels as they are | 5% flipped at random |", "| --- | --- | --- |"]
@@ -216,12 +228,18 @@ def main() -> None:
     parser.add_argument(
         "--probe", action="store_true", help="train: logistic regression on the features, not runs of head()"
     )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="LOG",
+        help="train: what a measurement that was stopped has printed, to go on from",
+    )
     given = parser.parse_args()
     if given.part == "flips":
         text = flips(given.data, given.seeds, not given.no_cleanlab)
     else:
-        text = train(given.data, given.seeds, given.probe)
-    name = f"label errors: {given.part}"
+        text = train(given.data, given.seeds, given.probe, given.before)
+    name = f"label errors: {given.part}" + (", by probe" if given.part == "train" and given.probe else "")
     print(text)
     section(PAGE, f"<!-- {name} -->", f"<!-- /{name} -->", text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,7 @@ def check(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write the suspicious labels to a new CSV file to correct")
     ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page to an HTML file")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Read all data and report every problem in one pass. Nothing is trained; the exit status is 1 if there are problems.
@@ -61,11 +63,13 @@ def check(
 
     if csv is not None:
         refuse_existing(csv)
-    found = check_values(values, {}, judged=labels)
+    found = check_values(values, {}, judged=labels, html=html)
     if csv is not None and found.suspects is not None:
         write_suspects(csv, found)
     if not as_json:
         show_check(console_of(False), found)
+        if html is not None:
+            print(f"written: {html}", file=sys.stderr)
     emit(as_json, found.as_dict())
     if not found.ok:
         raise typer.Exit(1)

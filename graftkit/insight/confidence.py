@@ -67,6 +67,12 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     return float(np.float32(math.exp(found.x)))
 
 
+def probabilities_of(logits: np.ndarray, independent: bool, temperature: float = 1.0) -> np.ndarray:
+    """Return the probabilities of labels, (n, labels) in fp64. `independent`: any number of them may be right."""
+    scaled = logits.astype(np.float64) / temperature
+    return 1 / (1 + np.exp(-scaled)) if independent else np.exp(log_softmax(scaled))
+
+
 def calibration_error(evidence: Evidence, temperature: float = 1.0) -> float:
     """Return the expected calibration error of the most likely label, or of the probabilities of all labels where any
     number of them may be right, over ten bins."""

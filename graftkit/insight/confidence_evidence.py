@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,12 @@ Recorded = tuple[Rows, str]
 class Evidence:
     """`logits` (n, labels) in fp32; `targets` (n,) label numbers, or (n, labels) of 0 and 1 for sets of labels, empty if the
     rows have none; `features` (n, width): what the last layer reads, None if it reads no vector for a row. n counts
-    rows, or words for a task that answers for each."""
+    rows, or words for a task that answers for each. `rows` (n,): the row of the dataset that an answer is to."""
 
     logits: np.ndarray
     targets: np.ndarray
     features: np.ndarray | None
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def sample_of(dataset: Dataset, labels: int, most: int = ROWS) -> np.ndarray:
@@ -139,7 +140,8 @@ def evidence_of(recorded: Iterable[Recorded]) -> Evidence:
         if fault:
             raise UserError(f"the outputs of the model are not those of its labels ({fault}).")
         rows |= part
-    parts = [rows[row] for row in sorted(rows)]
+    numbers = sorted(rows)
+    parts = [rows[row] for row in numbers]
     if not sum(len(part[0]) for part in parts):
         raise UserError("none of the rows has an answer that is known.")
     features = [part[2] for part in parts if part[2] is not None]
@@ -147,4 +149,5 @@ def evidence_of(recorded: Iterable[Recorded]) -> Evidence:
         np.concatenate([part[0] for part in parts]),
         np.concatenate([part[1] for part in parts]),
         np.concatenate(features) if len(features) == len(parts) else None,
+        np.repeat(numbers, [len(part[0]) for part in parts]),
     )

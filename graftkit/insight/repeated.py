@@ -49,16 +49,13 @@ def repeated(task: Task, parts: Mapping[str, Examples], labels: Sequence[str]) -
     return found
 
 
-def leak_warnings(task: Task, parts: Mapping[str, Examples | None]) -> list[str]:
-    """Return a warning for each pair of parts that have rows in common. Only digests of the rows are compared."""
-    if task.makes_model:
-        return []  # a corpus, whose duplicates are counted when it is tokenized
-    there = {name: examples for name, examples in parts.items() if examples is not None}
+def leak_warnings(parts: Mapping[str, Examples], pairs: Sequence[Pair]) -> list[str]:
+    """Return a warning for each pair of parts that have rows in common. `pairs`: those of `repeated`."""
     shared: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for pair in repeated(task, there, ()):
+    for pair in pairs:
         if pair.data != pair.other:
             shared.setdefault((pair.other, pair.data), []).append((pair.other_row, pair.row))
-    return [_warning(there, before, name, rows) for (before, name), rows in shared.items()]
+    return [_warning(parts, before, name, rows) for (before, name), rows in shared.items()]
 
 
 def _warning(parts: Mapping[str, Examples], before: str, name: str, rows: Sequence[tuple[int, int]]) -> str:

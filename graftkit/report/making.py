@@ -79,10 +79,8 @@ def check_path(path: Path) -> None:
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"the report {path.name!r} is an HTML file; use a name that ends in .html.")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file with --out.")
+        raise UserError(f"{path} is a folder; name a file.")
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as file:
             if MADE_BY not in file.read(2000):
-                raise UserError(
-                    f"{path} exists and is not a report of GraftKit; name another file with --out."
-                )
+                raise UserError(f"{path} exists and is not a report of GraftKit; name another file.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from graftkit.report.classes import calibration_sections, class_sections
 from graftkit.report.console import count, duration, rows_of, size
+from graftkit.report.doubtful import doubtful_sections
 from graftkit.report.finished import Finished, interval_of, mapping, number
 from graftkit.report.html import Child, Markup, Section, details, element, figure_text, page, short, table
 from graftkit.report.mistakes import mistake_sections
@@ -30,7 +31,7 @@ WRONG = ("problems", "warnings", "changed_when_resumed")
 def run_page(run: Finished) -> str:
     """Return the report of a run."""
     sections = [
-        *_curves(run), *class_sections(run), *calibration_sections(run), *mistake_sections(run), *_cost(run),
+        *_curves(run), *class_sections(run), *calibration_sections(run), *mistake_sections(run), *doubtful_sections(run), *_cost(run),
         Section("What was run", "run", _facts(run)),
     ]  # fmt: skip
     if run.found:

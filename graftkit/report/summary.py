@@ -193,12 +193,22 @@ def show_end(
     """Print the metrics with intervals, the worst examples, time, memory and the run folder."""
     console.heading("Result")
     lines = [line for name, metrics in found.items() for line in _metric_lines(name, metrics, headline)]
-    lines += confidence_lines(result.get("confidence"))
+    lines += [*confidence_lines(result.get("confidence")), *noticed_lines(result.get("noticed"))]
     lines.append(("time", duration(result["seconds"])))
     lines.append(("peak memory", size(result["peak_memory_bytes"])))
     lines.append(("run folder", result["run"]))
     console.pairs(lines)
     show_worst(console, worst)
+
+
+def noticed_lines(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Format how many labels of evaluation and test rows the model is sure are others."""
+    names = {"eval": "evaluation"}
+    return [
+        ("labels to check", f"{count(one['count'])} of {count(one['judged'])} {names.get(one['data'], one['data'])} {one['of']}; "
+         "report.html shows them")
+        for one in (found or {}).get("suspects", ()) if one["count"]
+    ]  # fmt: skip
 
 
 def show_worst(console: Console, worst: list[dict[str, Any]]) -> None:

@@ -18,7 +18,9 @@ from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.insight.repeated import PARTS, Pair, are_labels, repeated
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
+from graftkit.report.making import check_path
 from graftkit.report.values import Check, Finding
+from graftkit.runs.checked_page import write_check_page
 from graftkit.runs.labels import Suspicions, pairs_as_values, refuse_without_classes, suspicions
 from graftkit.runs.prepare import Rows, make_task, prepare, reading_of
 from graftkit.tasks.base import Examples
@@ -38,14 +40,16 @@ def check(
     eval: Any = ...,
     test: Any = None,
     settings: Mapping[str, Any] | None = None,
+    html: str | Path | None = None,
 ) -> Check:
     """Report every problem in the data of a recipe: `graftkit data check` in Python.
 
-    The arguments are those of `tune`; `model` is optional. Raises `UserError` if the recipe itself is wrong.
+    The arguments are those of `tune`; `model` is optional. `html`: write a page to this file. Raises `UserError` if the
+    recipe itself is wrong.
     """
     given = {"train": train, "eval": eval, "test": test}
     values, tables = recipes.gather(recipe, given, {"model": model, "task": task}, settings)
-    return check_values(values, tables)
+    return check_values(values, tables, html=html)
 
 
 def label_errors(
@@ -57,16 +61,17 @@ def label_errors(
     eval: Any = ...,
     test: Any = None,
     settings: Mapping[str, Any] | None = None,
+    html: str | Path | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return rows whose label is likely wrong: `graftkit data check --labels` in Python.
 
     The arguments are those of `tune`. The result has `suspects`, `duplicates`, `leaks` and `outliers`, plain values as in
-    the JSON of the command, worst first. Bad rows are left out; `check` lists them. Raises `UserError` for a mistake in the
-    arguments, a task without classes, or rows that cannot be read at all.
+    the JSON of the command, worst first. Bad rows are left out; `check` lists them. `html`: write a page to this file.
+    Raises `UserError` for a mistake in the arguments, a task without classes, or rows that cannot be read at all.
     """
     given = {"train": train, "eval": eval, "test": test}
     values, tables = recipes.gather(recipe, given, {"model": model, "task": task}, settings)
-    found = check_values(values, tables, judged=True)
+    found = check_values(values, tables, judged=True, html=html)
     if found.suspects is None:
         raise UserError(found.problems[0].text)
     assert found.outliers is not None
@@ -75,14 +80,24 @@ def label_errors(
     }  # fmt: skip
 
 
-def check_values(values: Mapping[str, Any], tables: Mapping[str, Any], judged: bool = False) -> Check:
-    """Check nested recipe values, with tables in memory by name. `judged`: the labels too, by the features of the model."""
+def check_values(
+    values: Mapping[str, Any], tables: Mapping[str, Any], judged: bool = False, html: str | Path | None = None
+) -> Check:
+    """Check nested recipe values, with tables in memory by name. `judged`: the labels too, by the features of the model;
+    `html`: a page to write."""
+    page = None if html is None else Path(html).expanduser()
+    if page is not None:
+        check_path(page)
     recipe = recipes.make({"model": NO_MODEL, **values})
     if judged and "model" not in values:
         raise UserError(
             "labels are checked by the features of a model: name one with --model (in Python: model=...)."
         )
-    return _Checker(recipe, tables, "model" in values, judged).check()
+    checker = _Checker(recipe, tables, "model" in values, judged)
+    found = checker.check()
+    if page is not None:
+        write_check_page(page, found, checker.task, values.get("model"), checker.examples)
+    return found
 
 
 class _Checker:
@@ -136,7 +151,7 @@ class _Checker:
             rows[name] = {"file": file, "good": good, "bad": len(self.bad[name])}
         problems, warnings = (sorted(some, key=_in_order) for some in (self.problems, self.warnings))
         duplicates, leaks = (
-            pairs_as_values([pair for pair in pairs if (pair.data == pair.other) == within], self.examples)
+            pairs_as_values(self.task, [pair for pair in pairs if (pair.data == pair.other) == within], self.examples)
             for within in (True, False)
         )
         suspects, outliers = (found.suspects, found.outliers) if found else (None, None)

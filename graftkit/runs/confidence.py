@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from graftkit.insight.confidence_evidence import (
     sample_of,
 )
 from graftkit.insight.confidence_known import ROWS, Known, fit_known, reference_rows
-from graftkit.runs.prepare import Prepared
+from graftkit.runs.noticed import noticed
+from graftkit.runs.prepare import Prepared, Rows
 from graftkit.tasks.base import Calls, Dataset, Task
 
 COST = 0.06  # training rows whose features are computed at the end of a run, by rows trained on: two percent of the time
@@ -57,6 +59,7 @@ class Watching:
         self.best: Recorder | None = None
         self.found: Confidence | None = None
         self.about: dict[str, Any] = {}
+        self.evidence: dict[str, Evidence] = {}  # of the evaluation and the test rows, with the best weights
 
     def recording(self, name: str, forward: Calls) -> Calls:
         """Return the forward pass for an evaluation."""
@@ -85,7 +88,7 @@ class Watching:
             predict(self.datasets["eval"], recorder, task, *prediction_sizes(self.prepared.recipe.train))
             self.keep()
         assert self.best is not None
-        evidence = evidence_of(gather(self.best.recorded))
+        evidence = self.evidence["eval"] = evidence_of(gather(self.best.recorded))
         if not main:
             return
         try:
@@ -103,9 +106,17 @@ class Watching:
         """Add the calibration error on the test rows."""
         if "test" not in self.last:
             return
-        evidence = evidence_of(gather(self.last.pop("test").recorded))
+        evidence = self.evidence["test"] = evidence_of(gather(self.last.pop("test").recorded))
         if self.found is not None:
             self.about["test"] = errors(evidence, self.found.temperature)
+
+    def told(self, rows: Rows) -> dict[str, Any]:
+        """Return what result.json says of how sure the answers are, and what the run noticed in its rows."""
+        found: dict[str, Any] = {}
+        with suppress(Exception):  # costs no run
+            temperature = 1.0 if self.found is None else self.found.temperature
+            found = noticed(rows, self.datasets, self.evidence, temperature)
+        return {"confidence": self.about, "noticed": found}
 
     def _known(self, evidence: Evidence, forward: Forward) -> tuple[Known | None, str]:
         prepared, settings = self.prepared, self.prepared.settings

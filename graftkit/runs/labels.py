@@ -111,18 +111,18 @@ def _suspects(
             break
         nearest = around.rows[row, :NEAREST].tolist()
         found.append({
-            **place(examples, name, row), "text": text_of(task, examples, row), "given": _named(targets[row], labels),
-            "suggested": _named(judged.suggested[row], labels), "score": round(float(judged.scores[row]), 4),
+            **place(examples, name, row), "text": text_of(task, examples, row), "given": named_label(targets[row], labels),
+            "suggested": named_label(judged.suggested[row], labels), "score": round(float(judged.scores[row]), 4),
             "nearest": nearest,
             "nearest_rows": [
-                {"line": place(train, "train", near)["line"], "label": _named(known[near], labels), "text": text_of(task, train, near)}
+                {"line": place(train, "train", near)["line"], "label": named_label(known[near], labels), "text": text_of(task, train, near)}
                 for near in nearest
             ],
         })  # fmt: skip
     return found
 
 
-def _named(target: Any, labels: Sequence[str]) -> str | list[str]:
+def named_label(target: Any, labels: Sequence[str]) -> str | list[str]:
     """Return a label by its index, or a list of labels by a multi-hot row."""
     if np.ndim(target) == 0:
         return labels[int(target)]
@@ -174,14 +174,19 @@ def file_of(examples: Examples, row: int) -> dict[str, Any]:
 
 def text_of(task: Task, examples: Examples, row: int) -> str:
     """Return the inputs of a row as one text: for images and recordings, their names."""
-    return " | ".join(str(value) for value in task.asked(examples, row).values())
+    asked = task.asked(examples, row).values()
+    return " | ".join(" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in asked)
 
 
-def pairs_as_values(pairs: Sequence[Pair], parts: Mapping[str, Examples]) -> list[dict[str, Any]]:
-    """Return pairs as plain values: the place of a row, and `of`, the earlier row that it repeats."""
+def pairs_as_values(task: Task, pairs: Sequence[Pair], parts: Mapping[str, Examples]) -> list[dict[str, Any]]:
+    """Return pairs as plain values: the place of a row, its text, and `of`, the earlier row that it repeats."""
+
+    def about(name: str, row: int) -> dict[str, Any]:
+        return {**place(parts[name], name, row), "text": text_of(task, parts[name], row)}
+
     return [
         {
-            **place(parts[pair.data], pair.data, pair.row), "of": place(parts[pair.other], pair.other, pair.other_row),
+            **about(pair.data, pair.row), "of": about(pair.other, pair.other_row),
             "kind": "exact" if pair.exact else "near", "similarity": pair.similarity, "same_label": pair.same,
         }
         for pair in pairs

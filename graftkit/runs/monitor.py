@@ -385,7 +385,7 @@ class Watch:
             },
             "compiled": self.regions is not None and self.regions.compiled,
             "loss_scale": self.loop.updates.state or None,
-            "confidence": self.watching.about,
+            **self.watching.told(self.prepared.rows),
             "problems": list(self.problems),
             **facts(self.prepared, self.datasets, self.folder),
         }

@@ -33,7 +33,7 @@ from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.load import begin_with
-from graftkit.insight.repeated import leak_warnings
+from graftkit.insight.repeated import Pair, leak_warnings, repeated
 from graftkit.methods.base import Chain, Outputs
 from graftkit.methods.base import read as read_method
 from graftkit.optim.base import as_optimizer
@@ -75,8 +75,18 @@ class Rows:
     @cached_property
     def warnings(self) -> list[str]:
         """Warnings that do not stop a run: rows that leak into evaluation or test rows, and labels that look alike."""
+        return [*leak_warnings(self.parts, self.repeated), *alike(self.labels)]
+
+    @property
+    def parts(self) -> dict[str, Examples]:
+        """The parts that there are, by name."""
         parts = {"train": self.train, "eval": self.eval, "test": self.test}
-        return [*leak_warnings(self.task, parts), *alike(self.labels)]
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @cached_property
+    def repeated(self) -> list[Pair]:
+        """Rows that occur twice. Only digests are compared. None for a corpus, whose repetitions are counted in tokenizing."""
+        return [] if self.task.makes_model else repeated(self.task, self.parts, self.labels)
 
 
 @dataclass(frozen=True)
