@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.data.images import Picture, load
+from graftkit.data.sounds import Sound
 from graftkit.data.words import words_of
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.insight.probe import difference
@@ -19,11 +20,20 @@ from graftkit.tasks.base import Dataset
 
 PIECES = 2.0  # tokens per word from which a tokenizer is said not to fit; about 1.2 is usual for English in English models
 SMALL = 2.0  # factor of enlargement from which images are said to be small
+RATE = (
+    0.75  # share of the model's sampling rate below which recordings are said to lack its upper frequencies
+)
 SAMPLE, BATCH = 128, 32
 # standard deviations, mean over the channels of a layer. A ResNet-20 of CIFAR-10: 0.18 on its own test images, 0.26 on
 # photographs of insects in that size, 0.51 without the mean of its transform
 SHIFT = 0.4
 MARK = re.compile(r"[^\w\s]")
+
+
+def signs_of(dataset: Dataset, texts: Sequence[Sequence[str]], most: int | None = None) -> list[str]:
+    """Return warnings that need no weights: how the tokenizer splits words, and how images and sounds differ from what the
+    model takes. `most`: the number of rows to look at, by default all texts and 128 images."""
+    return [*pieces_of(dataset, texts, most), *images_of(dataset, most or SAMPLE), *sounds_of(dataset)]
 
 
 def not_better(scores: np.ndarray, others: np.ndarray, targets: Targets, what: str) -> list[str]:
@@ -41,8 +51,9 @@ def not_better(scores: np.ndarray, others: np.ndarray, targets: Targets, what: s
     ]
 
 
-def pieces_of(dataset: Dataset, texts: Sequence[Sequence[str]]) -> list[str]:
-    """Return a warning if the tokenizer splits words into many pieces. `texts`: the columns of texts of the rows.
+def pieces_of(dataset: Dataset, texts: Sequence[Sequence[str]], most: int | None = None) -> list[str]:
+    """Return a warning if the tokenizer splits words into many pieces. `texts`: the columns of texts of the rows; `most`: the
+    number of rows to look at.
 
     Words are counted without a dictionary (`data.words`), and so are punctuation marks; a row that may have been truncated
     is left out.
@@ -51,6 +62,8 @@ def pieces_of(dataset: Dataset, texts: Sequence[Sequence[str]]) -> list[str]:
     if encoded is None:
         return []
     whole = np.flatnonzero(encoded.lengths < encoded.lengths.max() + (dataset.truncated == 0)).tolist()
+    if most is not None and len(whole) > most:
+        whole = whole[:: -(-len(whole) // most)]
     known = int(encoded.lengths[whole].sum()) - encoded.special * len(whole)
     words = sum(len(words_of(part[row])) + len(MARK.findall(part[row])) for part in texts for row in whole)
     if not words or known < PIECES * words:
@@ -61,17 +74,16 @@ def pieces_of(dataset: Dataset, texts: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def images_of(dataset: Dataset) -> list[str]:
+def images_of(dataset: Dataset, most: int = SAMPLE) -> list[str]:
     """Return warnings about images that are enlarged a lot, or grey where a model was made for colours.
 
-    `dataset`: with `pictures` and `pixels`, as of `image_classify`; of others there is nothing to say.
+    `dataset`: with `pictures` and `pixels`, as of `image_classify`; of others there is nothing to say. `most`: the number of
+    images to look at.
     """
     pictures: Sequence[Picture] | None = getattr(dataset, "pictures", None)
     if not pictures:
         return []
-    some = [
-        pictures[row] for row in np.linspace(0, len(pictures) - 1, min(SAMPLE, len(pictures))).astype(int)
-    ]
+    some = [pictures[row] for row in np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int)]
     pixels = dataset.pixels  # type: ignore[attr-defined]
     seen = load(some, lambda image, place: (pixels.size(image), _is_grey(np.asarray(image))))
     found = []
@@ -86,6 +98,24 @@ def images_of(dataset: Dataset) -> list[str]:
     if grey > 0.5 and next(iter(dataset.batch(np.array([0])).inputs.values())).shape[1] == 3:
         found.append(f"{grey:.0%} of these images are grey, but the model takes colours.")
     return found
+
+
+def sounds_of(dataset: Dataset) -> list[str]:
+    """Return a warning if most recordings have less than three quarters of the sampling rate that the model takes.
+
+    `dataset`: with `sounds` and `front`, as of `audio_classify`; of others there is nothing to say.
+    """
+    sounds: Sequence[Sound] | None = getattr(dataset, "sounds", None)
+    if not sounds:
+        return []
+    rate: int = dataset.front.rate  # type: ignore[attr-defined]
+    usual = float(np.median([sound.rate for sound in sounds]))
+    if usual >= RATE * rate:
+        return []
+    return [
+        f"these recordings have {usual:,.0f} samples a second in the median and the model takes {rate:,}, so it hears nothing above "
+        f"{usual / 2:,.0f} Hz, where its training data had sound."
+    ]
 
 
 def _is_grey(image: np.ndarray) -> bool:

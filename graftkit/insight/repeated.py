@@ -58,6 +58,23 @@ def leak_warnings(parts: Mapping[str, Examples], pairs: Sequence[Pair]) -> list[
     return [_warning(parts, before, name, rows) for (before, name), rows in shared.items()]
 
 
+def two_answers(parts: Mapping[str, Examples], pairs: Sequence[Pair]) -> list[str]:
+    """Return a warning if training rows repeat an earlier one with another answer: one of both is wrong."""
+    found = [pair for pair in pairs if pair.data == pair.other == "train" and pair.same is False]
+    if not found:
+        return []
+    places = [
+        f"{_short(parts['train'].where(pair.row))} = {_short(parts['train'].where(pair.other_row))}"
+        for pair in found[:SHOWN]
+    ]
+    more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+    are = "rows repeat an earlier one" if len(found) > 1 else "row repeats an earlier one"
+    return [
+        f"{len(found):,} training {are} with another answer, so one of both is wrong ({'; '.join(places)}{more}); "
+        "`graftkit data check` lists all."
+    ]
+
+
 def _warning(parts: Mapping[str, Examples], before: str, name: str, rows: Sequence[tuple[int, int]]) -> str:
     count, total = len(rows), len(parts[name])
     places = [

@@ -99,7 +99,11 @@ def _near(row: dict[str, Any]) -> str:
 
 def _pair(one: dict[str, Any], previews: Previews) -> Markup:
     what = "the same as" if one["kind"] == "exact" else f"similarity {one['similarity']:.3f} to"
-    near = short(one["of"].get("text", ""), 400) if one["kind"] == "near" and one["of"]["line"] is not None else ""
+    near = (
+        short(one["of"].get("text", ""), 400)
+        if one["kind"] == "near" and one["of"]["line"] is not None
+        else ""
+    )
     there: list[tuple[str, Child]] = [("there", near)] if near else []
     told = {True: "the same", False: "another one than there", None: "unknown"}[one["same_label"]]
     return item(one, f", {what} {place_of(one['of'])}", [*there, ("label", told)], _shown(one, previews))

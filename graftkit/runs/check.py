@@ -151,7 +151,9 @@ class _Checker:
             rows[name] = {"file": file, "good": good, "bad": len(self.bad[name])}
         problems, warnings = (sorted(some, key=_in_order) for some in (self.problems, self.warnings))
         duplicates, leaks = (
-            pairs_as_values(self.task, [pair for pair in pairs if (pair.data == pair.other) == within], self.examples)
+            pairs_as_values(
+                self.task, [pair for pair in pairs if (pair.data == pair.other) == within], self.examples
+            )
             for within in (True, False)
         )
         suspects, outliers = (found.suspects, found.outliers) if found else (None, None)
@@ -220,6 +222,8 @@ class _Checker:
         task = self.task.resolve(train, self.labels, self.recipe.seed)
         rows = Rows(task, self.columns or {}, self.labels, train, held, self.examples.get("test"))
         prepared = prepare(self.recipe, rows, meta=True)
+        for text in (*prepared.train.warnings(), *prepared.gap):
+            self._warn("recipe", text)
         for name, examples in (("train", train), ("eval", held), ("test", rows.test)):
             if examples is None:
                 continue

@@ -15,7 +15,7 @@ from graftkit.data.split import hold_out
 from graftkit.errors import UserError, listing
 from graftkit.insight.baselines import bag_of_words, most_frequent
 from graftkit.insight.features import features_of
-from graftkit.insight.gap import images_of, not_better, pieces_of, shift_of
+from graftkit.insight.gap import not_better, shift_of, signs_of
 from graftkit.insight.knn import neighbours_vote
 from graftkit.insight.logme import logme
 from graftkit.insight.probe import Figure, difference, figure, folds_of, out_of_fold
@@ -182,8 +182,7 @@ class _Fitting:
         self.scores[recipe.model] = scores
         warnings = [
             *dataset.warnings(),
-            *pieces_of(dataset, self.texts),
-            *images_of(dataset),
+            *signs_of(dataset, self.texts),
             *shift_of(reading.forward, dataset),
             *self._baselines_beaten(scores),
         ]

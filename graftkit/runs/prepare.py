@@ -33,7 +33,8 @@ from graftkit.errors import NoGoodRows, UserError, listing
 from graftkit.grafts.attach import attach
 from graftkit.grafts.graft import Graft
 from graftkit.grafts.load import begin_with
-from graftkit.insight.repeated import Pair, leak_warnings, repeated
+from graftkit.insight.gap import signs_of
+from graftkit.insight.repeated import Pair, leak_warnings, repeated, two_answers
 from graftkit.methods.base import Chain, Outputs
 from graftkit.methods.base import read as read_method
 from graftkit.optim.base import as_optimizer
@@ -50,6 +51,7 @@ from graftkit.runs.probe import Probe, read_probe
 from graftkit.tasks.base import Dataset, Examples, Learn, Reading, Task
 from graftkit.tasks.shared.alike import alike
 
+LOOKED_AT = 32  # rows, for signs that the model does not fit them
 # torch's messages for shapes too large for any memory
 TOO_LARGE = re.compile(r"size calculation overflowed|Overflow when unpacking|without overflow")
 
@@ -75,7 +77,12 @@ class Rows:
     @cached_property
     def warnings(self) -> list[str]:
         """Warnings that do not stop a run: rows that leak into evaluation or test rows, and labels that look alike."""
-        return [*leak_warnings(self.parts, self.repeated), *alike(self.labels)]
+        pairs = self.repeated
+        return [
+            *leak_warnings(self.parts, pairs),
+            *(two_answers(self.parts, pairs) if self.labels else ()),
+            *alike(self.labels),
+        ]
 
     @property
     def parts(self) -> dict[str, Examples]:
@@ -106,11 +113,12 @@ class Prepared:
     train: Dataset
     learn: Learn
     further: Path | None  # the state before its decay of the run that this one goes on from
+    gap: tuple[str, ...] = ()  # signs that the model was pre-trained on something else
 
     @property
     def warnings(self) -> list[str]:
         """Warnings about the rows, and about how the model reads them, that do not stop a run."""
-        return [*self.rows.warnings, *self.train.warnings()]
+        return [*self.rows.warnings, *self.train.warnings(), *self.gap]
 
     @property
     def depth(self) -> int:
@@ -361,4 +369,15 @@ def prepare(recipe: Recipe, rows: Rows, source: Source | None = None, *, meta: b
         dataset,
         rows.task.learner(dataset, rows.labels, train.label_smoothing),
         further,
+        tuple(_gap(rows, dataset)),
     )
+
+
+def _gap(rows: Rows, dataset: Dataset) -> list[str]:
+    """Return signs, of some rows, that the model was made for others. A task with a template has texts of its own too."""
+    if not rows.task.one_answer:
+        return []
+    texts = [
+        dataset.examples.values[name] for name in ("text", "text_pair") if name in dataset.examples.values
+    ]
+    return signs_of(dataset, texts, LOOKED_AT)
