@@ -116,5 +116,8 @@ def _write(out: Path, found: dict[str, Any], as_json: bool, suggests: bool) -> N
     shown = {key: value for key, value in found.items() if key not in ("columns", "label")}
     emit(as_json, {**shown, "out": str(out)})
     if not as_json:
-        what = "suggested labels" if suggests else "rows to label"
-        print(f"{len(found['rows']):,} {what} are in {out}; the column {found['label']!r} is yours.")
+        count = len(found["rows"])
+        what = "suggested label" if suggests else "row"
+        rest = "" if suggests else " to label"
+        are = f"{what}s{rest} are" if count != 1 else f"{what}{rest} is"
+        print(f"{count:,} {are} in {out}; the column {found['label']!r} is yours.")

@@ -22,6 +22,8 @@ from graftkit.tasks.base import Dataset
 PASSES = 2  # features are read several times, so they are kept
 BATCH = 256
 KEPT = Caching(later=True)
+WORDS = 300_000  # of a width of 384, half a gigabyte
+Read = Callable[[np.ndarray], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class Features:
     filled: Filled
 
 
+@dataclass(frozen=True)
+class Words:
+    """The features of words with a label. `values` (words, width) in fp32; `rows` (words,): of the dataset; `numbers` (words,):
+    the place of a word among those of its row; `targets` (words,): indices of labels."""
+
+    values: np.ndarray
+    rows: np.ndarray
+    numbers: np.ndarray
+    targets: np.ndarray
+
+
 def features_of(forward: Forward, dataset: Dataset, caching: Caching = KEPT) -> Features:
     """Return the features of rows: the input of the head that the graft trains, or of its last layer if it is the model's
     own head, with everything before it in eval mode.
@@ -41,6 +54,47 @@ def features_of(forward: Forward, dataset: Dataset, caching: Caching = KEPT) -> 
     same backbone, find them; those of a model's own head are computed. Raises `UserError` for a graft without a head, and
     if a value is not finite.
     """
+    get, filled = _reader(forward, dataset, caching)
+    began = time.monotonic()
+    with evaluating(forward.graft.model):
+        values = _in_parts(dataset, BATCH if filled else FILL_BATCH, get)
+    if filled is None:
+        filled = Filled(0, len(dataset), time.monotonic() - began, values.nbytes, "memory")
+    _refuse_not_finite(values, forward, lambda at: dataset.where(at))
+    return Features(values, filled)
+
+
+def word_features(forward: Forward, dataset: Dataset) -> Words:
+    """Return the features of the words that have a label, in the order of the rows. Raises `UserError` as `features_of` does,
+    and for more words than fit into memory."""
+    count = int(dataset.units.sum())
+    if count > WORDS:
+        raise UserError(
+            f"{dataset.examples.table.source} has {count:,} words with a tag, and at most {WORDS:,} are checked at once; check a "
+            "part of its rows."
+        )
+    get, filled = _reader(forward, dataset, KEPT)
+    states, rows, numbers, targets = [], [], [], []
+    with evaluating(forward.graft.model):
+        for some in ordered_batches(dataset.lengths, BATCH if filled else FILL_BATCH):
+            wanted = dataset.targets(some)
+            assert wanted is not None
+            known = wanted >= 0
+            read = get(some).float()
+            states.append(read[known[:, : read.shape[1]]].numpy())
+            rows.append(some[known.nonzero()[:, 0].numpy()])
+            numbers.append((known.cumsum(1) - 1)[known].numpy())
+            targets.append(wanted[known].numpy())
+    row, number = np.concatenate(rows), np.concatenate(numbers)
+    order = np.lexsort((number, row))
+    found = Words(np.concatenate(states)[order], row[order], number[order], np.concatenate(targets)[order])
+    _refuse_not_finite(found.values, forward, lambda at: dataset.where(int(found.rows[at])))
+    return found
+
+
+def _reader(forward: Forward, dataset: Dataset, caching: Caching) -> tuple[Read, Filled | None]:
+    """Return what gives the inputs of the head for rows, on the CPU, and how many were computed; None if each is computed when
+    it is asked for, as those of a model's own head are."""
     graft = forward.graft
     head = {name: group for name, group in graft.labels.items() if group.role == "head"}
     if not head:
@@ -52,34 +106,27 @@ def features_of(forward: Forward, dataset: Dataset, caching: Caching = KEPT) -> 
     made = make_forward(graft, forward.device, forward.precision, depth, dataset, PASSES, head, caching)
     if isinstance(made, CachedForward) and made.start.last:
         assert made.filled is not None
-        values, filled = _in_parts(dataset, BATCH, made.kept.get), made.filled
-    else:
-        values, filled = _of_own_head(forward, dataset, list(head)[-1].rpartition(".")[0])
-    bad = np.flatnonzero(~np.isfinite(values).all(1))
-    if len(bad):
-        more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
-        raise UserError(
-            f"{dataset.where(int(bad[0]))}: {graft.backbone.source} computes features that are not finite for this row{more}; "
-            "check the model's weights, or use train.precision=fp32."
-        )
-    return Features(values, filled)
+        return made.kept.get, made.filled
+    module = graft.backbone.module(list(head)[-1].rpartition(".")[0])
 
-
-@torch.no_grad()
-def _of_own_head(forward: Forward, dataset: Dataset, layer: str) -> tuple[np.ndarray, Filled]:
-    """Return the input of the last layer of the model's own head."""
-    module = forward.graft.backbone.module(layer)
-    began = time.monotonic()
-
+    @torch.no_grad()
     def get(rows: np.ndarray) -> Tensor:
         def capture(part: np.ndarray) -> Tensor:
             return captured(module, forward, dataset.batch(part, forward.device))
 
         return torch.cat([values.cpu() for _, values in in_parts(rows, forward.device, capture, ADVICE)])
 
-    with evaluating(forward.graft.model):
-        values = _in_parts(dataset, FILL_BATCH, get)
-    return values, Filled(0, len(dataset), time.monotonic() - began, values.nbytes, "memory")
+    return get, None
+
+
+def _refuse_not_finite(values: np.ndarray, forward: Forward, where: Callable[[int], str]) -> None:
+    bad = np.flatnonzero(~np.isfinite(values).all(1))
+    if len(bad):
+        more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"{where(int(bad[0]))}: {forward.graft.backbone.source} computes features that are not finite for this row{more}; "
+            "check the model's weights, or use train.precision=fp32."
+        )
 
 
 def _in_parts(dataset: Dataset, size: int, get: Callable[[np.ndarray], Tensor]) -> np.ndarray:

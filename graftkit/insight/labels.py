@@ -29,16 +29,25 @@ class Judged:
     suggested: np.ndarray
 
 
-def out_of_fold(values: np.ndarray, targets: np.ndarray, classes: int, seed: int = 0) -> np.ndarray:
+def out_of_fold(
+    values: np.ndarray, targets: np.ndarray, classes: int, seed: int = 0, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Return the probabilities of each row, (rows, classes), by logistic regression on the rows of the other folds.
 
     `values`: features (rows, width); `targets` (rows,): indices of `classes` classes, or multi-hot (rows, classes), where
-    each class has a regression of its own. Rows of each class are spread evenly over 5 folds; `seed` decides which. Raises
-    `UserError` if fewer than two classes have two rows.
+    each class has a regression of its own. Rows of each class are spread evenly over 5 folds; `seed` decides which. `groups`
+    (rows,): rows with the same number, such as the words of a text, stay in one fold. Raises `UserError` if fewer than two
+    classes have two rows.
     """
     _refuse_few(targets, classes)
-    answers = targets if targets.ndim == 1 else np.unique(targets, axis=0, return_inverse=True)[1].reshape(-1)
-    folds = deal(answers, seed)
+    if groups is None:
+        answers = (
+            targets if targets.ndim == 1 else np.unique(targets, axis=0, return_inverse=True)[1].reshape(-1)
+        )
+        folds = deal(answers, seed)
+    else:
+        numbers = np.unique(groups, return_inverse=True)[1].reshape(-1)
+        folds = deal(np.zeros(numbers.max() + 1), seed)[numbers]
     found = np.zeros((len(values), classes))
     for fold in range(int(folds.max()) + 1):
         inside, outside = folds == fold, folds != fold

@@ -61,7 +61,7 @@ def _show_suspects(console: Console, found: Check) -> None:
     console.heading(f"Labels that another one fits better: {count(len(suspects))}")
     for one in suspects[:SHOWN]:
         console.line(
-            f"  {one['score']:.3f}  {_where(one)}: {_named(one['given'])}, or {_named(one['suggested'])}?  {_cut(one['text'])}"
+            f"  {one['score']:.3f}  {_where(one)}: {_named(one['given'])}, or {_named(one['suggested'])}?  {_worded(one)}"
         )
     _show_more(console, suspects)
     near = [pair for pair in (*found.leaks, *found.duplicates) if pair["kind"] == "near"]
@@ -87,6 +87,11 @@ def _where(one: Mapping[str, Any]) -> str:
 
 def _named(label: str | Sequence[str]) -> str:
     return label if isinstance(label, str) else f"[{', '.join(label)}]"
+
+
+def _worded(one: Mapping[str, Any]) -> str:
+    """Return the text of a row, behind the word that has the label, if it is one of a word."""
+    return _cut(f"{one['word']!r} in: {one['text']}" if "word" in one else one["text"])
 
 
 def _cut(text: str) -> str:

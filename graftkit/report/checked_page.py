@@ -87,14 +87,24 @@ def _shown(one: Mapping[str, Any], previews: Previews) -> dict[str, str]:
 
 def _suspect(one: dict[str, Any], previews: Previews) -> Markup:
     facts: list[tuple[str, Child]] = [
-        ("given", label_of(one["given"])), ("rather", label_of(one["suggested"])),
-        ("near", [element("div", label_of(row["label"]), element("span", _near(row), class_="quiet")) for row in one["nearest_rows"]]),
-    ]  # fmt: skip
-    return item(one, f", certainty {one['score']:.3f}", facts, _shown(one, previews))
+        ("given", label_of(one["given"])),
+        ("rather", label_of(one["suggested"])),
+    ]
+    if "word" in one:
+        facts.insert(0, ("word", element("strong", short(one["word"], 60))))
+    texts = [_near(row) for row in one["nearest_rows"]]
+    labels = [label_of(row["label"]) for row in one["nearest_rows"]]
+    near: Child = [
+        element("div", label, element("span", text, class_="quiet")) for label, text in zip(labels, texts)
+    ]
+    if not any(texts):  # pictures and sounds
+        near = [part for label in labels for part in (", ", label)][1:]
+    return item(one, f", certainty {one['score']:.3f}", [*facts, ("near", near)], _shown(one, previews))
 
 
 def _near(row: dict[str, Any]) -> str:
-    return "" if row["line"] is None else f"  {short(row['text'], NEAR)}"
+    word = f" {row['word']!r} in:" if "word" in row else ""
+    return "" if row["line"] is None else f"{word} {short(row['text'], NEAR)}"
 
 
 def _pair(one: dict[str, Any], previews: Previews) -> Markup:

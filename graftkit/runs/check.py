@@ -28,6 +28,7 @@ from graftkit.tasks.shared.alike import alike
 
 ORDER = ("train", "eval", "test", "recipe")
 NO_MODEL = "none"  # placeholder in a recipe that names no model
+DOUBTED = 1 / 3  # of the rows: the model is to be doubted, and not the labels
 RARE, COMMON = 20, 0.9  # warn of a class 20 times as frequent as another, or with 90% of the rows
 
 
@@ -166,7 +167,16 @@ class _Checker:
         """Judge the labels, if that is asked for and there are rows."""
         if not self.judged or "train" not in self.examples or self.columns is None or not self.known:
             return None
-        return suspicions(self.recipe, self.task, self.columns, self.labels, self.examples)
+        found = suspicions(self.recipe, self.task, self.columns, self.labels, self.examples)
+        doubted = len({(one["data"], one["row"]) for one in found.suspects})
+        rows = sum(map(len, self.examples.values()))
+        if doubted > DOUBTED * rows and not self.task.per_token:
+            self._warn(
+                "recipe",
+                f"the model finds another label for {doubted:,} of {rows:,} rows, so its features hardly tell these labels apart, "
+                "and the list of suspects says little; `graftkit fit` compares models.",
+            )
+        return found
 
     def _read(self, name: str) -> Table:
         source = self.tables.get(name)

@@ -56,9 +56,9 @@ def write_suspects(path: Path, found: Check) -> None:
             given, suggested = _text(one["given"]), _text(one["suggested"])
             near = "\n".join(f"{_text(row['label'])}: {row['text']}" for row in one["nearest_rows"])
             line = "" if one["line"] is None else one["line"]
+            text = f"{one['word']}: {one['text']}" if "word" in one else one["text"]
             writer.writerow((
-                one["file"], line, one["row"], one["text"], given, suggested, one["score"], near,
-                given, column, digests[one["file"]],
+                one["file"], line, one["row"], text, given, suggested, one["score"], near, given, column, digests[one["file"]],
             ))  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def _changes(rows: Sequence[Mapping[str, str]], corrected: str) -> dict[int, Cha
             )
         if not row[COLUMN]:
             raise UserError(
-                f"{corrected}: the labels of {row['file']} are in several columns; correct them there."
+                f"{corrected}: the labels of {row['file']} are in several columns, or words have them; correct them there."
             )
         line, label = int(row["line"]), row[LABEL].strip()
         change = Change(label or None, row["given"].strip(), row["where"])

@@ -13,6 +13,7 @@ import numpy as np
 
 from graftkit.backbone.source import find_source
 from graftkit.data.columns import find_again, find_columns
+from graftkit.data.table import Table
 from graftkit.engine.predict import predict as run_predict
 from graftkit.errors import UserError, listing
 from graftkit.insight.choosing import choose, uncertainty_of
@@ -54,7 +55,7 @@ def label_next(
     if count < 1:
         raise UserError(f"the number of rows to label is {count}; it must be at least 1.")
     judge = _judge(run, model, train, task, settings, "label next")
-    overlap = judge.read(pool)
+    overlap = judge.read(pool, once=True)
     answers = judge.answers()
     uncertainty = uncertainty_of(answers) if answers else None
     features, labelled = judge.pool_features, judge.labelled_features
@@ -75,7 +76,12 @@ def label_next(
         rows = [{**row, "uncertainty": round(float(uncertainty[at]), 4)} for row, at in zip(rows, chosen)]
     if len(chosen) < count:
         judge.notes.append(
-            f"{len(chosen):,} rows are chosen, not {count:,}: all others are near-duplicates of these or of labelled rows."
+            f"{len(chosen):,} {'rows are' if len(chosen) > 1 else 'row is'} chosen, not {count:,}: "
+            + (
+                "the pool has no others."
+                if len(chosen) == len(features)
+                else "all others are near-duplicates of these or of labelled rows."
+            )
         )
     return judge.found(rows, overlap)
 
@@ -153,8 +159,9 @@ class _Judge:
         dataset = _whole(self.base.dataset(replace(examples, targets=None)), examples)
         return features_of(self.base.forward, dataset).values
 
-    def read(self, pool: Any) -> list[dict[str, Any]]:
-        """Read the rows of the pool that are not labelled yet; return those that are, which are left out."""
+    def read(self, pool: Any, once: bool = False) -> list[dict[str, Any]]:
+        """Read the rows of the pool that are not labelled yet; return those that are, which are left out. `once`: rows that
+        repeat an earlier one of the pool are left out too."""
         task, reading = self.task, self.reading
         table = task.read(pool, reading, "pool")
         if self.columns:
@@ -163,14 +170,18 @@ class _Judge:
             wanted = tuple(column for column in task.columns if column.name not in task.labelled)
             named = {name: column for name, column in reading.columns.items() if name not in task.labelled}
             self.columns_here = task.used(find_columns(table, wanted, named), named, table)
+            _refuse_labels(table, task, self.columns_here, named)
         examples = task.examples(table, self.columns_here, self.labels, reading.skip_bad, targets=False)
         known = {} if self.train is None else {key: i for i, key in enumerate(inputs_of(task, self.train))}
         overlap: list[dict[str, Any]] = []
         self.numbers: list[int] = []  # of the rows that are left, among all of the pool
+        seen: set[bytes] = set()
         for row, key in enumerate(inputs_of(task, examples)):
             at = known.get(key)
             if at is None:
-                self.numbers.append(row)
+                if key not in seen:
+                    self.numbers.append(row)
+                seen |= {key} if once else set()
             else:
                 assert self.train is not None
                 overlap.append({"row": row, "where": examples.where(row), "train": self.train.where(at)})
@@ -180,9 +191,16 @@ class _Judge:
                 raise UserError(
                     f"all rows of {table.source} are among the labelled rows ({which}); name a pool of other rows."
                 )
-            self.notes.append(
-                f"{len(overlap):,} rows of the pool are among the labelled rows and are left out: {which}."
+            rows = "rows of the pool are" if len(overlap) > 1 else "row of the pool is"
+            self.notes.append(f"{len(overlap):,} {rows} among the labelled rows and left out: {which}.")
+        repeated = len(examples) - len(overlap) - len(self.numbers)
+        if repeated:
+            rows = (
+                "rows of the pool repeat an earlier one and are"
+                if repeated > 1
+                else "row of the pool repeats an earlier one and is"
             )
+            self.notes.append(f"{repeated:,} {rows} left out.")
         self.pool = examples.take(self.numbers)
         return overlap
 
@@ -280,6 +298,19 @@ class _OfModel(_Judge):
             return None
         predict = fit_probe(self.labelled_features, self.targets)
         return self.targets.answers(predict(self.pool_features), self.labels)
+
+
+def _refuse_labels(table: Table, task: Task, columns: Mapping[str, str], named: Mapping[str, str]) -> None:
+    """Raise `UserError` if a column that was found by its type alone is one of labels, by its name."""
+    labels = {
+        name.casefold() for column in task.columns if column.name in task.labelled for name in (column.name, *column.aliases)
+    }  # fmt: skip
+    for name, column in columns.items():
+        if column.casefold() in labels and name not in named:
+            raise UserError(
+                f"{table.source} has no column for the {name}: {column!r} is a column of labels by its name (columns: "
+                f"{listing(table.columns)}). Name another with data.columns={{{name}: ...}}."
+            )
 
 
 def _whole(dataset: Any, examples: Examples) -> Any:

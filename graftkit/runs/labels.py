@@ -10,14 +10,15 @@ import numpy as np
 
 from graftkit.data.folders import FileTable
 from graftkit.errors import UserError
-from graftkit.insight.features import features_of
+from graftkit.insight.confidence_evidence import WORDS
+from graftkit.insight.features import Words, features_of, word_features
 from graftkit.insight.labels import Judged, fitted, judge, out_of_fold
 from graftkit.insight.near import Neighbours, centred, near_pairs, neighbours, outliers
 from graftkit.insight.repeated import Pair, answers_of, inputs_of
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.features import frozen_backbone
 from graftkit.runs.prepare import Rows
-from graftkit.tasks.base import Examples, Task
+from graftkit.tasks.base import Dataset, Examples, Task
 
 NEAREST = 3  # training rows shown beside a suspect
 
@@ -37,8 +38,8 @@ def refuse_without_classes(task: Task) -> None:
     why = None
     if not task.head:
         why = "trains no head that reads features"
-    elif task.per_token:
-        why = "answers with tokens of a text, so a row has no label of its own"
+    elif task.per_token and task.calibrates != WORDS:
+        why = "answers with a part of a text, so there is no fixed set of labels"
     if why is not None:
         raise UserError(
             f"labels of {task.name}() cannot be checked: it {why}. This needs a task with classes, such as classify; leave "
@@ -56,7 +57,8 @@ def suspicions(
     """Compute the features of all parts, and what they tell. Raises `UserError` for a task without classes, too few rows,
     or features that are not finite."""
     train = parts["train"]
-    targets = np.asarray(train.targets)
+    words = task.calibrates == WORDS
+    targets = np.zeros(0, int) if words else np.asarray(train.targets)
     if not labels or targets.ndim > 2 or targets.dtype.kind not in "if":
         raise UserError(
             f"labels of {recipe.task} cannot be checked: its rows have no labels of a fixed set. This needs a task with "
@@ -65,27 +67,45 @@ def suspicions(
     task = task.resolve(train, labels, recipe.seed)
     held = parts.get("eval")
     reading = frozen_backbone(recipe, Rows(task, columns, labels, train, held, parts.get("test")))
-    values, kept = {}, {}
-    for name, examples in parts.items():
-        dataset = reading.dataset(examples)
-        kept[name], values[name] = dataset.examples, features_of(reading.forward, dataset).values
-    return _told(task, labels, kept, values, recipe.seed)
+    datasets = {name: reading.dataset(examples) for name, examples in parts.items()}
+    kept = {name: dataset.examples for name, dataset in datasets.items()}
+    values = {
+        name: _by_example(features_of(reading.forward, one).values, one) for name, one in datasets.items()
+    }
+    if not words:
+        return _told(task, labels, kept, values, recipe.seed)
+    of_words = {name: word_features(reading.forward, one) for name, one in datasets.items()}
+    return _told(task, labels, kept, values, recipe.seed, (datasets, of_words))
+
+
+def _by_example(values: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """Return features by example, (examples, width): the mean over the parts of a long text."""
+    if len(dataset) == len(dataset.examples):
+        return values
+    examples = np.array([dataset.example(row) for row in range(len(dataset))])
+    found = np.zeros((len(dataset.examples), values.shape[1]), np.float32)
+    np.add.at(found, examples, values)
+    return found / np.maximum(np.bincount(examples, minlength=len(found)), 1)[:, None]
 
 
 def _told(
-    task: Task, labels: tuple[str, ...], parts: Mapping[str, Examples], values: Mapping[str, np.ndarray], seed: int
+    task: Task, labels: tuple[str, ...], parts: Mapping[str, Examples], values: Mapping[str, np.ndarray], seed: int,
+    words: tuple[Mapping[str, Dataset], Mapping[str, Words]] | None = None,
 ) -> Suspicions:  # fmt: skip
-    targets = {name: np.asarray(examples.targets) for name, examples in parts.items()}
     mean = values["train"].mean(0, dtype=np.float64)
     ways = {name: centred(part, mean) for name, part in values.items()}
-    suspects, far, near = [], [], []
+    suspects, far = [], []
     for name, examples in parts.items():
-        if name == "train":
-            probabilities = out_of_fold(values[name], targets[name], len(labels), seed)
-        else:
-            probabilities = fitted(values["train"], targets["train"], values[name], len(labels))
         around = neighbours(ways[name], ways["train"], itself=name == "train")
-        suspects += _suspects(task, labels, name, parts, judge(probabilities, targets[name]), around)
+        if words is None:
+            targets, known = np.asarray(examples.targets), np.asarray(parts["train"].targets)
+            if name == "train":
+                probabilities = out_of_fold(values[name], targets, len(labels), seed)
+            else:
+                probabilities = fitted(values["train"], known, values[name], len(labels))
+            suspects += _suspects(task, labels, name, parts, judge(probabilities, targets), around)
+        else:
+            suspects += word_suspects(task, labels, name, *words, seed)
         far += [
             {
                 **place(parts[name], name, row),
@@ -120,6 +140,46 @@ def _suspects(
             ],
         })  # fmt: skip
     return found
+
+
+def word_suspects(
+    task: Task, labels: Sequence[str], name: str, datasets: Mapping[str, Dataset], words: Mapping[str, Words], seed: int
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the words for which another label is more likely than their own. `nearest`: the rows of the nearest words."""
+    train, own = words["train"], words[name]
+    if name == "train":
+        probabilities = out_of_fold(train.values, train.targets, len(labels), seed, train.rows)
+    else:
+        probabilities = fitted(train.values, train.targets, own.values, len(labels))
+    judged = judge(probabilities, own.targets)
+    chosen = np.argsort(-judged.scores, kind="stable")
+    chosen = chosen[judged.scores[chosen] > 0.5]
+    if not len(chosen):
+        return []
+    mean = train.values.mean(0, dtype=np.float64)
+    near = neighbours(centred(own.values[chosen], mean), centred(train.values, mean), NEAREST + 1).rows
+    examples, dataset, found = datasets["train"].examples, datasets[name], []
+    for at, others in zip(chosen.tolist(), near.tolist()):
+        around = [other for other in others if name != "train" or other != at][:NEAREST]
+        row = dataset.example(int(own.rows[at]))
+        told = [_word(datasets["train"], train, other) for other in around]
+        found.append({
+            **place(dataset.examples, name, row), "text": text_of(task, dataset.examples, row), **_word(dataset, own, at)[1],
+            "given": labels[own.targets[at]], "suggested": labels[judged.suggested[at]], "score": round(float(judged.scores[at]), 4),
+            "nearest": [there for there, _ in told],
+            "nearest_rows": [
+                {"line": file_of(examples, there)["line"], "label": labels[train.targets[other]],
+                 "text": text_of(task, examples, there), "word": about["word"]}
+                for other, (there, about) in zip(around, told)
+            ],
+        })  # fmt: skip
+    return found
+
+
+def _word(dataset: Dataset, words: Words, at: int) -> tuple[int, dict[str, Any]]:
+    """Return the example of a word, and the word with its characters in the text."""
+    row = int(words.rows[at])
+    return dataset.example(row), dataset.answered(row, int(words.numbers[at]))
 
 
 def named_label(target: Any, labels: Sequence[str]) -> str | list[str]:

@@ -86,6 +86,6 @@ def _suspects(
 
 
 def _about(task: Task, dataset: Dataset, row: int, number: int) -> dict[str, Any]:
-    example, within = dataset.answered(row, number)
+    example = dataset.example(row)
     text = text_of(task, dataset.examples, example)[:CHARACTERS]
-    return {**file_of(dataset.examples, example), "text": text, **within}
+    return {**file_of(dataset.examples, example), "text": text, **dataset.answered(row, number)}

@@ -58,9 +58,13 @@ class Dataset(Source):
     def where(self, row: int) -> str:
         return self.examples.where(row)
 
-    def answered(self, row: int, number: int) -> tuple[int, dict[str, Any]]:
-        """Return the example that an answer is to, and what it is about there. `number`: of the known answers to this row."""
-        return row, {}
+    def example(self, row: int) -> int:
+        """Return the example that a row is of."""
+        return row
+
+    def answered(self, row: int, number: int) -> dict[str, Any]:
+        """Return what an answer is about within its example. `number`: of the known answers to this row."""
+        return {}
 
     def digest(self) -> str:
         digest = hashlib.sha256()

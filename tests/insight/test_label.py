@@ -123,12 +123,31 @@ def test_a_run_suggests_what_it_predicts(finished, pool, command, tmp_path):
     assert len(chosen["rows"]) == 4 and len(chosen["overlap"]) == 2
 
 
+def test_rows_that_repeat_one_of_the_pool_are_left_out(tiny_bert, tmp_path):
+    same = write_csv(
+        tmp_path / "same.csv", [{"text": text} for text in ("a plum", "the saw", "a  plum", "a plum ")]
+    )
+    found = graftkit.label_next(same, 4, model=tiny_bert)
+    assert sorted(row["row"] for row in found["rows"]) == [0, 1]
+    assert (
+        "2 rows of the pool repeat an earlier one" in found["notes"][0]
+        and "the pool has no others" in found["notes"][1]
+    )
+    alike = write_csv(tmp_path / "alike.csv", [{"text": "a plum"}] * 3)
+    assert len(graftkit.label_next(alike, 4, model=tiny_bert)["rows"]) == 1
+
+
 def test_pools_that_cannot_be_used(tiny_bert, rows_folder, finished, pool, tmp_path):
     numbers = write_csv(tmp_path / "numbers.csv", [{"id": i, "count": i % 7} for i in range(20)])
     train = rows_folder / "train.csv"
     for given in ({"model": tiny_bert, "train": train}, {"run": finished}, {"model": tiny_bert}):
         with pytest.raises(UserError, match=r"numbers\.csv.*text"):
             graftkit.label_next(numbers, 5, **given)
+    labels = write_csv(tmp_path / "labels.csv", [{"category": f"kind {i % 3}"} for i in range(20)])
+    with pytest.raises(
+        UserError, match=r"labels\.csv has no column for the text: 'category' is a column of labels"
+    ):
+        graftkit.label_next(labels, 5, model=tiny_bert)
     with pytest.raises(UserError, match=r"all rows of .*train\.csv are among the labelled rows"):
         graftkit.label_next(train, 5, model=tiny_bert, train=train)
     with pytest.raises(UserError, match="must be at least 1"):

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_rows, tune_words, write_csv
+from conftest import KINDS, make_rows, tune_words, write_csv
 
 import graftkit
 from graftkit.errors import UserError
@@ -42,7 +42,7 @@ def wrong(tmp_path_factory, tiny_bert):
     write_csv(folder / "train.csv", rows)
     write_csv(folder / "test.csv", test)
     words = ["data", "check", "--labels", "--model", str(tiny_bert), "--train", str(folder / "train.csv"), "--test",
-             str(folder / "test.csv"), "--csv", str(folder / "suspects.csv"), "--json", "train.precision=fp32"]  # fmt: skip
+             str(folder / "test.csv"), "--csv", str(folder / "suspects.csv"), "--html", str(folder / "rows.html"), "--json", "train.precision=fp32"]  # fmt: skip
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     return folder, json.loads(done.stdout), rows
 
@@ -61,6 +61,31 @@ def test_wrong_labels_come_first(wrong):
     assert len(one["nearest"]) == 3 and 33 not in one["nearest"]
     assert [near["text"] for near in one["nearest_rows"]] == [rows[near]["text"] for near in one["nearest"]]
     assert found["ok"] and "outliers" in found
+
+
+def test_a_page_shows_what_was_found(wrong, command, tiny_bert, tmp_path):
+    folder, found, rows = wrong
+    page = (folder / "rows.html").read_text(encoding="utf-8")
+    told = (f"Labels that are likely wrong: {len(found['suspects'])}", "Rows in two parts of the data", "Rows that occur twice",
+            "train.csv, line 35", rows[33]["text"], "test.csv, line 9, the same as train.csv, line 7")  # fmt: skip
+    for text in told:
+        assert text in page, text
+    near = next(one for one in found["duplicates"] if one["kind"] == "near")
+    assert f"similarity {near['similarity']:.3f} to train.csv, line {near['of']['line']}" in page
+    bad = write_csv(tmp_path / "train.csv", [*rows[:4], {"text": "", "label": "<i>"}])
+    done = command("data", "check", "--train", bad, "--html", tmp_path / "problems.html")
+    page = (tmp_path / "problems.html").read_text(encoding="utf-8")
+    assert (
+        done.status == 1
+        and "Problems: 1" in page
+        and "is empty" in page
+        and "<i>" not in page
+        and "Labels to check" not in page
+    )
+    (tmp_path / "notes.html").write_text("mine")
+    refused = command("data", "check", "--train", bad, "--html", tmp_path / "notes.html")
+    assert refused.status == 1 and "is not a report of GraftKit" in refused.err and not refused.out
+    assert (tmp_path / "notes.html").read_text() == "mine"
 
 
 def test_leaks_and_near_duplicates(wrong):
@@ -233,8 +258,7 @@ def test_every_run_tells_of_leaks(tiny_bert, tmp_path, command):
 @pytest.mark.parametrize(
     ("task", "told"),
     [
-        ("tag", "labels of tag.. cannot be checked: it answers with tokens"),
-        ("span", "labels of span.. cannot be checked"),
+        ("span", "labels of span.. cannot be checked: it answers with a part of a text"),
         ("generate", "labels of generate.. cannot be checked: it trains no head"),
         ("classify(kind='regression')", "its rows have no labels of a fixed set"),
         ("choice", "its rows have no labels of a fixed set"),
@@ -282,6 +306,46 @@ def test_images_and_sets_of_labels(colours, tiny_vit, tiny_bert, tmp_path):
     found = graftkit.label_errors(model=str(tiny_bert), task="classify(kind='multi')", train=rows)
     one = next(one for one in found["suspects"] if one["row"] == 9)
     assert one["given"] == rows[9]["label"] and one["suggested"] != one["given"]
+
+
+def test_words_with_wrong_tags(tiny_bert, tmp_path):
+    names = {"fruit": "B-F", "tool": "B-T"}
+    rows = []
+    for row in make_rows(80, 1):
+        words = row["text"].split()
+        rows.append(
+            {
+                "tokens": words,
+                "tags": [names[row["label"]] if word in KINDS[row["label"]] else "O" for word in words],
+            }
+        )
+    rows[0] = {
+        "tokens": [word for row in rows[1:9] for word in row["tokens"]],
+        "tags": [tag for row in rows[1:9] for tag in row["tags"]],
+    }
+    wrong = {}
+    for row in (0, 20, 33):
+        at = max(i for i, tag in enumerate(rows[row]["tags"]) if tag != "O")
+        wrong[row] = rows[row]["tokens"][at], rows[row]["tags"][at]
+        rows[row]["tags"][at] = {"B-F": "B-T", "B-T": "B-F"}[rows[row]["tags"][at]]
+    settings = {"data.max_length": 24, "train.precision": "fp32"}  # row 0 is read in parts
+    found = graftkit.label_errors(
+        model=str(tiny_bert),
+        task="tag",
+        train=rows,
+        test=rows[40:],
+        settings=settings,
+        html=tmp_path / "rows.html",
+    )
+    first = [one for one in found["suspects"] if one["data"] == "train"][:10]
+    for row, (word, tag) in wrong.items():
+        one = next(one for one in first if one["row"] == row and one["word"] == word)
+        assert one["given"] != tag and " ".join(rows[row]["tokens"])[one["start"] : one["end"]] == word
+        assert len(one["nearest"]) == 3 and one["nearest_rows"][0]["word"] == word
+        assert one["nearest_rows"][0]["label"] == tag and word in rows[one["nearest"][0]]["tokens"]
+    assert any(pair["data"] == "test" and pair["of"]["row"] == 40 for pair in found["leaks"])
+    page = (tmp_path / "rows.html").read_text()
+    assert f"<strong>{wrong[20][0]}</strong>" in page and "Labels that are likely wrong" in page
 
 
 def test_shown_in_the_terminal(wrong, tiny_bert, command):

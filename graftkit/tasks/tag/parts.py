@@ -50,13 +50,16 @@ class TagDataset(TextDataset):
     def where(self, row: int) -> str:
         return self.examples.where(self.parts[row].example)
 
-    def answered(self, row: int, number: int) -> tuple[int, dict[str, Any]]:
-        """Return the example of a part, and the word, with its characters in the text, that has the part's label `number`."""
+    def example(self, row: int) -> int:
+        return self.parts[row].example
+
+    def answered(self, row: int, number: int) -> dict[str, Any]:
+        """Return the word, with its characters in the text, that has the label `number` of a part."""
         part = self.parts[row]
         mine = np.flatnonzero(part.own)
         word = int(part.words[mine[np.argsort(part.places[mine], kind="stable")[number]]])
         start, end = self.spans[part.example][word]
-        return part.example, {"word": self.texts[part.example][start:end], "start": start, "end": end}
+        return {"word": self.texts[part.example][start:end], "start": start, "end": end}
 
     def digested(self) -> Sequence[bytes | np.ndarray]:
         return [*super().digested(), *([] if self.labels is None else [self.labels.values])]
