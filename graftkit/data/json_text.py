@@ -14,6 +14,13 @@ def parse_json(text: str) -> Any:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEPTH} deep") from None
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"it has half of a surrogate pair (\\u{ord(error.object[error.start]):04x})"
+            ) from None
     if text.count("[") + text.count("{") > DEPTH:
         _check_depth(value)
     return value

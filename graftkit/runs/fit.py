@@ -120,7 +120,7 @@ def refuse_several_answers(task: Task, command: str) -> None:
     if not (task.head and task.one_answer):
         raise UserError(
             f"`graftkit {command}` is for tasks whose rows have one answer each (classify, image_classify, audio_classify); "
-            f"{task.name}() has {'answers within its rows' if task.head else 'no classes'}."
+            f"{task.name}() has {'answers within its rows' if task.head else 'no head that reads features'}."
         )
 
 

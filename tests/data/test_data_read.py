@@ -390,3 +390,12 @@ def test_hold_out_never_takes_the_only_row_of_a_class():
 def test_hold_out_refuses(labels, share):
     with pytest.raises(UserError):
         hold_out(labels, share, seed=0)
+
+
+def test_halves_of_surrogate_pairs_are_bad_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00 fine", "label": 0}\n{"text": "\\uD83D alone", "label": 1}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: .*half of a surrogate pair \(.ud83d\)"):
+        read_table(str(path))
+    table = read_table(str(path), skip_bad=True)
+    assert table.columns["text"] == ["\U0001f600 fine"] and len(table.skipped) == 1

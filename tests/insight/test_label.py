@@ -87,7 +87,7 @@ def test_next_with_a_model_and_labelled_rows(tiny_bert, rows_folder, pool, comma
     assert len({row["row"] for row in found["rows"]}) == 8
     assert [one["row"] for one in found["overlap"]] == [58, 59]
     assert found["overlap"][0]["train"].endswith("train.csv, line 6")
-    assert "2 rows of the pool are among the labelled rows and are left out" in done.err
+    assert "2 rows of the pool are among the labelled rows and left out" in done.err
     given = read(pool)
     filled = read(tmp_path / "label-next.csv")
     for row, line in zip(found["rows"], filled):

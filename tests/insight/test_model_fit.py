@@ -72,7 +72,7 @@ def test_sets_and_numbers(tiny_bert):
 @pytest.mark.parametrize(
     ("task", "why"),
     [
-        ("generate", "has no classes"),
+        ("generate", "has no head that reads features"),
         ("tag", "has answers within its rows"),
         ("choice", "has answers within"),
     ],

@@ -92,6 +92,7 @@ REFUSED = {
     "rows of texts": ((TEXT, "--rows", "2"), "rows are chosen from a file, but texts are given"),
     "texts and a file": ((TEXT, "--data", "many.csv"), "either texts or --data FILE"),
     "an overlay of a text": ((TEXT, "--overlay", "a.png"), "an overlay shows one image or sound"),
+    "a text that is no Unicode": (("my \udcff card",), "item 1 of 1 is not valid Unicode"),
     "an overlay of another kind": ((TEXT, "--overlay", "a.jpg"), "is a PNG file"),
 }  # fmt: skip
 

@@ -43,12 +43,27 @@ def check_texts(texts: Sequence[Any], where: str, names: Sequence[str] | None = 
 
 
 def refuse_no_text(item: Any, where: str, noun: str) -> None:
-    """Raise `UserError` if an item is missing or a number."""
+    """Raise `UserError` if an item is missing, a number, or a text with halves of characters."""
+    if isinstance(item, str) and not is_unicode(item):
+        raise UserError(
+            f"{where} is not valid Unicode: {item[:40]!r} has bytes that are not UTF-8, or half of a character."
+        )
     if is_nothing(item):
         raise UserError(f"{where} is missing ({item}); remove it, or give {_article(noun)} {noun}.")
     if isinstance(item, numbers.Number):
         hint = f"; write it as a string: {str(item)!r}" if noun == "text" else ""
         raise UserError(f"{where} is the number {item}, not {_article(noun)} {noun}{hint}.")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which Python makes of bytes that are not UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_nothing(item: Any) -> bool:

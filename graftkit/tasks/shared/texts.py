@@ -19,7 +19,7 @@ from graftkit.data.words import assign, split_words
 from graftkit.errors import UserError
 from graftkit.tasks.base import Dataset, Examples, Task, check_rows
 from graftkit.tasks.explained import Cut
-from graftkit.tasks.shared.items import check_kinds, check_texts
+from graftkit.tasks.shared.items import check_kinds, check_texts, is_unicode
 from graftkit.tasks.shared.labels import is_missing
 
 TEXT = ("sentence", "content", "review", "question", "query", "utterance", "tweet", "comment", "document")
@@ -174,6 +174,8 @@ def text_problem(table: Table, column: str, row: int) -> str | None:
     value = table.columns[column][row]
     if is_missing(value):
         return f"{table.where(row)}: column {column!r} is empty."
+    if isinstance(value, str) and not is_unicode(value):
+        return f"{table.where(row)}: column {column!r} is not valid Unicode: it has half of a surrogate pair."
     if not isinstance(value, str | int | float):
         return f"{table.where(row)}: column {column!r} is a {type(value).__name__}, not a text."
     return None

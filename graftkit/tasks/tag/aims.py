@@ -12,12 +12,15 @@ from graftkit.tasks.base import Dataset
 from graftkit.tasks.explained import Aim, Cut, index_of
 from graftkit.tasks.tag.parts import TagDataset
 
+OUTSIDE = "O"  # the tag of words that are in no entity
+
 
 def aim_at_word(
     dataset: Dataset, grades: Callable[[int], Tensor], labels: Sequence[str], label: str | None, word: str | None
 ) -> Aim:  # fmt: skip
     """Aim at the tag of a word of the one text of a dataset: the first word that is written like `word`. Without one it is
-    the word whose tag is surest among those that have not the text's most frequent tag, which mostly means no entity.
+    the word whose tag is surest among those that are in an entity or, where tags are no entities, have not the text's most
+    frequent tag.
 
     `grades`: returns the log-odds (length, labels) of a row.
     """
@@ -32,7 +35,7 @@ def aim_at_word(
     written = [text[slice(*spans[w])] for w, *_ in found]
     if word is None:
         tags = [int(given.argmax()) for *_, given in found]
-        usual = max(tags, key=tags.count)
+        usual = labels.index(OUTSIDE) if OUTSIDE in labels else max(tags, key=tags.count)
         at = max(range(len(found)), key=lambda i: (tags[i] != usual, float(found[i][3].max()), -i))
     elif word in written:
         at = written.index(word)
