@@ -163,9 +163,9 @@ def bustm(data: Path, folder: Path, quick: bool) -> tuple[str, Any, Any, list[Mo
 
 
 def cifar10(data: Path, folder: Path, quick: bool) -> tuple[str, Any, Any, list[Model]]:
-    each = 15 if quick else 50
+    each = 15 if quick else 30
     train = few_files(data / "cifar10" / "train", folder / "cifar-train", each)
-    test = few_files(data / "cifar10" / "test", folder / "cifar-test", 20 if quick else 100)
+    test = few_files(data / "cifar10" / "test", folder / "cifar-test", 20 if quick else 30)
     return f"cifar10, {10 * each} images of 32 x 32", train, test, images(data, folder, quick)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftkit.cli.options import Json, TaskName, emit
+from graftkit.cli.options import Json, TaskName, Weights, emit
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Choose rows to label next, and suggest labels."
@@ -44,6 +44,7 @@ def next(
     settings: Settings = None,
     run: Run = None,
     model: ModelOrMoved = None,
+    weights: Weights = None,
     train: Labelled = None,
     task: TaskName = None,
     out: Out = Path("label-next.csv"),
@@ -55,7 +56,7 @@ def next(
     With a run, or a model and labelled rows; with a model alone, the rows are those that are typical of the pool. The file has
     an empty column for the label.
     """
-    given = _given(pool, settings, run, model, train, task, out, overwrite)
+    given = _given(pool, settings, run, model, weights, train, task, out, overwrite)
     from graftkit.runs.label import label_next
 
     _write(out, label_next(pool, count, **given), as_json, suggests=False)
@@ -67,6 +68,7 @@ def suggest(
     settings: Settings = None,
     run: Run = None,
     model: ModelOrMoved = None,
+    weights: Weights = None,
     train: Labelled = None,
     task: TaskName = None,
     out: Out = Path("label-suggest.csv"),
@@ -78,20 +80,21 @@ def suggest(
     The least certain rows come first. The file has the suggestion twice: as it is, and in the column of the label, where it is
     corrected.
     """
-    given = _given(pool, settings, run, model, train, task, out, overwrite)
+    given = _given(pool, settings, run, model, weights, train, task, out, overwrite)
     from graftkit.runs.label import label_suggest
 
     _write(out, label_suggest(pool, **given), as_json, suggests=True)
 
 
 def _given(
-    pool: str, settings: list[str] | None, run: Any, model: Any, train: Any, task: Any, out: Path, overwrite: bool
+    pool: str, settings: list[str] | None, run: Any, model: Any, weights: Any, train: Any, task: Any, out: Path,
+    overwrite: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from graftkit.recipe.values import override
     from graftkit.report.table import check_path
 
     check_path(out, pool, overwrite)  # before torch is loaded
-    values = override({}, settings or [])
+    values = override({} if weights is None else {"weights": str(weights)}, settings or [])
     return {"run": run, "model": model, "train": train, "task": task, "settings": _dotted(values)}
 
 

@@ -30,7 +30,7 @@ CHARACTERS = 100  # of a training row in the terminal
 def show_explanations(console: Console, found: list[dict[str, Any]]) -> None:
     """Print explanations: the answer, the text with its marks, the parts with the largest scores, and the check."""
     for one in found:
-        console.rich.print(Text(f"{answer_of(one)}  ({one['method'].replace('_', ' ')})", style="bold"))
+        console.rich.print(Text(f"{answer_of(one)}  ({method_of(one)})", style="bold"))
         for name in columns_of(one):
             console.rich.print(_marked(one, name))
         width = max((len(_part(part)) for part in _top(one)), default=0)
@@ -54,6 +54,10 @@ def answer_of(one: dict[str, Any]) -> str:
     label = one["label"] if "label" in one else one["answer"] or "no answer"
     word = f"{one['word']!r}: " if "word" in one else ""
     return f"{word}{label} {one['probability']:.3f}"
+
+
+def method_of(one: dict[str, Any]) -> str:
+    return {"grad_cam": "Grad-CAM"}.get(one["method"], one["method"].replace("_", " "))
 
 
 def checked(one: dict[str, Any]) -> str:
@@ -114,7 +118,10 @@ def _part(part: dict[str, Any]) -> str:
 
 def _asked(row: dict[str, Any]) -> str:
     """Return the inputs of a training row as one text, without what says where it is."""
-    asked = [said(v) for k, v in row.items() if k not in ("file", "line", "label", "similarity", "id")]
+    asked = [
+        " ".join(map(str, v)) if k == "tokens" else said(v)
+        for k, v in row.items() if k not in ("file", "line", "label", "similarity", "id")
+    ]  # fmt: skip
     return "" if row["line"] is None else " | ".join(asked)
 
 
@@ -154,7 +161,7 @@ def _content(one: dict[str, Any], picture: str | None, near: list[str | None]) -
     name = short(str(one.get("image", one.get("audio", ""))).rpartition("/")[2], 80)
     image = None
     if picture is not None:
-        caption = element("figcaption", name, element("small", f" {one['method'].replace('_', ' ')}"))
+        caption = element("figcaption", name, element("small", f" {method_of(one)}"))
         image = element(
             "figure", caption, element("img", src=picture, alt=f"{name} with the parts that speak for {answer_of(one)}"),
             class_="why",
@@ -197,7 +204,7 @@ def _marked_text(one: dict[str, Any], name: str) -> Markup:
 def _scores(one: dict[str, Any]) -> Markup:
     ranked = sorted(one["parts"], key=lambda part: -abs(part["score"]))[:LISTED]
     rows: list[list[Child]] = [[_part(part), f"{part['score']:+.3f}"] for part in ranked]
-    caption = f"{len(ranked)} of {count(len(one['parts']))} parts, {one['method'].replace('_', ' ')}"
+    caption = f"{len(ranked)} of {count(len(one['parts']))} parts, {method_of(one)}"
     if "completeness" in one:
         caption += f"; sum of all before scaling {one['completeness']['sum']:.3f}, which should be "
         caption += f"{one['completeness']['difference']:.3f}"
@@ -211,7 +218,10 @@ def _neighbours(one: dict[str, Any], near: list[str | None]) -> Child:
     for row, picture in zip(one["nearest"], near):
         name = short(row["file"].rpartition("/")[2], 80)
         where = name if row["line"] is None else f"{name}, line {row['line']}"
-        image = None if picture is None else element("img", src=picture, alt=name, loading="lazy")
+        kind = "sound" if "audio" in row else None  # a spectrogram
+        image = (
+            None if picture is None else element("img", src=picture, alt=name, loading="lazy", class_=kind)
+        )
         text = element("p", short(_asked(row), 400), class_="text", dir="auto") if _asked(row) else None
         label = element(
             "dl", element("dt", "label"), element("dd", breakable(said(row.get("label", "")))), class_="said"

@@ -123,6 +123,11 @@ def _chosen(corrected: str, file: str | None) -> tuple[str, list[dict[str, str]]
         {name: str(values[at]) for name, values in table.columns.items()} | {"where": table.where(at)}
         for at in range(len(table))
     ]
+    if rows and not any(row["line"] for row in rows):
+        raise UserError(
+            f"{corrected} has the labels of files in folders ({rows[0]['file']}, ...), which are named by their labels. Move each "
+            "file to the folder of its label."
+        )
     files = dict.fromkeys(row["file"] for row in rows)
     changed = dict.fromkeys(row["file"] for row in rows if row[LABEL].strip() != row["given"].strip())
     if file is not None and file not in files:

@@ -134,7 +134,7 @@ def test_from_the_csv_to_a_corrected_file(wrong, tmp_path, command):
         ),
         ({"line": "3", "label": "tool"}, "line 3 of .* has the label"),
         ({"sha256": "0", "label": "tool"}, "has changed since its labels were checked"),
-        ({"line": "", "label": "tool"}, "is a file of a folder"),
+        ({"line": "", "label": "tool"}, "has the labels of files in folders .* Move each file"),
         ({"column": "", "label": "tool"}, "are in several columns"),
         ({"column": "lable", "label": "tool"}, "has no column 'lable'"),
         ({"file": "nowhere.csv", "label": "tool"}, "nowhere.csv does not exist"),
