@@ -38,7 +38,7 @@ def check_page(found: Check, task: str, model: str | None, previews: Previews) -
                 f", {count(part['bad'])} bad" if part["bad"] else None, class_="quiet", dir="auto")
         for name, part in found.rows.items()
     ]  # fmt: skip
-    lead = [
+    lead: list[Child] = [
         element("p", short(model or "no model", 100), class_="over", dir="auto"),
         element("h1", "The rows", element("small", short(task, 160))), rows,
         element("div", element("dl", tiles, class_="tiles"), class_="headline"),

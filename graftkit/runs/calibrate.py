@@ -14,11 +14,13 @@ from graftkit.insight import confidence_file
 from graftkit.insight.confidence import fit
 from graftkit.insight.confidence_evidence import LABEL, Evidence, Recorder, evidence_of, sample_of
 from graftkit.insight.confidence_known import ROWS, SHARE, Known, fit_known, reference_rows, with_share
+from graftkit.insight.repeated import inputs_of
 from graftkit.runs.confidence import can_tell, label_numbers, observed, told
 from graftkit.runs.folder import GRAFT, RESULT, held
 from graftkit.runs.given import labelled_rows, training_rows
 from graftkit.runs.predict import Loaded, Opened, load_run, open_run
 from graftkit.runs.saved import read_result
+from graftkit.tasks.base import Examples
 
 
 def calibrate(
@@ -52,9 +54,23 @@ def calibrate(
         confidence_file.write(run.folder / GRAFT, run.about, found)
         result = read_result(run.folder / RESULT)
         given = {"data": data} if isinstance(data, str) else {}
-        result["confidence"] = {**told(found), **given}
+        notes = list(filter(None, (found.note, _trained_on(run, examples))))
+        result["confidence"] = {**told(found), **({"note": "; ".join(notes)} if notes else {}), **given}
         write_json(run.folder / RESULT, result)
     return {"run": str(folder), **result["confidence"]}
+
+
+def _trained_on(run: Opened, examples: Examples) -> str:
+    """Return a note if rows are training rows of the run; only texts are compared, as reading other files takes long."""
+    if run.task.modality != "text":
+        return ""
+    with suppress(UserError):  # they are gone
+        known = set(inputs_of(run.task, training_rows(run)))
+        seen = sum(key in known for key in inputs_of(run.task, examples))
+        if seen:
+            are = "are training rows" if seen > 1 else "is a training row"
+            return f"{seen:,} of {len(examples):,} rows {are} of this run, which it is surer of than of new ones: leave them out"
+    return ""
 
 
 def _known(run: Opened, loaded: Loaded, evidence: Evidence, share: float) -> tuple[Known | None, str]:

@@ -76,6 +76,10 @@ def fix(corrected: str | Path, out: str | Path, file: str | None = None) -> dict
     out = Path(out).expanduser()
     refuse_existing(out)
     source, rows = _chosen(str(corrected), file)
+    if not all(row[COLUMN] for row in rows):
+        raise UserError(
+            f"{corrected}: the labels of {source} are in several columns, or words have them; correct them there."
+        )
     path, kind = find_file(source)
     if kind not in WRITTEN:
         raise UserError(
@@ -150,10 +154,6 @@ def _changes(rows: Sequence[Mapping[str, str]], corrected: str) -> dict[int, Cha
             raise UserError(
                 f"{row['where']}: {row['file']} is a file of a folder, which is named by its label. Move it to the folder of "
                 "its label."
-            )
-        if not row[COLUMN]:
-            raise UserError(
-                f"{corrected}: the labels of {row['file']} are in several columns, or words have them; correct them there."
             )
         line, label = int(row["line"]), row[LABEL].strip()
         change = Change(label or None, row["given"].strip(), row["where"])

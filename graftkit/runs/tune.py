@@ -261,10 +261,11 @@ def plan(recipe: Recipe, console: Console, machine: Machine | None = None) -> Pl
     prepared, datasets = encoded(prepared)
     show_found(console, found_in(prepared, datasets, statistics(prepared, {"train": datasets["train"]})))
     show_plan(console, prepared.plan.as_dict())
+    found = replace(prepared.plan, warnings=[*prepared.plan.warnings, *prepared.warnings])
     if not forecasts() and machine is None:
-        return prepared.plan
+        return found
     foreseen = foresee_always(prepared, datasets, twin=prepared.graft, machine=machine)
-    return replace(prepared.plan, forecast=told(foreseen, console))
+    return replace(found, forecast=told(foreseen, console))
 
 
 def _train(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, console: Console, *,

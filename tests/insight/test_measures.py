@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from graftkit.data.sounds import Sound
 from graftkit.data.words import words_of
 from graftkit.insight.baselines import bag_of_words, most_frequent
-from graftkit.insight.gap import distance_of, not_better
+from graftkit.insight.gap import distance_of, not_better, sounds_of
 from graftkit.insight.knn import directions, nearest, neighbours_vote
 from graftkit.insight.logme import logme
 from graftkit.insight.probe import figure, folds_of, out_of_fold
@@ -153,3 +154,13 @@ def test_the_distance_of_batch_normalization():
         wanted = ((states.mean((0, 2, 3)) - 0.4).abs() / (1 + 1e-5) ** 0.5).mean()
     assert first == pytest.approx(max(3.0, float(wanted)), abs=1e-3)
     assert distance_of(SimpleNamespace(graft=SimpleNamespace(model=model[0])), Rows()) is None
+
+
+def test_recordings_below_the_rate_of_the_model():
+    def warnings(*rates: int) -> list[str]:
+        sounds = [Sound(np.zeros(8), rate, 8, 1, False, b"") for rate in rates]
+        return sounds_of(SimpleNamespace(sounds=sounds, front=SimpleNamespace(rate=16000)))  # type: ignore[arg-type]
+
+    (told,) = warnings(8000, 8000, 44100)
+    assert "8,000 samples a second" in told and "above 4,000 Hz" in told
+    assert warnings(8000, 44100, 44100) == warnings(12000) == [] and sounds_of(SimpleNamespace()) == []  # type: ignore[arg-type]

@@ -137,11 +137,13 @@ def test_a_run_without_evaluation_rows_is_calibrated_later(command, tiny_bert, r
         again["known"]["threshold"] > found["known"]["threshold"]
         and again["temperature"] == found["temperature"]
     )
+    known = graftkit.Run(run, {}).calibrate(str(rows_folder / "train.csv"))
+    assert "96 of 96 rows are training rows of this run" in known["note"] and "note" not in found
     for coverage in ("1", "0", "2"):
         done = command("predict", run, "--coverage", coverage, TEXTS[0])
         assert done.status == 1 and "must be above 0 and below 1" in done.err
     done = command("predict", run, "--coverage", "0.99", TEXTS[0])
-    assert done.status == 1 and "needs at least 99 evaluation rows, but 40" in done.err
+    assert done.status == 1 and "needs at least 99 evaluation rows, but 96" in done.err
     assert "known is 1.0" in command("calibrate", run, "--data", rows_folder / "eval.csv", "--known", "1").err
 
 

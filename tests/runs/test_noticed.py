@@ -67,6 +67,14 @@ def test_rows_that_occur_twice_are_counted_with_those_of_another_answer_first(ro
     assert "LEAK: 1 of 10 test rows" in told
 
 
+def test_a_plan_warns_of_them_in_json_too(rows, tiny_bert, command):
+    words = [word for name, part in rows.parts.items() for word in (f"--{name}", part.table.source)]
+    done = command("plan", "--model", tiny_bert, *words, "data.eval=null", "--json")
+    assert done.status == 0, done.err
+    told = json.loads(done.out)["warnings"]
+    assert any("LEAK" in text for text in told) and any("with another answer" in text for text in told)
+
+
 def test_labels_that_the_model_is_sure_are_others_come_worst_first(rows):
     targets = np.asarray(rows.test.targets)
     logits = np.zeros((10, 2), np.float32)
