@@ -179,7 +179,7 @@ def word_suspects(
 def _word(dataset: Dataset, words: Words, at: int) -> tuple[int, dict[str, Any]]:
     """Return the example of a word, and the word with its characters in the text."""
     row = int(words.rows[at])
-    return dataset.example(row), dataset.answered(row, int(words.numbers[at]))
+    return dataset.example(row), dataset.about(row, int(words.numbers[at]))
 
 
 def named_label(target: Any, labels: Sequence[str]) -> str | list[str]:

@@ -88,4 +88,4 @@ def _suspects(
 def _about(task: Task, dataset: Dataset, row: int, number: int) -> dict[str, Any]:
     example = dataset.example(row)
     text = text_of(task, dataset.examples, example)[:CHARACTERS]
-    return {**file_of(dataset.examples, example), "text": text, **dataset.answered(row, number)}
+    return {**file_of(dataset.examples, example), "text": text, **dataset.about(row, number)}

@@ -62,7 +62,7 @@ class Dataset(Source):
         """Return the example that a row is of."""
         return row
 
-    def answered(self, row: int, number: int) -> dict[str, Any]:
+    def about(self, row: int, number: int) -> dict[str, Any]:
         """Return what an answer is about within its example. `number`: of the known answers to this row."""
         return {}
 

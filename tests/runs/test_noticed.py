@@ -82,7 +82,7 @@ def test_labels_that_the_model_is_sure_are_others_come_worst_first(rows):
     for row, odds in ((3, 5.0), (7, 9.0), (5, 2.0)):  # of the other label; with row 5 it is not sure
         logits[row] = 0
         logits[row, 1 - targets[row]] = odds
-    dataset = SimpleNamespace(examples=rows.test, example=int, answered=lambda row, number: {})
+    dataset = SimpleNamespace(examples=rows.test, example=int, about=lambda row, number: {})
     (found,) = noticed(
         rows, {"test": dataset}, {"test": Evidence(logits, targets, None, np.arange(10))}, 1.0
     )["suspects"]
@@ -111,7 +111,7 @@ def test_words_of_tagged_texts_are_named(tiny_bert):
     for row in range(len(dataset)):
         labels = dataset.targets(np.array([row]))[0].numpy()
         for number, label in enumerate(labels[labels >= 0]):
-            example, word = dataset.example(row), dataset.answered(row, number)
+            example, word = dataset.example(row), dataset.about(row, number)
             at = [i for i, span in enumerate(dataset.spans[example]) if span == (word["start"], word["end"])]
             assert tagged.train.targets[example][at[0]] == label
             seen.append((example, at[0], word["word"]))

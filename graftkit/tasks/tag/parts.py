@@ -53,7 +53,7 @@ class TagDataset(TextDataset):
     def example(self, row: int) -> int:
         return self.parts[row].example
 
-    def answered(self, row: int, number: int) -> dict[str, Any]:
+    def about(self, row: int, number: int) -> dict[str, Any]:
         """Return the word, with its characters in the text, that has the label `number` of a part."""
         part = self.parts[row]
         mine = np.flatnonzero(part.own)
