@@ -260,7 +260,7 @@ def main() -> None:
         "## Which model fits", "",
         "From `bench/fit.py` ([Which model fits](guides/fit.md)): what `graftkit fit` says of several models on the training rows, and the "
         f"accuracy on test rows after training them ({given.seeds} seed{'s' * (given.seeds != 1)}). Seconds are CPU time, with the cache "
-        "empty at first; a head finds the features that `fit` has computed.", "",
+        "empty at first; a head finds the features of its training rows that `fit` has computed, and computes those of the test rows.", "",
     ]  # fmt: skip
     for name in given.only.split(","):
         with tempfile.TemporaryDirectory() as place:
