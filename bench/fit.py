@@ -111,9 +111,14 @@ def images(data: Path, folder: Path, quick: bool) -> list[Model]:
             "ResNet-20 of CIFAR-10",
             residual,
             str(weights / "resnet20_cifar10.safetensors"),
-            "image_classify",
+            "image_classify(resize=32, crop=32)",
         ),
-        Model("ResNet-20, random", residual, random_weights(residual, folder), "image_classify"),
+        Model(
+            "ResNet-20, random",
+            residual,
+            random_weights(residual, folder),
+            "image_classify(resize=32, crop=32)",
+        ),
     ]
     return (
         found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-ANSWERS = ("label", "labels", "value")
+ANSWERS = ("label", "labels", "value", "tags", "entities")
 
 
 def to_fill_in(found: Mapping[str, Any], suggests: bool) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from graftkit.data.table import Table
 from graftkit.engine.predict import predict as run_predict
 from graftkit.errors import UserError, listing
 from graftkit.insight.choosing import choose, uncertainty_of
+from graftkit.insight.confidence_evidence import WORDS
 from graftkit.insight.features import features_of
 from graftkit.insight.knn import directions
 from graftkit.insight.probe import fit_probe
@@ -27,7 +28,7 @@ from graftkit.recipe.schema import IN_MEMORY
 from graftkit.runs.confidence import Scaled, Sure
 from graftkit.runs.features import Reading, bare_backbone, frozen_backbone
 from graftkit.runs.fit import refuse_several_answers
-from graftkit.runs.labels import file_of
+from graftkit.runs.labels import by_example, file_of
 from graftkit.runs.predict import BATCH, load_run, open_run
 from graftkit.runs.prepare import make_task, prepare_rows, reading_of, source_of
 from graftkit.tasks.base import Examples, Task
@@ -56,8 +57,7 @@ def label_next(
         raise UserError(f"the number of rows to label is {count}; it must be at least 1.")
     judge = _judge(run, model, train, task, settings, "label next")
     overlap = judge.read(pool, once=True)
-    answers = judge.answers()
-    uncertainty = uncertainty_of(answers) if answers else None
+    answers, uncertainty = judge.told()
     features, labelled = judge.pool_features, judge.labelled_features
     unit = directions(features)
     chosen = choose(
@@ -143,6 +143,11 @@ class _Judge:
         """Return the answers to the rows of the pool; None if no labels are known."""
         raise NotImplementedError
 
+    def told(self) -> tuple[Answers | None, np.ndarray | None]:
+        """Return the answers, and how unsure they are, (rows,)."""
+        answers = self.answers()
+        return answers, uncertainty_of(answers) if answers else None
+
     @cached_property
     def base(self) -> Reading:
         return self.load()
@@ -157,7 +162,7 @@ class _Judge:
 
     def _features(self, examples: Examples) -> np.ndarray:
         dataset = _whole(self.base.dataset(replace(examples, targets=None)), examples)
-        return features_of(self.base.forward, dataset).values
+        return by_example(features_of(self.base.forward, dataset).values, dataset)
 
     def read(self, pool: Any, once: bool = False) -> list[dict[str, Any]]:
         """Read the rows of the pool that are not labelled yet; return those that are, which are left out. `once`: rows that
@@ -219,9 +224,12 @@ class _Judge:
         ]  # fmt: skip
 
     def found(self, rows: list[dict[str, Any]], overlap: list[dict[str, Any]]) -> dict[str, Any]:
-        label = self.columns.get("label", "label")
+        answer = self.task.labelled[0]
+        columns, asked = self.columns_here, list(self.task.asked(self.pool, 0))
+        if set(asked) != set(columns) and len(asked) == len(columns):  # called otherwise in answers
+            columns = dict(zip(asked, columns.values()))
         return {
-            "rows": rows, "overlap": overlap, "columns": self.columns_here, "label": label, "notes": self.notes,
+            "rows": rows, "overlap": overlap, "columns": columns, "label": self.columns.get(answer, answer), "notes": self.notes,
         }  # fmt: skip
 
 
@@ -234,7 +242,7 @@ class _OfRun(_Judge):
         self.run = open_run(folder, None, model)
         self.task, self.labels, self.columns = self.run.task, self.run.labels, self.run.columns
         self.seed = self.run.recipe.seed
-        refuse_several_answers(self.task, command)
+        _refuse(self.task, command)
         self.train = self._labelled()
 
     @property
@@ -258,11 +266,23 @@ class _OfRun(_Judge):
         return bare_backbone(self.run.recipe, self.task, source_of(self.run.recipe))
 
     def answers(self) -> Answers | None:
+        task, outcomes, dataset = self._outcomes()
+        return task.answers(outcomes, dataset, self.labels)
+
+    def told(self) -> tuple[Answers | None, np.ndarray | None]:
+        task, outcomes, dataset = self._outcomes()
+        answers, unsure = (
+            task.answers(outcomes, dataset, self.labels),
+            task.unsure(outcomes, dataset, self.labels),
+        )
+        return answers, uncertainty_of(answers) if unsure is None else unsure
+
+    def _outcomes(self) -> tuple[Task, Sequence[Any], Any]:
         loaded = load_run(self.run)
         dataset = _whole(self.task.dataset(self.pool, loaded.backbone, loaded.max_length), self.pool)
         temperature = Sure(self.run.folder, self.run.about, self.task).temperature
         forward, task = Scaled(loaded.forward, temperature), self.task.scaled(temperature)
-        return task.answers(run_predict(dataset, forward, task, BATCH), dataset, self.labels)
+        return task, run_predict(dataset, forward, task, BATCH), dataset
 
 
 class _OfModel(_Judge):
@@ -275,14 +295,19 @@ class _OfModel(_Judge):
         data = dict(values.get("data", {}))
         self.recipe = recipes.make({**values, "data": data if has_train else {**data, "train": IN_MEMORY}})
         self.task, self.columns, self.seed = make_task(self.recipe.task), {}, self.recipe.seed
-        refuse_several_answers(self.task, command)
+        _refuse(self.task, command)
         self.source = find_source(self.recipe.model, self.recipe.weights, self.recipe.quantize)
         self.prepared = None
         if has_train:
             self.prepared = prepare_rows(self.recipe, tables.get("train"))
             self.task, self.labels = self.prepared.task, self.prepared.labels
             self.columns, self.train = self.prepared.columns, self.prepared.train
-            self.targets = targets_of(self.train.targets, self.labels)
+            if self.task.one_answer:
+                self.targets = targets_of(self.train.targets, self.labels)
+            else:
+                self.notes.append(
+                    "a model alone does not tell which of these rows are uncertain; a finished run does (--run)."
+                )
 
     @property
     def reading(self) -> Any:
@@ -294,10 +319,16 @@ class _OfModel(_Judge):
         return frozen_backbone(self.recipe, self.prepared, self.source)
 
     def answers(self) -> Answers | None:
-        if self.labelled_features is None:
+        if self.labelled_features is None or not self.task.one_answer:
             return None
         predict = fit_probe(self.labelled_features, self.targets)
         return self.targets.answers(predict(self.pool_features), self.labels)
+
+
+def _refuse(task: Task, command: str) -> None:
+    """Raise `UserError` for a task whose rows cannot be chosen or labelled by what a model says of them."""
+    if not (command == "label next" and task.head and task.calibrates == WORDS):
+        refuse_several_answers(task, command)
 
 
 def _refuse_labels(table: Table, task: Task, columns: Mapping[str, str], named: Mapping[str, str]) -> None:
@@ -315,6 +346,6 @@ def _refuse_labels(table: Table, task: Task, columns: Mapping[str, str], named: 
 
 def _whole(dataset: Any, examples: Examples) -> Any:
     """Return a dataset. Raises `UserError` if it left out rows that the model cannot read."""
-    if len(dataset) != len(examples):
+    if len(dataset.examples) != len(examples):
         raise UserError(f"{dataset.examples.skipped[0]} Fix the row, or leave it out of the file.")
     return dataset

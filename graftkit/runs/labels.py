@@ -70,7 +70,7 @@ def suspicions(
     datasets = {name: reading.dataset(examples) for name, examples in parts.items()}
     kept = {name: dataset.examples for name, dataset in datasets.items()}
     values = {
-        name: _by_example(features_of(reading.forward, one).values, one) for name, one in datasets.items()
+        name: by_example(features_of(reading.forward, one).values, one) for name, one in datasets.items()
     }
     if not words:
         return _told(task, labels, kept, values, recipe.seed)
@@ -78,7 +78,7 @@ def suspicions(
     return _told(task, labels, kept, values, recipe.seed, (datasets, of_words))
 
 
-def _by_example(values: np.ndarray, dataset: Dataset) -> np.ndarray:
+def by_example(values: np.ndarray, dataset: Dataset) -> np.ndarray:
     """Return features by example, (examples, width): the mean over the parts of a long text."""
     if len(dataset) == len(dataset.examples):
         return values

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_rows, write_csv
+from conftest import KINDS, make_rows, write_csv
 
 import graftkit
 from graftkit.errors import UserError
@@ -137,6 +137,61 @@ def test_rows_that_repeat_one_of_the_pool_are_left_out(tiny_bert, tmp_path):
     assert len(graftkit.label_next(alike, 4, model=tiny_bert)["rows"]) == 1
 
 
+def test_texts_to_tag_next(tiny_bert, command, tmp_path):
+    def tagged(rows: list) -> list[dict]:
+        return [
+            {"tokens": row["text"].split(), "tags": ["B-F" if word in KINDS["fruit"] else "O" for word in row["text"].split()]}
+            for row in rows
+        ]  # fmt: skip
+
+    train = tagged(make_rows(30, 1))
+    pool = [{"tokens": row["tokens"]} for row in tagged(make_rows(20, 2))]
+    pool.append({"tokens": [word for row in pool[:8] for word in row["tokens"]]})  # is read in parts
+    settings = {"data.max_length": 24, "train.precision": "fp32", "train.steps": 3}
+    run = graftkit.tune(
+        model=str(tiny_bert),
+        task="tag",
+        train=train,
+        eval=None,
+        method="head()",
+        out=tmp_path / "run",
+        settings=settings,
+    )
+    found = graftkit.label_next(pool, 6, run=run.path)
+    answers = run.predict(pool)
+    for row in found["rows"]:
+        probabilities = np.array(answers[row["row"]]["probabilities"])
+        assert row["tags"] == answers[row["row"]]["tags"] and row["tokens"] == pool[row["row"]]["tokens"]
+        assert row["uncertainty"] == pytest.approx(1 - np.exp(np.log(probabilities).mean()), abs=1e-3)
+    assert len(found["rows"]) == 6 and found["label"] == "tags"
+    alone = graftkit.label_next(
+        pool, 6, model=tiny_bert, task="tag", train=train, settings={"data.max_length": 24}
+    )
+    assert (
+        len(alone["rows"]) == 6
+        and "a finished run does" in " ".join(alone["notes"])
+        and "tags" not in alone["rows"][0]
+    )
+    (tmp_path / "pool.conll").write_text("a\nplum\n\nthe\nsaw\n")
+    done = command(
+        "label",
+        "next",
+        2,
+        "--pool",
+        tmp_path / "pool.conll",
+        "--run",
+        run.path,
+        "--out",
+        tmp_path / "next.jsonl",
+    )
+    assert done.status == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "next.jsonl").read_text().splitlines()]
+    assert {tuple(line["tokens"]) for line in lines} == {("a", "plum"), ("the", "saw")}
+    assert all(
+        line["tags"] == "" and len(line["suggested"]) == 2 and 0 < line["uncertainty"] < 1 for line in lines
+    )
+
+
 def test_pools_that_cannot_be_used(tiny_bert, rows_folder, finished, pool, tmp_path):
     numbers = write_csv(tmp_path / "numbers.csv", [{"id": i, "count": i % 7} for i in range(20)])
     train = rows_folder / "train.csv"
@@ -156,5 +211,7 @@ def test_pools_that_cannot_be_used(tiny_bert, rows_folder, finished, pool, tmp_p
         graftkit.label_next(pool, 5)
     with pytest.raises(UserError, match="give --run alone"):
         graftkit.label_next(pool, 5, run=finished, train=train)
+    with pytest.raises(UserError, match=r"span\(\) has answers within its rows"):
+        graftkit.label_next(pool, 5, model=tiny_bert, task="span")
     with pytest.raises(UserError, match=r"tag\(\) has answers within its rows"):
-        graftkit.label_next(pool, 5, model=tiny_bert, task="tag")
+        graftkit.label_suggest(pool, model=tiny_bert, task="tag", train=train)

@@ -18,6 +18,10 @@ class ByRow:
         """
         return {}
 
+    def unsure(self, outcomes: Sequence[Any], dataset: Any, labels: Sequence[str]) -> np.ndarray | None:
+        """Return how unsure the answers to examples are, (examples,) from 0 to 1, if an answer has no probability of its own."""
+        return None
+
 
 def means(**values: Any) -> dict[str, np.ndarray]:
     """Return metrics that are means of values (rows,) in the form of `by_row`."""

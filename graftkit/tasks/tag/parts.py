@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graftkit.data.encode import Encoded
 from graftkit.data.ragged import Ragged
-from graftkit.tasks.base import Dataset, Examples
+from graftkit.tasks.base import Dataset, Examples, Task
 from graftkit.tasks.shared.texts import TextDataset
 from graftkit.tasks.tag.entities import bio, chunks, types_of
 from graftkit.tasks.tag.rows import entities_of
@@ -104,6 +104,17 @@ def rejoined(outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -
             tags = bio(chunks([labels[number] for number in answer.labels]), len(answer.labels))
             answer.labels[:] = [numbers_of_tags[tag] for tag in tags]
     return answers
+
+
+def unsure_texts(task: Task, outcomes: Sequence[Any], dataset: Dataset, labels: Sequence[str]) -> np.ndarray:
+    """Return 1 minus the geometric mean of the probabilities of each text's tags, (texts,): Shen et al. 2018, "Deep Active
+    Learning for Named Entity Recognition", choose texts by its logarithm."""
+    answers = rejoined(outcomes, dataset, labels)
+    found = np.zeros(len(answers))
+    for i, answer in enumerate(answers):
+        known = answer.probabilities[answer.probabilities > 0]  # a word without a token has none
+        found[i] = 1 - np.exp(np.log(known).mean()) if len(known) else 0.0
+    return found
 
 
 def _fill(numbers: np.ndarray, entities: bool) -> None:

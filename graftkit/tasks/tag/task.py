@@ -40,7 +40,7 @@ from graftkit.tasks.tag.entities import (
     tag_scores,
     types_of,
 )
-from graftkit.tasks.tag.parts import IGNORED, TagDataset, marks, rejoined, said
+from graftkit.tasks.tag.parts import IGNORED, TagDataset, marks, rejoined, said, unsure_texts
 from graftkit.tasks.tag.rows import (
     Sentence,
     Unfit,
@@ -81,6 +81,7 @@ class Tag(Task):
     calibrates: ClassVar[str | None] = "words"
     headline: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "accuracy", "macro_f1")
     families: ClassVar[tuple[str, ...]] = ("TOKEN_CLASSIFICATION",)
+    unsure = unsure_texts
 
     token_column: int = option(1, "CoNLL files: column of the token, from 1; negative counts from the end")
     tag_column: int = option(-1, "CoNLL files: column of the tag")
@@ -269,8 +270,7 @@ class Tag(Task):
         }
 
     def by_row(self, outcomes: Sequence[Any], dataset: Any, labels: Sequence[str]) -> dict[str, np.ndarray]:
-        answers = rejoined(outcomes, dataset, labels)
-        return by_sentence(dataset.examples.targets, [answer.labels for answer in answers], labels)
+        return by_sentence(dataset.examples.targets, [a.labels for a in rejoined(outcomes, dataset, labels)], labels)  # fmt: skip
 
     def figures(self, labels: Sequence[str]) -> dict[str, str]:
         """Return the metrics of entities, or of independent tags."""
