@@ -294,6 +294,8 @@ def _run(arguments: list[str] | None) -> None:
     try:
         result = app(args=arguments, standalone_mode=False)
         flush_output()
+        if result == 130:  # typer's status for Ctrl-C, which it does not raise
+            _stop(130, "\nstopped", as_json)
         sys.exit(result if isinstance(result, int) else 0)
     except UserError as error:
         _stop(1, f"error: {error}", as_json)

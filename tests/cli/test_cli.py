@@ -360,3 +360,16 @@ def test_a_card_says_what_predict_takes(task, columns, told):
     from graftkit.runs.prepare import make_task
 
     assert make_task(task).predict_arguments(dict.fromkeys(columns, "")) == told
+
+
+def test_ctrl_c_ends_a_command_with_one_word(command, monkeypatch):
+    import graftkit.runs.fit
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(graftkit.runs.fit, "fit_values", interrupted)
+    done = command("fit", "some/model", "--train", "rows.csv", "--json")
+    assert (
+        done.status == 130 and done.err.strip() == "stopped" and json.loads(done.out) == {"error": "stopped"}
+    )
