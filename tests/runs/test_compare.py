@@ -220,5 +220,6 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, tables, how):
     monkeypatch.setattr("graftkit.runs.study.run_recipe", stop)
     recipe = recipes.make({"model": "m", "data": {"train": "t.csv"}})
     with pytest.raises(Interrupted) as stopped:
-        Study("compare", tmp_path, {}, Console(quiet=True), tables).run(recipe, "one")
+        study = Study("compare", tmp_path, {}, Console(quiet=True), tables)
+        study.all([study.runs([(recipe, "one")], lambda *_: None)])
     assert how in str(stopped.value)
