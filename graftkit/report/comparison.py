@@ -161,10 +161,18 @@ def _figures(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:
     ]  # fmt: skip
     caption = (
         f"On {count(result['measured_rows'])} {result['split']} rows, after {count(result['steps'])} steps each. Time and peak "
-        "memory are medians over the seeds"
+        f"memory are medians over the seeds{_pace(result)}"
     )
     told = [element("li", difference_text(row["next"], metric), dir="auto") for row in rows if "next" in row]
     return [table(caption, heads, cells), element("ul", told) if told else None]
+
+
+def _pace(result: dict[str, Any]) -> str:
+    """Say that runs shared the machine, if they did: each took longer than it would alone."""
+    if result.get("at_once", 1) < 2:
+        return ""
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    return f"; {result['at_once']} runs trained at a time, with {threads} each"
 
 
 def _trade_offs(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:

@@ -11,6 +11,7 @@ from typing import Any
 
 from graftkit.errors import UserError
 from graftkit.files import write_json, write_text
+from graftkit.methods.base import read as read_method
 from graftkit.optim.groups import rate
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.catalogue import entries
@@ -165,8 +166,11 @@ class _Comparing:
         named = [f"{name}()" for name in entries("method")] if every else []
         found: dict[str, Candidate] = {}
         refused = []
-        source = source_of(recipe)
+        found_once = source_of(recipe)
+        source = found_once if found_once.made is None else None  # a user's module takes one graft
         for text in dict.fromkeys([*(one for one in self.asked.methods if one != ALL), *named]):
+            if text in self.asked.methods:
+                read_method(text)  # raises for a name that there is not, before anything is trained
             try:
                 with_method = recipes.make(recipe.model_dump() | {"method": text})
                 one = candidate(with_method, self.rows, source)
@@ -175,7 +179,11 @@ class _Comparing:
                     refused.append({"method": text, "refused": str(error)})
                     self.study.console.line(f"{text} is refused: {error}")
                 continue
-            found.setdefault(one.method, one)
+            same = next((known for known in found if read_method(known) == read_method(one.method)), None)
+            if same is None:
+                found[one.method] = one
+            elif text in self.asked.methods:
+                self.study.console.line(f"{text} is the same as {same}")
         if not found:
             raise UserError(
                 f"none of the methods can be trained; {refused[0]['method']}: {refused[0]['refused']}"
@@ -272,7 +280,11 @@ class _Comparing:
             )
 
         recipes = [(self.recipe(one, few, *which), name) for name, which in of.items()]
-        return (yield from self.study.runs(recipes, ended))
+        found = yield from self.study.runs(recipes, ended)
+        for name, trial in zip(names, found):
+            if isinstance(trial, UserError):
+                self.study.console.line(f"{name} could not be trained: {trial}")
+        return found
 
 
 def _peak(result: Mapping[str, Any]) -> int:
@@ -307,6 +319,7 @@ def _finish(
         "compare": str(study.folder), "task": recipe.task, "model": recipe.model, "metric": choice.figure,
         "direction": choice.direction, **measured_on(recipe, comparing.rows), "steps": recipe.train.steps,
         "search": comparing.asked.search,
+        **({} if study.pace is None else dataclasses.asdict(study.pace)),
     }  # fmt: skip
     made = ranked(trained, groups, choice)
     result |= made | {"notes": [*result["notes"], *made["notes"]]}

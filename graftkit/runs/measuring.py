@@ -92,20 +92,18 @@ def _forward(prepared: Prepared, source: Any, name: str) -> Any:
     return make_forward(*where, source, passes, prepared.phases[-1].labels, caching)
 
 
-def pace_of(
-    costs: Sequence[tuple[Cost, int, int]], threads: int, at_once: int, room: float
-) -> tuple[Pace, float]:
-    """Return how runs are made, and the seconds that all of them take. `costs`: of each chain of runs, with their number and
+def pace_of(costs: Sequence[tuple[Cost, int, int]], threads: int, at_once: int, room: float) -> Pace:
+    """Return how runs are made. `costs`: of each chain of runs, with their number and
     how many of them wait for another; `at_once`: the most that there ever are to do; `room`: bytes for all."""
     most = max((cost.memory for cost, _, _ in costs), default=0)
     at_once = min(at_once, threads, int(room // most) if most else threads)
-    alone = sum(runs * cost.seconds(False) for cost, runs, _ in costs)
     if at_once < 2:
-        return Pace(1, threads), alone
+        return Pace(1, threads)
+    alone = sum(runs * cost.seconds(False) for cost, runs, _ in costs)
     beside = max(
         sum(runs * cost.seconds(True) for cost, runs, _ in costs) / at_once,
         max(waits * cost.seconds(True) for cost, _, waits in costs),
     )
     if beside > GAIN * alone:
-        return Pace(1, threads), alone
-    return Pace(at_once, max(1, threads // at_once)), beside
+        return Pace(1, threads)
+    return Pace(at_once, max(1, threads // at_once))

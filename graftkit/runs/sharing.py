@@ -10,7 +10,6 @@ from graftkit.engine.parallel import device
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, write_json
 from graftkit.recipe.schema import Recipe
-from graftkit.report.console import duration
 from graftkit.runs.forked import can_fork
 from graftkit.runs.measuring import Cost, Pace, measure, pace_of
 from graftkit.runs.prepare import Rows
@@ -58,10 +57,10 @@ def set_pace(study: Study, kinds: Sequence[Kind], at_once: int) -> None:
             for _ in range(k.chains)
             if (c := costs.get(k.method)) is not None
         ]
-        pace, seconds = pace_of(told, threads, at_once, SHARE * free_memory())
+        pace = pace_of(told, threads, at_once, SHARE * free_memory())
         beside = f", {pace.at_once} at a time with {pace.threads} thread{'s' * (pace.threads > 1)} each"
         number = sum(runs for _, runs, _ in told)
-        study.console.line(f"{number} runs{beside * (pace.at_once > 1)}: about {duration(seconds)}")
+        study.console.line(f"{number} runs{beside * (pace.at_once > 1)}")
     study.pace, study.memory = pace, {method: cost.memory for method, cost in costs.items()}
     methods = {method: asdict(cost) for method, cost in costs.items()}
     write_json(study.folder / PACE, asdict(pace) | {"methods": methods})

@@ -40,6 +40,7 @@ from graftkit.tasks.base import Examples
 
 RUNS = "runs"
 REPORT = "report.html"
+NOUNS = {"compare": "comparison"}  # of commands that are no noun themselves
 UNKNOWN = 1 << 62  # bytes: nothing else runs beside it
 
 
@@ -154,7 +155,7 @@ def opened(study: Study, recipe: Recipe, rows: Examples) -> Iterator[Study]:
             p.name for p in study.folder.iterdir() if p.name != claims.LOCK and not claims.is_leftover(p)
         ]:
             raise UserError(
-                f"folder {str(study.folder)!r} holds files that are not of a {study.kind} ({listing(sorted(names), 5)}); name "
+                f"folder {str(study.folder)!r} holds files that are not of a {noun(study.kind)} ({listing(sorted(names), 5)}); name "
                 "another with --out."
             )
         claims.remove_leftovers(study.folder)
@@ -212,7 +213,7 @@ def _refuse_another(study: Study, before: Mapping[str, Any], now: Mapping[str, A
             for key in different
         ]
         raise UserError(
-            f"{study.folder} holds a {study.kind} of another recipe: {listing(what, 3)}. Name another folder with --out, or go "
+            f"{study.folder} holds a {noun(study.kind)} of another recipe: {listing(what, 3)}. Name another folder with --out, or go "
             f"on with it as it began: {study.how_to_go_on}."
         )
 
@@ -227,6 +228,10 @@ def digest_of(rows: Examples) -> str:
     targets: Any = rows.targets
     digest.update(targets.tobytes() if isinstance(targets, np.ndarray) else repr(targets).encode())
     return digest.hexdigest()
+
+
+def noun(kind: str) -> str:
+    return NOUNS.get(kind, kind)
 
 
 def folder_of(kind: str, out: str | Path | None) -> Path:
@@ -246,13 +251,13 @@ def stored(kind: str, folder: Path, numbers: Iterable[str]) -> dict[str, Any]:
     damaged, or if its rows were in memory."""
     path = folder / f"{kind}.json"
     if not path.is_file():
-        raise UserError(f"{str(folder)!r} holds no {kind} to go on with (it has no {path.name}).")
+        raise UserError(f"{str(folder)!r} holds no {noun(kind)} to go on with (it has no {path.name}).")
     found = read_json(path)
     if not isinstance(found.get("recipe"), dict) or not all(
         isinstance(found.get(name), int) for name in numbers
     ):
         raise UserError(
-            f"{path} does not describe a {kind}; restore it from a copy, or begin again with another --out."
+            f"{path} does not describe a {noun(kind)}; restore it from a copy, or begin again with another --out."
         )
     if IN_MEMORY in (found["recipe"].get("data") or {}).values():
         raise UserError(

@@ -25,6 +25,7 @@ from graftkit.recipe import schema as recipes
 from graftkit.recipe.environment import are_several, forecasts
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
+from graftkit.report.finished import not_a_run
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
@@ -215,7 +216,7 @@ def resume_run(
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / RECIPE).is_file():
-        raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
+        raise not_a_run(folder)
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE), stored=True)
     recipe = run_folder.at_home(recipe, folder)
     if (folder / RESULT).is_file():

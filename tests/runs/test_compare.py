@@ -49,13 +49,14 @@ def rows(tmp_path_factory):
 def test_methods_are_compared(command, tiny_bert, rows, tmp_path):
     out = tmp_path / "out"
     asked = words(
-        tiny_bert, rows, out, "--seeds", 2, "--search", 2, "--methods", HEAD, BITFIT, "lora(sites='nowhere')"
-    )
+        tiny_bert, rows, out, "--seeds", 2, "--search", 2, "--methods", HEAD, BITFIT, "lora(sites='nowhere')",
+        HEAD.replace("=", " = "),
+    )  # fmt: skip
     done = command("compare", *asked, "--json")
     assert done.status == 0, done.err
     result = json.loads(done.out)
     *trained, refused = result["rows"]
-    assert {row["method"] for row in trained} == {HEAD, BITFIT}
+    assert {row["method"] for row in trained} == {HEAD, BITFIT} and f"is the same as {HEAD}" in done.err
     assert "nowhere" in refused["refused"] and refused["method"] == "lora(sites='nowhere')"
     for row in trained:
         runs = [
@@ -101,6 +102,9 @@ def test_methods_are_compared(command, tiny_bert, rows, tmp_path):
     )
     other = command("compare", *asked, "train.weight_decay=0.5")
     assert other.status == 1 and "of another recipe: train.weight_decay was 0.01 and is 0.5" in other.err
+    for name in ("report", "evaluate"):
+        done = command(name, out, *(["--data", rows / "eval.csv"] if name == "evaluate" else []))
+        assert done.status == 1 and "holds a comparison, whose report is report.html there" in done.err
     refused = command("compare", "--resume", out, "--seeds", 3)
     assert refused.status == 1 and "--resume goes on as it began" in refused.err
     shutil.rmtree(out)
@@ -156,11 +160,12 @@ def test_mistakes_are_told_before_anything_is_trained(command, tiny_bert, rows, 
     assert "set data.eval" in error("--methods", HEAD, "data.eval=null")
     assert "none of the methods can be trained" in error("--methods", "lora(sites='nowhere')")
     assert "leave data.rows" in error("--methods", HEAD, "data.rows=5")
+    assert "Did you mean 'head'?" in error("--methods", HEAD, "haed()")
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("x")
-    assert "holds files that are not of a compare (mine.txt)" in error("--methods", HEAD)
-    for text, wrong in ((None, "no compare to go on with"), ("{}", "does not describe a compare")):
+    assert "holds files that are not of a comparison (mine.txt)" in error("--methods", HEAD)
+    for text, wrong in ((None, "no comparison to go on with"), ("{}", "does not describe a comparison")):
         if text is not None:
             (out / "compare.json").write_text(text)
         done = command("compare", "--resume", out)
