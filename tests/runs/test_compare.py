@@ -228,3 +228,49 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, tables, how):
         study = Study("compare", tmp_path, {}, Console(quiet=True), tables)
         study.all([study.runs([(recipe, "one")], lambda *_: None)])
     assert how in str(stopped.value)
+
+
+OWN = """
+from torch import nn
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 16)
+        self.blocks = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+        self.output = nn.Linear(16, 2)
+
+    def forward(self, input_ids, attention_mask):
+        states = self.embedding(input_ids)
+        for block in self.blocks:
+            states = block(states).relu()
+        return self.output(states.mean(1))
+
+
+def make():
+    from graftkit import Backbone
+    from transformers import AutoTokenizer
+
+    return Backbone(Reader(), AutoTokenizer.from_pretrained(FOLDER), max_length=32)
+"""
+
+
+def test_a_users_module_takes_each_method(tiny_bert, rows, tmp_path, monkeypatch):
+    (tmp_path / "own_compared.py").write_text(f"FOLDER = {str(tiny_bert)!r}\n{OWN}")
+    monkeypatch.syspath_prepend(tmp_path)
+    from graftkit.backbone.source import find_source
+    from graftkit.files import write_tensors
+
+    made = find_source("own_compared:make").made
+    write_tensors(tmp_path / "weights.safetensors", dict(made.model.state_dict()))
+    recipe = recipes.make({
+        "model": "own_compared:make", "weights": str(tmp_path / "weights.safetensors"),
+        "data": {"train": str(rows / "train.csv")},
+    })  # fmt: skip
+    asked = comparing.Asked(("lora(rank=2, sites='re:blocks.*')", "unfreeze('embedding')"))
+    work = comparing._Comparing(
+        Study("compare", rows, {}, Console(quiet=True)), prepare_rows(recipe), Best("accuracy", "max"), asked
+    )
+    found, refused = work.candidates(recipe)
+    assert not refused and len(found) == 2
