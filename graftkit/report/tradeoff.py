@@ -43,14 +43,16 @@ class Curve:
 
 
 def trade_off(
-    title: str, dots: Sequence[Dot], front: Sequence[int], names: Sequence[str], form: Callable[[float], str], up: bool
+    title: str, dots: Sequence[Dot], front: Sequence[int], names: Sequence[str], form: Callable[[float], str], up: bool,
+    most: float = math.inf,
 ) -> Markup | None:  # fmt: skip
     """Return a figure of values against a cost on a logarithmic axis, with the number of each dot beside it; a line joins
-    `front`, the places of those that nothing beats here. None if a cost is not positive. `up`: larger values are better."""
+    `front`, the places of those that nothing beats here. None if a cost is not positive. `up`: larger values are better;
+    `most`: the largest value that there can be."""
     if not dots or any(dot.x <= 0 for dot in dots):
         return None
     across, axis = _axes(dots)
-    made: list[Child] = [*_grid(across, axis, form)]
+    made: list[Child] = [*_grid(across, axis, form, most)]
     steps = sorted((dots[place] for place in front), key=lambda dot: dot.x)
     if len(steps) > 1:
         made.append(
@@ -77,13 +79,14 @@ def trade_off(
     return element("figure", caption, drawing(WIDTH, HEIGHT, f"{title}: {told}", *made))
 
 
-def learning_curves(title: str, curves: Sequence[Curve], x: str) -> Markup | None:
-    """Return a figure of curves over numbers of rows on a logarithmic axis; None if there is no dot."""
+def learning_curves(title: str, curves: Sequence[Curve], x: str, most: float = math.inf) -> Markup | None:
+    """Return a figure of curves over numbers of rows on a logarithmic axis; None if there is no dot. `most`: the largest value
+    that there can be."""
     dots = [dot for curve in curves for dot in curve.dots]
     if not dots:
         return None
     across, axis = _axes(dots)
-    made: list[Child] = [*_grid(across, axis, lambda value: tick_text(float(f"{value:.3g}")), x)]
+    made: list[Child] = [*_grid(across, axis, lambda value: tick_text(float(f"{value:.3g}")), most, x)]
     for curve in curves:
         colour = f"c{curve.colour % COLOURS}"
         places = [(across(math.log(dot.x)), axis(dot.value)) for dot in curve.dots]
@@ -137,11 +140,13 @@ def _axes(dots: Sequence[Dot]) -> tuple[Axis, Axis]:
     return across, Axis(min(values) - space, max(values) + space, HEIGHT - BOTTOM, TOP)
 
 
-def _grid(across: Axis, up: Axis, form: Callable[[float], str], x: str = "") -> list[Markup]:
+def _grid(across: Axis, up: Axis, form: Callable[[float], str], most: float, x: str = "") -> list[Markup]:
     """Return the axes with their numbers; `across` is of logarithms."""
     base = HEIGHT - BOTTOM
     made = [element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="axis")]
     for value in ticks(up.low, up.high):
+        if value > most + 1e-9:
+            continue
         y = round(up(value), 1)
         made.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
         made.append(element("text", tick_text(value), x=LEFT - 6, y=round(y + 3.7, 1), text_anchor="end"))
