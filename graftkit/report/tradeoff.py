@@ -54,7 +54,8 @@ def trade_off(
     across, axis = _axes(dots)
     made: list[Child] = [*_grid(across, axis, form, most)]
     steps = sorted((dots[place] for place in front), key=lambda dot: dot.x)
-    if len(steps) > 1:
+    joined = len({dot.x for dot in steps}) > 1
+    if joined:
         made.append(
             element("path", d=_path([(across(math.log(d.x)), axis(d.value)) for d in steps]), class_="even")
         )
@@ -75,7 +76,7 @@ def trade_off(
         )
     told = "; ".join(f"{short(name, 60)}: {dot.value:.4g} at {form(dot.x)}" for name, dot in zip(names, dots))
     note = f" dashed: nothing is {'better' if up else 'lower'} for less"
-    caption = element("figcaption", title, element("small", note if len(steps) > 1 else None))
+    caption = element("figcaption", title, element("small", note if joined else None))
     return element("figure", caption, drawing(WIDTH, HEIGHT, f"{title}: {told}", *made))
 
 
