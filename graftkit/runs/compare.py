@@ -185,9 +185,8 @@ class _Comparing:
             elif text in self.asked.methods:
                 self.study.console.line(f"{text} is the same as {same}")
         if not found:
-            raise UserError(
-                f"none of the methods can be trained; {refused[0]['method']}: {refused[0]['refused']}"
-            )
+            why = "".join(f"; {one['method']}: {one['refused']}" for one in refused[:1])
+            raise UserError(f"none of the methods can be trained{why or '.'}")
         self.slugs = slugs(found)
         return list(found.values()), refused
 

@@ -102,7 +102,7 @@ def pace_of(costs: Sequence[tuple[Cost, int, int]], threads: int, at_once: int, 
     alone = sum(runs * cost.seconds(False) for cost, runs, _ in costs)
     beside = max(
         sum(runs * cost.seconds(True) for cost, runs, _ in costs) / at_once,
-        max(waits * cost.seconds(True) for cost, _, waits in costs),
+        max((waits * cost.seconds(True) for cost, _, waits in costs), default=0.0),
     )
     if beside > GAIN * alone:
         return Pace(1, threads)

@@ -44,12 +44,10 @@ def set_pace(study: Study, kinds: Sequence[Kind], at_once: int) -> None:
     threads = cores()
     pace, costs = _known(study)
     at_once = min(threads, at_once * len(kinds))
-    if pace is None and at_once < 2:
-        study.pace = Pace(1, threads)
-        return
     study.pace = Pace(1, threads)
-    share = pace.threads if pace is not None else max(1, threads // at_once)
-    costs |= _measured(study, [kind for kind in kinds if kind.method not in costs], threads, share)
+    if pace is not None or at_once > 1:
+        share = pace.threads if pace is not None else threads // at_once
+        costs |= _measured(study, [kind for kind in kinds if kind.method not in costs], threads, share)
     if pace is None:
         told = [
             (c, k.runs, k.waits)
@@ -59,7 +57,7 @@ def set_pace(study: Study, kinds: Sequence[Kind], at_once: int) -> None:
         ]
         pace = pace_of(told, threads, at_once, SHARE * free_memory())
         beside = f", {pace.at_once} at a time with {pace.threads} thread{'s' * (pace.threads > 1)} each"
-        number = sum(runs for _, runs, _ in told)
+        number = sum(kind.chains * kind.runs for kind in kinds)
         study.console.line(f"{number} runs{beside * (pace.at_once > 1)}")
     study.pace, study.memory = pace, {method: cost.memory for method, cost in costs.items()}
     methods = {method: asdict(cost) for method, cost in costs.items()}

@@ -78,15 +78,15 @@ class _Asked:
 
 class SideBySide:
     """Processes that do jobs, at most so many at a time, each with so many threads. If one is killed, as for want of memory,
-    it is done again with no other beside it."""
+    it is done again with no other beside it. `told`: notes that were shown before."""
 
-    def __init__(self, at_once: int, threads: int) -> None:
+    def __init__(self, at_once: int, threads: int, told: set[str] | None = None) -> None:
         self.at_once, self.threads = at_once, threads
         self.waiting: deque[_Asked] = deque()
         self.running: dict[int, tuple[Forked, _Asked]] = {}
         self.batches: dict[int, list[Outcome]] = {}
         self.missing: dict[int, int] = {}  # outcomes of the batch of a chain
-        self.told: set[str] = set()
+        self.told = set() if told is None else told
         self.room = SHARE * free_memory()
 
     def run(self, chains: Sequence[Chain]) -> list[Any]:

@@ -70,13 +70,14 @@ class Study:
     rows: Rows | None = None
     pace: Pace | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)  # notes of runs that were shown
 
     def all(self, chains: Sequence[Chain]) -> list[Any]:
         """Do all work, and return the results of the chains. Raises `Interrupted` on Ctrl-C."""
         try:
             if self.pace is None:
                 return in_turn(chains)
-            return SideBySide(self.pace.at_once, self.pace.threads).run(chains)
+            return SideBySide(self.pace.at_once, self.pace.threads, self.told).run(chains)
         except (Interrupted, KeyboardInterrupt):
             raise Interrupted(f"stopped. Go on with: {self.how_to_go_on}") from None
 

@@ -167,6 +167,7 @@ def test_the_pace_is_the_faster_one():
     assert pace_of([(head, 6, 4)] * 8, 4, 16, 1000) == Pace(4, 1)
     assert pace_of([(head, 6, 4)] * 8, 4, 16, 250) == Pace(2, 2)
     assert pace_of([(head, 6, 4)] * 8, 4, 16, 150) == Pace(1, 4)
+    assert pace_of([], 4, 2, 1000) == Pace(2, 2)  # none could be measured: each is alone all the same
     assert pace_of([(head, 2, 2)], 4, 2, 1000) == Pace(1, 4)  # each waits for the one before
 
 
