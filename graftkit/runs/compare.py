@@ -146,7 +146,9 @@ def run_compare(
     candidates, refused = comparing.candidates(recipe)
     with opened(study, recipe, rows.train):
         sizes = few or (None,)
-        set_pace(study, [comparing.kind(one, sizes) for one in candidates], asked.at_once)
+        kinds = [comparing.kind(one, sizes) for one in candidates]
+        comparing.total = sum(kind.chains * kind.runs for kind in kinds)
+        set_pace(study, kinds, asked.at_once)
         found = study.all([comparing.row(one, size) for size in sizes for one in candidates])
         return _finish(study, comparing, recipe, found, refused)
 
@@ -158,6 +160,7 @@ class _Comparing:
         self.study, self.rows, self.choice, self.asked = study, rows, choice, asked
         self.slugs: dict[str, str] = {}
         self.told: set[str] = set()
+        self.total = 0  # runs, if none fails
 
     def candidates(self, recipe: Recipe) -> tuple[list[Candidate], list[dict[str, Any]]]:
         """Return the methods that can be trained, and a row for each that is refused. Of 'all', those that are refused are
@@ -275,7 +278,7 @@ class _Comparing:
             value = result["metrics"][self.choice.figure]
             self.study.console.line(
                 f"{one.method}{few_rows}, learning rate {one.rate * factor:.3g}, seed {seed}: "
-                f"{self.choice.figure} {value:.4f}, {took}"
+                f"{self.choice.figure} {value:.4f}, {took} ({len(self.told)} of {self.total})"
             )
 
         recipes = [(self.recipe(one, few, *which), name) for name, which in of.items()]

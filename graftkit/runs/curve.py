@@ -123,11 +123,16 @@ def _train(
         for size in sizes for number in range(seeds)
     }  # fmt: skip
 
+    made: list[str] = []
+
     def ended(name: str, before: bool) -> None:
+        made.append(name)
         (size, seed), result = wanted[name], study.trial(name).result
         took = "done before" if before else f"in {duration(result['seconds'])}"
         value = result["metrics"][choice.figure]
-        study.console.line(f"{size:,} rows, seed {seed}: {choice.figure} {value:.4f}, {took}")
+        study.console.line(
+            f"{size:,} rows, seed {seed}: {choice.figure} {value:.4f}, {took} ({len(made)} of {len(wanted)})"
+        )
 
     def of(size: int, seed: int) -> Recipe:
         data = recipe.data.model_copy(update={"rows": size, "seed": held})

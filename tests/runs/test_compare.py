@@ -80,6 +80,7 @@ def test_methods_are_compared(command, tiny_bert, rows, tmp_path):
     first, second = trained
     assert first["mean"] >= second["mean"] and first["next"]["than"] == second["method"]
     assert first["next"]["by"] == pytest.approx(first["mean"] - second["mean"])
+    assert "(6 of 6)" in done.err
     assert set(result["pareto"]) <= {HEAD, BITFIT} and result["pareto"]
     assert result["split"] == "test" and result["measured_rows"] == 40
     page = (out / "report.html").read_text()
