@@ -1,7 +1,8 @@
 """Work in a process of its own that begins as a copy of this one.
 
 It has what was imported and read here already, shares its memory until one of them changes it, and has threads, a peak of
-memory and an end of its own. Only on Linux, and only before anything has begun to use a GPU, which no copy can go on with.
+memory and an end of its own. Only on Linux, and only on machines without an accelerator: what has begun to use one, be it torch's
+backward pass alone, cannot go on in a copy.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LOOK = 1.0  # seconds between looks at whether the first process is still there
 
 def can_fork() -> bool:
     """Return whether work can be done in copies of this process."""
-    return sys.platform == "linux" and not torch.cuda.is_initialized()
+    return sys.platform == "linux" and not torch.accelerator.is_available()
 
 
 @dataclass(frozen=True)
