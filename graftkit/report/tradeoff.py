@@ -151,13 +151,13 @@ def _grid(across: Axis, up: Axis, form: Callable[[float], str], most: float, x: 
         y = round(up(value), 1)
         made.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
         made.append(element("text", tick_text(value), x=LEFT - 6, y=round(y + 3.7, 1), text_anchor="end"))
-    free = 0.0  # where there is room for the next number
+    free, before = 0.0, ""  # where there is room for the next number, and the last one
     for value in log_ticks(math.exp(across.low), math.exp(across.high)):
         place = round(across(math.log(value)), 1)
         half = 3 * len(form(value))
-        if place - half < free:
+        if place - half < free or form(value) == before:  # seconds, of which fractions are not shown
             continue
-        free = place + half + 8
+        free, before = place + half + 8, form(value)
         made.append(element("line", x1=place, x2=place, y1=base, y2=base + 4, class_="axis"))
         anchor = "end" if place + half > WIDTH else "middle"
         made.append(element("text", form(value), x=place, y=base + 16, text_anchor=anchor))
@@ -168,7 +168,7 @@ def _grid(across: Axis, up: Axis, form: Callable[[float], str], most: float, x: 
 
 def log_ticks(low: float, high: float, most: int = 4) -> list[float]:
     """Return round numbers between two positive ones for a logarithmic axis, at most `most`: powers of ten times 1, or times
-    more digits where these are too few; a single one in the middle if there are no two."""
+    more digits where these are too few; evenly spaced ones if there are no two of these, or a single one in the middle."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for times in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         found = [t * 10.0**d for d in decades for t in times if low <= t * 10.0**d <= high]
@@ -176,6 +176,8 @@ def log_ticks(low: float, high: float, most: int = 4) -> list[float]:
             break
     if len(found) > most:
         found = found[:: math.ceil(len(found) / most)]
+    if len(found) < 2:
+        found = ticks(low, high, most)
     return found if len(found) > 1 else [float(f"{math.sqrt(low * high):.3g}")]
 
 
