@@ -20,7 +20,7 @@ from graftkit.recipe.sections import number_of
 from graftkit.report.comparison import comparison_page, lines_of
 from graftkit.report.console import Console, duration
 from graftkit.runs.best import Best, best_of
-from graftkit.runs.drawing import drawn, drawn_by_any
+from graftkit.runs.drawing import drawn, drawn_by_any, has_classes
 from graftkit.runs.folder import GRAFT, RESULT
 from graftkit.runs.prepare import Rows, drawn_from, prepare, source_of
 from graftkit.runs.ranking import ranked
@@ -137,6 +137,11 @@ def run_compare(
     tables = tables or {}
     folder, recipe, rows = begun(KIND, recipe, tables, "there are no methods to compare")
     few = tuple(sorted(set(asked.few)))
+    if few and (rows.task.makes_model or not has_classes(rows.train, rows.labels)):
+        raise UserError(
+            f"--few draws rows of each class, but the rows of {rows.task.name}() have no single class each; leave it out. "
+            "graftkit curve compares numbers of any rows."
+        )
     for count in few:  # raises for too few rows
         at_most = drawn(_with_data(recipe, {"per_class": count}), rows.task, rows.train, rows.labels)
     recipe = sized(recipe, len(at_most) if few else len(rows.train))

@@ -40,8 +40,7 @@ def places_drawn(recipe: Recipe, task: Task, examples: Examples, labels: Sequenc
     key = "data.rows" if data.per_class is None else "data.per_class"
     if task.makes_model:
         raise UserError(f"{key} draws labelled rows, but {task.name}() trains on texts; leave it out.")
-    targets: Any = examples.targets
-    classes = targets.tolist() if isinstance(targets, np.ndarray) and targets.ndim == 1 else None
+    classes = _targets(examples)
     if data.per_class is None:
         assert data.rows is not None
         if data.rows > len(examples):
@@ -49,7 +48,7 @@ def places_drawn(recipe: Recipe, task: Task, examples: Examples, labels: Sequenc
                 f"data.rows is {data.rows:,}, but {examples.table.source} has {len(examples):,} rows to train on; lower it."
             )
         return draw_rows(classes or [0] * len(examples), data.rows, recipe.seed)
-    if classes is None or not all(isinstance(one, int) for one in classes) or not labels:
+    if classes is None or not has_classes(examples, labels):
         raise UserError(
             f"data.per_class draws rows of each class, but the rows of {task}() have no single class each; use data.rows."
         )
@@ -60,3 +59,14 @@ def places_drawn(recipe: Recipe, task: Task, examples: Examples, labels: Sequenc
             f"the {data.per_class:,} to draw of each class; ask for at most {least:,}, or add rows of this class."
         )
     return draw_per_class(classes, data.per_class, recipe.seed)
+
+
+def has_classes(examples: Examples, labels: Sequence[str]) -> bool:
+    """Return whether each row has a single class."""
+    classes = _targets(examples)
+    return classes is not None and all(isinstance(one, int) for one in classes) and bool(labels)
+
+
+def _targets(examples: Examples) -> list[Any] | None:
+    targets: Any = examples.targets
+    return targets.tolist() if isinstance(targets, np.ndarray) and targets.ndim == 1 else None

@@ -162,6 +162,12 @@ def test_mistakes_are_told_before_anything_is_trained(command, tiny_bert, rows, 
     assert "none of the methods can be trained" in error("--methods", "lora(sites='nowhere')")
     assert "leave data.rows" in error("--methods", HEAD, "data.rows=5")
     assert "Did you mean 'head'?" in error("--methods", HEAD, "haed()")
+    tagged = tmp_path / "tagged.conll"
+    tagged.write_text("".join(f"apple{i} B-FRUIT\nis O\nold O\n\n" for i in range(8)))
+    done = command(
+        "compare", "--model", tiny_bert, "--task", "tag", "--train", tagged, "--methods", HEAD, "--few", 2, "--out", out
+    )  # fmt: skip
+    assert done.status == 1 and "the rows of tag() have no single class each; leave it out" in done.err
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("x")
