@@ -85,5 +85,5 @@ def _nothing(term: language.Term, selection: str, backbone: Backbone) -> str:
     return (
         f"selection {selection!r}: {term.text!r} matches nothing in {backbone.source}. "
         f"There is: {listing(words)}; {blocks}; modules named {listing(suffixes, 30)}."
-        f"{nearest(word, [*words, *suffixes, 'blocks'])}"
+        f"{nearest(word, sorted({*words, *suffixes, 'blocks'} - {word}))}"
     )

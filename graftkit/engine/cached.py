@@ -40,11 +40,13 @@ MEMORY_SHARE = 0.25  # of the memory that this process may use which cached acti
 @dataclass(frozen=True)
 class Caching:
     """Where activations are kept: `mode` is train.cache of a recipe. `seed`: of the views of augmented rows. `later`: rows
-    that are read once are kept too, for later runs, if there are files."""
+    that are read once are kept too, for later runs, if there are files. `written`: files are written however little work
+    they save."""
 
     mode: str = "auto"
     seed: int = 0
     later: bool = False
+    written: bool = False
 
 
 class PhasedForward(Forward):
@@ -91,7 +93,7 @@ class CachedForward(Forward):
 
     def __init__(
         self, graft: Graft, device: torch.device, precision: str, dataset: Dataset, start: Start,
-        blocks: Blocks | None = None, in_memory: bool = True, seed: int = 0,
+        blocks: Blocks | None = None, in_memory: bool = True, seed: int = 0, written: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(graft, device, precision)
         self.start, self.seed = start, seed
@@ -101,7 +103,7 @@ class CachedForward(Forward):
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         ragged = start.per_token and not dataset.uniform
         lengths = np.tile(dataset.lengths, dataset.views)
-        filling = Filling(self._capture, lengths, ragged, blocks, device, in_memory, precision)
+        filling = Filling(self._capture, lengths, ragged, blocks, device, in_memory, precision, written)
         with torch.no_grad(), evaluating(graft.model):
             self.kept, self._filled = filling.run()
 
@@ -188,7 +190,8 @@ def make_forward(
     if device.type == "cuda" and not all_agree(_pays(plain, start, dataset)):
         return plain
     try:
-        return CachedForward(graft, device, precision, dataset, start, blocks, in_memory, caching.seed)
+        where = graft, device, precision
+        return CachedForward(*where, dataset, start, blocks, in_memory, caching.seed, caching.written)
     except NotKept:
         return plain
 

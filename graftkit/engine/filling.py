@@ -69,12 +69,12 @@ class Filling:
 
     `capture` computes the values of some rows, padded; `lengths` (rows,); `blocks`: the files, if values are kept on disk;
     `in_memory`: hold all values, otherwise only map the files. `precision`: the number type of the products, by which values
-    differ that are computed in different batches.
+    differ that are computed in different batches; `written`: write files however little work they save.
     """
 
     def __init__(
         self, capture: Callable[[np.ndarray], Tensor], lengths: np.ndarray, ragged: bool, blocks: Blocks | None,
-        device: torch.device, in_memory: bool, precision: str = "fp32",
+        device: torch.device, in_memory: bool, precision: str = "fp32", written: bool = False,
     ) -> None:  # fmt: skip
         self.same = SAME_FP32 if precision == "fp32" else SAME_ROUNDED
         self.capture, self.lengths, self.ragged, self.blocks = capture, lengths, ragged, blocks
@@ -82,7 +82,7 @@ class Filling:
         self.kept = Kept(lengths, ragged)
         self.pending: list[tuple[np.ndarray, Tensor]] = []
         self.held = 0  # bytes pending
-        self.worth = not in_memory or (blocks is not None and blocks.begun)
+        self.worth = written or not in_memory or (blocks is not None and blocks.begun)
         self.began = self.flushed = time.monotonic()
 
     def run(self) -> tuple[Kept | Mapped, Filled]:

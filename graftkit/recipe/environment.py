@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from graftkit.errors import UserError, shown
@@ -19,6 +21,20 @@ def cache_folder() -> Path:
 def forecasts() -> bool:
     """Return whether runs forecast their memory and time: not with GRAFTKIT_FORECAST=0."""
     return os.environ.get("GRAFTKIT_FORECAST", "1") != "0"
+
+
+@contextmanager
+def without_forecasts() -> Iterator[None]:
+    """Make no forecasts meanwhile, as of the runs of a comparison, which are measured together beforehand."""
+    before = os.environ.get("GRAFTKIT_FORECAST")
+    os.environ["GRAFTKIT_FORECAST"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GRAFTKIT_FORECAST"]
+        else:
+            os.environ["GRAFTKIT_FORECAST"] = before
 
 
 def check_processes() -> None:

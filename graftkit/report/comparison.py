@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from graftkit.report.page import RATIOS, ends_of, named
 from graftkit.report.svg import whisker
 from graftkit.report.tradeoff import Curve, Dot, learning_curves, trade_off
 
+EQUAL = 1.02  # costs that differ by less are the same
 COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("seconds", "time", duration),
     ("peak_memory_bytes", "peak memory", size),
@@ -127,7 +129,9 @@ def comparison_page(result: dict[str, Any]) -> str:
     if refused := [row for row in result["rows"] if "refused" in row]:
         cells: list[list[Child]] = [[_at(row), short(row["refused"], 400)] for row in refused]
         caption = "Methods that this task or model does not take"
-        sections.append(Section("Refused", "refused", table(caption, ["method", "why"], cells, words=2)))
+        sections.append(
+            Section("Refused", "refused", table(caption, ["method", "why"], cells, words=2, class_="told"))
+        )
     return page("Methods compared", lead, sections, f"Made by GraftKit from the runs in {result['compare']}")
 
 
@@ -161,10 +165,18 @@ def _figures(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:
     ]  # fmt: skip
     caption = (
         f"On {count(result['measured_rows'])} {result['split']} rows, after {count(result['steps'])} steps each. Time and peak "
-        "memory are medians over the seeds"
+        f"memory are medians over the seeds{_pace(result)}"
     )
     told = [element("li", difference_text(row["next"], metric), dir="auto") for row in rows if "next" in row]
     return [table(caption, heads, cells), element("ul", told) if told else None]
+
+
+def _pace(result: dict[str, Any]) -> str:
+    """Say that runs shared the machine, if they did: each took longer than it would alone."""
+    if result.get("at_once", 1) < 2:
+        return ""
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    return f"; {result['at_once']} runs trained at a time, with {threads} each"
 
 
 def _trade_offs(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:
@@ -177,15 +189,35 @@ def _trade_offs(result: dict[str, Any], rows: list[dict[str, Any]]) -> Child:
         dots = [Dot(row[key], row["mean"], row["interval"]) for row in rows]
         front = [
             i for i, row in enumerate(rows)
-            if not any((other["mean"] > row["mean"]) == up and other["mean"] != row["mean"] and other[key] <= row[key]
-                       for other in rows)
+            if not any(_beats(other, row, key, up) for other in rows)
         ]  # fmt: skip
         charts.append(
-            trade_off(f"{named(metric)} and {name}", dots, front, [row["method"] for row in rows], form, up)
+            trade_off(
+                f"{named(metric)} and {name}",
+                dots,
+                front,
+                [row["method"] for row in rows],
+                form,
+                up,
+                most_of(metric),
+            )
         )
     drawn = [one for one in charts if one is not None]
     text = "The numbers are those of the table above; costs are on a logarithmic axis."
     return [element("p", text, class_="quiet"), element("div", drawn, class_="figures")] if drawn else None
+
+
+def _beats(one: dict[str, Any], other: dict[str, Any], cost: str, up: bool) -> bool:
+    """Return whether a method is as good as another for as little, and better in one of these."""
+    gain = (one["mean"] - other["mean"]) * (1 if up else -1)
+    if gain < 0 or one[cost] > EQUAL * other[cost]:
+        return False
+    return gain > 0 or EQUAL * one[cost] < other[cost]
+
+
+def most_of(metric: str) -> float:
+    """Return the largest value that a metric can have."""
+    return 1.0 if in_points(metric) else math.inf
 
 
 def _curves(metric: str, groups: list[list[dict[str, Any]]]) -> Child:
@@ -195,7 +227,7 @@ def _curves(metric: str, groups: list[list[dict[str, Any]]]) -> Child:
                        if row["method"] == method], place)
         for place, method in enumerate(methods)
     ]  # fmt: skip
-    made = learning_curves(named(metric), curves[:8], "training rows per class")
+    made = learning_curves(named(metric), curves[:8], "training rows per class", most_of(metric))
     return element("div", made, class_="figures")
 
 

@@ -118,12 +118,22 @@ def interval_of(metrics: dict[str, Any], name: str) -> tuple[float, float] | Non
     return None if low is None or high is None or not math.isfinite(low + high) else (low, high)
 
 
+def not_a_run(folder: Path) -> UserError:
+    """Return the error for a folder that is there and holds no run."""
+    for kind, name in (("compare", "comparison"), ("curve", "learning curve")):
+        if (folder / f"{kind}.json").is_file():
+            return UserError(
+                f"{str(folder)!r} holds a {name}, whose report is {REPORT} there; name one of its runs, in {folder / 'runs'}."
+            )
+    return UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
+
+
 def read_finished(folder: Path) -> Finished:
     """Return what a finished run wrote. Raises `UserError` if the folder holds none, or one that is not finished or damaged."""
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / RECIPE).is_file():
-        raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
+        raise not_a_run(folder)
     if not (folder / RESULT).is_file():
         raise UserError(
             f"the run in {folder} is not finished; resume it with `graftkit tune --resume {folder}`."

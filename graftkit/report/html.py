@@ -95,7 +95,7 @@ def table(
         ])
         for row in rows
     ]  # fmt: skip
-    made = element("table", element("caption", caption), element("thead", element("tr", head)),
+    made = element("table", element("caption", element("span", caption)), element("thead", element("tr", head)),
                    element("tbody", body), **attributes)  # fmt: skip
     return scrolling(caption, made)
 

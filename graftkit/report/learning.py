@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graftkit.report.comparison import gain_text, in_points
+from graftkit.report.comparison import gain_text, in_points, most_of
 from graftkit.report.console import Console, count
 from graftkit.report.html import Child, Section, element, figure_text, page, short, table
 from graftkit.report.page import named
@@ -70,6 +70,7 @@ def curve_page(result: dict[str, Any]) -> str:
         named(metric),
         [Curve("measured", measured, 0), Curve("power law, extrapolated", ahead, 1, True)],
         "training rows",
+        most_of(metric),
     )
     lead: list[Child] = [
         element(

@@ -73,10 +73,12 @@ svg .whisker { stroke-width: 2; }
 .scroll + details, .facts + details { margin-top: .75rem; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; }
 caption { text-align: left; padding: 0 0 .5rem; font-size: .8125rem; }
+caption span { position: sticky; left: 0; display: inline-block; max-width: min(46rem, calc(100vw - 2rem)); }
 th, td { overflow-wrap: break-word; text-align: left; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 thead th { color: var(--quiet); font-weight: 500; font-size: .8125rem; vertical-align: bottom; white-space: nowrap; }
 tbody th, td:not(.n) { max-width: 14rem; }
 tbody th { font-weight: 500; min-width: 7rem; }
+.told td:not(.n) { max-width: 40rem; }
 table:not(.matrix) td:not(.n) { min-width: 8rem; }
 .n { text-align: right; white-space: nowrap; }
 td svg { display: block; }

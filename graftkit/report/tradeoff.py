@@ -43,16 +43,19 @@ class Curve:
 
 
 def trade_off(
-    title: str, dots: Sequence[Dot], front: Sequence[int], names: Sequence[str], form: Callable[[float], str], up: bool
+    title: str, dots: Sequence[Dot], front: Sequence[int], names: Sequence[str], form: Callable[[float], str], up: bool,
+    most: float = math.inf,
 ) -> Markup | None:  # fmt: skip
     """Return a figure of values against a cost on a logarithmic axis, with the number of each dot beside it; a line joins
-    `front`, the places of those that nothing beats here. None if a cost is not positive. `up`: larger values are better."""
+    `front`, the places of those that nothing beats here. None if a cost is not positive. `up`: larger values are better;
+    `most`: the largest value that there can be."""
     if not dots or any(dot.x <= 0 for dot in dots):
         return None
     across, axis = _axes(dots)
-    made: list[Child] = [*_grid(across, axis, form)]
+    made: list[Child] = [*_grid(across, axis, form, most)]
     steps = sorted((dots[place] for place in front), key=lambda dot: dot.x)
-    if len(steps) > 1:
+    joined = len({dot.x for dot in steps}) > 1
+    if joined:
         made.append(
             element("path", d=_path([(across(math.log(d.x)), axis(d.value)) for d in steps]), class_="even")
         )
@@ -73,17 +76,18 @@ def trade_off(
         )
     told = "; ".join(f"{short(name, 60)}: {dot.value:.4g} at {form(dot.x)}" for name, dot in zip(names, dots))
     note = f" dashed: nothing is {'better' if up else 'lower'} for less"
-    caption = element("figcaption", title, element("small", note if len(steps) > 1 else None))
+    caption = element("figcaption", title, element("small", note if joined else None))
     return element("figure", caption, drawing(WIDTH, HEIGHT, f"{title}: {told}", *made))
 
 
-def learning_curves(title: str, curves: Sequence[Curve], x: str) -> Markup | None:
-    """Return a figure of curves over numbers of rows on a logarithmic axis; None if there is no dot."""
+def learning_curves(title: str, curves: Sequence[Curve], x: str, most: float = math.inf) -> Markup | None:
+    """Return a figure of curves over numbers of rows on a logarithmic axis; None if there is no dot. `most`: the largest value
+    that there can be."""
     dots = [dot for curve in curves for dot in curve.dots]
     if not dots:
         return None
     across, axis = _axes(dots)
-    made: list[Child] = [*_grid(across, axis, lambda value: tick_text(float(f"{value:.3g}")), x)]
+    made: list[Child] = [*_grid(across, axis, lambda value: tick_text(float(f"{value:.3g}")), most, x)]
     for curve in curves:
         colour = f"c{curve.colour % COLOURS}"
         places = [(across(math.log(dot.x)), axis(dot.value)) for dot in curve.dots]
@@ -137,21 +141,23 @@ def _axes(dots: Sequence[Dot]) -> tuple[Axis, Axis]:
     return across, Axis(min(values) - space, max(values) + space, HEIGHT - BOTTOM, TOP)
 
 
-def _grid(across: Axis, up: Axis, form: Callable[[float], str], x: str = "") -> list[Markup]:
+def _grid(across: Axis, up: Axis, form: Callable[[float], str], most: float, x: str = "") -> list[Markup]:
     """Return the axes with their numbers; `across` is of logarithms."""
     base = HEIGHT - BOTTOM
     made = [element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="axis")]
     for value in ticks(up.low, up.high):
+        if value > most + 1e-9:
+            continue
         y = round(up(value), 1)
         made.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
         made.append(element("text", tick_text(value), x=LEFT - 6, y=round(y + 3.7, 1), text_anchor="end"))
-    free = 0.0  # where there is room for the next number
+    free, before = 0.0, ""  # where there is room for the next number, and the last one
     for value in log_ticks(math.exp(across.low), math.exp(across.high)):
         place = round(across(math.log(value)), 1)
         half = 3 * len(form(value))
-        if place - half < free:
+        if place - half < free or form(value) == before:  # seconds, of which fractions are not shown
             continue
-        free = place + half + 8
+        free, before = place + half + 8, form(value)
         made.append(element("line", x1=place, x2=place, y1=base, y2=base + 4, class_="axis"))
         anchor = "end" if place + half > WIDTH else "middle"
         made.append(element("text", form(value), x=place, y=base + 16, text_anchor=anchor))
@@ -162,7 +168,7 @@ def _grid(across: Axis, up: Axis, form: Callable[[float], str], x: str = "") -> 
 
 def log_ticks(low: float, high: float, most: int = 4) -> list[float]:
     """Return round numbers between two positive ones for a logarithmic axis, at most `most`: powers of ten times 1, or times
-    more digits where these are too few; a single one in the middle if there are no two."""
+    more digits where these are too few; evenly spaced ones if there are no two of these, or a single one in the middle."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for times in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         found = [t * 10.0**d for d in decades for t in times if low <= t * 10.0**d <= high]
@@ -170,6 +176,8 @@ def log_ticks(low: float, high: float, most: int = 4) -> list[float]:
             break
     if len(found) > most:
         found = found[:: math.ceil(len(found) / most)]
+    if len(found) < 2:
+        found = ticks(low, high, most)
     return found if len(found) > 1 else [float(f"{math.sqrt(low * high):.3g}")]
 
 

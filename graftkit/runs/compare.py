@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graftkit.errors import UserError
 from graftkit.files import write_json, write_text
+from graftkit.methods.base import read as read_method
 from graftkit.optim.groups import rate
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.catalogue import entries
@@ -19,11 +20,12 @@ from graftkit.recipe.sections import number_of
 from graftkit.report.comparison import comparison_page, lines_of
 from graftkit.report.console import Console, duration
 from graftkit.runs.best import Best, best_of
-from graftkit.runs.drawing import drawn
+from graftkit.runs.drawing import drawn, drawn_by_any, has_classes
 from graftkit.runs.folder import GRAFT, RESULT
-from graftkit.runs.prepare import Rows, prepare, source_of
+from graftkit.runs.prepare import Rows, drawn_from, prepare, source_of
 from graftkit.runs.ranking import ranked
 from graftkit.runs.searching import Search
+from graftkit.runs.sharing import Kind, set_pace
 from graftkit.runs.sizing import measured_on, sized
 from graftkit.runs.study import REPORT, Study, Trial, begun, group_of, opened, slugs, stored
 
@@ -67,6 +69,11 @@ class Asked:
         for count in self.few:
             if not 1 <= count <= 10**6:
                 raise UserError(f"--few is {count}; it must be a number of rows per class from 1 up.")
+
+    @property
+    def at_once(self) -> int:
+        """How many runs there are at most that do not wait for one another."""
+        return len(self.few or (0,)) * max(min(self.search, 2), self.seeds - 1)  # of each method
 
 
 @dataclass(frozen=True)
@@ -130,14 +137,24 @@ def run_compare(
     tables = tables or {}
     folder, recipe, rows = begun(KIND, recipe, tables, "there are no methods to compare")
     few = tuple(sorted(set(asked.few)))
+    if few and (rows.task.makes_model or not has_classes(rows.train, rows.labels)):
+        raise UserError(
+            f"--few draws rows of each class, but the rows of {rows.task.name}() have no single class each; leave it out. "
+            "graftkit curve compares numbers of any rows."
+        )
     for count in few:  # raises for too few rows
         at_most = drawn(_with_data(recipe, {"per_class": count}), rows.task, rows.train, rows.labels)
     recipe = sized(recipe, len(at_most) if few else len(rows.train))
-    study = Study(KIND, folder, dataclasses.asdict(asked) | {"few": list(few)}, console, tables)
-    comparing = _Comparing(study, rows, best_of(rows.task, rows.labels, recipe.train.best), asked)
+    study = Study(KIND, folder, dataclasses.asdict(asked) | {"few": list(few)}, console, tables, rows)
+    whole = drawn_from(recipe, rows)
+    comparing = _Comparing(study, whole, best_of(whole.task, rows.labels, recipe.train.best), asked)
     candidates, refused = comparing.candidates(recipe)
     with opened(study, recipe, rows.train):
-        found = [comparing.row(one, size) for size in few or (None,) for one in candidates]
+        sizes = few or (None,)
+        kinds = [comparing.kind(one, sizes) for one in candidates]
+        comparing.total = sum(kind.chains * kind.runs for kind in kinds)
+        set_pace(study, kinds, asked.at_once)
+        found = study.all([comparing.row(one, size) for size in sizes for one in candidates])
         return _finish(study, comparing, recipe, found, refused)
 
 
@@ -148,6 +165,7 @@ class _Comparing:
         self.study, self.rows, self.choice, self.asked = study, rows, choice, asked
         self.slugs: dict[str, str] = {}
         self.told: set[str] = set()
+        self.total = 0  # runs, if none fails
 
     def candidates(self, recipe: Recipe) -> tuple[list[Candidate], list[dict[str, Any]]]:
         """Return the methods that can be trained, and a row for each that is refused. Of 'all', those that are refused are
@@ -156,8 +174,11 @@ class _Comparing:
         named = [f"{name}()" for name in entries("method")] if every else []
         found: dict[str, Candidate] = {}
         refused = []
-        source = source_of(recipe)
+        found_once = source_of(recipe)
+        source = found_once if found_once.made is None else None  # a user's module takes one graft
         for text in dict.fromkeys([*(one for one in self.asked.methods if one != ALL), *named]):
+            if text in self.asked.methods:
+                read_method(text)  # raises for a name that there is not, before anything is trained
             try:
                 with_method = recipes.make(recipe.model_dump() | {"method": text})
                 one = candidate(with_method, self.rows, source)
@@ -166,29 +187,50 @@ class _Comparing:
                     refused.append({"method": text, "refused": str(error)})
                     self.study.console.line(f"{text} is refused: {error}")
                 continue
-            found.setdefault(one.method, one)
+            same = next((known for known in found if read_method(known) == read_method(one.method)), None)
+            if same is None:
+                found[one.method] = one
+            elif text in self.asked.methods:
+                self.study.console.line(f"{text} is the same as {same}")
         if not found:
-            raise UserError(
-                f"none of the methods can be trained; {refused[0]['method']}: {refused[0]['refused']}"
-            )
+            why = "".join(f"; {one['method']}: {one['refused']}" for one in refused[:1])
+            raise UserError(f"none of the methods can be trained{why or '.'}")
         self.slugs = slugs(found)
         return list(found.values()), refused
 
-    def row(self, one: Candidate, few: int | None) -> dict[str, Any]:
-        """Return the row of one method: search its learning rate, and train it with each seed."""
-        seeds = [one.recipe.seed + number for number in range(self.asked.seeds)]
+    def kind(self, one: Candidate, sizes: Sequence[int | None]) -> Kind:
+        """Return the runs of a method with each number of rows per class, for the pace."""
+        drawing = [self.recipe(one, few, 1.0, seed) for few in sizes[-1:] for seed in self.seeds(one)]
+        rows = self.study.rows
+        assert rows is not None
+        train = drawn_by_any(drawing, rows.task, rows.train, rows.labels)
+        task = rows.task.resolve(train, rows.labels, one.recipe.seed)
+        asked = self.asked
+        waits = max(1, asked.search - 1) + (asked.seeds > 1)
+        return Kind(
+            one.method, drawing[0], dataclasses.replace(rows, task=task, train=train), len(sizes),
+            asked.search + asked.seeds - 1, waits,
+        )  # fmt: skip
+
+    def seeds(self, one: Candidate) -> list[int]:
+        return [one.recipe.seed + number for number in range(self.asked.seeds)]
+
+    def row(self, one: Candidate, few: int | None) -> Generator[Any, Any, dict[str, Any]]:
+        """Return the row of one method: search its learning rate, and train it with each seed. Yields the work."""
+        seeds = self.seeds(one)
         search = Search(self.choice)
-        search.run(self.asked.search, lambda factor: self.train(one, few, factor, seeds[0]))
+        yield from search.run(
+            self.asked.search, lambda factors: self.train(one, few, [(f, seeds[0]) for f in factors])
+        )
         factor = search.best
         about: dict[str, Any] = {"method": one.method} | ({} if few is None else {"few": few})
         if factor is None:
             return about | {"refused": search.refused}
-        trials, failed = [], []
-        for seed in seeds:
-            try:
-                trials.append(self.train(one, few, factor, seed))
-            except UserError as error:
-                failed.append(f"seed {seed}: {error}")
+        found = yield from self.train(one, few, [(factor, seed) for seed in seeds])
+        trials = [trial for trial in found if isinstance(trial, Trial)]
+        failed = [
+            f"seed {seed}: {error}" for seed, error in zip(seeds, found) if isinstance(error, UserError)
+        ]
         return about | self.measured(trials) | {
             "learning_rate": one.rate * factor, "learning_rates": {k: v * factor for k, v in one.rates.items()},
             "lr_scale": factor,
@@ -212,27 +254,44 @@ class _Comparing:
             "runs": [str(trial.path) for trial in trials],
         }
 
-    def train(self, one: Candidate, few: int | None, factor: float, seed: int) -> Trial:
-        """Return the run of a method with a factor on its learning rates and a seed."""
+    def recipe(self, one: Candidate, few: int | None, factor: float, seed: int) -> Recipe:
+        """Return the recipe of a run with a factor on its learning rates and a seed."""
         train = one.recipe.train.model_copy(update={"lr_scale": one.recipe.train.lr_scale * factor})
         data = {"seed": one.recipe.seed if one.recipe.data.seed is None else one.recipe.data.seed}
         data |= {} if few is None else {"per_class": few}
-        recipe = _with_data(one.recipe, data).model_copy(update={"train": train, "seed": seed})
+        return _with_data(one.recipe, data).model_copy(update={"train": train, "seed": seed})
+
+    def train(
+        self, one: Candidate, few: int | None, wanted: Sequence[tuple[float, int]]
+    ) -> Generator[Any, Any, list[Trial | UserError]]:
+        """Return the runs of a method with each factor and seed. Yields the work."""
         drawn_rows = "" if few is None else f"-few{few}"
-        name = f"{self.slugs[one.method]}{drawn_rows}-lr{one.rate * factor:.3g}-seed{seed}"
-        known = self.study.is_finished(name)
-        trial = self.study.run(recipe, name)
-        value = trial.result["metrics"][self.choice.figure]
-        few_rows = "" if few is None else f", {few} rows per class"
-        took = "done before" if known else f"in {duration(trial.result['seconds'])}"
-        if name in self.told:  # the trial of the search is the first of the seeds
-            return trial
-        self.told.add(name)
-        self.study.console.line(
-            f"{one.method}{few_rows}, learning rate {one.rate * factor:.3g}, seed {seed}: "
-            f"{self.choice.figure} {value:.4f}, {took}"
-        )
-        return trial
+        names = [
+            f"{self.slugs[one.method]}{drawn_rows}-lr{one.rate * factor:.3g}-seed{seed}"
+            for factor, seed in wanted
+        ]
+        of = dict(zip(names, wanted))
+
+        def ended(name: str, before: bool) -> None:
+            if name in self.told:  # the trial of the search is the first of the seeds
+                return
+            self.told.add(name)
+            factor, seed = of[name]
+            result = self.study.trial(name).result
+            few_rows = "" if few is None else f", {few} rows per class"
+            took = "done before" if before else f"in {duration(result['seconds'])}"
+            value = result["metrics"][self.choice.figure]
+            self.study.console.line(
+                f"{one.method}{few_rows}, learning rate {one.rate * factor:.3g}, seed {seed}: "
+                f"{self.choice.figure} {value:.4f}, {took} ({len(self.told)} of {self.total})"
+            )
+
+        recipes = [(self.recipe(one, few, *which), name) for name, which in of.items()]
+        found = yield from self.study.runs(recipes, ended)
+        for name, trial in zip(names, found):
+            if isinstance(trial, UserError):
+                self.study.console.line(f"{name} could not be trained: {trial}")
+        return found
 
 
 def _peak(result: Mapping[str, Any]) -> int:
@@ -267,6 +326,7 @@ def _finish(
         "compare": str(study.folder), "task": recipe.task, "model": recipe.model, "metric": choice.figure,
         "direction": choice.direction, **measured_on(recipe, comparing.rows), "steps": recipe.train.steps,
         "search": comparing.asked.search,
+        **({} if study.pace is None else dataclasses.asdict(study.pace)),
     }  # fmt: skip
     made = ranked(trained, groups, choice)
     result |= made | {"notes": [*result["notes"], *made["notes"]]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from graftkit.report.console import Console, duration
 from graftkit.report.learning import curve_lines, curve_page, sentence
 from graftkit.runs.best import Best, best_of
 from graftkit.runs.folder import RESULT
-from graftkit.runs.prepare import Rows, rehearse, source_of
+from graftkit.runs.prepare import Rows, drawn_from, rehearse, source_of
+from graftkit.runs.sharing import Kind, set_pace
 from graftkit.runs.sizing import measured_on, sized
 from graftkit.runs.study import REPORT, Study, Trial, begun, group_of, opened, stored
 
@@ -99,29 +100,49 @@ def run_curve(
     folder, recipe, rows = begun(KIND, recipe, tables, "rows to train on do not matter")
     sizes = asked.sizes(len(rows.train))
     recipe = sized(recipe, len(rows.train))
-    choice = best_of(rows.task, rows.labels, recipe.train.best)
     given = {"method": recipe.method, "points": asked.points, "seeds": asked.seeds}
-    study = Study(KIND, folder, given, console, tables)
-    rehearse(recipe, rows, source_of(recipe))
+    study = Study(KIND, folder, given, console, tables, rows)
+    whole = drawn_from(recipe, rows)
+    choice = best_of(whole.task, rows.labels, recipe.train.best)
+    rehearse(recipe, whole, source_of(recipe))
     with opened(study, recipe, rows.train):
-        trials = [
-            [_train(study, recipe, choice, size, seed) for seed in range(asked.seeds)] for size in sizes
-        ]
-        return _finish(study, recipe, rows, choice, sizes, trials)
+        number = len(sizes) * asked.seeds
+        set_pace(study, [Kind(recipe.method or "", recipe, whole, 1, number, 1)], number)
+        found = study.all([_train(study, recipe, choice, sizes, asked.seeds)])[0]
+        trials = [found[place : place + asked.seeds] for place in range(0, number, asked.seeds)]
+        return _finish(study, recipe, whole, choice, sizes, trials)
 
 
-def _train(study: Study, recipe: Recipe, choice: Best, size: int, number: int) -> Trial:
-    """Return the run on `size` rows, drawn with the seed of this number."""
+def _train(
+    study: Study, recipe: Recipe, choice: Best, sizes: Sequence[int], seeds: int
+) -> Generator[Any, Any, list[Trial]]:
+    """Return the runs on each number of rows, drawn with each seed. Yields the work."""
     held = recipe.seed if recipe.data.seed is None else recipe.data.seed
-    data = recipe.data.model_copy(update={"rows": size, "seed": held})
-    seed = recipe.seed + number
-    name = f"rows{size}-seed{seed}"
-    known = study.is_finished(name)
-    trial = study.run(recipe.model_copy(update={"data": data, "seed": seed}), name)
-    took = "done before" if known else f"in {duration(trial.result['seconds'])}"
-    value = trial.result["metrics"][choice.figure]
-    study.console.line(f"{size:,} rows, seed {seed}: {choice.figure} {value:.4f}, {took}")
-    return trial
+    wanted: dict[str, tuple[int, int]] = {
+        f"rows{size}-seed{recipe.seed + number}": (size, recipe.seed + number)
+        for size in sizes for number in range(seeds)
+    }  # fmt: skip
+
+    made: list[str] = []
+
+    def ended(name: str, before: bool) -> None:
+        made.append(name)
+        (size, seed), result = wanted[name], study.trial(name).result
+        took = "done before" if before else f"in {duration(result['seconds'])}"
+        value = result["metrics"][choice.figure]
+        study.console.line(
+            f"{size:,} rows, seed {seed}: {choice.figure} {value:.4f}, {took} ({len(made)} of {len(wanted)})"
+        )
+
+    def of(size: int, seed: int) -> Recipe:
+        data = recipe.data.model_copy(update={"rows": size, "seed": held})
+        return recipe.model_copy(update={"data": data, "seed": seed})
+
+    found = yield from study.runs([(of(*which), name) for name, which in wanted.items()], ended)
+    for trial in found:
+        if isinstance(trial, UserError):
+            raise trial
+    return [trial for trial in found if isinstance(trial, Trial)]
 
 
 def _finish(

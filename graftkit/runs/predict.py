@@ -28,6 +28,7 @@ from graftkit.grafts.load import load
 from graftkit.grafts.stored import DESCRIPTION
 from graftkit.recipe import schema as recipes
 from graftkit.recipe.schema import Recipe
+from graftkit.report.finished import not_a_run
 from graftkit.report.html import short
 from graftkit.report.making import report_of_rows
 from graftkit.report.table import check_path, held, writing
@@ -90,7 +91,7 @@ def open_run(
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{str(folder)!r} is not a run folder (it has no recipe.yaml).")
+        raise not_a_run(folder)
     if finished and not (folder / "result.json").is_file():
         raise UserError(
             f"the run in {folder} is not finished; resume it with `graftkit tune --resume {folder}`."

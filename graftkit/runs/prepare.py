@@ -157,7 +157,13 @@ def refuse_step_in_backward(recipe: Recipe) -> None:
 
 
 def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test: Any = None) -> Rows:
-    """Read and check every row before a model is loaded. `train` etc. are tables in memory, from Python."""
+    """Read and check every row before a model is loaded, and draw those to train on. `train` etc. are tables in memory, from
+    Python."""
+    return drawn_from(recipe, read_rows(recipe, train, evaluation, test))
+
+
+def read_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test: Any = None) -> Rows:
+    """Read and check every row; all that are not held out are left to train on."""
     refuse_step_in_backward(recipe)
     task = make_task(recipe.task)
     data = recipe.data
@@ -175,13 +181,20 @@ def prepare_rows(recipe: Recipe, train: Any = None, evaluation: Any = None, test
         held = _examples(task, read(data.eval, evaluation, "eval"), columns, labels, data.skip_bad)
     elif data.eval is not None:
         examples, held = task.split(examples, data.eval, recipe.seed if data.seed is None else data.seed)
-    examples = drawn(recipe, task, examples, labels)
-    task = task.resolve(examples, labels, recipe.seed)
+    drawn(recipe, task, examples, labels)  # raises for too few before more is read
     best_of(task, labels, recipe.train.best)  # raises for an unknown one before a model is loaded
     tested = None
     if test is not None or data.test is not None:
         tested = _examples(task, read(data.test, test, "test"), columns, labels, data.skip_bad)
     return Rows(task, columns, labels, examples, held, tested, read_probe(recipe))
+
+
+def drawn_from(recipe: Recipe, rows: Rows) -> Rows:
+    """Return the rows of a run from those that were read: the drawn ones, and the task with what follows from them."""
+    examples = drawn(recipe, rows.task, rows.train, rows.labels)
+    return dataclasses.replace(
+        rows, task=rows.task.resolve(examples, rows.labels, recipe.seed), train=examples
+    )
 
 
 def _examples(

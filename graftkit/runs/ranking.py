@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from graftkit.insight.paired import Group, draws_rows, interval, resampled
+from graftkit.report.comparison import EQUAL
 from graftkit.runs.best import Best
 
 COSTS = ("seconds", "peak_memory_bytes", "trained_parameters")
-EQUAL = 1.02  # costs that differ by less are the same
 
 
 def ranked(rows: Sequence[dict[str, Any]], groups: Sequence[Group], choice: Best) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from graftkit.errors import UserError
 from graftkit.runs.best import Best
 from graftkit.runs.study import Trial
 
+Found = Trial | UserError
 STEP = math.sqrt(10)  # between two factors on the learning rates, at first
 
 
@@ -62,14 +63,22 @@ class Search:
         upward = high is not None and (low is None or self.choice.better(high, low))
         return _round(math.sqrt(best * (above if upward else below)))
 
-    def run(self, count: int, train: Callable[[float], Trial]) -> None:
-        """Make `count` trials. `train` makes one with a factor, or raises `UserError`."""
+    def run(
+        self, count: int, train: Callable[[list[float]], Generator[Any, Any, list[Found]]]
+    ) -> Generator[Any, Any, None]:
+        """Make `count` trials. `train` makes those of some factors, side by side if it can: it is a chain of work
+        (`side_by_side`), and returns a trial or a `UserError` for each."""
+        known: dict[float, Found] = {}
         while len(self.trials) < count:
             factor = self.next()
-            try:
-                self.trials[factor] = train(factor)
-            except UserError as error:
-                self.trials[factor], self.refused = None, str(error)
+            if factor not in known:  # the second does not depend on how good the first is
+                ahead = [factor] if self.trials or count == 1 else [factor, _round(factor * STEP)]
+                known |= zip(ahead, (yield from train(ahead)))
+            found = known[factor]
+            if isinstance(found, UserError):
+                self.trials[factor], self.refused = None, str(found)
+            else:
+                self.trials[factor] = found
 
 
 def _round(factor: float) -> float:

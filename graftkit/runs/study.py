@@ -9,9 +9,10 @@ import re
 import shlex
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,23 @@ from graftkit.engine.tracking import flat
 from graftkit.errors import Interrupted, Note, UserError, listing
 from graftkit.files import read_json, write_json
 from graftkit.insight.paired import Group
+from graftkit.recipe.environment import without_forecasts
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.runs.folder import RECIPE, RESULT
-from graftkit.runs.prepare import Rows, prepare_rows
+from graftkit.runs.measuring import Pace
+from graftkit.runs.prepare import Rows, drawn_from, read_rows
 from graftkit.runs.saved import read_result
 from graftkit.runs.scores import read_scores
+from graftkit.runs.side_by_side import Chain, Job, SideBySide, in_turn
 from graftkit.runs.sizing import refuse_unfit
 from graftkit.runs.tune import resume_run, run_recipe
 from graftkit.tasks.base import Examples
 
 RUNS = "runs"
 REPORT = "report.html"
+NOUNS = {"compare": "comparison"}  # of commands that are no noun themselves
+UNKNOWN = 1 << 62  # bytes: nothing else runs beside it
 
 
 @dataclass(frozen=True)
@@ -52,40 +58,74 @@ class Trial:
 
 @dataclass
 class Study:
-    """A folder with runs of one recipe. `kind`: the command that made it; `given`: what it was asked for."""
+    """A folder with runs of one recipe. `kind`: the command that made it; `given`: what it was asked for; `rows`: all rows that
+    were read, from which runs draw theirs; `pace`: how many runs train at a time, each in a process of its own; None: one after
+    the other, in this process. `memory`: bytes that a run takes, by method."""
 
     kind: str
     folder: Path
     given: dict[str, Any]
     console: Console
     tables: Mapping[str, Any] = field(default_factory=dict)
+    rows: Rows | None = None
+    pace: Pace | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)  # notes of runs that were shown
 
-    def run(self, recipe: Recipe, name: str) -> Trial:
-        """Return the run of a recipe in the folder `name`: the finished one, or one that is resumed or made now.
-
-        Raises `UserError` if it cannot be trained, and `Interrupted` on Ctrl-C.
-        """
-        folder = self.folder / RUNS / name
-        if (folder / RESULT).is_file():
-            return Trial(folder, read_result(folder / RESULT))
-        quiet = Console(quiet=True)
-        recipe = recipe.model_copy(update={"out": str(folder)})
-        gc.collect()
-        reset_peak_memory(device())
+    def all(self, chains: Sequence[Chain]) -> list[Any]:
+        """Do all work, and return the results of the chains. Raises `Interrupted` on Ctrl-C."""
         try:
-            with told_once():
-                if (folder / RECIPE).is_file():
-                    try:
-                        return Trial(folder, resume_run(folder, quiet, tables=self.tables).result)
-                    except UserError:  # killed so early, or changed: it is made again
-                        pass
-                run = run_recipe(recipe, quiet, tables=self.tables, overwrite=True)
+            if self.pace is None:
+                return in_turn(chains)
+            return SideBySide(self.pace.at_once, self.pace.threads, self.told).run(chains)
         except (Interrupted, KeyboardInterrupt):
             raise Interrupted(f"stopped. Go on with: {self.how_to_go_on}") from None
-        return Trial(folder, run.result)
+
+    def runs(
+        self, wanted: Sequence[tuple[Recipe, str]], ended: Callable[[str, bool], None]
+    ) -> Generator[Any, Any, list[Trial | UserError]]:
+        """Return the run of each recipe in the folder of its name, or why it cannot be trained. Yields the work: finished runs
+        are not made again. `ended` is told the name of each run that is there, and whether it was before."""
+        jobs: dict[str, Job] = {}
+        for recipe, name in wanted:
+            if self.is_finished(name):
+                ended(name, True)
+            else:
+                memory = self.memory.get(recipe.method or "", UNKNOWN)
+                jobs[name] = Job(partial(self.make, recipe, name), partial(ended, name, False), memory)
+        outcomes = dict(zip(jobs, (yield list(jobs.values())))) if jobs else {}
+        return [
+            found if isinstance(found := outcomes.get(name), UserError) else self.trial(name)
+            for _, name in wanted
+        ]
+
+    def make(self, recipe: Recipe, name: str) -> None:
+        """Make the run of a recipe in the folder `name`, or resume it. Raises `UserError` if it cannot be trained."""
+        folder = self.folder / RUNS / name
+        quiet = Console(quiet=True)
+        recipe = recipe.model_copy(update={"out": str(folder)})
+        rows = None if self.rows is None else drawn_from(recipe, self.rows)
+        gc.collect()
+        reset_peak_memory(device())
+        with told_once(), without_forecasts():
+            if (folder / RECIPE).is_file():
+                try:
+                    resume_run(folder, quiet, tables=self.tables, rows=rows)
+                    return
+                except UserError:  # killed so early, changed or damaged: it is made again
+                    pass
+            run_recipe(recipe, quiet, tables=self.tables, overwrite=True, rows=rows)
+
+    def trial(self, name: str) -> Trial:
+        """Return a finished run. Raises `UserError` if its result is damaged."""
+        folder = self.folder / RUNS / name
+        return Trial(folder, read_result(folder / RESULT))
 
     def is_finished(self, name: str) -> bool:
-        return (self.folder / RUNS / name / RESULT).is_file()
+        try:
+            return self.trial(name).result is not None
+        except UserError:  # not there, or damaged
+            return False
 
     @property
     def how_to_go_on(self) -> str:
@@ -116,7 +156,7 @@ def opened(study: Study, recipe: Recipe, rows: Examples) -> Iterator[Study]:
             p.name for p in study.folder.iterdir() if p.name != claims.LOCK and not claims.is_leftover(p)
         ]:
             raise UserError(
-                f"folder {str(study.folder)!r} holds files that are not of a {study.kind} ({listing(sorted(names), 5)}); name "
+                f"folder {str(study.folder)!r} holds files that are not of a {noun(study.kind)} ({listing(sorted(names), 5)}); name "
                 "another with --out."
             )
         claims.remove_leftovers(study.folder)
@@ -133,11 +173,11 @@ def group_of(trials: Sequence[Trial], figure: str) -> Group:
 def begun(
     kind: str, recipe: Recipe, tables: Mapping[str, Any], nothing: str
 ) -> tuple[Path, Recipe, Rows]:  # fmt: skip
-    """Return the folder, the settled recipe and the rows of a study. Raises `UserError` for a recipe whose runs cannot be
+    """Return the folder, the settled recipe and all rows of a study. Raises `UserError` for a recipe whose runs cannot be
     compared; `nothing`: what there is not, with a task that uses the model unchanged."""
     refuse_unfit(recipe, kind)
     folder, recipe = folder_of(kind, recipe.out), settled(recipe)
-    rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+    rows = read_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
     if not rows.task.trains:
         raise UserError(f"{rows.task.name}() uses the model unchanged, so {nothing}.")
     return folder, recipe, rows
@@ -174,7 +214,7 @@ def _refuse_another(study: Study, before: Mapping[str, Any], now: Mapping[str, A
             for key in different
         ]
         raise UserError(
-            f"{study.folder} holds a {study.kind} of another recipe: {listing(what, 3)}. Name another folder with --out, or go "
+            f"{study.folder} holds a {noun(study.kind)} of another recipe: {listing(what, 3)}. Name another folder with --out, or go "
             f"on with it as it began: {study.how_to_go_on}."
         )
 
@@ -189,6 +229,10 @@ def digest_of(rows: Examples) -> str:
     targets: Any = rows.targets
     digest.update(targets.tobytes() if isinstance(targets, np.ndarray) else repr(targets).encode())
     return digest.hexdigest()
+
+
+def noun(kind: str) -> str:
+    return NOUNS.get(kind, kind)
 
 
 def folder_of(kind: str, out: str | Path | None) -> Path:
@@ -208,13 +252,13 @@ def stored(kind: str, folder: Path, numbers: Iterable[str]) -> dict[str, Any]:
     damaged, or if its rows were in memory."""
     path = folder / f"{kind}.json"
     if not path.is_file():
-        raise UserError(f"{str(folder)!r} holds no {kind} to go on with (it has no {path.name}).")
+        raise UserError(f"{str(folder)!r} holds no {noun(kind)} to go on with (it has no {path.name}).")
     found = read_json(path)
     if not isinstance(found.get("recipe"), dict) or not all(
         isinstance(found.get(name), int) for name in numbers
     ):
         raise UserError(
-            f"{path} does not describe a {kind}; restore it from a copy, or begin again with another --out."
+            f"{path} does not describe a {noun(kind)}; restore it from a copy, or begin again with another --out."
         )
     if IN_MEMORY in (found["recipe"].get("data") or {}).values():
         raise UserError(

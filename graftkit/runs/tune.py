@@ -25,6 +25,7 @@ from graftkit.recipe import schema as recipes
 from graftkit.recipe.environment import are_several, forecasts
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
+from graftkit.report.finished import not_a_run
 from graftkit.report.summary import show_found, show_plan, show_rendered
 from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
@@ -35,7 +36,7 @@ from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
 from graftkit.runs.pace import Pace
-from graftkit.runs.prepare import Prepared, prepare, prepare_rows, rehearse, source_of
+from graftkit.runs.prepare import Prepared, Rows, prepare, prepare_rows, rehearse, source_of
 from graftkit.runs.progress import Smooth, due, stop_signals
 from graftkit.runs.reporting import found_in, show_cached
 from graftkit.runs.saved import log_lines, read_plan, read_result
@@ -139,9 +140,10 @@ def tune(
 
 
 def run_recipe(
-    recipe: Recipe, console: Console, *, tables: Mapping[str, Any] | None = None, overwrite: bool = False
-) -> Run:
-    """Train a recipe from the start into its run folder.
+    recipe: Recipe, console: Console, *, tables: Mapping[str, Any] | None = None, overwrite: bool = False,
+    rows: Rows | None = None,
+) -> Run:  # fmt: skip
+    """Train a recipe from the start into its run folder. `rows`: its rows, where they are known and the recipe is rehearsed.
 
     Under `torchrun` or `accelerate launch`, all processes train together: one step accumulates
     `train.accumulate` batches in each process.
@@ -156,13 +158,15 @@ def run_recipe(
     with ExitStack() as stack:
         claimed = in_first(lambda: stack.enter_context(run_folder.claimed(recipe, overwrite)))
         folder = claimed or run_folder.named(str(recipe.out))
+        rehearsed = rows is not None
         with uncollected():
-            rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+            rows = rows or prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
         recipe = budgeted(recipe, rows, console)
         recipe = stack.enter_context(started(recipe, rows, folder))
         source = source_of(recipe)
-        with uncollected():  # imports the code of the model
-            rehearse(recipe, rows, source)
+        if not rehearsed:
+            with uncollected():  # imports the code of the model
+                rehearse(recipe, rows, source)
         prepared = prepare(recipe, rows, source)
         prepared, datasets = encoded(prepared)
         prepared, curve = with_found_lr(prepared, console)
@@ -201,8 +205,9 @@ def resume(
 
 
 def resume_run(
-    folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None, force: bool = False
-) -> Run:
+    folder: Path, console: Console, *, tables: Mapping[str, Any] | None = None, force: bool = False,
+    rows: Rows | None = None,
+) -> Run:  # fmt: skip
     """Resume an unfinished run. Raises `UserError` if its inputs are not those that it started with, unless `force`."""
     console.quiet_unless(processes()[0] == 0)
     folder = folder.expanduser().absolute()
@@ -211,7 +216,7 @@ def resume_run(
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist.")
     if not (folder / RECIPE).is_file():
-        raise UserError(f"{str(folder)!r} is not a run folder (it has no {RECIPE}).")
+        raise not_a_run(folder)
     recipe = recipes.make(recipes.read(folder / RECIPE), str(folder / RECIPE), stored=True)
     recipe = run_folder.at_home(recipe, folder)
     if (folder / RESULT).is_file():
@@ -233,7 +238,7 @@ def resume_run(
             )
     with ExitStack() as stack:
         in_first(lambda: stack.enter_context(run_folder.held(folder)))
-        rows = prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
+        rows = rows or prepare_rows(recipe, tables.get("train"), tables.get("eval"), tables.get("test"))
         prepared = prepare(recipe, rows)
         prepared, datasets = encoded(prepared)
         planned = _planned(prepared, datasets)

@@ -49,13 +49,14 @@ def rows(tmp_path_factory):
 def test_methods_are_compared(command, tiny_bert, rows, tmp_path):
     out = tmp_path / "out"
     asked = words(
-        tiny_bert, rows, out, "--seeds", 2, "--search", 2, "--methods", HEAD, BITFIT, "lora(sites='nowhere')"
-    )
+        tiny_bert, rows, out, "--seeds", 2, "--search", 2, "--methods", HEAD, BITFIT, "lora(sites='nowhere')",
+        HEAD.replace("=", " = "),
+    )  # fmt: skip
     done = command("compare", *asked, "--json")
     assert done.status == 0, done.err
     result = json.loads(done.out)
     *trained, refused = result["rows"]
-    assert {row["method"] for row in trained} == {HEAD, BITFIT}
+    assert {row["method"] for row in trained} == {HEAD, BITFIT} and f"is the same as {HEAD}" in done.err
     assert "nowhere" in refused["refused"] and refused["method"] == "lora(sites='nowhere')"
     for row in trained:
         runs = [
@@ -79,6 +80,7 @@ def test_methods_are_compared(command, tiny_bert, rows, tmp_path):
     first, second = trained
     assert first["mean"] >= second["mean"] and first["next"]["than"] == second["method"]
     assert first["next"]["by"] == pytest.approx(first["mean"] - second["mean"])
+    assert "(6 of 6)" in done.err
     assert set(result["pareto"]) <= {HEAD, BITFIT} and result["pareto"]
     assert result["split"] == "test" and result["measured_rows"] == 40
     page = (out / "report.html").read_text()
@@ -101,6 +103,9 @@ def test_methods_are_compared(command, tiny_bert, rows, tmp_path):
     )
     other = command("compare", *asked, "train.weight_decay=0.5")
     assert other.status == 1 and "of another recipe: train.weight_decay was 0.01 and is 0.5" in other.err
+    for name in ("report", "evaluate"):
+        done = command(name, out, *(["--data", rows / "eval.csv"] if name == "evaluate" else []))
+        assert done.status == 1 and "holds a comparison, whose report is report.html there" in done.err
     refused = command("compare", "--resume", out, "--seeds", 3)
     assert refused.status == 1 and "--resume goes on as it began" in refused.err
     shutil.rmtree(out)
@@ -156,11 +161,18 @@ def test_mistakes_are_told_before_anything_is_trained(command, tiny_bert, rows, 
     assert "set data.eval" in error("--methods", HEAD, "data.eval=null")
     assert "none of the methods can be trained" in error("--methods", "lora(sites='nowhere')")
     assert "leave data.rows" in error("--methods", HEAD, "data.rows=5")
+    assert "Did you mean 'head'?" in error("--methods", HEAD, "haed()")
+    tagged = tmp_path / "tagged.conll"
+    tagged.write_text("".join(f"apple{i} B-FRUIT\nis O\nold O\n\n" for i in range(8)))
+    done = command(
+        "compare", "--model", tiny_bert, "--task", "tag", "--train", tagged, "--methods", HEAD, "--few", 2, "--out", out
+    )  # fmt: skip
+    assert done.status == 1 and "the rows of tag() have no single class each; leave it out" in done.err
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("x")
-    assert "holds files that are not of a compare (mine.txt)" in error("--methods", HEAD)
-    for text, wrong in ((None, "no compare to go on with"), ("{}", "does not describe a compare")):
+    assert "holds files that are not of a comparison (mine.txt)" in error("--methods", HEAD)
+    for text, wrong in ((None, "no comparison to go on with"), ("{}", "does not describe a comparison")):
         if text is not None:
             (out / "compare.json").write_text(text)
         done = command("compare", "--resume", out)
@@ -220,5 +232,52 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, tables, how):
     monkeypatch.setattr("graftkit.runs.study.run_recipe", stop)
     recipe = recipes.make({"model": "m", "data": {"train": "t.csv"}})
     with pytest.raises(Interrupted) as stopped:
-        Study("compare", tmp_path, {}, Console(quiet=True), tables).run(recipe, "one")
+        study = Study("compare", tmp_path, {}, Console(quiet=True), tables)
+        study.all([study.runs([(recipe, "one")], lambda *_: None)])
     assert how in str(stopped.value)
+
+
+OWN = """
+from torch import nn
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 16)
+        self.blocks = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+        self.output = nn.Linear(16, 2)
+
+    def forward(self, input_ids, attention_mask):
+        states = self.embedding(input_ids)
+        for block in self.blocks:
+            states = block(states).relu()
+        return self.output(states.mean(1))
+
+
+def make():
+    from graftkit import Backbone
+    from transformers import AutoTokenizer
+
+    return Backbone(Reader(), AutoTokenizer.from_pretrained(FOLDER), max_length=32)
+"""
+
+
+def test_a_users_module_takes_each_method(tiny_bert, rows, tmp_path, monkeypatch):
+    (tmp_path / "own_compared.py").write_text(f"FOLDER = {str(tiny_bert)!r}\n{OWN}")
+    monkeypatch.syspath_prepend(tmp_path)
+    from graftkit.backbone.source import find_source
+    from graftkit.files import write_tensors
+
+    made = find_source("own_compared:make").made
+    write_tensors(tmp_path / "weights.safetensors", dict(made.model.state_dict()))
+    recipe = recipes.make({
+        "model": "own_compared:make", "weights": str(tmp_path / "weights.safetensors"),
+        "data": {"train": str(rows / "train.csv")},
+    })  # fmt: skip
+    asked = comparing.Asked(("lora(rank=2, sites='re:blocks.*')", "unfreeze('embedding')"))
+    work = comparing._Comparing(
+        Study("compare", rows, {}, Console(quiet=True)), prepare_rows(recipe), Best("accuracy", "max"), asked
+    )
+    found, refused = work.candidates(recipe)
+    assert not refused and len(found) == 2

@@ -16,17 +16,28 @@ from graftkit.runs.study import Trial
 def searched(best: float, count: int, diverges: float = math.inf, direction: str = "max") -> Search:
     """A search whose metric is highest at `best` times the default rate, and fails from `diverges` on."""
 
-    def train(factor: float) -> Trial:
+    def made(factor: float) -> Trial | UserError:
         if factor >= diverges:
-            raise UserError("the loss is not finite")
+            return UserError("the loss is not finite")
         value = 1 - 0.1 * math.log10(factor / best) ** 2
         return Trial(
             Path(), {"evaluation": {"accuracy": value if direction == "max" else -value, "loss": 0.5}}
         )
 
     search = Search(Best("accuracy", direction))
-    search.run(count, train)
+    done(search.run(count, lambda factors: together(map(made, factors))))
     return search
+
+
+def together(found):
+    """What a chain of work returns, without any work."""
+    yield from ()
+    return list(found)
+
+
+def done(chain):
+    for work in chain:
+        raise AssertionError(work)
 
 
 @pytest.mark.parametrize("best", [0.1, 0.4, 1.0, 2.0, 30.0])
@@ -49,5 +60,6 @@ def test_rates_that_diverge_are_lowered_and_equal_ones_stay_near_the_default():
     assert search.best == 0.31623 and "not finite" in search.refused
     assert searched(1.0, 2, diverges=1e-9).best is None
     same = Search(Best("accuracy", "max"))
-    same.run(4, lambda factor: Trial(Path(), {"evaluation": {"accuracy": 1.0, "loss": 0.1}}))
+    one = Trial(Path(), {"evaluation": {"accuracy": 1.0, "loss": 0.1}})
+    done(same.run(4, lambda factors: together([one for _ in factors])))
     assert same.best == 1.0
