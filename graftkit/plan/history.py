@@ -29,9 +29,11 @@ COVERED = 0.9  # of the runs before lie within their interval
 
 @dataclass(frozen=True)
 class History:
-    """The runs of one machine: `ratios`: measured by predicted of each figure, oldest first."""
+    """The runs of one machine, oldest first. `ratios`: measured by predicted of each figure, of runs that were foreseen in the
+    same way; `all`: of any."""
 
     ratios: dict[str, list[float]]
+    all: dict[str, list[float]]
 
     def interval(self, figure: str, value: float) -> list[float]:
         """Return the least and most that a figure is expected to be: the range of nine runs in ten before, or a default."""
@@ -49,21 +51,20 @@ class History:
                 "runs": len(ratios), "median": round(float(np.median(np.abs(np.array(ratios) - 1))), 4),
                 "largest": round(float(np.abs(np.array(ratios) - 1).max()), 4),
             }
-            for figure, ratios in self.ratios.items() if ratios
+            for figure, ratios in self.all.items() if ratios
         }  # fmt: skip
         return found or None
 
 
 def read(machine: str, by: str, path: Path | None = None) -> History:
-    """Return what is known of a machine. `by`: how the run to come is foreseen; the errors of one way tell nothing of the other."""
-    ratios: dict[str, list[float]] = {figure: [] for figure in FIGURES}
-    for line in _lines(path or cache_folder() / FILE):
-        if line.get("machine") == machine and line.get("by") == by:
-            for figure in FIGURES:
-                ratio = _ratio(line, figure)
-                if ratio is not None:
-                    ratios[figure].append(ratio)
-    return History({figure: found[-LAST:] for figure, found in ratios.items()})
+    """Return what is known of a machine. `by`: how the run to come is foreseen, whose errors tell nothing of the other way."""
+    lines = [line for line in _lines(path or cache_folder() / FILE) if line.get("machine") == machine]
+
+    def ratios(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
+        found = {figure: [_ratio(line, figure) for line in lines] for figure in FIGURES}
+        return {figure: [one for one in known if one is not None][-LAST:] for figure, known in found.items()}
+
+    return History(ratios([line for line in lines if line.get("by") == by]), ratios(lines))
 
 
 def add(

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from graftkit.runs.prepare import Prepared, graft_of, source_of
 from graftkit.runs.trial import heaviest_of
 from graftkit.tasks.base import Dataset
 
+FEW = 10  # steps, below which those of the run count less than what was foreseen
 SAMPLE = 200  # batches of the first epoch whose lengths are looked at
 
 
@@ -82,10 +83,21 @@ def foresee_by_trial(prepared: Prepared, datasets: Mapping[str, Dataset], *, mak
     return replace(cast, advice=advice(cast, prepared.device))
 
 
+def foresee_without_weights(
+    prepared: Prepared, datasets: Mapping[str, Dataset], machine: Machine | None = None
+) -> Forecast:
+    """Return what a run will take, from a trial that an earlier run kept, or from counting its operations. `machine`: another
+    one than this."""
+    if machine is None:
+        with suppress(Exception):
+            return foresee_by_trial(prepared, datasets, make=False)
+    return foresee_always(prepared, datasets, twin=prepared.graft, machine=machine)
+
+
 def foresee_always(
     prepared: Prepared, datasets: Mapping[str, Dataset], *, twin: Graft | None = None, machine: Machine | None = None
 ) -> Forecast:  # fmt: skip
-    """Return what a run will take. `twin`: its graft on the meta device, if there is one already: it is used up. `machine`:
+    """Return what a run will take, from its operations on fake tensors. `twin`: its graft on the meta device, if there is one already: it is used up. `machine`:
     another one than this."""
     rates = Rates(prepared.device) if machine is None else None
     known = history.read("" if rates is None else rates.machine, history.COUNT)
@@ -294,7 +306,7 @@ class Reality:
 
     def __init__(self, prepared: Prepared, datasets: Mapping[str, Dataset], console: Console) -> None:
         """Foresee the run and print that."""
-        self.device = prepared.device
+        self.device, self.steps = prepared.device, prepared.settings.steps
         if forecasts():
             make_resident(prepared.graft.model)
         self.peak = Peak(prepared.device)
@@ -303,6 +315,17 @@ class Reality:
             told(self.foreseen, console)
         self.peak.restart()
         self.over: int | None = None
+
+    def left(self, step: int, stepping: float) -> float | None:
+        """Return the seconds that are left after `step` steps, which took `stepping` seconds without evaluations: those foreseen,
+        times how much longer steps take than foreseen, of which the first ones say little. None if nothing is foreseen."""
+        if self.foreseen is None or not step:
+            return None
+        seconds, steps = self.foreseen.seconds, self.steps
+        each = seconds["step"] or stepping / step
+        around = max(0.0, seconds["total"] - seconds["filling"] - steps * each)  # evaluations
+        slower = (stepping + FEW * each) / ((step + FEW) * each)
+        return slower * ((steps - step) * each + around * (1 - step / steps))
 
     def compared(self, seconds: float, partly: bool) -> dict[str, Any]:
         """Return the entries of result.json. `partly`: the run was resumed or stopped early, and is not comparable."""

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -276,10 +275,11 @@ class _Passes:
         if len(warm) > 1:  # counting was part of the first
             warm = warm[1:]
         peaks = [one.peak - one.kept for one in taken]
-        spent = {kind: timing.seconds[kind] for kind in KINDS}
+        spent: dict[str, float] = {kind: timing.seconds[kind] for kind in KINDS}
         spent[HOST] = max(0.0, seconds - sum(spent.values()) - timing.seconds[VIEW]) + timing.seconds[VIEW]
         flops: dict[str, float] = {kind: 0.0 for kind in KINDS if kind != ELEMENTWISE}
-        moved, kernels = 0.0, 0  # kernels of one shape
+        moved = 0.0
+        kernels = 0  # of one shape
         for operation, times in timing.operations.items():
             if operation.kind == ELEMENTWISE:
                 moved += operation.bytes * times
@@ -352,8 +352,3 @@ def _all() -> dict[str, Any]:
         known = {} if special(path) else json.loads(path.read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}
     return {}
-
-
-def without_time(trial: Measured) -> Measured:
-    """Return a trial without what is loaded, which this process has loaded."""
-    return replace(trial, loading=0.0)

@@ -30,7 +30,7 @@ from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
 from graftkit.runs.finding import with_found_lr
 from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
-from graftkit.runs.foresight import Reality, encoded, foresee_always, told
+from graftkit.runs.foresight import Reality, encoded, foresee_without_weights, told
 from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
@@ -263,7 +263,7 @@ def plan(recipe: Recipe, console: Console, machine: Machine | None = None) -> Pl
     show_plan(console, prepared.plan.as_dict())
     if not forecasts() and machine is None:
         return prepared.plan
-    foreseen = foresee_always(prepared, datasets, twin=prepared.graft, machine=machine)
+    foreseen = foresee_without_weights(prepared, datasets, machine)
     return replace(prepared.plan, forecast=told(foreseen, console))
 
 
@@ -309,7 +309,13 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                 watch.tell(step, console)
                 watch.keep_before_decay()
                 console.step(
-                    step.number, prepared.settings.steps, step.epoch, smooth.loss, smooth.accuracy, step.rows
+                    step.number,
+                    prepared.settings.steps,
+                    step.epoch,
+                    smooth.loss,
+                    smooth.accuracy,
+                    step.rows,
+                    reality.left(step.number, watch.stepping),
                 )
                 if due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
                     watch.evaluate(step.number, console)
