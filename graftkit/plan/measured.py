@@ -16,6 +16,9 @@ from graftkit.plan.parameters import Plan
 
 PRIMITIVES = 1024  # compiled kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)
 WITHOUT_GRADIENTS = 1 / 3  # of the kernels of a step, where they were not measured
+FRAGMENTED = (
+    1.2  # times as much as lives, that malloc keeps between blocks of other sizes, over a whole run on a CPU
+)
 AROUND = 0.0006  # seconds of a step for what the loop does around it on a host: figures, log lines, progress
 EVALUATED = 0.1  # seconds of metrics, and of files of any size
 
@@ -82,7 +85,7 @@ class Measured:
     """A trial. `loading`, `loaded`: seconds and bytes of libraries, which the first pass loads; `update`: seconds of a step of
     the optimizer; `prepare`: of making a batch; `writing`: of a byte of a checkpoint; `saved`: bytes of activations of the
     heaviest batch; `kernels`: of one shape; `time`, `flops`, `moved`: seconds, FLOPs of each kind and bytes of a batch of
-    `typical` size; `cached_bytes`: of the cache of frozen layers in memory."""
+    `typical` size; `forward`: the share of the forward pass; `cached_bytes`: of the cache of frozen layers in memory."""
 
     step: Kind
     evaluation: Kind | None
@@ -95,6 +98,7 @@ class Measured:
     saved: int
     kernels: int
     typical: float
+    forward: float
     cached_bytes: int
     time: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
@@ -135,8 +139,11 @@ def measured_forecast(
     filling = 0.0 if trial.filling is None else trial.filling.seconds(fillings, capacity)
     evaluation = 0.0
     if passes.evaluations:
-        known = trial.evaluation or trial.step
-        evaluation = known.seconds(evaluations, capacity) + EVALUATED + trial.writing * _written(plan)
+        if trial.evaluation is not None:
+            evaluation = trial.evaluation.seconds(evaluations, capacity)
+        else:
+            evaluation = trial.forward * trial.step.seconds(evaluations, capacity)
+        evaluation += EVALUATED + trial.writing * _written(plan)
     total = filling + spent + passes.evaluations * evaluation + (0.0 if fresh else trial.loading)
     step = spent / max(1, passes.steps)
     seconds = {
@@ -144,7 +151,7 @@ def measured_forecast(
     }  # fmt: skip
     whole = sum(trial.time.values()) or 1.0
     return Forecast(
-        memory_of(plan, trial, passes, steps, evaluations, fillings, history),
+        memory_of(plan, trial, steps, evaluations, fillings, history, waits),
         {k: round(v, 4) for k, v in seconds.items()}
         | {"interval": [round(x, 3) for x in history.interval("seconds", total)]},
         _flops(trial, passes, steps),
@@ -160,9 +167,9 @@ def _written(plan: Plan) -> float:
 
 
 def memory_of(
-    plan: Plan, trial: Measured, passes: Passes, steps: Batches, evaluations: Batches, fillings: Batches, history: History
+    plan: Plan, trial: Measured, steps: Batches, evaluations: Batches, fillings: Batches, history: History, cpu: bool
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the bytes of each part at the peak."""
+    """Return the bytes of each part at the peak. `cpu`: of a process, whose malloc keeps freed blocks, not of a GPU."""
     kernels = 0.0
     capacity = trial.capacity
     for kind, batches in ((trial.step, steps), (trial.evaluation, evaluations), (trial.filling, fillings)):
@@ -173,7 +180,7 @@ def memory_of(
     kernels = min(kernels, trial.step.kept * capacity)
     peak = max(kind.peak for kind in (trial.step, trial.evaluation, trial.filling) if kind is not None)
     held = plan.optimizer_bytes + plan.ema_bytes
-    over = int(trial.loaded + kernels + peak + held + trial.cached_bytes)
+    over = int(trial.loaded + (FRAGMENTED if cpu else 1.0) * (kernels + peak) + held + trial.cached_bytes)
     gradients = min(plan.gradient_bytes, max(0, over - held))
     activations = max(0, min(trial.saved, over - held - gradients))
     low, high = history.interval("peak_memory_bytes", over)

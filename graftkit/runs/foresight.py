@@ -34,7 +34,7 @@ from graftkit.report.console import Console, size
 from graftkit.report.forecast import show_forecast
 from graftkit.runs import trial as trials
 from graftkit.runs.prepare import Prepared, graft_of, source_of
-from graftkit.runs.trial import heaviest_of
+from graftkit.runs.trial import evaluations_of, heaviest_of
 from graftkit.tasks.base import Dataset
 
 FEW = 10  # steps, below which those of the run count less than what was foreseen
@@ -73,7 +73,7 @@ def foresee_by_trial(prepared: Prepared, datasets: Mapping[str, Dataset], *, mak
             raise LookupError("no such run has been tried yet")
         found = tried.measured()
         trials.keep(key, found)
-    fillings = tried.fillings(found.filling is not None)
+    fillings = tried.fillings(found.filling is not None, tried.missing if make and found.filling else 1.0)
     passes = passes_of(prepared, datasets)
     known = history.read(machine_of(prepared.device), history.TRIAL)
     cast = measured_forecast(
@@ -250,20 +250,12 @@ def _shapes(source: Source, batches: list[np.ndarray]) -> list[tuple[int, int]]:
 def passes_of(prepared: Prepared, datasets: Mapping[str, Dataset], filled: bool = False) -> Passes:
     """Return how often each pass is made. `filled`: there is a cache of frozen layers to fill."""
     settings, per_epoch = prepared.settings, prepared.plan.steps_per_epoch
-    held = datasets.get("eval")
-    every = prepared.recipe.train.evaluate_every
-    if every == "end":
-        times = 1
-    elif isinstance(every, str):
-        times = math.ceil(settings.steps / max(1, per_epoch * int("".join(filter(str.isdigit, every)) or 1)))
-    else:
-        times = math.ceil(settings.steps / every)
-    world = processes()[1]
+    held, world = datasets.get("eval"), processes()[1]
     fills = 0.0
     if filled:
         fills = sum(_batches(one, FILL_BATCH) * one.views for name, one in datasets.items() if name != "test")
     return Passes(
-        settings.steps, per_epoch, settings.accumulate, times if held is not None else 0,
+        settings.steps, per_epoch, settings.accumulate, 0 if held is None else evaluations_of(prepared),
         0.0 if held is None else _batches(held, *prediction_sizes(prepared.recipe.train)) / world, fills / world,
     )  # fmt: skip
 

@@ -11,8 +11,10 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +29,7 @@ from graftkit.engine.cached import Cacheable, Caching, cacheable
 from graftkit.engine.filling import FILL_BATCH
 from graftkit.engine.forward import Forward
 from graftkit.engine.machine import cpu_name, hardware
-from graftkit.engine.trial import Taken, Trial
+from graftkit.engine.trial import Taken, Trial, undisturbed
 from graftkit.files import special, write_json, write_tensors
 from graftkit.plan.counting import Counting, Timing
 from graftkit.plan.forecast import HOST
@@ -42,6 +44,7 @@ FILE = "trials.json"
 MOST = 200  # trials that are kept
 SAMPLE = 4000  # batches of a run whose sizes are looked at
 SHARE, LONGEST = 0.03, 5.0  # of the run's seconds, and seconds, that passes beyond the first ones may take
+LITTLE = 0.05  # of a run, that evaluations may take without a pass of their own
 TOO_LONG = 20.0  # seconds of a batch, above which there is no trial
 REPEATS = 5
 WRITTEN = 16 << 20  # bytes of a file that is written to see how long that takes
@@ -122,17 +125,19 @@ class Tried:
     def measured(self) -> Measured:
         """Make the trial."""
         prepared, settings = self.prepared, self.prepared.settings
-        plain = Forward(prepared.graft, prepared.device, prepared.precision)
-        found = self.cached(plain)
-        start = None if found is None else found.start
-        trial = Trial(
-            prepared.graft, self.source, plain, prepared.phases[-1], prepared.learn, settings, start
-        )
+        start = None if self.cached is None else self.cached.start
+        parts = prepared.graft, self.source, self.plain, prepared.phases[-1], prepared.learn, settings
+        trial = Trial(*parts, start)
         with trial.entered():
-            return _Passes(self, trial, found).measured()
+            return _Passes(self, trial, self.cached).measured()
 
-    def cached(self, plain: Forward) -> Cacheable | None:
-        """Return where the passes of the run start, if they start from cached values."""
+    @cached_property
+    def plain(self) -> Forward:
+        return Forward(self.prepared.graft, self.prepared.device, self.prepared.precision)
+
+    @cached_property
+    def cached(self) -> Cacheable | None:
+        """Where the passes of the run start, if they start from cached values."""
         prepared, settings, per_epoch = (
             self.prepared,
             self.prepared.settings,
@@ -142,7 +147,22 @@ class Tried:
             return None
         caching = Caching(prepared.recipe.train.cache, settings.seed)
         passes = math.ceil(settings.steps / per_epoch)
-        return cacheable(plain, prepared.depth, self.source, passes, prepared.phases[0].labels, caching)
+        with undisturbed(prepared.graft.model, prepared.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself warns
+            labels = prepared.phases[0].labels
+            return cacheable(self.plain, prepared.depth, self.source, passes, labels, caching)
+
+    @property
+    def missing(self) -> float:
+        """The share of the cached values that no file holds yet."""
+        whole = len(self.source) * self.source.views
+        return 1.0 if self.cached is None else self.cached.missing(self.source) / max(1, whole)
+
+    @property
+    def evaluates_much(self) -> bool:
+        """Whether evaluations take more than a few percent of the run, at a third of a step for as many rows."""
+        much = self.evaluations.sizes.sum() * evaluations_of(self.prepared) / 3
+        return bool(much > LITTLE * self.steps.sizes.sum() * self.steps.times)
 
     @property
     def filled(self) -> list[np.ndarray]:
@@ -167,6 +187,16 @@ class Tried:
         return one
 
 
+def evaluations_of(prepared: Prepared) -> int:
+    """Return how often the evaluation rows of a run are evaluated."""
+    every, steps = prepared.recipe.train.evaluate_every, prepared.settings.steps
+    if every == "end":
+        return 1
+    if isinstance(every, str):
+        every = max(1, prepared.plan.steps_per_epoch * int("".join(filter(str.isdigit, every)) or 1))
+    return math.ceil(steps / every)
+
+
 def _predicted(source: Source, prepared: Prepared) -> list[np.ndarray]:
     lengths = source.lengths
     if isinstance(lengths, int):
@@ -189,7 +219,7 @@ class _Passes:
             filling = self._fill()
             cached_bytes = self._bytes() if self.cached.in_memory else 0
         step, figures = self._steps()
-        evaluation = self._evaluate() if self.cached is None and self.tried.evaluated else None
+        evaluation = self._evaluate() if self.cached is None and self.tried.evaluates_much else None
         first, other = self.first, filling or step
         assert first is not None
         known = first.kept if not other.kept else max(0, first.kept - other.kept)
@@ -288,7 +318,7 @@ class _Passes:
                 kernels += 1
         return Kind(warm, cold, max(peaks), kept), {
             "prepare": 0.0 if self.cached is not None else timed.prepare, "saved": saved[0], "kernels": kernels,
-            "typical": timed.size, "time": spent, "flops": flops, "moved": moved,
+            "typical": timed.size, "forward": taken[-1].forward / max(1e-9, taken[-1].seconds), "time": spent, "flops": flops, "moved": moved,
         }  # fmt: skip
 
     def _evaluate(self) -> Kind:
