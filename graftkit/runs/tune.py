@@ -308,15 +308,8 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                 watch.log(step)
                 watch.tell(step, console)
                 watch.keep_before_decay()
-                console.step(
-                    step.number,
-                    prepared.settings.steps,
-                    step.epoch,
-                    smooth.loss,
-                    smooth.accuracy,
-                    step.rows,
-                    reality.left(step.number, watch.stepping),
-                )
+                left = reality.left(step.number, watch.stepping)
+                smooth.show(console, step, prepared.settings.steps, left)
                 if due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
                     watch.evaluate(step.number, console)
                 stop = _any_stops(bool(stopped), loop.world)
