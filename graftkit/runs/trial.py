@@ -1,7 +1,7 @@
 """A trial before a run: a few of its batches, forward and backward, from which its forecast is made.
 
-It makes the heaviest batch, for memory; one of mean size, for seconds, again when its kernels are there; and another one of
-about that size, whose shape is new, for what each new shape costs. If the run is long enough to pay for it, more follow.
+It makes the heaviest batch, for memory, and one of mean size, for seconds. In a run of many batches that one is made again, now
+that its kernels are there, and then another one of about that size, whose shape is new: each new shape costs seconds and memory.
 Results are kept in the cache folder, so that the same run does not make them again.
 """
 
@@ -12,8 +12,9 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +35,7 @@ from graftkit.files import special, write_json, write_tensors
 from graftkit.plan.counting import Counting, Timing
 from graftkit.plan.forecast import HOST
 from graftkit.plan.measured import Batches, Kind, Measured, batch_sizes, shape_of
-from graftkit.plan.operations import ELEMENTWISE, KINDS, VIEW
+from graftkit.plan.operations import ELEMENTWISE, KINDS
 from graftkit.plan.work import flops_of
 from graftkit.recipe.environment import cache_folder
 from graftkit.runs.prepare import Prepared
@@ -47,6 +48,10 @@ SHARE, LONGEST = 0.03, 5.0  # of the run's seconds, and seconds, that passes bey
 LITTLE = 0.05  # of a run, that evaluations may take without a pass of their own
 TOO_LONG = 20.0  # seconds of a batch, above which there is no trial
 REPEATS = 5
+MANY, BRIEF = (
+    100,
+    0.1,
+)  # batches of a run, or seconds of one, from which or up to which more than two are made
 WRITTEN = 16 << 20  # bytes of a file that is written to see how long that takes
 
 
@@ -253,73 +258,55 @@ class _Passes:
         def fill(place: int) -> Taken:
             return self._count(self.trial.filling(source, batches[place], float(sizes.sizes[place])))
 
-        taken = [fill(usual), fill(heavy)] if heavy != usual else [fill(usual)]
-        if other not in (usual, heavy):
+        taken = [fill(heavy), fill(usual)]  # the first one loads libraries
+        if len(batches) >= MANY and other != heavy:
             taken.append(fill(other))
-        if len(taken) == 1:
-            taken.append(fill(usual))
-        cold = taken[1:]
-        kept = int(np.median([one.kept for one in cold]))
-        return Kind(
-            [], [(one.size, one.seconds) for one in cold], max(one.peak - one.kept for one in taken), kept
-        )
+        cold = [(one.size, one.seconds) for one in taken[1:]]
+        return Kind([], cold, max(one.peak - one.kept for one in taken), taken[-1].kept)
 
     def _steps(self) -> tuple[Kind, dict[str, Any]]:
-        tried, trial, settings = self.tried, self.trial, self.tried.prepared.settings
-        batches, sizes = list(tried.batches), tried.steps
-        _, usual, other = self._chosen(batches, sizes)
-        heaviest = heaviest_of(tried.prepared)
-        weight = float(tried.sizes.of(tried.source, [heaviest]).sizes[0])
+        tried, trial, sizes = self.tried, self.trial, self.tried.steps
+        heavy, usual, other = self._chosen(tried.batches, sizes)
 
         def step(place: int, around: Any = None) -> Taken:
-            return self._count(trial.batch(batches[place], float(sizes.sizes[place]), around))
+            return self._count(trial.batch(tried.batches[place], float(sizes.sizes[place]), around))
 
-        first = step(usual)
-        if first.seconds * weight / first.size > TOO_LONG:
-            raise TimeoutError(f"the longest batch takes about {first.seconds * weight / first.size:.0f} s")
-        counting, saved = Counting(), [0]
+        saved, counting = [0], Counting()
         for tensor in (*trial.graft.model.parameters(), *trial.graft.model.buffers()):
             counting.ignore(tensor)
         trial.middle = lambda: saved.__setitem__(0, counting.now)
-        largest = self._count(trial.batch(heaviest, weight, counting))
+        largest = step(heavy, counting)
         trial.middle = lambda: None
-        timing = Timing(self.device)
+        batches = len(sizes.sizes) * sizes.times
+        about = largest.seconds * float(sizes.sizes[usual]) / largest.size
+        new = [place for place in (usual, other) if sizes.shapes[place] != sizes.shapes[heavy]]
+        taken, cold, timing = [largest], [], Timing(self.device)
+        many = batches >= MANY or about < BRIEF
+        if many and new:
+            taken.append(step(usual))
         timed = step(usual, timing)
         seconds = max(1e-9, timed.seconds - timing.own)
-        warm, cold, taken = [(timed.size, seconds)], [], [first, largest, timed]
-        new = sizes.shapes[other] not in (
-            sizes.shapes[usual],
-            shape_of(len(heaviest), longest(tried.source, heaviest)),
-        )
-        if new:
-            taken.append(step(other))
-            cold.append((taken[-1].size, taken[-1].seconds))
-        kept = taken[-1].kept if new else 0
-        whole = seconds * settings.steps * settings.accumulate
-        room = min(LONGEST, SHARE * whole)
-        for _ in range(REPEATS):
-            if (room := room - seconds) < 0:
-                break
-            again = step(usual)
-            warm.append((again.size, again.seconds))
-        if len(warm) > 1:  # counting was part of the first
-            warm = warm[1:]
-        peaks = [one.peak - one.kept for one in taken]
-        spent: dict[str, float] = {kind: timing.seconds[kind] for kind in KINDS}
-        spent[HOST] = max(0.0, seconds - sum(spent.values()) - timing.seconds[VIEW]) + timing.seconds[VIEW]
-        flops: dict[str, float] = {kind: 0.0 for kind in KINDS if kind != ELEMENTWISE}
-        moved = 0.0
-        kernels = 0  # of one shape
-        for operation, times in timing.operations.items():
-            if operation.kind == ELEMENTWISE:
-                moved += operation.bytes * times
-            elif operation.kind in flops:
-                flops[operation.kind] += operation.flops * times
-                kernels += 1
-        return Kind(warm, cold, max(peaks), kept), {
-            "prepare": 0.0 if self.cached is not None else timed.prepare, "saved": saved[0], "kernels": kernels,
-            "typical": timed.size, "forward": taken[-1].forward / max(1e-9, taken[-1].seconds), "time": spent, "flops": flops, "moved": moved,
+        taken.append(replace(timed, seconds=seconds, forward=timed.forward * seconds / timed.seconds))
+        warm = [(timed.size, seconds)]
+        if many:
+            if other in new:
+                taken.append(step(other))
+                cold.append((taken[-1].size, taken[-1].seconds))
+            warm = self._again(lambda: step(usual), batches * seconds) or warm
+        return Kind(warm, cold, max(one.peak - one.kept for one in taken), taken[-1].kept if new else 0), {
+            "prepare": 0.0 if self.cached is not None else timed.prepare, "saved": saved[0], "typical": timed.size,
+            "forward": taken[-1].forward / max(1e-9, taken[-1].seconds), **_figures(timing, seconds),
         }  # fmt: skip
+
+    def _again(self, step: Callable[[], Taken], whole: float) -> list[tuple[float, float]]:
+        """Make a step again, as often as the run pays for."""
+        found: list[tuple[float, float]] = []
+        room = min(LONGEST, SHARE * whole)
+        while len(found) < REPEATS and room > 0:
+            one = step()
+            found.append((one.size, one.seconds))
+            room -= 2 * one.seconds
+        return found
 
     def _evaluate(self) -> Kind:
         source, batches, sizes = self.tried.held, self.tried.evaluated, self.tried.evaluations
@@ -349,6 +336,21 @@ class _Passes:
             begun = time.perf_counter()
             write_tensors(Path(folder) / "trial.safetensors", {"values": torch.zeros(WRITTEN // 4)})
             return (time.perf_counter() - begun) / WRITTEN
+
+
+def _figures(timing: Timing, seconds: float) -> dict[str, Any]:
+    """Return where the seconds of a timed batch went, and its FLOPs, bytes and kernels."""
+    spent: dict[str, float] = {kind: timing.seconds[kind] for kind in KINDS}
+    spent[HOST] = max(0.0, seconds - sum(spent.values()))
+    flops: dict[str, float] = {kind: 0.0 for kind in KINDS if kind != ELEMENTWISE}
+    moved, kernels = 0.0, 0
+    for operation, times in timing.operations.items():
+        if operation.kind == ELEMENTWISE:
+            moved += operation.bytes * times
+        elif operation.kind in flops:
+            flops[operation.kind] += operation.flops * times
+            kernels += 1
+    return {"time": spent, "flops": flops, "moved": moved, "kernels": kernels}
 
 
 def heaviest_of(prepared: Prepared) -> np.ndarray:
