@@ -49,7 +49,7 @@ class Trial(Loop):
     """A loop whose steps end with their gradients: nothing is updated.
 
     `start`: where passes start, if what comes before is cached; its values are computed here before a step is timed.
-    `hold`: gradients stay between steps, as between the batches of a step.
+    `hold`: there are gradients of other batches already, as between the batches of a step.
     """
 
     def __init__(
@@ -72,6 +72,8 @@ class Trial(Loop):
         with undisturbed(self.graft.model, device):
             try:
                 self._enter(self.phases[0], None)
+                for parameter in self.parameters.values() if self.hold else ():
+                    parameter.grad = torch.zeros_like(parameter)
                 yield
             finally:
                 self._leave()

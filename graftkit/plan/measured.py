@@ -151,7 +151,7 @@ def measured_forecast(
     }  # fmt: skip
     whole = sum(trial.time.values()) or 1.0
     return Forecast(
-        memory_of(plan, trial, steps, evaluations, fillings, history, waits),
+        memory_of(plan, trial, steps, evaluations, fillings, history, waits, passes.accumulate),
         {k: round(v, 4) for k, v in seconds.items()}
         | {"interval": [round(x, 3) for x in history.interval("seconds", total)]},
         _flops(trial, passes, steps),
@@ -167,7 +167,8 @@ def _written(plan: Plan) -> float:
 
 
 def memory_of(
-    plan: Plan, trial: Measured, steps: Batches, evaluations: Batches, fillings: Batches, history: History, cpu: bool
+    plan: Plan, trial: Measured, steps: Batches, evaluations: Batches, fillings: Batches, history: History, cpu: bool,
+    accumulate: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the bytes of each part at the peak. `cpu`: of a process, whose malloc keeps freed blocks, not of a GPU."""
     kernels = 0.0
@@ -180,7 +181,10 @@ def memory_of(
     kernels = min(kernels, trial.step.kept * capacity)
     peak = max(kind.peak for kind in (trial.step, trial.evaluation, trial.filling) if kind is not None)
     held = plan.optimizer_bytes + plan.ema_bytes
-    over = int(trial.loaded + (FRAGMENTED if cpu else 1.0) * (kernels + peak) + held + trial.cached_bytes)
+    between = plan.gradient_bytes if accumulate > 1 else 0  # gradients that wait for those of other batches
+    over = int(
+        trial.loaded + (FRAGMENTED if cpu else 1.0) * (kernels + peak) + held + between + trial.cached_bytes
+    )
     gradients = min(plan.gradient_bytes, max(0, over - held))
     activations = max(0, min(trial.saved, over - held - gradients))
     low, high = history.interval("peak_memory_bytes", over)

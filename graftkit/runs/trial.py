@@ -123,9 +123,16 @@ class Tried:
             machine, torch.get_num_threads(), torch.__version__, type(graft.model).__name__, str(graft.method), prepared.rows.task.name,
             prepared.precision, prepared.depth, shapes, settings.optimizer, settings.accumulate, settings.step_in_backward,
             settings.checkpointing, settings.weight_type, train.cache, settings.steps > prepared.plan.steps_per_epoch,
-            sorted(zip(self.steps.sizes.tolist(), self.steps.shapes.tolist()))[:: max(1, len(self.steps.sizes) // 50)],
+            len(self.source), settings.batch_size, settings.batch_tokens, self._lengths,
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    @property
+    def _lengths(self) -> str:
+        source = self.source
+        if source.uniform or isinstance(source.lengths, int):
+            return str(longest_of(source))
+        return hashlib.sha256(np.sort(source.lengths).tobytes()).hexdigest()
 
     def measured(self) -> Measured:
         """Make the trial."""
