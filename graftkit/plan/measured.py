@@ -16,9 +16,9 @@ from graftkit.plan.parameters import Plan
 
 PRIMITIVES = 1024  # compiled kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)
 WITHOUT_GRADIENTS = 1 / 3  # of the kernels of a step, where they were not measured
-FRAGMENTED = (
-    1.2  # times as much as lives, that malloc keeps between blocks of other sizes, over a whole run on a CPU
-)
+# Times as much as lives, that the process of a run on a CPU holds: malloc keeps freed blocks between those that live, more of them
+# where batches have many shapes; kernels are kept between them.
+RAGGED, KERNELS = 1.45, 1.1
 AROUND = 0.0006  # seconds of a step for what the loop does around it on a host: figures, log lines, progress
 EVALUATED = 0.1  # seconds of metrics, and of files of any size
 
@@ -182,9 +182,9 @@ def memory_of(
     peak = max(kind.peak for kind in (trial.step, trial.evaluation, trial.filling) if kind is not None)
     held = plan.optimizer_bytes + plan.ema_bytes
     between = plan.gradient_bytes if accumulate > 1 else 0  # gradients that wait for those of other batches
-    over = int(
-        trial.loaded + (FRAGMENTED if cpu else 1.0) * (kernels + peak) + held + between + trial.cached_bytes
-    )
+    if cpu and len(set(steps.shapes.tolist())) > 1:
+        kernels, peak = KERNELS * kernels, int(RAGGED * peak)
+    over = int(trial.loaded + kernels + peak + held + between + trial.cached_bytes)
     gradients = min(plan.gradient_bytes, max(0, over - held))
     activations = max(0, min(trial.saved, over - held - gradients))
     low, high = history.interval("peak_memory_bytes", over)

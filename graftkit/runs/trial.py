@@ -294,25 +294,26 @@ class _Passes:
         timed = step(usual, timing)
         seconds = max(1e-9, timed.seconds - timing.own)
         taken.append(replace(timed, seconds=seconds, forward=timed.forward * seconds / timed.seconds))
-        warm = [(timed.size, seconds)]
-        if many:
-            if other in new:
-                taken.append(step(other))
-                cold.append((taken[-1].size, taken[-1].seconds))
-            warm = self._again(lambda: step(usual), batches * seconds) or warm
-        return Kind(warm, cold, max(one.peak - one.kept for one in taken), taken[-1].kept if new else 0), {
+        again = self._again(lambda: step(usual), seconds, batches)
+        if many and other in new:
+            taken.append(step(other))
+            cold.append((taken[-1].size, taken[-1].seconds))
+        elif again and usual in new and not many:
+            cold.append((timed.size, seconds))
+        kept = taken[-1].kept if taken[-1].size in [float(sizes.sizes[place]) for place in new] else 0
+        return Kind(again or [(timed.size, seconds)], cold, max(one.peak - one.kept for one in taken), kept), {
             "prepare": 0.0 if self.cached is not None else timed.prepare, "saved": saved[0], "typical": timed.size,
             "forward": taken[-1].forward / max(1e-9, taken[-1].seconds), **_figures(timing, seconds),
         }  # fmt: skip
 
-    def _again(self, step: Callable[[], Taken], whole: float) -> list[tuple[float, float]]:
-        """Make a step again, as often as the run pays for."""
+    def _again(self, step: Callable[[], Taken], seconds: float, batches: float) -> list[tuple[float, float]]:
+        """Make a step of so many seconds again, as often as a run of so many batches pays for."""
         found: list[tuple[float, float]] = []
-        room = min(LONGEST, SHARE * whole)
-        while len(found) < REPEATS and room > 0:
+        room = min(LONGEST, SHARE * seconds * batches)
+        while len(found) < REPEATS and room >= seconds:
             one = step()
             found.append((one.size, one.seconds))
-            room -= 2 * one.seconds
+            room -= one.seconds
         return found
 
     def _evaluate(self) -> Kind:
