@@ -89,8 +89,11 @@ class Trial(Loop):
 
         return timed
 
-    def batch(self, rows: np.ndarray, size: float, around: AbstractContextManager | None = None) -> Taken:
-        """Make the forward and backward pass of a batch of a step."""
+    def batch(
+        self, rows: np.ndarray, size: float, around: AbstractContextManager | None = None, alone: bool = True
+    ) -> Taken:  # fmt: skip
+        """Make the forward and backward pass of a batch of a step. `alone`: freed memory is given back before and after it, so that
+        its own shows; otherwise it runs as the steps of a run do, and no memory is told."""
         begun = time.perf_counter()
         work = self.made([rows], Pass(self.settings.seed))
         prepare = time.perf_counter() - begun
@@ -100,7 +103,7 @@ class Trial(Loop):
             if not self.hold:
                 self.optimizer.zero_grad()
 
-        return self._taken(size, prepare, step, around)
+        return self._taken(size, prepare, step, around, alone)
 
     def evaluation(self, source: Source, rows: np.ndarray, size: float) -> Taken:
         """Make the forward pass of a batch of rows without gradients."""
@@ -148,9 +151,14 @@ class Trial(Loop):
         return seconds * whole / copied
 
     def _taken(
-        self, size: float, prepare: float, work: Callable[[], Any], around: AbstractContextManager | None = None
+        self, size: float, prepare: float, work: Callable[[], Any], around: AbstractContextManager | None = None,
+        alone: bool = True,
     ) -> Taken:  # fmt: skip
         device = self.forward.device
+        if not alone:
+            begun = time.perf_counter()
+            seconds = self._seconds(work)
+            return Taken(size, seconds, max(0.0, self.forwarded - begun), prepare, 0, 0)
         release(device)
         before = held(device)
         reset_peak_memory(device)

@@ -18,7 +18,7 @@ PRIMITIVES = 1024  # compiled kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_
 WITHOUT_GRADIENTS = 1 / 3  # of the kernels of a step, where they were not measured
 # Times as much as lives, that the process of a run on a CPU holds: malloc keeps freed blocks between those that live, more of them
 # where batches have many shapes; kernels are kept between them.
-RAGGED, KERNELS = 1.45, 1.1
+RAGGED, KERNELS = 1.4, 1.15
 AROUND = 0.0006  # seconds of a step for what the loop does around it on a host: figures, log lines, progress
 EVALUATED = 0.1  # seconds of metrics, and of files of any size
 
@@ -178,8 +178,9 @@ def memory_of(
         kernels += (trial.step.kept * WITHOUT_GRADIENTS if kind is None else kind.kept) * min(
             shapes, capacity
         )
-    kernels = min(kernels, trial.step.kept * capacity)
-    peak = max(kind.peak for kind in (trial.step, trial.evaluation, trial.filling) if kind is not None)
+    known = [kind for kind in (trial.step, trial.evaluation, trial.filling) if kind is not None]
+    kernels = min(kernels, capacity * max(kind.kept for kind in known))
+    peak = max(kind.peak for kind in known)
     held = plan.optimizer_bytes + plan.ema_bytes
     between = plan.gradient_bytes if accumulate > 1 else 0  # gradients that wait for those of other batches
     if cpu and len(set(steps.shapes.tolist())) > 1:

@@ -1,7 +1,8 @@
 """A trial before a run: a few of its batches, forward and backward, from which its forecast is made.
 
-It makes the heaviest batch, for memory, and one of mean size, for seconds. In a run of many batches that one is made again, now
-that its kernels are there, and then another one of about that size, whose shape is new: each new shape costs seconds and memory.
+It makes the heaviest batch, for memory, and one of mean size, for its kinds of work and what its new shape costs. Then, as often
+as 3% of the run allow, that one again, for seconds, now that its kernels and memory are there; and another one of about that size
+whose shape is new, for the seconds of new kernels.
 Results are kept in the cache folder, so that the same run does not make them again.
 """
 
@@ -12,7 +13,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -44,14 +45,12 @@ from graftkit.tasks.base import Dataset
 FILE = "trials.json"
 MOST = 200  # trials that are kept
 SAMPLE = 4000  # batches of a run whose sizes are looked at
-SHARE, LONGEST = 0.03, 5.0  # of the run's seconds, and seconds, that passes beyond the first ones may take
+SHARE = 0.03  # of the run's seconds, that passes beyond the first two may take, and their least and most
+LEAST_SECONDS, MOST_SECONDS = 0.7, 5.0
 LITTLE = 0.05  # of a run, that evaluations may take without a pass of their own
 TOO_LONG = 20.0  # seconds of a batch, above which there is no trial
-REPEATS = 5
-MANY, BRIEF = (
-    100,
-    0.1,
-)  # batches of a run, or seconds of one, from which or up to which more than two are made
+REPEATS = 4
+MANY = 30  # batches that fill a cache, from which a third one is made
 WRITTEN = 16 << 20  # bytes of a file that is written to see how long that takes
 
 
@@ -268,15 +267,14 @@ class _Passes:
         taken = [fill(heavy), fill(usual)]  # the first one loads libraries
         if len(batches) >= MANY and other != heavy:
             taken.append(fill(other))
-        cold = [(one.size, one.seconds) for one in taken[1:]]
-        return Kind([], cold, max(one.peak - one.kept for one in taken), taken[-1].kept)
+        return Kind([], _points(taken[1:]), max(one.peak - one.kept for one in taken), taken[-1].kept)
 
     def _steps(self) -> tuple[Kind, dict[str, Any]]:
         tried, trial, sizes = self.tried, self.trial, self.tried.steps
         heavy, usual, other = self._chosen(tried.batches, sizes)
 
-        def step(place: int, around: Any = None) -> Taken:
-            return self._count(trial.batch(tried.batches[place], float(sizes.sizes[place]), around))
+        def step(place: int, around: Any = None, alone: bool = True) -> Taken:
+            return self._count(trial.batch(tried.batches[place], float(sizes.sizes[place]), around, alone))
 
         saved, counting = [0], Counting()
         for tensor in (*trial.graft.model.parameters(), *trial.graft.model.buffers()):
@@ -284,37 +282,28 @@ class _Passes:
         trial.middle = lambda: saved.__setitem__(0, counting.now)
         largest = step(heavy, counting)
         trial.middle = lambda: None
-        batches = len(sizes.sizes) * sizes.times
-        about = largest.seconds * float(sizes.sizes[usual]) / largest.size
-        new = [place for place in (usual, other) if sizes.shapes[place] != sizes.shapes[heavy]]
-        taken, cold, timing = [largest], [], Timing(self.device)
-        many = batches >= MANY or about < BRIEF
-        if many and new:
-            taken.append(step(usual))
+        timing = Timing(self.device)
         timed = step(usual, timing)
         seconds = max(1e-9, timed.seconds - timing.own)
-        taken.append(replace(timed, seconds=seconds, forward=timed.forward * seconds / timed.seconds))
-        again = self._again(lambda: step(usual), seconds, batches)
-        if many and other in new:
-            taken.append(step(other))
-            cold.append((taken[-1].size, taken[-1].seconds))
-        elif again and usual in new and not many:
-            cold.append((timed.size, seconds))
-        kept = taken[-1].kept if taken[-1].size in [float(sizes.sizes[place]) for place in new] else 0
-        return Kind(again or [(timed.size, seconds)], cold, max(one.peak - one.kept for one in taken), kept), {
+        room = SHARE * seconds * len(sizes.sizes) * sizes.times
+        room = min(MOST_SECONDS, max(LEAST_SECONDS, room))
+        again: list[Taken] = []
+        while len(again) < REPEATS and room >= seconds:
+            again.append(step(usual, alone=False))
+            room -= again[-1].seconds
+        cold = []
+        if room >= seconds and sizes.shapes[other] not in sizes.shapes[[heavy, usual]]:
+            cold.append(step(other, alone=False))
+        warm = (
+            again[1:] or again or [replace(timed, seconds=seconds)]
+        )  # the first one gets its memory from the system
+        kept = timed.kept if sizes.shapes[usual] != sizes.shapes[heavy] else 0
+        peak = max(one.peak - one.kept for one in (largest, timed))
+        return Kind(_points(warm), _points(cold), peak, kept), {
             "prepare": 0.0 if self.cached is not None else timed.prepare, "saved": saved[0], "typical": timed.size,
-            "forward": taken[-1].forward / max(1e-9, taken[-1].seconds), **_figures(timing, seconds),
+            "forward": float(np.mean([one.forward / max(1e-9, one.seconds) for one in again or [timed]])),
+            **_figures(timing, seconds),
         }  # fmt: skip
-
-    def _again(self, step: Callable[[], Taken], seconds: float, batches: float) -> list[tuple[float, float]]:
-        """Make a step of so many seconds again, as often as a run of so many batches pays for."""
-        found: list[tuple[float, float]] = []
-        room = min(LONGEST, SHARE * seconds * batches)
-        while len(found) < REPEATS and room >= seconds:
-            one = step()
-            found.append((one.size, one.seconds))
-            room -= one.seconds
-        return found
 
     def _evaluate(self) -> Kind:
         source, batches, sizes = self.tried.held, self.tried.evaluated, self.tried.evaluations
@@ -344,6 +333,10 @@ class _Passes:
             begun = time.perf_counter()
             write_tensors(Path(folder) / "trial.safetensors", {"values": torch.zeros(WRITTEN // 4)})
             return (time.perf_counter() - begun) / WRITTEN
+
+
+def _points(passes: list[Taken]) -> list[tuple[float, float]]:
+    return [(one.size, one.seconds) for one in passes]
 
 
 def _figures(timing: Timing, seconds: float) -> dict[str, Any]:
