@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -79,6 +80,7 @@ def foresee_by_trial(prepared: Prepared, datasets: Mapping[str, Dataset], *, mak
     cast = measured_forecast(
         prepared.plan, found, passes, tried.steps, tried.evaluations, fillings, known, fresh=fresh,
         waits=prepared.device.type == "cpu",
+        metrics=passes.evaluations > 0 and prepared.rows.task.head and "sklearn.metrics" not in sys.modules,
     )  # fmt: skip
     return replace(cast, advice=advice(cast, prepared.device))
 
