@@ -14,7 +14,8 @@ from graftkit.plan.forecast import Forecast, Passes
 from graftkit.plan.history import TRIAL, History
 from graftkit.plan.parameters import Plan
 
-PRIMITIVES = 1024  # compiled kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)
+# Shapes whose kernels are kept: oneDNN's cache has room for 1,024 kernels, and a step of a transformer compiles about 16.
+CAPACITY = 64
 WITHOUT_GRADIENTS = 1 / 3  # of the kernels of a step, where they were not measured
 # On a CPU, times as much as the heaviest step takes by itself, that it takes within a run: malloc keeps freed blocks between those that
 # live. From 1.14 (fp32) to 1.6 in ten runs of texts and images on glibc.
@@ -57,7 +58,7 @@ class Kind:
     peak: int
     kept: int
 
-    def seconds(self, batches: Batches, capacity: int) -> float:
+    def seconds(self, batches: Batches, capacity: int = CAPACITY) -> float:
         """Return the seconds of all these batches."""
         if not len(batches.sizes):
             return 0.0
@@ -86,7 +87,7 @@ def interpolated(points: Sequence[tuple[float, float]], sizes: np.ndarray) -> np
 class Measured:
     """A trial. `loading`, `loaded`: seconds and bytes of libraries, which the first pass loads; `update`: seconds of a step of
     the optimizer; `prepare`: of making a batch; `writing`: of a byte of a checkpoint; `saved`: bytes of activations of the
-    heaviest batch; `kernels`: of one shape; `time`, `flops`, `moved`: seconds, FLOPs of each kind and bytes of a batch of
+    heaviest batch; `time`, `flops`, `moved`: seconds, FLOPs of each kind and bytes of a batch of
     `typical` size; `forward`: the share of the forward pass; `cached_bytes`: of the cache of frozen layers in memory."""
 
     step: Kind
@@ -98,18 +99,12 @@ class Measured:
     prepare: float
     writing: float
     saved: int
-    kernels: int
     typical: float
     forward: float
     cached_bytes: int
     time: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     moved: float = 0.0
-
-    @property
-    def capacity(self) -> int:
-        """Shapes whose kernels are kept."""
-        return max(1, PRIMITIVES // max(1, self.kernels))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,17 +129,16 @@ def measured_forecast(
 ) -> Forecast:  # fmt: skip
     """Return what a run takes. `steps`: the batches of its steps; `evaluations`: of one evaluation; `fillings`: of the cache.
     `fresh`: the trial was made by this process, which has loaded the libraries; `waits`: host and device are one; `metrics`: the run loads what computes metrics."""
-    capacity = trial.capacity
     batches = passes.steps * passes.accumulate
     around = trial.update / passes.accumulate + AROUND + (0.5 if waits else 0.0) * trial.prepare
-    spent = trial.step.seconds(steps, capacity) + batches * around
-    filling = 0.0 if trial.filling is None else trial.filling.seconds(fillings, capacity)
+    spent = trial.step.seconds(steps, CAPACITY) + batches * around
+    filling = 0.0 if trial.filling is None else trial.filling.seconds(fillings)
     evaluation = 0.0
     if passes.evaluations:
         if trial.evaluation is not None:
-            evaluation = trial.evaluation.seconds(evaluations, capacity)
+            evaluation = trial.evaluation.seconds(evaluations)
         else:
-            evaluation = trial.forward * trial.step.seconds(evaluations, capacity)
+            evaluation = trial.forward * trial.step.seconds(evaluations)
         evaluation += EVALUATED + trial.writing * _written(plan)
     total = filling + spent + passes.evaluations * evaluation + (0.0 if fresh else trial.loading)
     total += METRICS_SECONDS if metrics else 0.0
@@ -185,14 +179,13 @@ def memory_of(
 ) -> dict[str, Any]:  # fmt: skip
     """Return the bytes of each part at the peak. `cpu`: of a process, whose malloc keeps freed blocks, not of a GPU."""
     kernels = 0.0
-    capacity = trial.capacity
     for kind, batches in ((trial.step, steps), (trial.evaluation, evaluations), (trial.filling, fillings)):
         shapes = len(set(batches.shapes.tolist()))
         kernels += (trial.step.kept * WITHOUT_GRADIENTS if kind is None else kind.kept) * min(
-            shapes, capacity
+            shapes, CAPACITY
         )
     known = [kind for kind in (trial.step, trial.evaluation, trial.filling) if kind is not None]
-    kernels = min(kernels, capacity * max(kind.kept for kind in known))
+    kernels = min(kernels, CAPACITY * max(kind.kept for kind in known))
     peak = max(kind.peak for kind in known)
     held = plan.optimizer_bytes + plan.ema_bytes
     between = plan.gradient_bytes if accumulate > 1 else 0  # gradients that wait for those of other batches

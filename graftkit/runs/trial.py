@@ -340,18 +340,17 @@ def _points(passes: list[Taken]) -> list[tuple[float, float]]:
 
 
 def _figures(timing: Timing, seconds: float) -> dict[str, Any]:
-    """Return where the seconds of a timed batch went, and its FLOPs, bytes and kernels."""
+    """Return where the seconds of a timed batch went, and its FLOPs and bytes."""
     spent: dict[str, float] = {kind: timing.seconds[kind] for kind in KINDS}
     spent[HOST] = max(0.0, seconds - sum(spent.values()))
     flops: dict[str, float] = {kind: 0.0 for kind in KINDS if kind != ELEMENTWISE}
-    moved, kernels = 0.0, 0
+    moved = 0.0
     for operation, times in timing.operations.items():
         if operation.kind == ELEMENTWISE:
             moved += operation.bytes * times
         elif operation.kind in flops:
             flops[operation.kind] += operation.flops * times
-            kernels += 1
-    return {"time": spent, "flops": flops, "moved": moved, "kernels": kernels}
+    return {"time": spent, "flops": flops, "moved": moved}
 
 
 def heaviest_of(prepared: Prepared) -> np.ndarray:
