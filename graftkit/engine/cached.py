@@ -152,6 +152,53 @@ class CachedForward(Forward):
         return self.kept.get(batch.rows + batch.at.epoch % self.views * self.rows)
 
 
+@dataclass(frozen=True)
+class Cacheable:
+    """What a pass over some rows may start from: `start`, the `bytes` of its values at most, their files if there are any, and
+    whether memory holds them all."""
+
+    start: Start
+    bytes: int
+    blocks: Blocks | None
+    in_memory: bool
+
+    def missing(self, dataset: Dataset) -> int:
+        """Return how many values of rows no file holds yet."""
+        found = 0 if self.blocks is None else sum(len(block.rows) for block in self.blocks.find())
+        return len(dataset) * dataset.views - found
+
+
+def cacheable(
+    plain: Forward, depth: int, dataset: Dataset, passes: int, labels: Labels, caching: Caching
+) -> Cacheable | None:
+    """Return where passes over a dataset that is read `passes` times start from cached values; None if they do not.
+
+    `labels`: the parameters trained while it is used.
+    """
+    once = passes <= dataset.views
+    if not dataset.keeps or caching.mode == "none" or (once and not caching.later):
+        return None
+    found = find_start(plain, depth, dataset, labels)
+    if not all_agree(found is not None):
+        return None
+    assert found is not None
+    start, size = found
+    size *= 4 * dataset.views  # bytes, at most
+    in_memory = caching.mode != "disk" and all_agree(size < MEMORY_SHARE * host_memory())
+    blocks = None
+    if caching.mode != "memory" and all_agree(size < room()):
+        blocks = _blocks(plain, start, dataset, caching.seed)
+    if not all_agree(blocks is not None or (in_memory and not once)):
+        if not once:
+            warnings.warn(
+                Note(f"outputs of frozen layers are computed in each pass: {_too_large(size)}."), stacklevel=2
+            )
+        return None
+    if plain.device.type == "cuda" and not all_agree(_pays(plain, start, dataset)):
+        return None
+    return Cacheable(start, size, blocks, in_memory)
+
+
 def make_forward(
     graft: Graft,
     device: torch.device,
@@ -167,31 +214,14 @@ def make_forward(
     `labels`: the parameters trained while it is used; by default all that the graft labels.
     """
     plain = Forward(graft, device, precision)
-    labels = graft.labels if labels is None else labels
-    once = passes <= dataset.views
-    if not dataset.keeps or caching.mode == "none" or (once and not caching.later):
-        return plain
-    found = find_start(plain, depth, dataset, labels)
-    if not all_agree(found is not None):
-        return plain
-    assert found is not None
-    start, size = found
-    size *= 4 * dataset.views  # bytes, at most
-    in_memory = caching.mode != "disk" and all_agree(size < MEMORY_SHARE * host_memory())
-    blocks = None
-    if caching.mode != "memory" and all_agree(size < room()):
-        blocks = _blocks(plain, start, dataset, caching.seed)
-    if not all_agree(blocks is not None or (in_memory and not once)):
-        if not once:
-            warnings.warn(
-                Note(f"outputs of frozen layers are computed in each pass: {_too_large(size)}."), stacklevel=2
-            )
-        return plain
-    if device.type == "cuda" and not all_agree(_pays(plain, start, dataset)):
+    found = cacheable(plain, depth, dataset, passes, graft.labels if labels is None else labels, caching)
+    if found is None:
         return plain
     try:
         where = graft, device, precision
-        return CachedForward(*where, dataset, start, blocks, in_memory, caching.seed, caching.written)
+        return CachedForward(
+            *where, dataset, found.start, found.blocks, found.in_memory, caching.seed, caching.written
+        )
     except NotKept:
         return plain
 

@@ -111,11 +111,7 @@ class Loop:
             self.graft.model.eval()
         finally:
             ahead.close()
-            self.updates.leave()
-            self.joining.leave()
-            self.recompute.leave()
-            for parameter in self.graft.parameters.values():
-                parameter.requires_grad_(True)  # as `attach` left it
+            self._leave()
 
     def _enter(self, phase: Phase, audit: Audit | None) -> Audit | None:
         """Unfreeze exactly the parameters of a phase, and return the audit of the new ones."""
@@ -139,6 +135,13 @@ class Loop:
             moves_all = self.settings.optimizer.moves_all
             audit = Audit(graft.model, phase.labels, moving, settled, spare, moves_all)
         return audit
+
+    def _leave(self) -> None:
+        self.updates.leave()
+        self.joining.leave()
+        self.recompute.leave()
+        for parameter in self.graft.parameters.values():
+            parameter.requires_grad_(True)  # as `attach` left it
 
     def batches(self, step: int) -> list[np.ndarray]:
         """Return the row numbers of each batch of a step (0-based), over all processes."""

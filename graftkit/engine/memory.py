@@ -62,9 +62,15 @@ class Peak:
         self.device, self.before = device, peak_memory(device)
         if device.type == "cpu":
             release(device)  # freed blocks of earlier work would hide what the part takes
-        held = int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident()
+        now = held(device)
         self.exact = reset_peak_memory(device)
-        self.held = held if self.exact else self.before
+        self.held = now if self.exact else self.before
+
+    def restart(self) -> None:
+        """Forget the peak until now, but not what was held at the beginning."""
+        release(self.device)
+        if self.exact:
+            reset_peak_memory(self.device)
 
     def over(self) -> int | None:
         """Return the peak since then over what was held then; None if that cannot be told."""
@@ -74,6 +80,11 @@ class Peak:
     def whole(self) -> int:
         """Return the peak of the process, before and since."""
         return max(self.before, peak_memory(self.device))
+
+
+def held(device: torch.device) -> int:
+    """Return the bytes of the tensors on a GPU, or of the resident pages of this process on a CPU."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident()
 
 
 def resident() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftkit.engine.dropout import Source
+from graftkit.engine.machine import synchronize
 from graftkit.plan.operations import ELEMENTWISE, Operation, operation_of, tensors
 
 BLOCK = 512  # bytes that the allocators of GPUs round to
@@ -87,6 +89,28 @@ class Counting(TorchDispatchMode):
                 self.add(-size)
 
         return freed
+
+
+class Timing(Counting):
+    """Counts real operations, and times them. `seconds`: of each kind; `own`: those of counting itself. A GPU is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.own = device, 0.0
+        self.seconds: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        begun = time.perf_counter()
+        output = func(*args, **kwargs)
+        synchronize(self.device)
+        ended = time.perf_counter()
+        if isinstance(output, Tensor | tuple | list):
+            operation = operation_of(func, args, kwargs, output)
+            self.operations[operation] += 1
+            self.seconds[operation.kind] += ended - begun  # type: ignore[assignment]
+        self.own += time.perf_counter() - ended
+        return output
 
 
 class Shapes(Source):

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from graftkit.plan.history import History
+from graftkit.plan.history import COUNT, History
 from graftkit.plan.operations import ELEMENTWISE, KINDS, Operation
 from graftkit.plan.parameters import Plan
 from graftkit.plan.pretended import Counted
@@ -73,6 +73,7 @@ class Forecast:
     plan_error: dict[str, Any] | None = None
     note: str | None = None
     advice: list[str] = field(default_factory=list)
+    by: str = COUNT  # how it was made
 
     @property
     def predicted(self) -> dict[str, Any]:
@@ -108,14 +109,12 @@ def forecast(
     spent[ELEMENTWISE] += update / max(1, passes.accumulate)  # type: ignore[assignment]
     evaluation = _batch(load.evaluation, clock) * passes.evaluation_batches
     filling = _batch(load.filling, clock) * passes.fill_batches
-    step, evaluation, filling = (x * history.slower for x in (step, evaluation, filling))
     per_epoch = passes.per_epoch * step
     evaluation += EVALUATED if passes.evaluations else 0.0
     total = BEGINNING + filling + passes.steps * step + passes.evaluations * evaluation
     flops = _flops(load, passes)
     seconds: dict[str, Any] = {
         "step": step, "epoch": per_epoch, "evaluation": evaluation, "filling": filling, "total": total,
-        "by_rates": total / history.slower,
         "interval": [round(x, 3) for x in history.interval("seconds", total)],
     }  # fmt: skip
     whole = sum(spent.values()) or 1.0

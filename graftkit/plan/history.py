@@ -21,19 +21,19 @@ FILE = "predictions.jsonl"
 MOST = 200
 FIGURES = ("peak_memory_bytes", "seconds")
 LAST = 50  # runs that count
-CORRECTS = 3  # runs from which they correct the next
 LEAST = 8  # runs from which their errors are the interval
 DEFAULT = {"peak_memory_bytes": 0.15, "seconds": 0.4}  # relative, until there are so many
+TRIAL, COUNT = "trial", "count"  # how a run was foreseen
 COVERED = 0.9  # of the runs before lie within their interval
 
 
 @dataclass(frozen=True)
 class History:
-    """The runs of one machine: `ratios`: measured by predicted of each figure, oldest first; `slower`: how many times longer
-    than by rates alone runs of the same kind took, in the median, by which the next prediction is corrected."""
+    """The runs of one machine, oldest first. `ratios`: measured by predicted of each figure, of runs that were foreseen in the
+    same way; `all`: of any."""
 
     ratios: dict[str, list[float]]
-    slower: float = 1.0
+    all: dict[str, list[float]]
 
     def interval(self, figure: str, value: float) -> list[float]:
         """Return the least and most that a figure is expected to be: the range of nine runs in ten before, or a default."""
@@ -51,40 +51,28 @@ class History:
                 "runs": len(ratios), "median": round(float(np.median(np.abs(np.array(ratios) - 1))), 4),
                 "largest": round(float(np.abs(np.array(ratios) - 1).max()), 4),
             }
-            for figure, ratios in self.ratios.items() if ratios
+            for figure, ratios in self.all.items() if ratios
         }  # fmt: skip
         return found or None
 
 
-def read(machine: str, kind: str, path: Path | None = None) -> History:
-    """Return what is known of a machine. `kind`: of the run to come: heads tell nothing of how long full fine-tuning takes."""
-    ratios: dict[str, list[float]] = {figure: [] for figure in FIGURES}
-    slower: list[float] = []
-    for line in _lines(path or cache_folder() / FILE):
-        if line.get("machine") == machine:
-            for figure in FIGURES:
-                ratio = _ratio(line, figure)
-                if ratio is not None:
-                    ratios[figure].append(ratio)
-            raw = _ratio(line, "seconds", "by_rates") if line.get("kind") == kind else None
-            slower += [] if raw is None else [raw]
-    factor = float(np.median(slower[-LAST:])) if len(slower) >= CORRECTS else 1.0
-    return History({figure: found[-LAST:] for figure, found in ratios.items()}, factor)
+def read(machine: str, by: str, path: Path | None = None) -> History:
+    """Return what is known of a machine. `by`: how the run to come is foreseen, whose errors tell nothing of the other way."""
+    lines = [line for line in _lines(path or cache_folder() / FILE) if line.get("machine") == machine]
+
+    def ratios(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
+        found = {figure: [_ratio(line, figure) for line in lines] for figure in FIGURES}
+        return {figure: [one for one in known if one is not None][-LAST:] for figure, known in found.items()}
+
+    return History(ratios([line for line in lines if line.get("by") == by]), ratios(lines))
 
 
 def add(
-    machine: str, kind: str, predicted: dict[str, Any], measured: dict[str, Any], by_rates: float | None = None,
-    path: Path | None = None,
-) -> None:  # fmt: skip
-    """Add a run. `by_rates`: its seconds before they were corrected. Without a cache folder nothing is kept."""
+    machine: str, by: str, predicted: dict[str, Any], measured: dict[str, Any], path: Path | None = None
+) -> None:
+    """Add a run. Without a cache folder nothing is kept."""
     path = path or cache_folder() / FILE
-    line = {
-        "machine": machine,
-        "kind": kind,
-        "predicted": predicted,
-        "measured": measured,
-        "by_rates": by_rates,
-    }
+    line = {"machine": machine, "by": by, "predicted": predicted, "measured": measured}
     with suppress(Exception):
         lines = [*_lines(path), line][-MOST:]
         write_text(path, "".join(f"{json.dumps(one)}\n" for one in lines))
@@ -104,9 +92,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _ratio(line: dict[str, Any], figure: str, by: str | None = None) -> float | None:
+def _ratio(line: dict[str, Any], figure: str) -> float | None:
     try:
-        ratio = line["measured"][figure] / (line["predicted"][figure] if by is None else line[by])
+        ratio = line["measured"][figure] / line["predicted"][figure]
     except (KeyError, TypeError, ZeroDivisionError):
         return None
     return float(ratio) if math.isfinite(ratio) and 0 < ratio < 1e3 else None

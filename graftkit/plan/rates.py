@@ -39,7 +39,7 @@ class Rates:
         self, device: torch.device, found: dict[str, float] | None = None, patience: float = PATIENCE
     ) -> None:
         self.device, self.patience = device, patience
-        self.machine = f"{hardware(device) if device.type == 'cuda' else cpu_name()} threads={torch.get_num_threads()} torch={torch.__version__}"
+        self.machine = machine_of(device)
         self.found = self._read() if found is None else found
         self.changed = False
 
@@ -125,6 +125,12 @@ class Rates:
             if isinstance(own, dict)
             else {}
         )
+
+
+def machine_of(device: torch.device) -> str:
+    """Return what rates and times depend on: the processor or GPU, the threads, and the version of torch."""
+    name = hardware(device) if device.type == "cuda" else cpu_name()
+    return f"{name} threads={torch.get_num_threads()} torch={torch.__version__}"
 
 
 def _all() -> dict[str, Any]:

@@ -98,13 +98,16 @@ class Console:
             self._progress.start()
 
     def step(
-        self, number: int, total: int, epoch: float, loss: float, accuracy: float | None, rows: int
-    ) -> None:
-        """Update the progress line after an optimizer step; loss and accuracy are smoothed."""
+        self, number: int, total: int, epoch: float, loss: float, accuracy: float | None, rows: int,
+        left: float | None = None,
+    ) -> None:  # fmt: skip
+        """Update the progress line after an optimizer step; loss and accuracy are smoothed. `left`: the seconds that are left;
+        otherwise those of the steps so far."""
         self._rows += rows
         now = time.monotonic()
         elapsed = max(now - self._started, 1e-9)
-        left = elapsed / max(1, number - self._first) * (total - number)
+        if left is None:
+            left = elapsed / max(1, number - self._first) * (total - number)
         right = "" if accuracy is None else f"accuracy {accuracy:.3f}  "
         text = (
             f"step {number}/{total}  epoch {epoch:.2f}  loss {loss:.3f}  {right}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from graftkit.data.by_tokens import order_of, prediction_batches, prediction_siz
 from graftkit.data.source import Source
 from graftkit.engine.cached import MEMORY_SHARE
 from graftkit.engine.filling import FILL_BATCH
-from graftkit.engine.memory import Peak, host_memory, resident
+from graftkit.engine.memory import Peak, host_memory, release, resident
 from graftkit.engine.parallel import processes
 from graftkit.engine.precision import rounded_names
 from graftkit.errors import Note, first_line
@@ -26,39 +27,86 @@ from graftkit.plan import history
 from graftkit.plan.elsewhere import Machine, fitted, shared
 from graftkit.plan.estimate import estimated
 from graftkit.plan.forecast import HOST, Forecast, Load, Passes, forecast
+from graftkit.plan.measured import measured_forecast
 from graftkit.plan.pretended import Counted, Pretended
-from graftkit.plan.rates import Rates
+from graftkit.plan.rates import Rates, machine_of
 from graftkit.recipe.environment import forecasts
 from graftkit.report.console import Console, size
 from graftkit.report.forecast import show_forecast
+from graftkit.runs import trial as trials
 from graftkit.runs.prepare import Prepared, graft_of, source_of
+from graftkit.runs.trial import evaluations_of, heaviest_of
 from graftkit.tasks.base import Dataset
 
+FEW = 10  # steps, below which those of the run count less than what was foreseen
 SAMPLE = 200  # batches of the first epoch whose lengths are looked at
 
 
 def foresee(prepared: Prepared, datasets: Mapping[str, Dataset]) -> Forecast | None:
-    """Return what a run will take; None if runs are not foreseen, or if that failed."""
+    """Return what a run will take, from a trial of its batches or, if there is none, from counting; None if runs are not
+    foreseen, or if that failed."""
     if not forecasts():
         return None
+    note = None
+    if processes()[1] == 1 and prepared.settings.steps:
+        try:
+            return foresee_by_trial(prepared, datasets)
+        except Exception as error:  # no forecast is worth a run
+            note = f"the trial of its batches failed ({type(error).__name__}: {first_line(error)[:160]})"
+            del error
+            release(prepared.device)
     try:
-        return foresee_always(prepared, datasets)
-    except Exception as error:  # no forecast is worth a run
+        found = foresee_always(prepared, datasets)
+        return found if note is None else replace(found, note=" ".join(filter(None, (note, found.note))))
+    except Exception as error:
         warnings.warn(Note(f"no forecast ({type(error).__name__}: {first_line(error)})."), stacklevel=2)
         return None
+
+
+def foresee_by_trial(prepared: Prepared, datasets: Mapping[str, Dataset], *, make: bool = True) -> Forecast:
+    """Return what a run will take, by a trial that was kept, or else by one that is made now. `make`: otherwise `LookupError`."""
+    tried = trials.Tried(prepared, datasets)
+    key = tried.key
+    found = trials.read(key)
+    fresh = found is None
+    if found is None:
+        if not make:
+            raise LookupError("no such run has been tried yet")
+        found = tried.measured()
+        trials.keep(key, found)
+    fillings = tried.fillings(found.filling is not None, tried.missing if make and found.filling else 1.0)
+    passes = passes_of(prepared, datasets)
+    known = history.read(machine_of(prepared.device), history.TRIAL)
+    cast = measured_forecast(
+        prepared.plan, found, passes, tried.steps, tried.evaluations, fillings, known, fresh=fresh,
+        waits=prepared.device.type == "cpu",
+        metrics=passes.evaluations > 0 and prepared.rows.task.head and "sklearn.metrics" not in sys.modules,
+    )  # fmt: skip
+    return replace(cast, advice=advice(cast, prepared.device))
+
+
+def foresee_without_weights(
+    prepared: Prepared, datasets: Mapping[str, Dataset], machine: Machine | None = None
+) -> Forecast:
+    """Return what a run will take, from a trial that an earlier run kept, or from counting its operations. `machine`: another
+    one than this."""
+    if machine is None:
+        with suppress(Exception):
+            return foresee_by_trial(prepared, datasets, make=False)
+    return foresee_always(prepared, datasets, twin=prepared.graft, machine=machine)
 
 
 def foresee_always(
     prepared: Prepared, datasets: Mapping[str, Dataset], *, twin: Graft | None = None, machine: Machine | None = None
 ) -> Forecast:  # fmt: skip
-    """Return what a run will take. `twin`: its graft on the meta device, if there is one already: it is used up. `machine`:
+    """Return what a run will take, from its operations on fake tensors. `twin`: its graft on the meta device, if there is one already: it is used up. `machine`:
     another one than this."""
     rates = Rates(prepared.device) if machine is None else None
-    known = history.read("" if rates is None else rates.machine, kind_of(prepared))
+    known = history.read("" if rates is None else rates.machine, history.COUNT)
     cpu = machine is None and prepared.device.type == "cpu"
     with _undisturbed(prepared.device):  # rates are measured on random numbers
         load = load_of(prepared, datasets, twin, as_on_gpu=machine is not None)
-        passes = passes_of(prepared, datasets, load)
+        passes = passes_of(prepared, datasets, load.filling is not None)
         if machine is not None:
             passes = shared(passes, machine, fixed=prepared.recipe.train.steps is not None)
         found = forecast(prepared.plan, load, passes, machine or rates, known, cpu=cpu)  # type: ignore[arg-type]
@@ -128,12 +176,10 @@ def _twin(prepared: Prepared) -> Graft:
 
 def batches_of(prepared: Prepared) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the rows of the heaviest batch that there can be, and batches with the least, a usual and the largest size."""
-    source, settings = prepared.train, prepared.settings
-    lengths, most, tokens = source.lengths, settings.batch_size, settings.batch_tokens
+    source, settings, heavy = prepared.train, prepared.settings, heaviest_of(prepared)
+    lengths = source.lengths
     if isinstance(lengths, int):
-        rows = _longest(source, most if tokens is None else tokens // lengths)
-        return rows, [rows]
-    heavy = max(prediction_batches(lengths, most, tokens), key=lambda rows: _padded(source, rows))
+        return heavy, [heavy]
     found = order_of(source, settings, 0).batches(0, SAMPLE)
     found.sort(key=lambda rows: len(rows) * int(lengths[rows].max()))
     return heavy, found
@@ -203,26 +249,16 @@ def _shapes(source: Source, batches: list[np.ndarray]) -> list[tuple[int, int]]:
     return [(len(rows), _padded(source, rows) // max(1, len(rows))) for rows in batches]
 
 
-def passes_of(prepared: Prepared, datasets: Mapping[str, Dataset], load: Load) -> Passes:
-    """Return how often each pass is made."""
+def passes_of(prepared: Prepared, datasets: Mapping[str, Dataset], filled: bool = False) -> Passes:
+    """Return how often each pass is made. `filled`: there is a cache of frozen layers to fill."""
     settings, per_epoch = prepared.settings, prepared.plan.steps_per_epoch
-    held = datasets.get("eval")
-    every = prepared.recipe.train.evaluate_every
-    if every == "end":
-        times = 1
-    elif isinstance(every, str):
-        times = math.ceil(settings.steps / max(1, per_epoch * int("".join(filter(str.isdigit, every)) or 1)))
-    else:
-        times = math.ceil(settings.steps / every)
-    world = processes()[1]
-    filled = 0.0
-    if load.filling is not None:
-        filled = sum(
-            _batches(one, FILL_BATCH) * one.views for name, one in datasets.items() if name != "test"
-        )
+    held, world = datasets.get("eval"), processes()[1]
+    fills = 0.0
+    if filled:
+        fills = sum(_batches(one, FILL_BATCH) * one.views for name, one in datasets.items() if name != "test")
     return Passes(
-        settings.steps, per_epoch, settings.accumulate, times if held is not None else 0,
-        0.0 if held is None else _batches(held, *prediction_sizes(prepared.recipe.train)) / world, filled / world,
+        settings.steps, per_epoch, settings.accumulate, 0 if held is None else evaluations_of(prepared),
+        0.0 if held is None else _batches(held, *prediction_sizes(prepared.recipe.train)) / world, fills / world,
     )  # fmt: skip
 
 
@@ -256,25 +292,34 @@ def told(found: Forecast, console: Console) -> dict[str, Any]:
     return values
 
 
-def kind_of(prepared: Prepared) -> str:
-    """Return what runs have in common whose times are off alike: the model's class, the methods, and the number type."""
-    graft = prepared.graft
-    names = "+".join(method.name for method in graft.method.methods)
-    return f"{type(graft.model).__name__} {names} {prepared.precision}"
-
-
 class Reality:
-    """What a run takes, beside what is foreseen. Made before the first step, when the model is in memory."""
+    """What a run takes, beside what is foreseen. Made before the first step, when the model is in memory.
+
+    Its memory counts over what was held then, before a trial loads libraries too.
+    """
 
     def __init__(self, prepared: Prepared, datasets: Mapping[str, Dataset], console: Console) -> None:
         """Foresee the run and print that."""
-        self.device, self.foreseen = prepared.device, foresee(prepared, datasets)
-        self.kind = kind_of(prepared)
-        if self.foreseen is not None:
-            told(self.foreseen, console)
+        self.device, self.steps = prepared.device, prepared.settings.steps
+        if forecasts():
             make_resident(prepared.graft.model)
         self.peak = Peak(prepared.device)
+        self.foreseen = foresee(prepared, datasets)
+        if self.foreseen is not None:
+            told(self.foreseen, console)
+        self.peak.restart()
         self.over: int | None = None
+
+    def left(self, step: int, stepping: float) -> float | None:
+        """Return the seconds that are left after `step` steps, which took `stepping` seconds without evaluations: those foreseen,
+        times how much longer steps take than foreseen, of which the first ones say little. None if nothing is foreseen."""
+        if self.foreseen is None or not step:
+            return None
+        seconds, steps = self.foreseen.seconds, self.steps
+        each = seconds["step"] or stepping / step
+        around = max(0.0, seconds["total"] - seconds["filling"] - steps * each)  # evaluations
+        slower = (stepping + FEW * each) / ((step + FEW) * each)
+        return slower * ((steps - step) * each + around * (1 - step / steps))
 
     def compared(self, seconds: float, partly: bool) -> dict[str, Any]:
         """Return the entries of result.json. `partly`: the run was resumed or stopped early, and is not comparable."""
@@ -284,8 +329,7 @@ class Reality:
         predicted = self.foreseen.predicted
         measured = {"peak_memory_bytes": self.over, "seconds": round(seconds, 3)}
         if not partly and processes()[0] == 0:
-            machine = Rates(self.device, {}).machine
-            history.add(machine, self.kind, predicted, measured, self.foreseen.seconds["by_rates"])
+            history.add(machine_of(self.device), self.foreseen.by, predicted, measured)
         return {**found, "predicted": predicted, "measured": measured}
 
     def end_of_steps(self) -> None:

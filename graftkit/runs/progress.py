@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from graftkit.engine.loop import Step
+from graftkit.report.console import Console
 
 
 def due(every: int | str, step: Step, per_epoch: int, total: int) -> bool:
@@ -44,6 +45,10 @@ class Smooth:
             self.accuracy = None
         else:
             self.accuracy += share * (step.accuracy - self.accuracy)
+
+    def show(self, console: Console, step: Step, total: int, left: float | None) -> None:
+        """Show the progress of a run of `total` steps, of which `left` seconds are left."""
+        console.step(step.number, total, step.epoch, self.loss, self.accuracy, step.rows, left)
 
 
 @contextmanager

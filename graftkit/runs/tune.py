@@ -31,7 +31,7 @@ from graftkit.runs import folder as run_folder
 from graftkit.runs.budget import budgeted
 from graftkit.runs.finding import with_found_lr
 from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
-from graftkit.runs.foresight import Reality, encoded, foresee_always, told
+from graftkit.runs.foresight import Reality, encoded, foresee_without_weights, told
 from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
@@ -269,7 +269,7 @@ def plan(recipe: Recipe, console: Console, machine: Machine | None = None) -> Pl
     found = replace(prepared.plan, warnings=[*prepared.plan.warnings, *prepared.warnings])
     if not forecasts() and machine is None:
         return found
-    foreseen = foresee_always(prepared, datasets, twin=prepared.graft, machine=machine)
+    foreseen = foresee_without_weights(prepared, datasets, machine)
     return replace(found, forecast=told(foreseen, console))
 
 
@@ -314,9 +314,8 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
                 watch.log(step)
                 watch.tell(step, console)
                 watch.keep_before_decay()
-                console.step(
-                    step.number, prepared.settings.steps, step.epoch, smooth.loss, smooth.accuracy, step.rows
-                )
+                left = reality.left(step.number, watch.stepping)
+                smooth.show(console, step, prepared.settings.steps, left)
                 if due(train.evaluate_every, step, loop.per_epoch, prepared.settings.steps):
                     watch.evaluate(step.number, console)
                 stop = _any_stops(bool(stopped), loop.world)

@@ -10,8 +10,14 @@ import torch
 from conftest import make_rows, write_csv
 
 from graftkit.cli.main import main
+from graftkit.engine.trial import Trial
 from graftkit.plan import history
-from graftkit.plan.forecast import BEGINNING
+from graftkit.plan.forecast import BEGINNING, Forecast
+from graftkit.recipe import schema as recipes
+from graftkit.report.console import Console
+from graftkit.runs.foresight import Reality
+from graftkit.runs.trial import Tried
+from graftkit.runs.tune import run_recipe
 
 
 @pytest.fixture
@@ -29,6 +35,7 @@ def planned(tiny_bert, tmp_path, capsys, monkeypatch):
         assert (stopped.value.code or 0) == status, found
         return found
 
+    run.model, run.rows = str(tiny_bert), str(rows)
     return run
 
 
@@ -66,6 +73,49 @@ def test_a_run_says_what_it_took_and_the_next_plan_how_right_that_was(planned, t
     wrong = abs(result["measured"]["seconds"] / result["predicted"]["seconds"] - 1)
     assert errors["seconds"]["runs"] == 1
     assert errors["seconds"]["median"] == pytest.approx(wrong, rel=0.02)
+
+
+def test_a_run_is_the_same_with_and_without_a_trial(planned, tmp_path, monkeypatch):
+    """Its losses and weights, bit for bit: a model with dropout, and a trial whose result a second run takes from the cache."""
+    made: list[int] = []
+    measured = Tried.measured
+    monkeypatch.setattr(Tried, "measured", lambda self: made.append(1) or measured(self))
+    found = {}
+    for name, wanted in (("with", "1"), ("again", "1"), ("without", "0")):
+        monkeypatch.setenv("GRAFTKIT_FORECAST", wanted)
+        result = planned("--method", "lora() + head()", "--out", str(tmp_path / name), command="tune")
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["loss"] for line in lines if json.loads(line)["kind"] == "step"]
+        weights = next((tmp_path / name / "graft").glob("*.safetensors")).read_bytes()
+        found[name] = losses, weights
+        assert ("predicted" in result) == (wanted == "1")
+    assert len(made) == 1
+    assert found["with"] == found["without"] == found["again"] and len(found["with"][0]) > 0
+
+
+def test_a_trial_that_fails_ends_no_run(planned, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Trial, "_gradients", fails)
+    console = Console(quiet=True)
+    said: list[str] = []
+    monkeypatch.setattr(console, "pairs", lambda rows: said.extend(f"{a}: {b}" for a, b in rows))
+    recipe = {"model": planned.model, "data": {"train": planned.rows}, "train": {"epochs": 1.0}}
+    run = run_recipe(recipes.make({**recipe, "out": str(tmp_path / "run")}), console)
+    assert run.result["predicted"]["seconds"] > 0 and run.result["steps"] > 0
+    assert any("the trial of its batches failed (RuntimeError: DefaultCPUAllocator" in line for line in said)
+
+
+def test_the_time_left_follows_the_steps():
+    reality = object.__new__(Reality)
+    reality.steps = 100
+    seconds = {"step": 1.0, "filling": 5.0, "total": 125.0, "evaluation": 20.0}
+    reality.foreseen = Forecast({}, seconds, {}, {})
+    assert reality.left(50, 50.0) == pytest.approx(50 + 10)
+    assert 60 < reality.left(50, 100.0) < 120  # twice as long as foreseen, but for what the forecast counts
+    reality.foreseen = None
+    assert reality.left(50, 50.0) is None
 
 
 def test_limits_of_memory_choose_smaller_batches(planned, monkeypatch):
@@ -111,22 +161,24 @@ def test_advice(planned, monkeypatch):
     assert "may not fit" in planned("train.batch_size=2")["advice"][0]
 
 
-def test_earlier_runs_make_the_interval_and_correct_the_seconds(tmp_path):
+def test_earlier_runs_make_the_interval(tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text('{"machine": "m", "predicted": 3}\nnot json\n')
     for ratio in (1.8, 1.9, 2.0, 2.1, 2.2, 2.0, 2.0, 2.0):
         predicted = {"seconds": 10.0, "peak_memory_bytes": 100}
-        history.add("m", "k", predicted, {"seconds": 10 * ratio, "peak_memory_bytes": 110}, 5.0, path)
-    known = history.read("m", "k", path)
-    assert history.read("m", "another kind", path).slower == 1.0
-    assert known.slower == pytest.approx(4.0)
+        measured = {"seconds": 10 * ratio, "peak_memory_bytes": 110}
+        history.add("m", history.TRIAL, predicted, measured, path)
+    known = history.read("m", history.TRIAL, path)
     assert known.interval("seconds", 1.0) == pytest.approx([1.0, 2.165], abs=0.01)
     assert known.errors()["peak_memory_bytes"] == {"runs": 8, "median": 0.1, "largest": 0.1}
-    assert history.read("another", "k", path).errors() is None
+    other = history.read("m", history.COUNT, path)
+    assert other.interval("seconds", 1.4)[0] == pytest.approx(1.0)  # a default
+    assert other.errors() == known.errors()
+    assert history.read("another", history.TRIAL, path).errors() is None
 
 
 def test_the_file_of_earlier_runs_is_bounded(tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps({"machine": str(i)}) + "\n" for i in range(500)))
-    history.add("m", "k", {"seconds": 1.0}, {"seconds": 1.0}, path=path)
+    history.add("m", history.TRIAL, {"seconds": 1.0}, {"seconds": 1.0}, path=path)
     assert len(path.read_text().splitlines()) == history.MOST
