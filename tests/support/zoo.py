@@ -247,8 +247,8 @@ class Plain(nn.Module):
         return self.output((states * weights).sum(1) / weights.sum(1))
 
 
-def _example(name: str) -> Callable[[], nn.Module]:
-    """The model that the function of that name in examples/NAME.py makes."""
+def _example(name: str, **constants: Any) -> Callable[[], nn.Module]:
+    """The model that the function of that name in examples/NAME.py makes, with other values for its constants."""
 
     def build() -> nn.Module:
         spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
@@ -256,6 +256,7 @@ def _example(name: str) -> Callable[[], nn.Module]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # pickled copies find its classes there
         spec.loader.exec_module(module)
+        vars(module).update(constants)
         return getattr(module, name)()
 
     return build
@@ -336,6 +337,6 @@ MODELS = [
     ), _random("input_features", 8, 24)),
     Model("transformer", "`nn.TransformerEncoder`", Plain, _plain),
     Model("squeezenet", "SqueezeNet", _example("squeezenet"), _random("x", 3, 47, 47)),
-    Model("resnet20", "ResNet-20", _example("resnet20"), _random("x", 3, 16, 16)),
+    Model("resnet20", "ResNet-20", _example("resnet20", DEPTH=2), _random("x", 3, 16, 16)),
 ]  # fmt: skip
 BY_NAME = {model.name: model for model in MODELS}
