@@ -65,7 +65,9 @@ def test_pair(method: str, model: zoo.Model, stored, tmp_path: Path) -> None:
 
 
 def test_details_are_tried_with_each_method_and_on_each_model() -> None:
-    tried = [(method, model.name) for method in METHODS for model in zoo.MODELS if detailed(method, model.name)]
+    tried = [
+        (method, model.name) for method in METHODS for model in zoo.MODELS if detailed(method, model.name)
+    ]
     for method in METHODS:
         assert sum(method == given for given, _ in tried) >= len(FAMILIES) + 4
     for model in zoo.MODELS:
