@@ -7,7 +7,7 @@ import socket
 import pytest
 from conftest import tune_words
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 
 @pytest.fixture

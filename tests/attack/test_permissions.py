@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import forked, make_rows, write_csv
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 RUN = ["--task", "classify", "--method", "head()", "--out", "out", "train.epochs=1", "train.precision=fp32"]
 # what is forbidden, the command, and what its error says; the first file is the model's

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import graftkit
 from graftkit import Backbone, UserError, attach, detach
 
-pytestmark = pytest.mark.sampled
+pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("few_compared")]
 
 
 def zoo_head(name: str, text: str, seed: int = 3):

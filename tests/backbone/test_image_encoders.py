@@ -77,7 +77,8 @@ def folder(tmp_path_factory):
 def test_each_is_tuned_and_answers(name, method, folder, colours, tmp_path):
     run = graftkit.tune(
         model=str(folder(name)), task="image_classify", train=str(colours / "train"), eval=str(colours / "eval"),
-        method=method, out=tmp_path / "run", settings={"train.steps": 4, "train.precision": "fp32"},
+        method=method, out=tmp_path / "run",
+        settings={"train.steps": 3, "train.precision": "fp32", "train.evaluate_every": "end"},
     )  # fmt: skip
     assert run.metrics["rows"] == 12
     assert run.evaluate(str(colours / "eval")) == run.metrics

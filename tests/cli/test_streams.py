@@ -35,8 +35,8 @@ def unread(number: int) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.slow
-def test_a_run_goes_on_without_its_display(tiny_bert, rows_folder, tmp_path, break_, number, as_json):
-    words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=2", *["--json"] * as_json)
+def test_a_run_goes_on_without_its_display(short_bert, rows_folder, tmp_path, break_, number, as_json):
+    words = tune_words(short_bert, rows_folder, tmp_path / "run", "train.steps=2", *["--json"] * as_json)
 
     def work() -> None:
         break_(number)
@@ -60,8 +60,8 @@ def test_no_command_fails_with_a_traceback(words, break_):
     assert done.status in (0, 1) and "Traceback" not in done.err, done.err
 
 
-def test_a_closed_terminal_stops_a_run_with_its_checkpoint(tiny_bert, rows_folder, tmp_path, monkeypatch):
-    words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=400")
+def test_a_closed_terminal_stops_a_run_with_its_checkpoint(short_bert, rows_folder, tmp_path, monkeypatch):
+    words = tune_words(short_bert, rows_folder, tmp_path / "run", "train.steps=400")
 
     def work() -> None:
         from graftkit.report.console import Console

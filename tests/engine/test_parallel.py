@@ -22,9 +22,9 @@ pytestmark = [
 
 
 @pytest.fixture
-def still_bert(tiny_bert: Path, tmp_path: Path) -> Path:
+def still_bert(short_bert: Path, tmp_path: Path) -> Path:
     """The tiny BERT without dropout, whose random numbers differ from process to process."""
-    folder = shutil.copytree(tiny_bert, tmp_path / "still-bert")
+    folder = shutil.copytree(short_bert, tmp_path / "still-bert")
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "config.json").write_text(json.dumps(config))

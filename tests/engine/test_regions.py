@@ -22,11 +22,13 @@ from graftkit.runs.monitor import Watch
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
+# a compiler takes seconds for each graph of a block, and the more for each addition in it
+FEW = "lora(rank=4, sites='q,v,down') + head()"
 
 
 @pytest.fixture(scope="module")
 def one_block(tmp_path_factory) -> Path:
-    """The tiny BERT with one block: each block has graphs of its own, and a compiler takes seconds for one."""
+    """The tiny BERT with one block: each block has graphs of its own."""
     return make_bert(tmp_path_factory.mktemp("models") / "one-block", blocks=1)
 
 
@@ -42,8 +44,8 @@ def grafted(kind: str, method: str):
         model = bare(kind)
     else:
         model = causal(kind)
-        del model.model.layers[2:]  # the second block and those after it have one graph
-        model.config.num_hidden_layers = 2
+        del model.model.layers[1:]  # each graph takes seconds
+        model.config.num_hidden_layers = 1
     model.config.use_cache = False
     graft = attach(Backbone(model), method).requires_grad_()
     with torch.no_grad():
@@ -75,7 +77,12 @@ def measured(regions: Regions, graft) -> None:
     "kind, method, backend",
     [
         ("bert", "lora(rank=2, sites='q,v', dropout=0.2)", "eager"),
-        pytest.param("llama", "lora(rank=2, dropout=0.2) + adapter()", "aot_eager", marks=pytest.mark.slow),
+        pytest.param(
+            "llama",
+            "lora(rank=2, sites='q,v,down', dropout=0.2) + adapter()",
+            "aot_eager",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_whole_blocks_trace_and_draw_the_same_masks(kind, method, backend, monkeypatch):
@@ -188,7 +195,9 @@ def test_a_measurement_is_kept_in_the_cache_folder(tmp_path, monkeypatch):
 def test_a_run_with_inductor_is_the_eager_one_to_rounding(command, one_block, rows_folder, tmp_path):
     for name, kind in (("eager", "none"), ("compiled", "blocks")):
         done = command(
-            *tune_words(one_block, rows_folder, tmp_path / name, "train.steps=5", f"train.compile={kind}")
+            *tune_words(
+                one_block, rows_folder, tmp_path / name, "train.steps=5", f"train.compile={kind}", method=FEW
+            )
         )
         assert done.status == 0, done.err
     assert "blocks are compiled" in done.out
@@ -212,9 +221,8 @@ def test_a_resumed_run_is_compiled_from_its_first_step(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Watch, "tell", stop)
-    words = tune_words(
-        one_block, rows_folder, run, "train.steps=8", "train.compile=blocks", "train.checkpoint_every=4"
-    )
+    words = tune_words(one_block, rows_folder, run, "train.steps=8", "train.compile=blocks", "train.checkpoint_every=4",
+                       method=FEW)  # fmt: skip
     assert command(*words).status == 130
     assert ons[0] == (1, False) and ons[5] == (6, True)
     done = command("tune", "--resume", run)

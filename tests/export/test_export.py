@@ -64,7 +64,7 @@ def test_own_head_loads_with_plain_transformers(command, finished, tmp_path):
 def test_pooled_head_comes_with_a_script(command, tiny_bert, rows_folder, tmp_path, head):
     method = f"lora(rank=2) + head({head})"
     run = tmp_path / "run"
-    assert command(*tune_words(tiny_bert, rows_folder, run, "train.epochs=3", method=method)).status == 0
+    assert command(*tune_words(tiny_bert, rows_folder, run, "train.steps=4", method=method)).status == 0
     done = command("export", run, "--to", tmp_path / "model")
     assert done.status == 0 and "classifier.py" in done.out and "largest difference" in done.out
     out = without_graftkit(tmp_path / "model" / "classifier.py", *TEXTS)

@@ -110,7 +110,9 @@ def same_values(wrapped: nn.Module, graft: Graft) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tuner", BRIDGED)
 def test_there_and_back(tuner, kind, tmp_path):
-    """PEFT's own model gives the same outputs and gradients, and each reads what the other writes."""
+    """PEFT's own model gives the same outputs and gradients, and each reads what the other writes. What does not depend
+    on the kind of model (files written again, copies, shapes alone) is tried on one, with each tuner on the other."""
+    whole = kind == KINDS[BRIDGED.index(tuner) % len(KINDS)]
     graft = ours(tuner, kind)
     wrapped = theirs(tuner, kind, graft)
     torch.testing.assert_close(tiny.outputs(graft.model), tiny.outputs(wrapped), rtol=1e-5, atol=1e-5)
@@ -121,8 +123,11 @@ def test_there_and_back(tuner, kind, tmp_path):
     assert tiny.relative(wanted, tiny.outputs(wrapped)) < 1e-5
     assert tiny.relative(base, wanted) > 1e-3
     peft_reads_what_we_write(graft, kind, tmp_path / "ours", wanted)
-    we_read_what_peft_writes(wrapped, kind, tmp_path / "theirs", wanted)
+    we_read_what_peft_writes(wrapped, kind, tmp_path / "theirs", wanted, again=whole)
     has_its_gradients(graft, wrapped, parameters)
+    if not whole:
+        return
+    we_read_what_we_write(kind, tmp_path / "ours", wanted)
     twin = copy.deepcopy(graft)
     assert torch.equal(tiny.outputs(twin.model), wanted)
     graft.disable()
@@ -132,23 +137,27 @@ def test_there_and_back(tuner, kind, tmp_path):
 
 def peft_reads_what_we_write(graft, kind, folder, wanted):
     graft.save(folder)
-    torch.manual_seed(11)
-    again = load(tiny.bare(kind), folder, name="other")
-    assert torch.equal(tiny.outputs(again.model), wanted)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
         wrapped = peft.PeftModel.from_pretrained(tiny.bare(kind), str(folder)).eval()
     assert tiny.relative(tiny.outputs(wrapped), wanted) < 1e-5
 
 
-def we_read_what_peft_writes(wrapped, kind, folder, wanted):
+def we_read_what_we_write(kind, folder, wanted):
+    torch.manual_seed(11)
+    again = load(tiny.bare(kind), folder, name="other")
+    assert torch.equal(tiny.outputs(again.model), wanted)
+
+
+def we_read_what_peft_writes(wrapped, kind, folder, wanted, again):
     wrapped.save_pretrained(str(folder))
     torch.manual_seed(11)
-    again = load(tiny.bare(kind), folder)
-    got = tiny.outputs(again.model)
+    ours = load(tiny.bare(kind), folder)
+    got = tiny.outputs(ours.model)
     assert tiny.relative(got, wanted) < 1e-5
-    again.save(folder / "again")
-    assert torch.equal(tiny.outputs(load(tiny.bare(kind), folder / "again").model), got)
+    if again:
+        ours.save(folder / "again")
+        assert torch.equal(tiny.outputs(load(tiny.bare(kind), folder / "again").model), got)
 
 
 def has_its_gradients(graft, wrapped, parameters):
@@ -335,7 +344,7 @@ def test_a_run(tiny_bert, tmp_path):
         train=rows,
         method=method,
         out=tmp_path / "run",
-        settings={"train.epochs": 6, "train.lr": 0.03},
+        settings={"train.epochs": 6, "train.lr": 0.03, "train.evaluate_every": "end"},
     )
     assert run.result["evaluation"]["accuracy"] > 0.9
     assert run.predict(["the old hammer"])[0]["label"] == "tool"

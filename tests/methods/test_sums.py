@@ -50,8 +50,10 @@ def test_a_sum_means_the_same_in_either_order_or_is_refused(first):
     for second in METHODS:
         if (first, second) not in PAIRS:
             continue
-        labels = labels_of(f"{METHODS[first]} + {METHODS[second]}")
-        assert labels == labels_of(f"{METHODS[second]} + {METHODS[first]}"), (first, second)
+        text, reversed_ = (f"{METHODS[a]} + {METHODS[b]}" for a, b in ((first, second), (second, first)))
+        labels = labels_of(text)
+        if read(text).arranged() != read(reversed_).arranged():  # `attach` sees nothing but that
+            assert labels == labels_of(reversed_), (first, second)
         if isinstance(labels, str):
             assert f"{first}(" in labels and f"{second}(" in labels, labels
         else:

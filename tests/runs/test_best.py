@@ -58,10 +58,10 @@ def test_tags_that_are_no_entities_have_other_figures():
 
 @pytest.mark.parametrize("figure", ["macro_f1", "loss", None])
 @pytest.mark.slow
-def test_a_run_keeps_the_weights_that_are_best_by_it(command, tiny_bert, rows_folder, tmp_path, figure):
+def test_a_run_keeps_the_weights_that_are_best_by_it(command, short_bert, rows_folder, tmp_path, figure):
     more = [] if figure is None else [f"train.best={figure}"]
     words = tune_words(
-        tiny_bert, rows_folder, tmp_path / "run", "train.steps=12", "train.evaluate_every=1", "train.lr=0.3",
+        short_bert, rows_folder, tmp_path / "run", "train.steps=12", "train.evaluate_every=1", "train.lr=0.3",
         "train.schedule=constant", "train.early_stopping=4", *more, method="head()",
     )  # fmt: skip
     assert command(*words).status == 0
@@ -74,9 +74,9 @@ def test_a_run_keeps_the_weights_that_are_best_by_it(command, tiny_bert, rows_fo
     assert len(seen) == 12 or len(seen) == best.step + 4, "early stopping follows the same figure"
 
 
-def test_a_figure_that_there_is_not(command, tiny_bert, rows_folder, tmp_path):
+def test_a_figure_that_there_is_not(command, short_bert, rows_folder, tmp_path):
     for name in ("tune", "plan"):
-        words = [name, *tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.best=macro_f2")[1:]]
+        words = [name, *tune_words(short_bert, rows_folder, tmp_path / "run", "train.best=macro_f2")[1:]]
         done = command(*words)
         assert (
             done.status == 1
@@ -84,7 +84,9 @@ def test_a_figure_that_there_is_not(command, tiny_bert, rows_folder, tmp_path):
             and "Did you mean 'macro_f1'" in done.err
         )
         assert not (tmp_path / "run").exists()
-    done = command(*tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.best=loss", "data.eval=null"))
+    done = command(
+        *tune_words(short_bert, rows_folder, tmp_path / "run", "train.best=loss", "data.eval=null")
+    )
     assert done.status == 1 and "needs rows to evaluate on" in done.err
 
 

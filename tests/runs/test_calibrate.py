@@ -85,6 +85,7 @@ def test_evaluate_tells_the_error_with_and_without_the_temperature(command, fini
     assert "calibration error" in command("evaluate", finished, "--data", rows_folder / "eval.csv").out
 
 
+@pytest.mark.usefixtures("few_compared")
 def test_an_export_gives_the_same_probabilities(finished, tmp_path):
     from transformers import AutoModelForSequenceClassification
 

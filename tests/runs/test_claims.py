@@ -17,7 +17,7 @@ import graftkit
 from graftkit.claims import LOCK, UNSUPPORTED, claimed, holder
 from graftkit.errors import Note, UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 HOLD = "import sys, time; from pathlib import Path; from graftkit.claims import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"

@@ -46,10 +46,10 @@ def rows(tmp_path_factory):
     return folder
 
 
-def test_methods_are_compared(command, tiny_bert, rows, tmp_path):
+def test_methods_are_compared(command, short_bert, rows, tmp_path):
     out = tmp_path / "out"
     asked = words(
-        tiny_bert, rows, out, "--seeds", 2, "--search", 2, "--methods", HEAD, BITFIT, "lora(sites='nowhere')",
+        short_bert, rows, out, "--seeds", 2, "--search", 2, "--methods", HEAD, BITFIT, "lora(sites='nowhere')",
         HEAD.replace("=", " = "),
     )  # fmt: skip
     done = command("compare", *asked, "--json")
@@ -115,9 +115,9 @@ def _name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def test_few_rows_in_memory_without_test_rows(tiny_bert, tmp_path):
+def test_few_rows_in_memory_without_test_rows(short_bert, tmp_path):
     told = {
-        "model": str(tiny_bert),
+        "model": str(short_bert),
         "methods": [HEAD],
         "seeds": 2,
         "search": 1,
@@ -147,11 +147,11 @@ def test_few_rows_in_memory_without_test_rows(tiny_bert, tmp_path):
     assert "Rows and quality" in (tmp_path / "few" / "report.html").read_text()
 
 
-def test_mistakes_are_told_before_anything_is_trained(command, tiny_bert, rows, tmp_path):
+def test_mistakes_are_told_before_anything_is_trained(command, short_bert, rows, tmp_path):
     out = tmp_path / "out"
 
     def error(*more: object) -> str:
-        done = command("compare", *words(tiny_bert, rows, out, *more))
+        done = command("compare", *words(short_bert, rows, out, *more))
         assert done.status == 1 and not (out / "runs").exists(), done.out
         return done.err
 
@@ -179,11 +179,11 @@ def test_mistakes_are_told_before_anything_is_trained(command, tiny_bert, rows, 
         assert done.status == 1 and wrong in done.err
 
 
-def test_a_learning_curve(command, tiny_bert, rows, tmp_path):
+def test_a_learning_curve(command, short_bert, rows, tmp_path):
     out = tmp_path / "curve"
     done = command(
         "curve",
-        *words(tiny_bert, rows, out, "--method", HEAD, "--points", 3, "--seeds", 1, "train.steps=2"),
+        *words(short_bert, rows, out, "--method", HEAD, "--points", 3, "--seeds", 1, "train.steps=2"),
         "--json",
     )
     assert done.status == 0, done.err
@@ -195,7 +195,7 @@ def test_a_learning_curve(command, tiny_bert, rows, tmp_path):
         result["sentence"].startswith("By the curve, 94 rows instead of 47") and result["fit"]["exponent"] > 0
     )
     assert "Would more rows help?" in (out / "report.html").read_text()
-    few = command("curve", *words(tiny_bert, rows, tmp_path / "no", "--points", 9))
+    few = command("curve", *words(short_bert, rows, tmp_path / "no", "--points", 9))
     assert few.status == 1 and "47 rows are too few for a curve of 9 points" in few.err
 
 
@@ -208,9 +208,9 @@ def test_scores_by_row_are_those_of_the_metrics(finished):
         assert len(values) == 40 and above / below == pytest.approx(metrics[name], rel=1e-5)
 
 
-def test_all_are_those_that_stand_alone(tiny_bert, rows, monkeypatch):
+def test_all_are_those_that_stand_alone(short_bert, rows, monkeypatch):
     monkeypatch.setattr(comparing, "entries", lambda family: ["bitfit", "freeze", "full", "new_tokens"])
-    recipe = recipes.make({"model": str(tiny_bert), "data": {"train": str(rows / "train.csv")}})
+    recipe = recipes.make({"model": str(short_bert), "data": {"train": str(rows / "train.csv")}})
     study = Study("compare", rows, {}, Console(quiet=True))
     work = comparing._Comparing(
         study, prepare_rows(recipe), Best("accuracy", "max"), comparing.Asked(("all",))

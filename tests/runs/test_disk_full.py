@@ -95,8 +95,8 @@ def test_a_full_disk(finished, exported, rows_folder, tmp_path, name, most, exis
 
 
 @pytest.mark.parametrize("most", [1_000, 4_000])
-def test_a_full_disk_when_a_run_begins_or_ends(tiny_bert, rows_folder, tmp_path, command, most):
-    words = tune_words(tiny_bert, rows_folder, tmp_path / "run", "train.steps=2", method="head()")
+def test_a_full_disk_when_a_run_begins_or_ends(short_bert, rows_folder, tmp_path, command, most):
+    words = tune_words(short_bert, rows_folder, tmp_path / "run", "train.steps=2", method="head()")
     full = limited(words, most)
     assert full.status == 1 and "Traceback" not in full.err and full.err.count("error: ") == 1, full.err
     assert not list(tmp_path.rglob("*.part"))
@@ -126,7 +126,7 @@ def test_an_operation_that_is_refused(finished, exported, tmp_path, number):
     assert left == right
 
 
-def test_files_have_the_rights_of_new_files(tiny_bert, rows_folder, tmp_path):
+def test_files_have_the_rights_of_new_files(short_bert, rows_folder, tmp_path):
     """Whichever library writes them."""
     run = tmp_path / "run"
 
@@ -138,7 +138,7 @@ def test_files_have_the_rights_of_new_files(tiny_bert, rows_folder, tmp_path):
         os.umask(UMASK)
         plain = checkpoint.save
         checkpoint.save = lambda *given: (plain(*given), os.kill(os.getpid(), signal.SIGTERM))[0]
-        words = tune_words(tiny_bert, rows_folder, run, "train.steps=2", "train.checkpoint_every=1")
+        words = tune_words(short_bert, rows_folder, run, "train.steps=2", "train.checkpoint_every=1")
         for command in (
             words,
             ["tune", "--resume", run],

@@ -21,7 +21,7 @@ from graftkit.data.source import Pass
 from graftkit.errors import UserError
 from graftkit.runs.predict import predict
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,8 @@ def empty(root) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words(tiny_bert, rows_folder, root) -> list[str]:
-    return tune_words(tiny_bert, rows_folder, root / "run", *SHORT, method="head()")
+def words(short_bert, rows_folder, root) -> list[str]:
+    return tune_words(short_bert, rows_folder, root / "run", *SHORT, method="head()")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def whole(words, root, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def older(tiny_bert, rows_folder, root, tmp_path_factory) -> Path:
+def older(short_bert, rows_folder, root, tmp_path_factory) -> Path:
     """A finished run of another method that has been in the same folder."""
-    ran([*tune_words(tiny_bert, rows_folder, root / "run", "train.steps=1"), "--overwrite"])
+    ran([*tune_words(short_bert, rows_folder, root / "run", "train.steps=1"), "--overwrite"])
     return Path(shutil.copytree(root / "run", tmp_path_factory.mktemp("older") / "run"))
 
 
@@ -201,15 +201,15 @@ def test_answers(finished, rows_folder, empty, tmp_path, name):
         assert out.read_bytes() == right and [path.name for path in empty.iterdir()] == [name]
 
 
-def test_what_only_reads_writes_nothing(finished, tiny_bert, rows_folder, empty, tmp_path):
+def test_what_only_reads_writes_nothing(finished, short_bert, rows_folder, empty, tmp_path):
     shutil.copytree(finished, empty / "run")
     data = str(rows_folder / "eval.csv")
     for number, words in enumerate(
         (
             ["predict", str(empty / "run"), "a plum"],
             ["evaluate", str(empty / "run"), "--data", data],
-            ["inspect", str(tiny_bert)],
-            ["data", "check", "--train", data, "--model", str(tiny_bert), "--task", "classify"],
+            ["inspect", str(short_bert)],
+            ["data", "check", "--train", data, "--model", str(short_bert), "--task", "classify"],
             ["tune", "--resume", str(empty / "run")],
         )
     ):

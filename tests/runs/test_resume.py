@@ -44,14 +44,14 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_bert, rows_folder, tmp_path_factory):
+def uninterrupted(short_bert, rows_folder, tmp_path_factory):
     """The run of a case that nothing stops, made once."""
     made: dict[str, Path] = {}
 
     def run(case: str) -> Path:
         if case not in made:
             made[case] = tmp_path_factory.mktemp("whole") / case
-            tune(tiny_bert, rows_folder, made[case], case)
+            tune(short_bert, rows_folder, made[case], case)
         return made[case]
 
     return run
@@ -92,9 +92,9 @@ def tune(model: Path, rows: Path, out: Path, case: str) -> None:
         ("best", "mid-write", 9),
     ],
 )
-def test_killed_and_resumed(uninterrupted, tiny_bert, rows_folder, tmp_path, case, moment, number):
+def test_killed_and_resumed(uninterrupted, short_bert, rows_folder, tmp_path, case, moment, number):
     run = tmp_path / "run"
-    words = words_of(tiny_bert, rows_folder, run, case)
+    words = words_of(short_bert, rows_folder, run, case)
     killed(moment, number, words)
     assert not (run / "result.json").exists()
     resume(run)
@@ -102,7 +102,7 @@ def test_killed_and_resumed(uninterrupted, tiny_bert, rows_folder, tmp_path, cas
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_at_any_moment(uninterrupted, tiny_bert, rows_folder, tmp_path):
+def test_killed_again_and_again_at_any_moment(uninterrupted, short_bert, rows_folder, tmp_path):
     """No patch: a real process, killed from outside as soon as it has come one checkpoint further."""
     run = tmp_path / "run"
     seen: set[str] = set()
@@ -117,7 +117,7 @@ def test_killed_again_and_again_at_any_moment(uninterrupted, tiny_bert, rows_fol
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
 
-    for words in (words_of(tiny_bert, rows_folder, run, "lora"), ["tune", "--resume", str(run)]):
+    for words in (words_of(short_bert, rows_folder, run, "lora"), ["tune", "--resume", str(run)]):
         ended = forked(lambda words=words: main(words), meanwhile=kill_after_a_checkpoint)
         assert ended.status == -signal.SIGKILL, ended.err
     resume(run)
@@ -125,7 +125,7 @@ def test_killed_again_and_again_at_any_moment(uninterrupted, tiny_bert, rows_fol
 
 
 @pytest.mark.parametrize("case", ["lora", "prompt", "peft"])
-def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path, case):
+def test_control_c(uninterrupted, short_bert, rows_folder, tmp_path, case):
     if case == "peft":
         pytest.importorskip("peft")
     run = tmp_path / "run"
@@ -145,7 +145,7 @@ def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path, case):
         main(words)
 
     words = [
-        w for w in words_of(tiny_bert, rows_folder, run, case) if not w.startswith("train.checkpoint_every")
+        w for w in words_of(short_bert, rows_folder, run, case) if not w.startswith("train.checkpoint_every")
     ]
     stopped = forked(work)
     assert stopped.status == 130 and "Traceback" not in stopped.err
@@ -157,7 +157,7 @@ def test_control_c(uninterrupted, tiny_bert, rows_folder, tmp_path, case):
 
 @pytest.mark.parametrize("moment", ["make_forward", "describe"])
 def test_control_c_before_and_after_the_steps(
-    uninterrupted, tiny_bert, rows_folder, tmp_path, monkeypatch, command, moment
+    uninterrupted, short_bert, rows_folder, tmp_path, monkeypatch, command, moment
 ):
     import graftkit.runs.monitor
     import graftkit.runs.tune
@@ -170,15 +170,15 @@ def test_control_c_before_and_after_the_steps(
         patch.setattr(
             graftkit.runs.tune if moment == "make_forward" else graftkit.runs.monitor, moment, interrupt
         )
-        stopped = command(*words_of(tiny_bert, rows_folder, run, "lora"))
+        stopped = command(*words_of(short_bert, rows_folder, run, "lora"))
     assert stopped.status == 130 and f"graftkit tune --resume {run}" in stopped.err
     resume(run)
     assert_same(run, uninterrupted("lora"))
 
 
-def test_checkpoints_hold_no_base_weights(tiny_bert, rows_folder, tmp_path):
+def test_checkpoints_hold_no_base_weights(short_bert, rows_folder, tmp_path):
     run = tmp_path / "run"
-    words = words_of(tiny_bert, rows_folder, run, "lora")
+    words = words_of(short_bert, rows_folder, run, "lora")
     killed("after-rename", 3, words)
     path = max((run / "checkpoints").glob("step-*"))
     tensors = load_file(path)
@@ -219,10 +219,10 @@ def rename_a_tensor(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, blank_a_page, rename_a_tensor])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    uninterrupted, tiny_bert, rows_folder, tmp_path, command, damage
+    uninterrupted, short_bert, rows_folder, tmp_path, command, damage
 ):
     run = tmp_path / "run"
-    killed("after-rename", 4, words_of(tiny_bert, rows_folder, run, "lora"))
+    killed("after-rename", 4, words_of(short_bert, rows_folder, run, "lora"))
     _, path = sorted((run / "checkpoints").glob("step-*"))
     damage(path)
     done = command("tune", "--resume", run)
@@ -230,9 +230,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert_same(run, uninterrupted("lora"))
 
 
-def test_damaged_checkpoints_are_refused(tiny_bert, rows_folder, tmp_path, command):
+def test_damaged_checkpoints_are_refused(short_bert, rows_folder, tmp_path, command):
     run = tmp_path / "run"
-    killed("after-rename", 3, words_of(tiny_bert, rows_folder, run, "lora"))
+    killed("after-rename", 3, words_of(short_bert, rows_folder, run, "lora"))
     for path in (run / "checkpoints").glob("step-*"):
         flip_a_bit(path)
     done = command("tune", "--resume", run)
@@ -242,9 +242,9 @@ def test_damaged_checkpoints_are_refused(tiny_bert, rows_folder, tmp_path, comma
     assert done.status == 0 and "resumed at step 0 of 9" in done.out
 
 
-def test_damaged_best_weights(uninterrupted, tiny_bert, rows_folder, tmp_path, command):
+def test_damaged_best_weights(uninterrupted, short_bert, rows_folder, tmp_path, command):
     run = tmp_path / "run"
-    killed("after-rename", 4, words_of(tiny_bert, rows_folder, run, "best"))
+    killed("after-rename", 4, words_of(short_bert, rows_folder, run, "best"))
     best = run / "checkpoints" / "best.safetensors"
     with safe_open(best, framework="pt") as file:
         assert "checksum" in file.metadata()
@@ -260,9 +260,9 @@ def test_damaged_best_weights(uninterrupted, tiny_bert, rows_folder, tmp_path, c
         assert done.status == 1 and "best.safetensors is damaged" in done.err
 
 
-def test_other_rows_are_refused(tiny_bert, rows_folder, tmp_path, command):
+def test_other_rows_are_refused(short_bert, rows_folder, tmp_path, command):
     rows = Path(shutil.copytree(rows_folder, tmp_path / "rows"))
-    words = words_of(tiny_bert, rows, tmp_path / "run", "lora")
+    words = words_of(short_bert, rows, tmp_path / "run", "lora")
     killed("after-rename", 2, words)
     for name in ("train", "eval"):
         text = (rows / f"{name}.csv").read_text()
@@ -274,7 +274,7 @@ def test_other_rows_are_refused(tiny_bert, rows_folder, tmp_path, command):
     assert command("tune", "--resume", tmp_path / "run").status == 0
 
 
-def test_a_run_on_rows_in_memory_goes_on_from_python(tiny_bert, tmp_path, monkeypatch):
+def test_a_run_on_rows_in_memory_goes_on_from_python(short_bert, tmp_path, monkeypatch):
     import graftkit
     import graftkit.runs.monitor
 
@@ -286,7 +286,7 @@ def test_a_run_on_rows_in_memory_goes_on_from_python(tiny_bert, tmp_path, monkey
         if step.number == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    given = {"model": str(tiny_bert), "train": rows, "eval": None, "method": "head()"}
+    given = {"model": str(short_bert), "train": rows, "eval": None, "method": "head()"}
     settings = {"train.steps": 4, "train.precision": "fp32"}
     with monkeypatch.context() as patch:
         patch.setattr(graftkit.runs.monitor.Watch, "log", log)

@@ -12,11 +12,11 @@ pytestmark = pytest.mark.sampled
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.slow
-def test_killed_and_resumed(case, tiny_bert, tmp_path):
+def test_killed_and_resumed(case, short_bert, tmp_path):
     from graftkit.cli.main import main
 
     task, method, (moment, number) = CASES[case]
-    model, train = material(case, tmp_path, tiny_bert)
+    model, train = material(case, tmp_path, short_bert)
     words = [
         "tune", "--model", str(model), "--task", task, "--train", str(train), "--eval", "0.25", "--method", method,
         "train.precision=fp32", "train.batch_size=8", "train.lr=0.01", "train.steps=6", "train.checkpoint_every=1",

@@ -34,12 +34,12 @@ def test_factors_are_those_of_the_paper():
 
 
 @pytest.mark.slow
-def test_a_longer_run_is_the_one_that_never_decayed(command, tiny_bert, rows_folder, tmp_path):
+def test_a_longer_run_is_the_one_that_never_decayed(command, short_bert, rows_folder, tmp_path):
     """Weights, optimizer state and the norm of the step before are those of the moment before the decay."""
 
     def words(name: str, steps: int, *more: str) -> list[str]:
         given = [*MODERN, f"train.steps={steps}", *more]
-        return tune_words(tiny_bert, rows_folder, tmp_path / name, *given, method="full(lr=0.001) + head()")
+        return tune_words(short_bert, rows_folder, tmp_path / name, *given, method="full(lr=0.001) + head()")
 
     assert command(*words("short", 8)).status == 0
     assert [path.name for path in (tmp_path / "short" / "before-decay").iterdir()] == [

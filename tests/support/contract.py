@@ -1,4 +1,5 @@
 """What every method promises on every model: one function for each promise, and `check`, which runs them on a pair.
+`DETAILS` are promises that depend on the method and on the kinds of the model's modules, not on how they are put together.
 
 A pair of method and model either keeps all promises or is refused by `attach` with a message that names the method,
 what it does not fit, and what to use instead.
@@ -66,10 +67,10 @@ class Pair:
     def batch(self) -> zoo.Batch:
         return self.model.batch()
 
-    @functools.cached_property
+    @property
     def base(self) -> Tensor:
         """What the model gives before anything is attached."""
-        return self.outputs(self.model.fresh())
+        return _base(self.model)
 
     @functools.cached_property
     def as_attached(self) -> Graft:
@@ -78,13 +79,19 @@ class Pair:
 
     @functools.cached_property
     def as_shaken(self) -> Graft:
-        """What `shaken` gives, once for all promises that leave it as it was."""
+        """What `shaken` gives, once for all promises that leave it as it was; `labelled_trains...` sets it to one that
+        is trained too."""
         return self.shaken()
 
     @functools.cached_property
     def wanted(self) -> Tensor:
         """What every copy of `shaken` gives."""
         return self.outputs(self.as_shaken.model)
+
+
+@functools.cache
+def _base(model: zoo.Model) -> Tensor:
+    return zoo.outputs(model.fresh(), model.batch())
 
 
 def shake(graft: Graft, seed: int = 5) -> Graft:
@@ -169,6 +176,7 @@ def labelled_trains_and_nothing_else_moves(pair: Pair) -> None:
     assert with_gradient <= labelled, f"a gradient without a label: {sorted(with_gradient - labelled)}"
     assert moved <= moving, f"moved without a label: {sorted(moved - moving)}"
     assert moved >= moving, f"did not move: {sorted(moving - moved)}"
+    pair.as_shaken = shake(graft)
 
 
 def base_is_untouched(pair: Pair) -> None:
@@ -221,11 +229,12 @@ def save_and_load_give_the_same(pair: Pair) -> None:
 
 def disable_gives_the_base(pair: Pair) -> None:
     graft = pair.as_shaken
+    wanted = pair.wanted
     for _ in range(2):
         graft.disable()
         equal(pair.outputs(graft.model), pair.base, "disabled outputs")
         graft.enable()
-        equal(pair.outputs(graft.model), pair.wanted, "enabled outputs")
+    equal(pair.outputs(graft.model), wanted, "enabled outputs")
     assert pair.wanted.shape != pair.base.shape or not torch.equal(pair.wanted, pair.base), "changes nothing"
 
 
@@ -242,7 +251,6 @@ def folds_or_says_why_not(pair: Pair) -> None:
     close(pair.outputs(graft.model), pair.wanted, "folded outputs")
     graft.unfold()
     same(tiny.snapshot(graft.model), before)
-    equal(pair.outputs(graft.model), pair.wanted, "unfolded outputs")
     graft.fold()
     graft.disable()
     equal(pair.outputs(graft.model), pair.base, "outputs of the folded graft, disabled")
@@ -367,16 +375,28 @@ PROMISES: tuple[Callable[[Pair], None], ...] = (
     deepcopy_is_independent,
     trains_on_a_half_precision_base,
 )
+DETAILS = {
+    base_checkpoint_loads,
+    failed_attach_and_detach_leave_the_model_as_it_was,
+    gradients_accumulate,
+    deepcopy_is_independent,
+    trains_on_a_half_precision_base,
+}
 
 
 class Broke(AssertionError):
     """A promise was not kept; says which, by what pair, and how."""
 
 
-def check(model: zoo.Model, expression: str, folder: Path, identity: bool = False) -> str:
-    """`PASSES`, or the message with which the pair is refused. Raises `Broke` for the first promise that is broken."""
+def check(
+    model: zoo.Model, expression: str, folder: Path, identity: bool = False, details: bool = True
+) -> str:
+    """`PASSES`, or the message with which the pair is refused. Raises `Broke` for the first promise that is broken.
+    Without `details`, the promises of `DETAILS` are left out."""
     pair = Pair(model, expression, identity, folder)
     for promise in (refused_well, *PROMISES):
+        if promise in DETAILS and not details:
+            continue
         try:
             message = promise(pair)
         except Exception as error:

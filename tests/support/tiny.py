@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from copies import Copies
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -61,10 +62,18 @@ def randomize(module: nn.Module, seed: int, std: float = 0.2) -> None:
                 parameter.copy_(values + center * name.endswith("weight"))
 
 
+_made: dict[str, Copies] = {}
+
+
 def make(model_class: type[PreTrainedModel], kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    model = model_class(config(kind, **changes))
-    randomize(model, seed)
-    return model.eval()
+    """A copy of a model that is built once a process; the global random state stays as it is."""
+    key = repr((model_class, kind, seed, changes, torch.get_default_device()))
+    if key not in _made:
+        with torch.random.fork_rng(devices=[]):
+            model = model_class(config(kind, **changes))
+        randomize(model, seed)
+        _made[key] = Copies(model.eval())
+    return _made[key].fresh()
 
 
 def bare(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -5,24 +5,19 @@
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import functools
 import importlib.util
-import io
-import pickle
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
 import transformers as hf
+from copies import Copies
 from device import DEVICE
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VOCABULARY, WIDTH, BLOCKS, HEADS, INNER, CLASSES = 40, 16, 2, 4, 24, 3
@@ -41,12 +36,12 @@ class Model:
 
     def fresh(self, seed: int = 0) -> nn.Module:
         """A copy in eval mode; the same values for the same seed."""
-        copied = _copy_of(self, seed)
+        copied = _copies(self, seed).fresh()
         return copied if DEVICE.type == "cpu" else copied.to(DEVICE)
 
     def shapes(self) -> nn.Module:
         """The model on the `meta` device, built there."""
-        return _copy_of(self, None)
+        return _copies(self, None).fresh()
 
     def state(self, seed: int = 0) -> dict[str, Tensor]:
         """What the state dict of such a copy holds, to compare with."""
@@ -68,64 +63,9 @@ def _template(model: Model, seed: int | None) -> nn.Module:
     return made
 
 
-class _Pickler(pickle.Pickler):
-    """Pickle a module without its tensors, functions and classes that parametrizations made, which `kept` collects."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.kept: dict[int, Any] = {}
-
-    def persistent_id(self, value: Any) -> int | None:
-        made = isinstance(value, type) and value.__name__.startswith("Parametrized")
-        if not isinstance(value, Tensor | FunctionType) and not made:
-            return None
-        self.kept[id(value)] = value
-        return id(value)
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, nn.Module) and is_parametrized(
-            value
-        ):  # refuses to be pickled for another process
-            return copyreg.__newobj__, (type(value),), value.__dict__  # type: ignore[attr-defined]
-        return NotImplemented
-
-
-class _Unpickler(pickle.Unpickler):
-    """Make a copy of a pickled module, with copies of its tensors."""
-
-    def __init__(self, file: io.BytesIO, kept: dict[int, Any]) -> None:
-        super().__init__(file)
-        self.kept = kept
-        self.copied: dict[int, Tensor] = {}
-
-    def persistent_load(self, number: int) -> Any:
-        kept = self.kept[number]
-        if not isinstance(kept, Tensor):
-            return kept
-        if number not in self.copied:
-            values = kept.detach().clone()
-            parameter = isinstance(kept, nn.Parameter)
-            self.copied[number] = nn.Parameter(values, kept.requires_grad) if parameter else values
-        return self.copied[number]
-
-
 @functools.cache
-def _pickled(model: Model, seed: int | None) -> tuple[bytes, dict[int, Any]] | None:
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    try:
-        pickler.dump(_template(model, seed))
-    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):  # it has functions of its own
-        return None
-    return file.getvalue(), pickler.kept
-
-
-def _copy_of(model: Model, seed: int | None) -> nn.Module:
-    """What `copy.deepcopy` gives, several times as fast."""
-    pickled = _pickled(model, seed)
-    if pickled is None:
-        return copy.deepcopy(_template(model, seed))
-    return _Unpickler(io.BytesIO(pickled[0]), pickled[1]).load()
+def _copies(model: Model, seed: int | None) -> Copies:
+    return Copies(_template(model, seed))
 
 
 def randomize(module: nn.Module, seed: int) -> None:
@@ -247,8 +187,8 @@ class Plain(nn.Module):
         return self.output((states * weights).sum(1) / weights.sum(1))
 
 
-def _example(name: str) -> Callable[[], nn.Module]:
-    """The model that the function of that name in examples/NAME.py makes."""
+def _example(name: str, **constants: Any) -> Callable[[], nn.Module]:
+    """The model that the function of that name in examples/NAME.py makes, with other values for its constants."""
 
     def build() -> nn.Module:
         spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
@@ -256,6 +196,7 @@ def _example(name: str) -> Callable[[], nn.Module]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # pickled copies find its classes there
         spec.loader.exec_module(module)
+        vars(module).update(constants)
         return getattr(module, name)()
 
     return build
@@ -336,6 +277,6 @@ MODELS = [
     ), _random("input_features", 8, 24)),
     Model("transformer", "`nn.TransformerEncoder`", Plain, _plain),
     Model("squeezenet", "SqueezeNet", _example("squeezenet"), _random("x", 3, 47, 47)),
-    Model("resnet20", "ResNet-20", _example("resnet20"), _random("x", 3, 16, 16)),
+    Model("resnet20", "ResNet-20", _example("resnet20", DEPTH=2), _random("x", 3, 16, 16)),
 ]  # fmt: skip
 BY_NAME = {model.name: model for model in MODELS}

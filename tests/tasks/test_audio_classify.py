@@ -21,7 +21,7 @@ from graftkit.recipe import schema as recipes
 from graftkit.runs.prepare import prepare_rows
 from graftkit.tasks.audio_classify.task import AudioClassify
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}
 

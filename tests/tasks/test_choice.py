@@ -147,10 +147,10 @@ def test_missing_columns(tmp_path):
         examples([{"question": "q", "choices": ["a", "b"]}], {"question": "question", "choices": "choices"})
 
 
-def test_scores_are_those_of_the_models_own_class(tiny_bert):
+def test_scores_are_those_of_the_models_own_class(short_bert):
     """Logits, padded where rows have fewer choices, and the loss beside BertForMultipleChoice with the same weights."""
     backbone = load_backbone(
-        find_source(str(tiny_bert)), "AutoModelForSequenceClassification", labels=["score"]
+        find_source(str(short_bert)), "AutoModelForSequenceClassification", labels=["score"]
     )
     model = backbone.model
     other = BertForMultipleChoice(model.config)
@@ -174,8 +174,8 @@ def test_scores_are_those_of_the_models_own_class(tiny_bert):
         assert bool(scores.correct[i]) == (wanted.logits[0].argmax() == made.targets[i])
 
 
-def test_texts_with_a_context(tiny_bert):
-    backbone = load_backbone(find_source(str(tiny_bert)))
+def test_texts_with_a_context(short_bert):
+    backbone = load_backbone(find_source(str(short_bert)))
     rows = [{"context": "the old cat", "question": "my dog", "choices": ["hen", "pig"], "label": 0}]
     made = examples(rows, {**COLUMNS, "context": "context"})
     ids = Choice().dataset(made, backbone, 32).batch(np.arange(1)).inputs["input_ids"]
@@ -214,13 +214,13 @@ FAST = {"train.precision": "fp32", "train.batch_size": 16}
 
 
 @pytest.fixture(scope="module")
-def learned(tiny_bert, tmp_path_factory) -> graftkit.Run:
+def learned(short_bert, tmp_path_factory) -> graftkit.Run:
     folder = tmp_path_factory.mktemp("choice")
     for name, count, seed in (("train", 96, 1), ("test", 24, 2)):
         lines = map(json.dumps, make_rows(count, seed, (2, 3, 4)))
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     return graftkit.tune(
-        model=str(tiny_bert), task="choice", train=folder / "train.jsonl", test=folder / "test.jsonl",
+        model=str(short_bert), task="choice", train=folder / "train.jsonl", test=folder / "test.jsonl",
         method="lora(rank=4) + head()", out=folder / "run", settings={**FAST, "train.lr": 0.01, "train.epochs": 8.0},
     )  # fmt: skip
 
@@ -249,7 +249,7 @@ def test_a_run_learns_what_to_choose(learned, command):
     assert done.status == 0 and "accuracy" in done.out
 
 
-def test_plan_and_the_pooled_head(tiny_bert, tmp_path, command):
+def test_plan_and_the_pooled_head(short_bert, tmp_path, command):
     rows = [
         {"prompt": r["question"], **dict(zip("AB", r["choices"])), "answer": "AB"[r["label"]]}
         for r in make_rows(24, 3, (2,))
@@ -257,7 +257,7 @@ def test_plan_and_the_pooled_head(tiny_bert, tmp_path, command):
     path = write_csv(tmp_path / "train.csv", rows)
     words = [
         "--model",
-        tiny_bert,
+        short_bert,
         "--task",
         "choice",
         "--train",
@@ -273,22 +273,22 @@ def test_plan_and_the_pooled_head(tiny_bert, tmp_path, command):
     assert json.loads(done.out)["metrics"]["rows"] == 2
 
 
-def test_two_choices_in_bf16_pass_the_audit(tiny_bert, tmp_path):
+def test_two_choices_in_bf16_pass_the_audit(short_bert, tmp_path):
     """Only the difference of two scores counts, so the head's bias has no gradient of its own."""
     run = graftkit.tune(
-        model=str(tiny_bert), task="choice", train=make_rows(32, 5, (2,)), eval=None, method="full(lr=0.001) + head()",
+        model=str(short_bert), task="choice", train=make_rows(32, 5, (2,)), eval=None, method="full(lr=0.001) + head()",
         out=tmp_path / "run", settings={"train.precision": "bf16", "train.batch_size": 8, "train.epochs": 2.0},
     )  # fmt: skip
     assert run.result["steps"] == 8
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_end(short_bert, tmp_path, monkeypatch):
     import graftkit.runs.monitor
 
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, make_rows(40, 7, (2, 4)))))
     given = {
-        "model": str(tiny_bert), "task": "choice", "train": tmp_path / "train.jsonl",
+        "model": str(short_bert), "task": "choice", "train": tmp_path / "train.jsonl",
         "method": "lora(rank=2, dropout=0.1) + head()",
         "settings": {**FAST, "train.steps": 5, "train.checkpoint_every": 1},
     }  # fmt: skip
@@ -312,6 +312,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_compared")
 def test_an_exported_model_scores_the_same(learned, command, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -18,7 +18,7 @@ from graftkit.data.read import read_table
 from graftkit.errors import UserError
 from graftkit.tasks.classify.task import Classify
 
-pytestmark = pytest.mark.sampled
+pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("few_compared")]
 
 COLUMNS = {"text": "text", "label": "label"}
 FAST = {"train.precision": "fp32", "train.batch_size": 16, "train.lr": 0.02}

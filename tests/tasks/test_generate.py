@@ -25,7 +25,7 @@ from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 from graftkit.tasks.generate.task import Generate
 
-pytestmark = pytest.mark.sampled
+pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("few_compared")]
 
 FAST = {"train.precision": "fp32", "train.batch_size": 8, "train.lr": 0.01}
 QUESTIONS = ["what colour is coal?", "what colour is the sea?", "what is it???", "snow?"]
@@ -306,7 +306,7 @@ def test_encoder_and_decoder(t5, data, tmp_path):
 def test_exported(llama, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = tune(llama, data, tmp_path / "run", method="lora(lr=0.02)", epochs=12.0)
+    run = tune(llama, data, tmp_path / "run", method="lora(lr=0.02)", epochs=12.0, evaluate_every="end")
     done = run.export(tmp_path / "plain")
     assert done["native"] and done["rows_real"] and done["same_answers"]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()

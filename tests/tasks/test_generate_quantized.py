@@ -16,7 +16,7 @@ from graftkit.backbone.source import auto_class, find_source
 from graftkit.errors import UserError
 from graftkit.grafts.attach import attach
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 HERE = importlib.util.find_spec("bitsandbytes") is not None
 needed = pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed")

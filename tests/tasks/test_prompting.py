@@ -21,7 +21,7 @@ from graftkit.runs.tune import plan
 from graftkit.tasks.prompting import Prompting
 from graftkit.tasks.shared.prompts.template import draw_shots, read_template
 
-pytestmark = pytest.mark.sampled
+pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("few_compared")]
 
 LABELS = ("fruit", "tool")
 TEMPLATE = "my {text} is a {label}"

@@ -13,7 +13,7 @@ from squad_rows import articles, official_1, official_2, write_squad
 import graftkit
 from graftkit.errors import Interrupted, UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_compared")]
 
 FAST = {"train.precision": "fp32", "train.batch_size": 16}
 
@@ -29,10 +29,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def learned(tiny_bert, folder, tmp_path_factory) -> graftkit.Run:
+def learned(short_bert, folder, tmp_path_factory) -> graftkit.Run:
     """A run that has learned what is asked for; a third of the questions has no answer."""
     return graftkit.tune(
-        model=str(tiny_bert), task="span", train=folder / "train2.json", test=folder / "test2.json",
+        model=str(short_bert), task="span", train=folder / "train2.json", test=folder / "test2.json",
         method="full(lr=0.005) + head()", out=tmp_path_factory.mktemp("runs") / "run", eval=0.2,
         settings={**FAST, "train.epochs": 12.0, "train.evaluate_every": "6 epochs"},
     )  # fmt: skip
@@ -110,11 +110,11 @@ def test_worst_answers_are_kept(learned):
 @pytest.mark.parametrize(
     "method", ["head()", "lora(rank=4) + head(pooling='tokens')", "prefix() + head(hidden=8)"]
 )
-def test_other_methods_and_long_contexts(tiny_bert, tmp_path, command, method):
+def test_other_methods_and_long_contexts(short_bert, tmp_path, command, method):
     """Windows of 32 tokens on contexts of 60: rows of the plan are windows, and kept outputs change nothing."""
     path = write_squad(tmp_path / "long.json", articles(8, 3, words=60))
     words = [
-        "--model", tiny_bert, "--task", "span(doc_stride=8)", "--train", path, "--eval", path, "--method", method,
+        "--model", short_bert, "--task", "span(doc_stride=8)", "--train", path, "--eval", path, "--method", method,
         "train.precision=fp32", "data.max_length=32", "train.epochs=2",
     ]  # fmt: skip
     plan = json.loads(command("plan", *words, "--json").out)
@@ -138,11 +138,11 @@ def test_a_model_that_reads_from_left_to_right(tiny_gpt2, folder, tmp_path):
     assert all(pair == (1, 1) for pair in pairs)
 
 
-def test_a_killed_run_goes_on_to_the_same_end(tiny_bert, folder, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_end(short_bert, folder, tmp_path, monkeypatch):
     import graftkit.runs.monitor
 
     given = {
-        "model": str(tiny_bert), "task": "span", "train": folder / "train2.json", "method": "lora(rank=2, dropout=0.1) + head()",
+        "model": str(short_bert), "task": "span", "train": folder / "train2.json", "method": "lora(rank=2, dropout=0.1) + head()",
         "settings": {**FAST, "train.steps": 6, "train.checkpoint_every": 1, "train.evaluate_every": 2},
     }  # fmt: skip
     whole = graftkit.tune(**given, out=tmp_path / "whole")
@@ -203,10 +203,10 @@ def test_an_exported_model_gives_the_same_answers(learned, command, tmp_path):
     assert json.loads(printed) == [row["answer"] for row in learned.predict(pairs)] == ["drill", "plum"]
 
 
-def test_a_pooling_for_whole_texts_is_refused(tiny_bert, folder, tmp_path):
+def test_a_pooling_for_whole_texts_is_refused(short_bert, folder, tmp_path):
     with pytest.raises(UserError, match="an output for each token"):
         graftkit.tune(
-            model=str(tiny_bert), task="span", train=folder / "train.json", method="head(pooling='mean')",
+            model=str(short_bert), task="span", train=folder / "train.json", method="head(pooling='mean')",
             out=tmp_path / "run",
         )  # fmt: skip
     assert not (tmp_path / "run").exists()

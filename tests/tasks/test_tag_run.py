@@ -63,11 +63,11 @@ def words_of(model: Path, files: Path, out: Path, method: str, *more: str) -> li
 
 
 @pytest.fixture(scope="module")
-def tagged(tmp_path_factory, tiny_bert, files) -> Path:
+def tagged(tmp_path_factory, short_bert, files) -> Path:
     """A finished run that has learned the words."""
     out = tmp_path_factory.mktemp("runs") / "tagged"
     graftkit.tune(
-        model=str(tiny_bert), task="tag", train=files / "train.conll", eval=files / "dev.conll",
+        model=str(short_bert), task="tag", train=files / "train.conll", eval=files / "dev.conll",
         method="lora(rank=8) + head(lr=0.02)", out=out, settings={**FAST, "train.epochs": 8.0},
     )  # fmt: skip
     return out
@@ -145,10 +145,10 @@ def test_long_sentences_are_tagged_as_a_whole(tagged):
     assert sum(a == b for a, (_, b) in zip(found["tags"], row)) / len(row) > 0.9
 
 
-def test_the_terminal_tells_what_was_read(command, tiny_bert, files, tmp_path):
+def test_the_terminal_tells_what_was_read(command, short_bert, files, tmp_path):
     rows = [[(word, tag.replace("B-", "I-")) for word, tag in row] for row in sentences(20, 4)]
     path = write(tmp_path / "iob.conll", rows)
-    done = command("tune", "--model", tiny_bert, "--task", "tag", "--train", path, "--method", "head()", "--out",
+    done = command("tune", "--model", short_bert, "--task", "tag", "--train", path, "--method", "head()", "--out",
                    tmp_path / "run", "train.steps=2", "data.max_length=8", "train.precision=fp32")  # fmt: skip
     assert done.status == 0, done.err
     assert "tags are IOB1 and are read as BIO" in done.out and "further parts of sentences" in done.out
@@ -156,8 +156,8 @@ def test_the_terminal_tells_what_was_read(command, tiny_bert, files, tmp_path):
     assert "Worst examples" in done.out
 
 
-def test_plan(command, tiny_bert, files, tmp_path):
-    words = words_of(tiny_bert, files, tmp_path / "run", "lora(rank=2) + head()")
+def test_plan(command, short_bert, files, tmp_path):
+    words = words_of(short_bert, files, tmp_path / "run", "lora(rank=2) + head()")
     done = command("plan", *words[1:], "--json")
     assert done.status == 0, done.err
     plan = json.loads(done.out)
@@ -168,12 +168,12 @@ def test_plan(command, tiny_bert, files, tmp_path):
 @pytest.mark.parametrize(
     "method", ["head()", "head(pooling='tokens', hidden=8)", "unfreeze('blocks[-1:]') + head()"]
 )
-def test_what_is_frozen_is_kept(method, tiny_bert, files, tmp_path):
+def test_what_is_frozen_is_kept(method, short_bert, files, tmp_path):
     """The cache of frozen outputs holds a state for each token, and trains as without it."""
     results = []
     for passes, epochs in (("kept", 3.0), ("anew", 1.0)):
         run = graftkit.tune(
-            model=str(tiny_bert), task="tag", train=files / "train.conll", eval=None, method=method,
+            model=str(short_bert), task="tag", train=files / "train.conll", eval=None, method=method,
             out=tmp_path / passes, settings={**FAST, "train.epochs": epochs, "train.steps": 3 if passes else 0},
         )  # fmt: skip
         results.append(graft_tensors(run.path))
@@ -182,14 +182,14 @@ def test_what_is_frozen_is_kept(method, tiny_bert, files, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2, dropout=0.1) + head()", "head(pooling='tokens')"])
-def test_a_killed_run_goes_on_bit_for_bit(method, tiny_bert, files, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(method, short_bert, files, tmp_path):
     from graftkit.cli.main import main
     from graftkit.report.console import Console
     from graftkit.runs.tune import resume_run
 
     more = ("train.steps=6", "train.checkpoint_every=1", "data.max_length=9")
     with pytest.raises(SystemExit) as stop:
-        main(words_of(tiny_bert, files, tmp_path / "whole", method, *more))
+        main(words_of(short_bert, files, tmp_path / "whole", method, *more))
     assert stop.value.code == 0
 
     def killed():
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_bit_for_bit(method, tiny_bert, files, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         safetensors.torch.save_file = save_file
-        main(words_of(tiny_bert, files, tmp_path / "cut", method, *more))
+        main(words_of(short_bert, files, tmp_path / "cut", method, *more))
 
     assert forked(killed).status == -signal.SIGKILL
     result = resume_run(tmp_path / "cut", Console(quiet=True)).result
@@ -223,6 +223,7 @@ print(json.dumps([[{k: e[k] if k != "score" else float(e[k]) for k in ("start", 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_compared")
 def test_the_exported_model_works_in_a_pipeline(tagged, tmp_path):
     told = export(tagged, tmp_path / "plain")
     assert told["native"] and told["rows_real"] and "token-classification" in told["load_with"]
@@ -257,14 +258,14 @@ def test_parts_of_speech(tiny_gpt2, tmp_path):
     ("method", "message"),
     [("head(pooling='mean')", "an output for each token"), ("head(classes=3)", "does not fit the 5 labels")],
 )
-def test_a_head_that_does_not_fit(method, message, tiny_bert, files, tmp_path):
+def test_a_head_that_does_not_fit(method, message, short_bert, files, tmp_path):
     with pytest.raises(UserError, match=message):
         graftkit.tune(
-            model=str(tiny_bert), task="tag", train=files / "train.conll", method=method, out=tmp_path / "x"
+            model=str(short_bert), task="tag", train=files / "train.conll", method=method, out=tmp_path / "x"
         )
 
 
-def test_types_that_were_not_trained_stop_a_run(command, tagged, tiny_bert, files, tmp_path):
+def test_types_that_were_not_trained_stop_a_run(command, tagged, short_bert, files, tmp_path):
     bad = tmp_path / "bad.conll"
     bad.write_text("my\tO\n\nold\tO\nhammer\tB-tool\n")
     done = command("evaluate", tagged, "--data", bad)
@@ -273,6 +274,6 @@ def test_types_that_were_not_trained_stop_a_run(command, tagged, tiny_bert, file
         "bad.conll, line 3: 'B-tool' is of none of the 2 types of the training data (animal, fruit)"
         in done.err
     )
-    words = words_of(tiny_bert, files, tmp_path / "run", "head()")
+    words = words_of(short_bert, files, tmp_path / "run", "head()")
     words[words.index("--eval") + 1] = str(bad)
     assert command(*words).status == 1 and not (tmp_path / "run").exists()
