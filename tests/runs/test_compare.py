@@ -165,7 +165,7 @@ def test_mistakes_are_told_before_anything_is_trained(command, short_bert, rows,
     tagged = tmp_path / "tagged.conll"
     tagged.write_text("".join(f"apple{i} B-FRUIT\nis O\nold O\n\n" for i in range(8)))
     done = command(
-        "compare", "--model", tiny_bert, "--task", "tag", "--train", tagged, "--methods", HEAD, "--few", 2, "--out", out
+        "compare", "--model", short_bert, "--task", "tag", "--train", tagged, "--methods", HEAD, "--few", 2, "--out", out
     )  # fmt: skip
     assert done.status == 1 and "the rows of tag() have no single class each; leave it out" in done.err
     assert not out.exists()
