@@ -4,8 +4,8 @@
 
 FOLDER holds train.csv and test.csv with the columns text and category. For each seed, a head is trained on all intents, and
 calibration error and coverage are measured on the test rows; and a head is trained without the rows of 20 random intents, which
-the test rows of these are to be told from the others by (AUROC). `--only known` measures the second alone. With LoRA, three epochs of
-both take about 20 minutes of one CPU core a seed: `--method 'lora() + head()' --epochs 3`.
+the test rows of these are to be told from the others by (AUROC). `--only known` measures the second alone. With LoRA, two epochs of
+the second took 191 seconds of CPU time: `--method 'lora() + head()' --epochs 2 --only known`.
 """
 
 from __future__ import annotations
