@@ -79,8 +79,8 @@ class Pair:
 
     @functools.cached_property
     def as_shaken(self) -> Graft:
-        """What `shaken` gives, once for all promises that leave it as it was; `labelled_trains...` sets it to one that
-        is trained too."""
+        """What `shaken` gives, once for all promises that leave it as it was; `labelled_trains...` sets it to its own
+        graft, with the values from before the steps."""
         return self.shaken()
 
     @functools.cached_property
@@ -176,6 +176,10 @@ def labelled_trains_and_nothing_else_moves(pair: Pair) -> None:
     assert with_gradient <= labelled, f"a gradient without a label: {sorted(with_gradient - labelled)}"
     assert moved <= moving, f"moved without a label: {sorted(moved - moving)}"
     assert moved >= moving, f"did not move: {sorted(moving - moved)}"
+    held = dict([*graft.model.named_parameters(), *graft.model.named_buffers()])
+    with torch.no_grad():
+        for name in moved:
+            held[name].copy_(before[name])
     pair.as_shaken = shake(graft)
 
 
