@@ -59,7 +59,9 @@ class Encoder:
         self.dropout: list[Any] = [block.get_submodule(name) for name in DROPOUT]
         self.heads: int = block.get_submodule("attention.self").num_attention_heads  # type: ignore[assignment]
 
-    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         more = [*args, *(value for name, value in kwargs.items() if name not in UNREAD)]
         if not self._fits(hidden_states, attention_mask, more):
             return self.plain(hidden_states, attention_mask, *args, **kwargs)
@@ -76,7 +78,9 @@ class Encoder:
             return False
         if mask is not None and (mask.dim() != 4 or mask.requires_grad):
             return False
-        if x.shape[1] > SHORT and not self.chance(0):  # torch's fused attention is as fast there, and keeps no weights
+        if x.shape[1] > SHORT and not self.chance(
+            0
+        ):  # torch's fused attention is as fast there, and keeps no weights
             return False
         types = {group.computes_in(x) for group in self.groups} | {norm.weight.dtype for norm in self.norms}
         return types == {x.dtype}
@@ -86,7 +90,9 @@ class Encoder:
         dropout = self.dropout[number]
         return dropout.p if dropout.training else 0.0
 
-    def factors_of(self, source: Source, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    def factors_of(
+        self, source: Source, number: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor | None:
         """Return factors of dropout; of the second dimension from behind, only the first place if no other is read."""
         p = self.chance(number)
         if not p:
@@ -99,7 +105,9 @@ class Fused(torch.autograd.Function):
     """`Encoder` for x (batch, length, width) and a mask of scores (batch, 1, length or 1, length)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, encoder: Encoder, source: Source, *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor | None, encoder: Encoder, source: Source, *factors: Tensor
+    ) -> Tensor:
         batch, length, width = x.shape
         first, heads = encoder.first, encoder.heads
         calls = [Call(group) for group in encoder.groups]
@@ -107,7 +115,9 @@ class Fused(torch.autograd.Function):
         rows = x.reshape(-1, width)
         base = x[:, 0].contiguous() if first else rows  # the tokens that have an output
         found = [*inputs[0].outputs(base), *(output for call in inputs[1:] for output in call.outputs(rows))]
-        query, key, value = (t.view(batch, -1, heads, t.shape[-1] // heads).transpose(1, 2).contiguous() for t in found)
+        query, key, value = (
+            t.view(batch, -1, heads, t.shape[-1] // heads).transpose(1, 2).contiguous() for t in found
+        )
         scale = query.shape[-1] ** -0.5
         added = source.masks(mask, False, query, key)
         if first and added is not None:
@@ -189,7 +199,9 @@ def _normed(
     kept = encoder.factors_of(source, 1 + number, tuple(shape), output.dtype)
     whole = base + output if kept is None else torch.addcmul(base, output, kept.view(output.shape))
     norm = encoder.norms[number]
-    normed, mean, rstd = torch.native_layer_norm(whole, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    normed, mean, rstd = torch.native_layer_norm(
+        whole, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    )
     return normed, kept, whole, mean, rstd
 
 
@@ -244,7 +256,11 @@ def _layers(block: nn.Module, members: Mapping[nn.Module, Member]) -> list[Membe
     gelu = isinstance(act, GELUActivation) and act.act is F.gelu
     alike = all(type(norm) is nn.LayerNorm for norm in norms) and all(type(d) is nn.Dropout for d in dropout)
     own = [*norms, *dropout, *inside, act]
-    if not (gelu and alike) or "forward" in vars(block) or any(m._forward_hooks or m._forward_pre_hooks for m in own):
+    if (
+        not (gelu and alike)
+        or "forward" in vars(block)
+        or any(m._forward_hooks or m._forward_pre_hooks for m in own)
+    ):
         return None
     if any(p.requires_grad for norm in norms for p in norm.parameters()):
         return None
@@ -290,7 +306,9 @@ def reads_first(outputs: Tensor, states: Tensor) -> bool:
         known.add(node)
         after = [following for following, _ in node.next_functions]
         if given in after:
-            readers.append((node.name(), getattr(node, "_saved_dim", None), getattr(node, "_saved_index", None)))
+            readers.append(
+                (node.name(), getattr(node, "_saved_dim", None), getattr(node, "_saved_index", None))
+            )
         waiting += [following for following in after if following is not given]
     return set(readers) == {("SelectBackward0", 1, 0)}
 

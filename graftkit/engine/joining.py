@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from graftkit.data.source import Pass, Source
 from graftkit.engine.encoders import Encoder, fuse
@@ -18,7 +19,9 @@ from graftkit.methods.shared import joined
 class Joining(joined.Joining):
     """Linear layers that are joined, and blocks that are one operation, between `enter` and `leave`."""
 
-    encoders: list[Encoder] = []
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.encoders: list[Encoder] = []
 
     def leave(self) -> None:
         for encoder in self.encoders:

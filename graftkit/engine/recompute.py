@@ -42,7 +42,9 @@ class Recompute:
         self.blocks, self.how = blocks, how
         self.on = how in FROM_THE_START
         self.depth: int | None = None  # of the current phase
-        self.changed: dict[nn.Module, Callable | None] = {}  # and a forward that the block had been given before
+        self.changed: dict[
+            nn.Module, Callable | None
+        ] = {}  # and a forward that the block had been given before
         self.untold = False
 
     def enter(self, depth: int) -> None:
