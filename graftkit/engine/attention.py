@@ -108,7 +108,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
-        return *weighted_gradients(gradient, *ctx.saved_tensors, ctx.scale), None, None, None, None, None
+        return *weighted_gradients(gradient, ctx.scale, *ctx.saved_tensors), None, None, None, None, None
 
 
 def weighted(
@@ -130,8 +130,8 @@ def weighted(
 
 
 def weighted_gradients(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, kept: Tensor | None,
-    dropped: Tensor, scale: float,
+    gradient: Tensor, scale: float, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, kept: Tensor | None,
+    dropped: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of query, key and value from that of the output of `weighted`."""
     of_value = dropped.transpose(-2, -1) @ gradient

@@ -56,9 +56,9 @@ class Source:
         if dtype not in BITS:
             return self.keep(shape, p).to(dtype).mul_(factor)
         # the bits of the number where it is kept: one pass of NumPy's
-        integer = BITS[dtype]
+        integer: Any = BITS[dtype]
         bits = factor.view({np.int32: torch.int32, np.int16: torch.int16}[integer]).item()
-        kept = self._kept(math.prod(shape), p).view(np.int8) * integer(bits)
+        kept = np.multiply(self._kept(math.prod(shape), p).view(np.int8), integer(bits))
         return torch.from_numpy(kept).view(dtype).view(shape)
 
     def _kept(self, count: int, p: float) -> np.ndarray:

@@ -155,7 +155,7 @@ class Fused(torch.autograd.Function):
         g = torch.ops.aten.gelu_backward(down([g], True), wide)
         onto, g = _before_norm(one, up([g], True, onto), *inside)
         g = o([g], True).view(batch, -1, query.shape[1], value.shape[3]).transpose(1, 2).contiguous()
-        three = weighted_gradients(g, query, key, value, weights, kept, dropped, ctx.scale)
+        three = weighted_gradients(g, ctx.scale, query, key, value, weights, kept, dropped)
         of_query, of_key, of_value = (t.transpose(1, 2).reshape(-1, t.shape[1] * t.shape[3]) for t in three)
         if ctx.encoder.first:
             onto = inputs[0]([of_query], needs_x, onto)

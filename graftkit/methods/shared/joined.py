@@ -159,8 +159,9 @@ class Call:
                 output.addmm_(low[:, start : start + rank], next(Bs).T, alpha=scale)
                 start += rank
             outputs.append(output)
-        weights = [member.site.weight for member in group.members]
-        self.saved = (*weights, *([] if low is None else [rows, low, group.A, *group.B]))  # type: ignore[assignment]
+        self.saved = tuple(member.site.weight for member in group.members)
+        if low is not None and group.A is not None:
+            self.saved += (rows, low, group.A, *group.B)
         return outputs
 
     def gradients(
@@ -196,6 +197,7 @@ class Call:
             sizes = [rank for ranks in self.ranks for rank in ranks]
             of_A = [g.to(t) for g, t in zip((of_low.T @ rows).split(sizes), self.types[::2])]
         if of_x is not None and of_low is not None:
+            assert A is not None
             of_x = of_x.addmm_(of_low, A)
         return of_x, [g for pair in zip(of_A, of_B) for g in pair]
 
