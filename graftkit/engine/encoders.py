@@ -51,7 +51,7 @@ class Encoder:
     def __init__(self, block: nn.Module, members: Sequence[Member], first: bool) -> None:
         """`members`: the linear layers in the order of `LINEAR`; `first`: only the first token of its output is read."""
         self.block, self.plain, self.first = block, block.forward, first
-        functools.update_wrapper(self, block.forward)
+        functools.update_wrapper(self, block.forward, updated=())
         inputs = [members[:1], members[1:3]] if first else [members[:3]]
         self.groups = [Group(group) for group in (*inputs, *([member] for member in members[3:]))]
         self.factors = [factor for group in self.groups for factor in group.factors]

@@ -85,7 +85,7 @@ class Region:
         self, block: nn.Module, compile: Callable[[Any], Any], failed: Callable[[Exception], None]
     ) -> None:
         self.block, self.plain = block, block.forward
-        functools.update_wrapper(self, block.forward)
+        functools.update_wrapper(self, block.forward, updated=())
         modules = self.plain.plain if isinstance(self.plain, Encoder) else self.plain
         self.compiled, self.failed = compile(modules), failed
         self.on = False
