@@ -2,7 +2,8 @@
 
 Counted are the products that the step needs, two operations for a multiplication and an addition: each product of a frozen
 layer forwards and for the gradient of its input, none for its weights and none below the first trained layer; attention forwards
-and backwards (twice as much); LoRA's own three times. Nothing that is computed again counts. A step is what the loop of a run does:
+and backwards (twice as much); LoRA's own three times. The pooler reads the first token alone, so in the last block only keys and
+values count for the others. Nothing that is computed again counts. A step is what the loop of a run does:
 batch, forward, backward, clipping, AdamW, logging. Random weights of BERT-base's geometry, 30,522 tokens, two classes.
 """
 
@@ -23,15 +24,23 @@ QUICK = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 BATCH, LENGTH, RANK, STEPS, FIRST = 8, 128, 8, 40, 10  # the first steps are not counted
 
 
-def operations(hidden: int, inner: int, blocks: int, batch: int, length: int, rank: int) -> float:
-    """Return the floating-point operations of one step of LoRA on query and value."""
+def operations(
+    hidden: int, inner: int, blocks: int, batch: int, length: int, rank: int, first: bool = False
+) -> float:
+    """Return the floating-point operations of one step of LoRA on query and value.
+
+    `first`: of the output of the last block only the first token is read, so that only its keys and values are needed for others.
+    """
     tokens = batch * length
+    read = batch if first else tokens
     layers = 4 * hidden * hidden + 2 * hidden * inner  # of one block: q, k, v, o, up, down
+    both = 2 * hidden * hidden  # k and v
     # what the first block reads has no gradient, nor have its keys, so that a few of its products are not needed
-    frozen = 2 * tokens * (2 * blocks * layers - 3 * hidden * hidden)
-    attention = tokens * length * hidden * (12 * blocks - 2)
-    added = 2 * tokens * hidden * rank * (2 * 2 * 3 * blocks - 2)
-    return float(frozen + attention + added)
+    whole = tokens * (2 * (blocks - 1) * layers - 3 * hidden * hidden)
+    last = 2 * (tokens * both + read * (layers - both))
+    attention = length * hidden * (tokens * (12 * (blocks - 1) - 2) + 12 * read)
+    added = 2 * hidden * rank * (tokens * (12 * (blocks - 1) + 6 - 2) + 6 * read)
+    return float(2 * (whole + last) + attention + added)
 
 
 def make_model(folder: Path, quick: bool) -> None:
@@ -84,6 +93,7 @@ def graftkit_side(seed: int, quick: bool) -> dict:
         BATCH,
         LENGTH,
         RANK,
+        first=True,
     )
     return {
         "seconds": seconds, "ideal": needed / max(rates) / 1e9, "memory": peak_memory(), "gflops": max(rates),

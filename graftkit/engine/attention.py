@@ -22,16 +22,16 @@ class Masks:
     def __init__(self) -> None:
         self.last: tuple[Tensor | None, tuple[int, ...], Tensor] | None = None
 
-    def __call__(self, mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
-        """Return the mask for scores (..., length, kv length); None if there is none."""
+    def __call__(self, mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+        """Return the mask for the scores of queries and keys, (..., length, kv length); None if there is none."""
         if mask is None and not is_causal:
             return None
-        shape = tuple(scores.shape[-2:]) if is_causal else ()
+        shape = (query.shape[-2], key.shape[-2]) if is_causal else ()
         if self.last is not None and self.last[0] is mask and self.last[1] == shape:
             return self.last[2]
         given = mask
         if is_causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
         assert mask is not None
         if mask.dtype == torch.bool:
             least = torch.finfo(torch.float32).min
@@ -98,28 +98,46 @@ class Attention(torch.autograd.Function):
         p: float, source: Draws,
     ) -> Tensor:  # fmt: skip
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # else in each product
-        scores = query @ key.transpose(-2, -1)
-        added = source.masks(mask, is_causal, scores)
-        if added is None:
-            scores = scores.float().mul_(scale)
-        else:
-            scores = torch.add(added, scores, alpha=scale)
-        weights = scores.softmax(dim=-1)
-        used = weights.to(value.dtype)
-        kept = source.factors(used.shape, p, used.dtype) if p else None
-        dropped = used if kept is None else used * kept
+        shape = torch.Size((*query.shape[:-1], key.shape[-2]))
+        added = source.masks(mask, is_causal, query, key)
+        kept = source.factors(shape, p, query.dtype) if p else None
+        output, weights, dropped = weighted(query, key, value, added, kept, scale)
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, weights, kept, dropped)
-        return dropped @ value
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
-        query, key, value, weights, kept, dropped = ctx.saved_tensors
-        of_value = dropped.transpose(-2, -1) @ gradient
-        of_used = gradient @ value.transpose(-2, -1)
-        if kept is not None:
-            of_used.mul_(kept)
-        of_scores = torch._softmax_backward_data(of_used.float(), weights, -1, torch.float32)
-        of_scores = of_scores.mul_(ctx.scale).to(query.dtype)
-        of_query, of_key = of_scores @ key, of_scores.transpose(-2, -1) @ query
-        return of_query, of_key, of_value, None, None, None, None, None
+        return *weighted_gradients(gradient, ctx.scale, *ctx.saved_tensors), None, None, None, None, None
+
+
+def weighted(
+    query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, kept: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output of attention, (..., length, width), its weights in fp32, and those after dropout.
+
+    `added`: numbers to add to the scores, in fp32; `kept`: factors of dropout.
+    """
+    scores = query @ key.transpose(-2, -1)
+    if added is None:
+        scores = scores.float().mul_(scale)
+    else:
+        scores = torch.add(added, scores, alpha=scale)
+    weights = scores.softmax(dim=-1)
+    used = weights.to(value.dtype)
+    dropped = used if kept is None else used * kept
+    return dropped @ value, weights, dropped
+
+
+def weighted_gradients(
+    gradient: Tensor, scale: float, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, kept: Tensor | None,
+    dropped: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of query, key and value from that of the output of `weighted`."""
+    of_value = dropped.transpose(-2, -1) @ gradient
+    of_used = gradient @ value.transpose(-2, -1)
+    if kept is not None:
+        of_used.mul_(kept)
+    of_scores = torch._softmax_backward_data(of_used.float(), weights, -1, torch.float32)
+    of_scores = of_scores.mul_(scale).to(query.dtype)
+    return of_scores @ key, of_scores.transpose(-2, -1) @ query, of_value

@@ -123,9 +123,9 @@ class Loop:
         self.parameters = {name: p for name, p in everything.items() if name in phase.labels}
         self.updates.enter(self.parameters)
         self.forward.enter(phase)
-        self.recompute.enter(phase.depth)
         set_training(graft, phase.depth, phase.labels)
-        join(self.joining, self.source, self.forward)
+        join(self.joining, self.source, self.forward, phase.depth)
+        self.recompute.enter(phase.depth)
         moving, spare = moving_now(graft, phase.labels), spare_now(graft, phase.labels)
         if audit is not None:
             audit.free(phase.labels, moving, spare)
@@ -138,8 +138,8 @@ class Loop:
 
     def _leave(self) -> None:
         self.updates.leave()
-        self.joining.leave()
         self.recompute.leave()
+        self.joining.leave()
         for parameter in self.graft.parameters.values():
             parameter.requires_grad_(True)  # as `attach` left it
 

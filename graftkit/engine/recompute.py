@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from graftkit.backbone import packed
 from graftkit.engine import dropout
+from graftkit.engine.encoders import Encoder
 from graftkit.errors import UserError
 from graftkit.libraries import cache_names
 
@@ -41,7 +42,9 @@ class Recompute:
         self.blocks, self.how = blocks, how
         self.on = how in FROM_THE_START
         self.depth: int | None = None  # of the current phase
-        self.changed: list[nn.Module] = []
+        self.changed: dict[
+            nn.Module, Callable | None
+        ] = {}  # and a forward that the block had been given before
         self.untold = False
 
     def enter(self, depth: int) -> None:
@@ -49,15 +52,19 @@ class Recompute:
         self.leave()
         self.depth = depth
         for block in self.blocks[depth:] if self.on else ():
-            if "forward" not in vars(block):
+            before = vars(block).get("forward")
+            if before is None or isinstance(before, Encoder):
+                self.changed[block] = before
                 block.forward = self._again(block.forward)  # type: ignore[method-assign]
-                self.changed.append(block)
 
     def leave(self) -> None:
         """Leave the model as it was."""
-        for block in self.changed:
-            del block.forward
-        self.changed = []
+        for block, before in self.changed.items():
+            if before is None:
+                del block.forward
+            else:
+                block.forward = before  # type: ignore[method-assign]
+        self.changed = {}
 
     def turn_on(self) -> bool:
         """Begin to recompute because memory ran out; return whether that may help. Compiled blocks stay as they are."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
+from types import NoneType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from graftkit.backbone.anatomy import has_statistics
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.packed import current
 from graftkit.engine.dropout import fast_dropout
+from graftkit.engine.encoders import Encoder
 from graftkit.engine.machine import cpu_name, synchronize
 from graftkit.engine.precision import autocast
 from graftkit.errors import first_line
@@ -83,8 +85,9 @@ class Region:
         self, block: nn.Module, compile: Callable[[Any], Any], failed: Callable[[Exception], None]
     ) -> None:
         self.block, self.plain = block, block.forward
-        functools.update_wrapper(self, block.forward)
-        self.compiled, self.failed = compile(block.forward), failed
+        functools.update_wrapper(self, block.forward, updated=())
+        modules = self.plain.plain if isinstance(self.plain, Encoder) else self.plain
+        self.compiled, self.failed = compile(modules), failed
         self.on = False
         self.seen: tuple[tuple, dict[str, Any]] | None = None
         self.watches = False
@@ -156,7 +159,7 @@ class Regions:
             return
         if self.wanted == "auto" and not self._may_pay(batches, left):
             return
-        if any("forward" in vars(block) for block in self.blocks):
+        if any(not isinstance(vars(block).get("forward"), (Encoder, NoneType)) for block in self.blocks):
             self.decided = True
             self.tell("note: the blocks are not compiled, as their activations are recomputed")
             return
@@ -181,7 +184,10 @@ class Regions:
     def leave(self) -> None:
         """Give the blocks their own forward back."""
         for region in self.regions:
-            del region.block.forward
+            if vars(region.block).get("forward") is region:
+                del region.block.forward
+                if isinstance(region.plain, Encoder):
+                    region.block.forward = region.plain  # type: ignore[assignment]
         self.regions, self.on = [], False
 
     def _may_pay(self, batches: int, left: int) -> bool:

@@ -93,9 +93,9 @@ class Pretended:
         states = self._states(batch)
         try:
             with self._counted() as counting:
-                recompute.enter(self.phase.depth)
                 with torch.no_grad() if self.start is not None and self.start.last else nullcontext():
-                    join(joining, source, self.forward)
+                    join(joining, source, self.forward, self.phase.depth)
+                recompute.enter(self.phase.depth)
                 for parameter in self.trained.values() if self.held else ():
                     parameter.grad = torch.zeros_like(parameter)
                 counting.operations.clear()
@@ -107,8 +107,8 @@ class Pretended:
                 total.backward()  # type: ignore[union-attr]
                 del total
         finally:
-            joining.leave()
             recompute.leave()
+            joining.leave()
             for parameter in self.trained.values():
                 parameter.grad = None
         return _whole(counting, saved)

@@ -63,6 +63,16 @@ def test_operations_of_a_step_are_those_that_torch_counts(script):
     with FlopCounterMode(display=False) as counter:
         graft.model(torch.randint(0, 50, (batch, length))).last_hidden_state.sum().backward()
     assert counter.get_total_flops() == products.operations(hidden, inner, blocks, batch, length, rank)
+    of_one = products.operations(hidden, inner, blocks, batch, 1, rank)  # where every token is the first
+    assert products.operations(hidden, inner, blocks, batch, 1, rank, first=True) == of_one
+    less = (
+        2 * 2 * batch * (length - 1) * (2 * hidden * hidden + 2 * hidden * inner)
+    )  # q, o, up and down, there and back
+    less += 12 * batch * (length - 1) * length * hidden + 2 * 6 * batch * (length - 1) * hidden * rank
+    assert (
+        products.operations(hidden, inner, blocks, batch, length, rank, first=True)
+        == counter.get_total_flops() - less
+    )
 
 
 def test_a_row_passes_with_its_ratio_its_accuracy_and_its_memory(script):

@@ -58,7 +58,7 @@ class Group:
         """Return the output of a member for x (..., in)."""
         if torch.compiler.is_compiling():
             return nn.functional.linear(x, member.site.weight, member.site.bias)
-        dtype = self._computes_in(x)
+        dtype = self.computes_in(x)
         member.included = dtype is not None
         if dtype is None:
             return nn.functional.linear(x, member.site.weight, member.site.bias)
@@ -70,13 +70,13 @@ class Group:
                 self.held = None
             if output is not None:
                 return output
-        self._refresh(dtype)
+        self.refresh(dtype)
         outputs = dict(zip(self.members, Joined.apply(x, self, dtype, *self.factors)))  # type: ignore[no-untyped-call]
         output = outputs.pop(member)
         self.held = (x, x._version, grad, outputs) if outputs else None
         return output
 
-    def _computes_in(self, x: Tensor) -> torch.dtype | None:
+    def computes_in(self, x: Tensor) -> torch.dtype | None:
         """Return the type of the computation; None if the hooks have to do it."""
         if type(x) not in (Tensor, FakeTensor) or x.is_nested or x.is_inference():
             return None
@@ -91,7 +91,7 @@ class Group:
                     return None
         return dtype if dtype == first else None
 
-    def _refresh(self, dtype: torch.dtype) -> None:
+    def refresh(self, dtype: torch.dtype) -> None:
         """Cast the factors, unless nothing has changed them since the last call."""
         key = (
             dtype,
@@ -117,37 +117,71 @@ class Joined(torch.autograd.Function):
         ctx: Any, x: Tensor, group: Group, dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        call = Call(group)
+        outputs = call.outputs(rows)
+        ctx.save_for_backward(*call.saved)
+        ctx.shape, ctx.dtype, ctx.call = x.shape, x.dtype, call
+        call.saved = ()
+        ctx.set_materialize_grads(False)
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:  # type: ignore[override]
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]
+        # saved tensors are read once: a checkpoint recomputes them each time
+        of_x, of_factors = ctx.call.gradients(flat, ctx.saved_tensors, needs, needs_x)
+        if of_x is not None:
+            of_x = of_x.view(ctx.shape).to(ctx.dtype)
+        return of_x, None, None, *of_factors
+
+
+class Call:
+    """One pass through the layers of a group, for rows (n, in) in the type of the computation.
+
+    `saved`: the tensors that the backward pass reads, for `save_for_backward`.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.ranks, self.scales = group, group.ranks, group.scales
+        self.types = [factor.dtype for factor in group.factors]
+        self.saved: tuple[Tensor, ...] = ()
+
+    def outputs(self, rows: Tensor) -> list[Tensor]:
+        """Return the output (n, out) of each layer."""
+        group = self.group
         low = None if group.A is None else rows @ group.A.T
         outputs, Bs, start = [], iter(group.B), 0
-        for member, ranks, scales in zip(group.members, group.ranks, group.scales):
+        for member, ranks, scales in zip(group.members, self.ranks, self.scales):
             output = product(rows, member.site.weight, member.site.bias)
             for rank, scale in zip(ranks, scales):
                 assert low is not None
                 output.addmm_(low[:, start : start + rank], next(Bs).T, alpha=scale)
                 start += rank
-            outputs.append(output.view(*x.shape[:-1], -1))
-        weights = [member.site.weight for member in group.members]
-        ctx.save_for_backward(*weights, *([] if low is None else [rows, low, group.A, *group.B]))
-        ctx.shape, ctx.dtype, ctx.ranks, ctx.scales = x.shape, x.dtype, group.ranks, group.scales
-        ctx.types = [factor.dtype for factor in factors]
-        ctx.set_materialize_grads(False)
-        return tuple(outputs)
+            outputs.append(output)
+        self.saved = tuple(member.site.weight for member in group.members)
+        if low is not None and group.A is not None:
+            self.saved += (rows, low, group.A, *group.B)
+        return outputs
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:  # type: ignore[override]
+    def gradients(
+        self, gradients: Sequence[Tensor | None], saved: Sequence[Tensor], needs: Sequence[bool], needs_x: bool,
+        onto: Tensor | None = None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+        """Return the gradients of the rows and of the factors, from those of the outputs (n, out).
+
+        `needs`: which factors need one; `onto`: a gradient of the rows that this one is added to, in place.
+        """
         count = len(gradients)
-        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them each time
         weights, (rows, low, A, *Bs) = saved[:count], saved[count:] or (None,) * 3
-        needs_x, _, _, *needs = ctx.needs_input_grad
-        of_x = None
+        of_x = onto if needs_x else None
         of_low = None if low is None else torch.zeros_like(low)
         of_B: list[Tensor | None] = [None] * len(Bs)
         start = index = 0
-        for gradient, weight, ranks, scales in zip(gradients, weights, ctx.ranks, ctx.scales):
-            if gradient is None:
+        for g, weight, ranks, scales in zip(gradients, weights, self.ranks, self.scales):
+            if g is None:
                 start, index = start + sum(ranks), index + len(ranks)
                 continue
-            g = gradient.reshape(-1, gradient.shape[-1])
             if needs_x:
                 of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
             for rank, scale in zip(ranks, scales):
@@ -155,17 +189,17 @@ class Joined(torch.autograd.Function):
                 assert low is not None and of_low is not None
                 of_low[:, part] = narrow_product(g, Bs[index] * scale)
                 if needs[2 * index + 1]:
-                    of_B[index] = ((low[:, part].T @ g).T * scale).to(ctx.types[2 * index + 1])
+                    of_B[index] = ((low[:, part].T @ g).T * scale).to(self.types[2 * index + 1])
                 start, index = start + rank, index + 1
         of_A: Sequence[Tensor | None] = [None] * len(Bs)
         if any(needs[::2]):
             assert of_low is not None and rows is not None
-            sizes = [rank for ranks in ctx.ranks for rank in ranks]
-            of_A = [g.to(t) for g, t in zip((of_low.T @ rows).split(sizes), ctx.types[::2])]
-        if of_x is not None:
-            of_x = of_x if of_low is None else of_x.addmm_(of_low, A)
-            of_x = of_x.view(ctx.shape).to(ctx.dtype)
-        return of_x, None, None, *[g for pair in zip(of_A, of_B) for g in pair]
+            sizes = [rank for ranks in self.ranks for rank in ranks]
+            of_A = [g.to(t) for g, t in zip((of_low.T @ rows).split(sizes), self.types[::2])]
+        if of_x is not None and of_low is not None:
+            assert A is not None
+            of_x = of_x.addmm_(of_low, A)
+        return of_x, [g for pair in zip(of_A, of_B) for g in pair]
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -186,6 +220,7 @@ class Joining:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.sites: dict[nn.Module, Member] = {}  # all that could be joined
         self.members: list[Member] = []
         self.groups: list[Group] = []
 
@@ -193,8 +228,8 @@ class Joining:
         """Join what can be joined now. `call` runs the model once, to see which layers read the same input; it is only
         called if some of them might, and the same data must be given to it at every start of a run."""
         self.leave()
-        members = {site: member for site, member in _members(self.model)}
-        self.groups = _of_one_input(members, call)
+        self.sites = {site: member for site, member in _members(self.model)}
+        self.groups = _of_one_input(self.sites, call)
         for group in self.groups:
             for member in group.members:
                 member.site.forward = functools.partial(group, member)  # type: ignore[method-assign]
@@ -213,7 +248,7 @@ class Joining:
             del member.site.forward
             for update in member.updates:
                 del update.member
-        self.members, self.groups = [], []
+        self.sites, self.members, self.groups = {}, [], []
 
 
 def _members(model: nn.Module) -> Iterable[tuple[nn.Module, Member]]:
