@@ -125,7 +125,8 @@ class Joined(torch.autograd.Function):
                 assert low is not None
                 output.addmm_(low[:, start : start + rank], next(Bs).T, alpha=scale)
                 start += rank
-            outputs.append(output.view(*x.shape[:-1], -1))
+            # not a view for autograd, so that a model may change it in place, as wav2vec 2.0 does
+            outputs.append(torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[-1])))
         weights = [member.site.weight for member in group.members]
         ctx.save_for_backward(*weights, *([] if low is None else [rows, low, group.A, *group.B]))
         ctx.shape, ctx.dtype, ctx.ranks, ctx.scales = x.shape, x.dtype, group.ranks, group.scales
