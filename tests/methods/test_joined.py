@@ -167,3 +167,25 @@ def test_another_input_a_checkpoint_and_a_compiler():
     joining.leave()
     plain = torch.autograd.grad(model(x).square().sum(), graft.parameters.values())
     assert all(tiny.relative(a, b) < 1e-5 for a, b in zip(got, plain, strict=True))
+
+
+def test_a_model_may_change_an_output_in_place():
+    """As wav2vec 2.0 does with the states of padding."""
+
+    class Zeroed(Block):
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            states = self.q(x)
+            states[:, 0] = 0
+            return states * self.k(x) + self.v(x)
+
+    model = nn.Sequential(Zeroed(), Zeroed())
+    graft = shaken(model, "lora(rank=2, sites='re:.*')")
+    graft.requires_grad_()
+    x = torch.randn(3, 5, 6)
+    wanted = torch.autograd.grad(model(x).square().sum(), graft.parameters.values())
+    joining = Joining(model)
+    joining.enter(lambda: model(x))
+    assert joining.groups
+    got = torch.autograd.grad(model(x).square().sum(), graft.parameters.values())
+    joining.leave()
+    assert all(tiny.relative(a, b) < 1e-5 for a, b in zip(got, wanted, strict=True))

@@ -123,7 +123,10 @@ class Joined(torch.autograd.Function):
         ctx.shape, ctx.dtype, ctx.call = x.shape, x.dtype, call
         call.saved = ()
         ctx.set_materialize_grads(False)
-        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        # not views for autograd, so that a model may change them in place, as wav2vec 2.0 does
+        return tuple(
+            torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[-1])) for output in outputs
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:  # type: ignore[override]
