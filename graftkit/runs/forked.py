@@ -8,6 +8,7 @@ backward pass alone, cannot go on in a copy.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -36,7 +37,8 @@ def can_fork() -> bool:
 @dataclass(frozen=True)
 class Answer:
     """What became of the work: `done`, its value; or `mistake`, the message of its `UserError`; or `failure`, the traceback of
-    another error; or `interrupted`; or `killed`, the signal that ended its process. `notes`: what it warned of."""
+    another error; or `interrupted`; or `killed`, the signal that ended its process. `notes`: what it warned of; `modules`: names of
+    those that it imported."""
 
     done: Any = None
     mistake: str | None = None
@@ -44,6 +46,7 @@ class Answer:
     interrupted: bool = False
     killed: int | None = None
     notes: list[str] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
 
 
 class Forked:
@@ -122,6 +125,7 @@ def _end_with(parent: int) -> None:
 
 def _answer(work: Callable[[], Any]) -> dict[str, Any]:
     notes: list[str] = []
+    known = set(sys.modules)
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, Note):
@@ -140,4 +144,19 @@ def _answer(work: Callable[[], Any]) -> dict[str, Any]:
             found = {"interrupted": True}
         except BaseException:
             found = {"failure": traceback.format_exc()}
-    return found | {"notes": notes}
+    modules = [name for name, module in sys.modules.items() if name not in known and _has_file(module)]
+    return found | {"notes": notes, "modules": modules}
+
+
+def _has_file(module: Any) -> bool:
+    return getattr(getattr(module, "__spec__", None), "has_location", False) is True
+
+
+def import_here(modules: list[str]) -> None:
+    """Import what a copy has imported, so that later copies need not: that takes seconds for some libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in modules:
+            if name not in sys.modules:
+                with suppress(Exception):  # it may be of the copy alone
+                    importlib.import_module(name)

@@ -21,7 +21,7 @@ import torch
 
 from graftkit.engine.memory import host_memory, resident
 from graftkit.errors import Note, UserError
-from graftkit.runs.forked import Answer, Forked
+from graftkit.runs.forked import Answer, Forked, import_here
 from graftkit.runs.progress import stop_signals
 
 SHARE = 0.8  # of the free memory that jobs may take together
@@ -149,6 +149,7 @@ class SideBySide:
         """Take the answer of a process that has ended."""
         forked, asked = self.running.pop(reader)
         answer = forked.answer()
+        import_here(answer.modules)
         for note in answer.notes:
             if note not in self.told:
                 self.told.add(note)

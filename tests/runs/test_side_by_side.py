@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 import warnings
 from functools import partial
@@ -98,6 +99,16 @@ def test_chains_go_on_when_their_jobs_are_done():
     assert beside[0] == ([3, 4], [], [7]) == in_turn([longer()])[0]
     assert beside[1][:2] == [5, 5] and str(beside[1][2]) == "it cannot be trained"
     assert ended == ["one", "one"] and len(notes) == 1
+
+
+def test_what_a_copy_imports_is_there_for_the_next():
+    def imports():
+        import colorsys
+
+        return colorsys.__name__
+
+    sys.modules.pop("colorsys", None)
+    assert SideBySide(1, 1).run([chain(imports)]) == [["colorsys"]] and "colorsys" in sys.modules
 
 
 def test_one_that_is_killed_is_done_again_alone(tmp_path):
