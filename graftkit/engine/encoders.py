@@ -41,7 +41,7 @@ DROPOUT = ("attention.self.dropout", "attention.output.dropout", "output.dropout
 ACTIVATION = "intermediate.intermediate_act_fn"
 INSIDE = ("attention", "attention.self", "attention.output", "intermediate", "output")
 UNREAD = {"position_ids"}  # arguments that such a block is given and does not read
-TOLERANCE = 5e-2  # relative difference from the modules, which is rounding in bf16
+TOLERANCE = 0.15  # relative difference from the modules: rounding in bf16 of single rows; another block differs by about 1
 SEED = 0  # of the masks with which both are compared
 
 
