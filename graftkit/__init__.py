@@ -20,8 +20,8 @@ _FRONT = {
     "label_next": "graftkit.runs.label",
     "label_suggest": "graftkit.runs.label",
     "explain": "graftkit.runs.explain",
-    "compare": "graftkit.runs.compare",
-    "curve": "graftkit.runs.curve",
+    "compare": "graftkit.studies.compare",
+    "curve": "graftkit.studies.curve",
     "train_tokenizer": "graftkit.runs.tokenizer",
     "Run": "graftkit.runs.tune",
     "attach": "graftkit.grafts.attach",
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from graftkit.report.making import make_report as make_report
     from graftkit.runs.check import check as check
     from graftkit.runs.check import label_errors as label_errors
-    from graftkit.runs.compare import compare as compare
-    from graftkit.runs.curve import curve as curve
     from graftkit.runs.explain import explain as explain
     from graftkit.runs.fit import fit as fit
     from graftkit.runs.label import label_next as label_next
@@ -63,6 +61,8 @@ if TYPE_CHECKING:
     from graftkit.runs.tune import Run as Run
     from graftkit.runs.tune import resume as resume
     from graftkit.runs.tune import tune as tune
+    from graftkit.studies.compare import compare as compare
+    from graftkit.studies.curve import curve as curve
     from graftkit.tasks.shared.filling import fill as fill
 
 

@@ -32,6 +32,7 @@ FLOORS = (
     ("engine",),
     ("plan", "export", "report", "insight"),
     ("runs",),
+    ("studies",),
     ("demo",),
     ("cli",),
     ("__main__", "__init__"),

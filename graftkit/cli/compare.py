@@ -76,14 +76,14 @@ def compare(
     more = {"methods": methods or None, "seeds": seeds, "search": search, "few": few or None}
     if resume is not None:
         _refuse_beside_resume(arguments, given | more)
-        from graftkit.runs.compare import resume_compare
+        from graftkit.studies.compare import resume_compare
 
         emit(as_json, resume_compare(resume, console).result)
         return
     from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(_values(arguments, given) | {"method": None})
-    from graftkit.runs.compare import SEARCH, SEEDS, Asked, run_compare
+    from graftkit.studies.compare import SEARCH, SEEDS, Asked, run_compare
 
     asked = Asked(
         tuple(methods or ()),
@@ -124,14 +124,14 @@ def curve(
     more = {"points": points, "seeds": seeds}
     if resume is not None:
         _refuse_beside_resume(arguments, given | more)
-        from graftkit.runs.curve import resume_curve
+        from graftkit.studies.curve import resume_curve
 
         emit(as_json, resume_curve(resume, console).result)
         return
     from graftkit.recipe import schema as recipes
 
     recipe = recipes.make(_values(arguments, given))
-    from graftkit.runs.curve import Asked, run_curve
+    from graftkit.studies.curve import Asked, run_curve
 
     asked = Asked(**{key: value for key, value in more.items() if value is not None})
     emit(as_json, run_curve(recipe, asked, console).result)

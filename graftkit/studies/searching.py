@@ -9,7 +9,7 @@ from typing import Any
 
 from graftkit.errors import UserError
 from graftkit.runs.best import Best
-from graftkit.runs.study import Trial
+from graftkit.studies.study import Trial
 
 Found = Trial | UserError
 STEP = math.sqrt(10)  # between two factors on the learning rates, at first

@@ -10,11 +10,11 @@ from graftkit.engine.parallel import device
 from graftkit.errors import UserError, listing
 from graftkit.files import read_json, write_json
 from graftkit.recipe.schema import Recipe
-from graftkit.runs.forked import can_fork
-from graftkit.runs.measuring import Cost, Pace, measure, pace_of
 from graftkit.runs.prepare import Rows
-from graftkit.runs.side_by_side import SHARE, Chain, Job, cores, free_memory
-from graftkit.runs.study import Study
+from graftkit.studies.forked import can_fork
+from graftkit.studies.measuring import Cost, Pace, measure, pace_of
+from graftkit.studies.side_by_side import SHARE, Chain, Job, cores, free_memory
+from graftkit.studies.study import Study
 
 PACE = "pace.json"
 

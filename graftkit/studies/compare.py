@@ -23,11 +23,11 @@ from graftkit.runs.best import Best, best_of
 from graftkit.runs.drawing import drawn, drawn_by_any, has_classes
 from graftkit.runs.folder import GRAFT, RESULT
 from graftkit.runs.prepare import Rows, drawn_from, prepare, source_of
-from graftkit.runs.ranking import ranked
-from graftkit.runs.searching import Search
-from graftkit.runs.sharing import Kind, set_pace
-from graftkit.runs.sizing import measured_on, sized
-from graftkit.runs.study import REPORT, Study, Trial, begun, group_of, opened, slugs, stored
+from graftkit.studies.ranking import ranked
+from graftkit.studies.searching import Search
+from graftkit.studies.sharing import Kind, set_pace
+from graftkit.studies.sizing import measured_on, sized
+from graftkit.studies.study import REPORT, Study, Trial, begun, group_of, opened, slugs, stored
 
 ALL = "all"
 SEEDS, SEARCH = 3, 4

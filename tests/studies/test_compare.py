@@ -17,7 +17,7 @@ from graftkit.runs import compare as comparing
 from graftkit.runs.best import Best
 from graftkit.runs.prepare import prepare_rows
 from graftkit.runs.scores import read_scores
-from graftkit.runs.study import Study
+from graftkit.studies.study import Study
 
 HEAD, BITFIT = "head(pooling='mean')", "bitfit() + head(pooling='mean')"
 SMALL = ("train.precision=fp32", "train.batch_size=16", "train.steps=4", "train.evaluate_every=2")
@@ -229,7 +229,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, tables, how):
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("graftkit.runs.study.run_recipe", stop)
+    monkeypatch.setattr("graftkit.studies.study.run_recipe", stop)
     recipe = recipes.make({"model": "m", "data": {"train": "t.csv"}})
     with pytest.raises(Interrupted) as stopped:
         study = Study("compare", tmp_path, {}, Console(quiet=True), tables)

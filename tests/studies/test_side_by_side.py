@@ -19,8 +19,8 @@ from graftkit.errors import Note, UserError
 from graftkit.files import read_tensors
 from graftkit.runs import sharing
 from graftkit.runs import study as studies
-from graftkit.runs.measuring import Cost, Pace, pace_of
-from graftkit.runs.side_by_side import Job, SideBySide, in_turn
+from graftkit.studies.measuring import Cost, Pace, pace_of
+from graftkit.studies.side_by_side import Job, SideBySide, in_turn
 
 HEADS = ["head(pooling='mean')", "bitfit() + head(pooling='mean')"]
 

@@ -9,8 +9,8 @@ import pytest
 
 from graftkit.errors import UserError
 from graftkit.runs.best import Best
-from graftkit.runs.searching import Search
-from graftkit.runs.study import Trial
+from graftkit.studies.searching import Search
+from graftkit.studies.study import Trial
 
 
 def searched(best: float, count: int, diverges: float = math.inf, direction: str = "max") -> Search:

@@ -29,13 +29,13 @@ from graftkit.recipe.environment import without_forecasts
 from graftkit.recipe.schema import IN_MEMORY, Recipe
 from graftkit.report.console import Console
 from graftkit.runs.folder import RECIPE, RESULT
-from graftkit.runs.measuring import Pace
 from graftkit.runs.prepare import Rows, drawn_from, read_rows
 from graftkit.runs.saved import read_result
 from graftkit.runs.scores import read_scores
-from graftkit.runs.side_by_side import Chain, Job, SideBySide, in_turn
-from graftkit.runs.sizing import refuse_unfit
 from graftkit.runs.tune import resume_run, run_recipe
+from graftkit.studies.measuring import Pace
+from graftkit.studies.side_by_side import Chain, Job, SideBySide, in_turn
+from graftkit.studies.sizing import refuse_unfit
 from graftkit.tasks.base import Examples
 
 RUNS = "runs"

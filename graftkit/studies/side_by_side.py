@@ -21,8 +21,8 @@ import torch
 
 from graftkit.engine.memory import host_memory, resident
 from graftkit.errors import Note, UserError
-from graftkit.runs.forked import Answer, Forked, import_here
 from graftkit.runs.progress import stop_signals
+from graftkit.studies.forked import Answer, Forked, import_here
 
 SHARE = 0.8  # of the free memory that jobs may take together
 TICK = 0.2  # seconds between looks at whether a signal came

@@ -20,9 +20,9 @@ from graftkit.report.learning import curve_lines, curve_page, sentence
 from graftkit.runs.best import Best, best_of
 from graftkit.runs.folder import RESULT
 from graftkit.runs.prepare import Rows, drawn_from, rehearse, source_of
-from graftkit.runs.sharing import Kind, set_pace
-from graftkit.runs.sizing import measured_on, sized
-from graftkit.runs.study import REPORT, Study, Trial, begun, group_of, opened, stored
+from graftkit.studies.sharing import Kind, set_pace
+from graftkit.studies.sizing import measured_on, sized
+from graftkit.studies.study import REPORT, Study, Trial, begun, group_of, opened, stored
 
 KIND = "curve"
 POINTS, SEEDS = 4, 3
