@@ -8,13 +8,16 @@ from typing import Any
 DEPTH = 100
 
 
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises `ValueError`; a `json.JSONDecodeError` if it is not JSON."""
+def parse_json(text: str, *, halves: bool = False) -> Any:
+    """Return the value of a JSON text. Raises `ValueError`; a `json.JSONDecodeError` if it is not JSON.
+
+    `halves`: halves of surrogate pairs, which are no characters, may stay, as they are cleaned later.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEPTH} deep") from None
-    if "\\ud" in text or "\\uD" in text:
+    if not halves and ("\\ud" in text or "\\uD" in text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

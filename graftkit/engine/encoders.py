@@ -262,11 +262,23 @@ def _layers(block: nn.Module, members: Mapping[nn.Module, Member]) -> list[Membe
         or any(m._forward_hooks or m._forward_pre_hooks for m in own)
     ):
         return None
-    if any(p.requires_grad for norm in norms for p in norm.parameters()):
+    if any(p.requires_grad for norm in norms for p in norm.parameters()) or _added(block):
         return None
     if any(layer not in members for layer in linear) or not hasattr(inside[1], "num_attention_heads"):
         return None
     return [members[layer] for layer in linear]
+
+
+def _added(block: nn.Module) -> bool:
+    """Return whether a block has modules or parameters beside those that `Fused` reads, as keys and values of a prefix."""
+    known = {"", *LINEAR, *NORMS, *DROPOUT, *INSIDE, ACTIVATION}
+    names = [name for name, _ in block.named_modules()]
+    outside = [
+        name for name in names if name not in known and not name.startswith(tuple(f"{of}." for of in LINEAR))
+    ]
+    return bool(outside) or any(
+        list(block.get_submodule(name).parameters(recurse=False)) for name in ("", *INSIDE)
+    )
 
 
 class Seen:

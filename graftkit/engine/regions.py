@@ -86,8 +86,8 @@ class Region:
     ) -> None:
         self.block, self.plain = block, block.forward
         functools.update_wrapper(self, block.forward, updated=())
-        modules = self.plain.plain if isinstance(self.plain, Encoder) else self.plain
-        self.compiled, self.failed = compile(modules), failed
+        self.modules = self.plain.plain if isinstance(self.plain, Encoder) else self.plain
+        self.compiled, self.failed = compile(self.modules), failed
         self.on = False
         self.seen: tuple[tuple, dict[str, Any]] | None = None
         self.watches = False
@@ -260,7 +260,7 @@ class Regions:
     def _measure(self) -> Measured:
         """Time the blocks on the inputs of a step. Raises whatever the compiler raises, and `RuntimeError` for other results."""
         first, *others = [region for region in self.regions if region.seen is not None]
-        wanted, _ = self._timed(first, first.plain)
+        wanted, _ = self._timed(first, first.modules)  # an encoder leaves out tokens that nothing reads
         costs = []
         for region in (first, *others):
             got, cost = self._timed(region, region.compiled)

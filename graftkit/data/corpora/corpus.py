@@ -245,7 +245,7 @@ def _check(file: File, head: bytes, reading: Reading) -> None:
     first, end, _ = head.lstrip().partition(b"\n")
     if file.kind == "json lines" and (end or len(head) == file.size) and first:
         try:
-            row = parse_json(first.decode(reading.encoding, "replace").lstrip("\ufeff"))
+            row = parse_json(first.decode(reading.encoding, "replace").lstrip("\ufeff"), halves=True)
         except (ValueError, RecursionError):
             return  # told with the line when it is read
         text_of(row, reading.column, lambda: f"{file.path}, line 1")

@@ -127,7 +127,7 @@ class Reading:
     def _value(self, part: Part, offset: int, line: bytes) -> str:
         """Return the text of a line of JSON."""
         try:
-            row = parse_json(self._decode(line).lstrip("\ufeff"))
+            row = parse_json(self._decode(line).lstrip("\ufeff"), halves=True)
         except (ValueError, RecursionError) as error:
             said = str(error).partition(":")[0]
             raise UserError(
