@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from graftkit.data.source import Pass, Source
-from graftkit.engine.encoders import Encoder, fuse
 from graftkit.engine.forward import Forward, evaluating
+from graftkit.engine.fused_blocks import FusedBlock, fuse
 from graftkit.engine.precision import autocast
 from graftkit.methods.shared import joined
 
@@ -21,12 +21,12 @@ class Joining(joined.Joining):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.encoders: list[Encoder] = []
+        self.fused: list[FusedBlock] = []
 
     def leave(self) -> None:
-        for encoder in self.encoders:
-            vars(encoder.block).pop("forward", None)
-        self.encoders = []
+        for fused in self.fused:
+            vars(fused.block).pop("forward", None)
+        self.fused = []
         super().leave()
 
 
@@ -50,5 +50,5 @@ def join(joining: Joining, source: Source, forward: Forward, depth: int = 0) -> 
         backbone = forward.graft.backbone
         blocks = [backbone.module(name) for name in backbone.blocks[depth:]]
         computing = lambda: autocast(forward.device, forward.precision)  # noqa: E731
-        joining.encoders = fuse(blocks, joining.sites, call, computing)
-        joining.groups += [group for encoder in joining.encoders for group in encoder.groups]
+        joining.fused = fuse(blocks, joining.sites, call, computing)
+        joining.groups += [group for fused in joining.fused for group in fused.groups]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from graftkit.backbone import packed
 from graftkit.engine import dropout
-from graftkit.engine.encoders import Encoder
+from graftkit.engine.fused_blocks import FusedBlock
 from graftkit.errors import UserError
 from graftkit.libraries import cache_names
 
@@ -53,7 +53,7 @@ class Recompute:
         self.depth = depth
         for block in self.blocks[depth:] if self.on else ():
             before = vars(block).get("forward")
-            if before is None or isinstance(before, Encoder):
+            if before is None or isinstance(before, FusedBlock):
                 self.changed[block] = before
                 block.forward = self._again(block.forward)  # type: ignore[method-assign]
 

@@ -29,7 +29,7 @@ from graftkit.backbone.anatomy import has_statistics
 from graftkit.backbone.memory import is_out_of_memory
 from graftkit.backbone.packed import current
 from graftkit.engine.dropout import fast_dropout
-from graftkit.engine.encoders import Encoder
+from graftkit.engine.fused_blocks import FusedBlock
 from graftkit.engine.machine import cpu_name, synchronize
 from graftkit.engine.precision import autocast
 from graftkit.errors import first_line
@@ -86,7 +86,7 @@ class Region:
     ) -> None:
         self.block, self.plain = block, block.forward
         functools.update_wrapper(self, block.forward, updated=())
-        self.modules = self.plain.plain if isinstance(self.plain, Encoder) else self.plain
+        self.modules = self.plain.plain if isinstance(self.plain, FusedBlock) else self.plain
         self.compiled, self.failed = compile(self.modules), failed
         self.on = False
         self.seen: tuple[tuple, dict[str, Any]] | None = None
@@ -159,7 +159,7 @@ class Regions:
             return
         if self.wanted == "auto" and not self._may_pay(batches, left):
             return
-        if any(not isinstance(vars(block).get("forward"), (Encoder, NoneType)) for block in self.blocks):
+        if any(not isinstance(vars(block).get("forward"), (FusedBlock, NoneType)) for block in self.blocks):
             self.decided = True
             self.tell("note: the blocks are not compiled, as their activations are recomputed")
             return
@@ -186,7 +186,7 @@ class Regions:
         for region in self.regions:
             if vars(region.block).get("forward") is region:
                 del region.block.forward
-                if isinstance(region.plain, Encoder):
+                if isinstance(region.plain, FusedBlock):
                     region.block.forward = region.plain  # type: ignore[assignment]
         self.regions, self.on = [], False
 
@@ -260,7 +260,7 @@ class Regions:
     def _measure(self) -> Measured:
         """Time the blocks on the inputs of a step. Raises whatever the compiler raises, and `RuntimeError` for other results."""
         first, *others = [region for region in self.regions if region.seen is not None]
-        wanted, _ = self._timed(first, first.modules)  # an encoder leaves out tokens that nothing reads
+        wanted, _ = self._timed(first, first.modules)  # a fused block leaves out tokens that nothing reads
         costs = []
         for region in (first, *others):
             got, cost = self._timed(region, region.compiled)

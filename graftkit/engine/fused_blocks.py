@@ -45,7 +45,7 @@ TOLERANCE = 0.15  # relative difference from the modules: rounding in bf16 of si
 SEED = 0  # of the masks with which both are compared
 
 
-class Encoder:
+class FusedBlock:
     """The forward of one block: `Fused` in a training step, else the block's own."""
 
     def __init__(self, block: nn.Module, members: Sequence[Member], first: bool) -> None:
@@ -102,15 +102,15 @@ class Encoder:
 
 
 class Fused(torch.autograd.Function):
-    """`Encoder` for x (batch, length, width) and a mask of scores (batch, 1, length or 1, length)."""
+    """`FusedBlock` for x (batch, length, width) and a mask of scores (batch, 1, length or 1, length)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mask: Tensor | None, encoder: Encoder, source: Source, *factors: Tensor
+        ctx: Any, x: Tensor, mask: Tensor | None, fused: FusedBlock, source: Source, *factors: Tensor
     ) -> Tensor:
         batch, length, width = x.shape
-        first, heads = encoder.first, encoder.heads
-        calls = [Call(group) for group in encoder.groups]
+        first, heads = fused.first, fused.heads
+        calls = [Call(group) for group in fused.groups]
         *inputs, o, up, down = calls
         rows = x.reshape(-1, width)
         base = x[:, 0].contiguous() if first else rows  # the tokens that have an output
@@ -122,19 +122,19 @@ class Fused(torch.autograd.Function):
         added = source.masks(mask, False, query, key)
         if first and added is not None:
             added = added[..., :1, :]
-        kept = encoder.factors_of(source, 0, (batch, heads, length, length), x.dtype)
+        kept = fused.factors_of(source, 0, (batch, heads, length, length), x.dtype)
         output, weights, dropped = weighted(query, key, value, added, kept, scale)
         output = o.outputs(output.transpose(1, 2).reshape(len(base), -1))[0]
-        states, *inside = _normed(encoder, source, 0, base, output, x.shape)
+        states, *inside = _normed(fused, source, 0, base, output, x.shape)
         wide = up.outputs(states)[0]
         output = down.outputs(F.gelu(wide))[0]
-        states, *last = _normed(encoder, source, 1, states, output, x.shape)
+        states, *last = _normed(fused, source, 1, states, output, x.shape)
         ctx.sizes = [len(call.saved) for call in calls]
         held = [tensor for call in calls for tensor in call.saved]
         ctx.save_for_backward(query, key, value, weights, kept, dropped, wide, *inside, *last, *held)
         for call in calls:
             call.saved = ()
-        ctx.calls, ctx.encoder, ctx.shape, ctx.scale = calls, encoder, x.shape, scale
+        ctx.calls, ctx.fused, ctx.shape, ctx.scale = calls, fused, x.shape, scale
         if not first:
             return states.view(x.shape)
         whole = x.new_zeros(x.shape)
@@ -148,16 +148,16 @@ class Fused(torch.autograd.Function):
         inside, last = saved[7:11], saved[11:15]
         needs_x, _, _, _, *needs = ctx.needs_input_grad
         *inputs, o, up, down = _passes(ctx.calls, ctx.sizes, saved[15:], needs)
-        one, two = ctx.encoder.norms
+        one, two = ctx.fused.norms
         batch, _, width = ctx.shape
-        g = gradient[:, 0].contiguous() if ctx.encoder.first else gradient.reshape(-1, width)
+        g = gradient[:, 0].contiguous() if ctx.fused.first else gradient.reshape(-1, width)
         onto, g = _before_norm(two, g, *last)
         g = torch.ops.aten.gelu_backward(down([g], True), wide)
         onto, g = _before_norm(one, up([g], True, onto), *inside)
         g = o([g], True).view(batch, -1, query.shape[1], value.shape[3]).transpose(1, 2).contiguous()
         three = weighted_gradients(g, ctx.scale, query, key, value, weights, kept, dropped)
         of_query, of_key, of_value = (t.transpose(1, 2).reshape(-1, t.shape[1] * t.shape[3]) for t in three)
-        if ctx.encoder.first:
+        if ctx.fused.first:
             onto = inputs[0]([of_query], needs_x, onto)
             of_x = inputs[1]([of_key, of_value], needs_x)
             if of_x is not None:
@@ -193,12 +193,12 @@ def _passes(
 
 
 def _normed(
-    encoder: Encoder, source: Source, number: int, base: Tensor, output: Tensor, shape: torch.Size
+    fused: FusedBlock, source: Source, number: int, base: Tensor, output: Tensor, shape: torch.Size
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """Return LayerNorm(base + dropout(output)), and what its gradient reads."""
-    kept = encoder.factors_of(source, 1 + number, tuple(shape), output.dtype)
+    kept = fused.factors_of(source, 1 + number, tuple(shape), output.dtype)
     whole = base + output if kept is None else torch.addcmul(base, output, kept.view(output.shape))
-    norm = encoder.norms[number]
+    norm = fused.norms[number]
     normed, mean, rstd = torch.native_layer_norm(
         whole, norm.normalized_shape, norm.weight, norm.bias, norm.eps
     )
@@ -218,8 +218,8 @@ def _before_norm(
 def fuse(
     blocks: Sequence[nn.Module], members: Mapping[nn.Module, Member], call: Callable[[], Any],
     computing: Callable[[], Any],
-) -> list[Encoder]:  # fmt: skip
-    """Give each block that can be one operation an `Encoder` as its forward, and return these.
+) -> list[FusedBlock]:  # fmt: skip
+    """Give each block that can be one operation a `FusedBlock` as its forward, and return these.
 
     `call` runs the model on a row, with gradients, and returns its outputs, or None if it cannot; `computing`: autocast of
     the run.
@@ -230,18 +230,18 @@ def fuse(
     with ExitStack() as stack:
         seen = {block: stack.enter_context(Seen(block)) for block in found}
         outputs = call()
-    encoders = []
+    made = []
     for block, layers in found.items():
         one = seen[block]
         if not isinstance(outputs, Tensor) or one.count != 1 or not isinstance(one.output, Tensor):
             continue
         first = block is blocks[-1] and reads_first(outputs, one.output)
-        encoder = Encoder(block, layers, first)
-        if isinstance(one.output, FakeTensor) or _agrees(encoder, one, computing):
-            encoders.append(encoder)
-    for encoder in encoders:
-        encoder.block.forward = encoder  # type: ignore[assignment]
-    return encoders
+        fused = FusedBlock(block, layers, first)
+        if isinstance(one.output, FakeTensor) or _agrees(fused, one, computing):
+            made.append(fused)
+    for fused in made:
+        fused.block.forward = fused  # type: ignore[assignment]
+    return made
 
 
 def _layers(block: nn.Module, members: Mapping[nn.Module, Member]) -> list[Member] | None:
@@ -325,16 +325,16 @@ def reads_first(outputs: Tensor, states: Tensor) -> bool:
     return set(readers) == {("SelectBackward0", 1, 0)}
 
 
-def _agrees(encoder: Encoder, seen: Seen, computing: Callable[[], Any]) -> bool:
-    """Compare an encoder with the modules of its block, on what these were called with, in outputs and gradients."""
+def _agrees(fused: FusedBlock, seen: Seen, computing: Callable[[], Any]) -> bool:
+    """Compare a fused block with the modules of its block, on what these were called with, in outputs and gradients."""
     results = []
-    for function in (encoder.plain, encoder):
+    for function in (fused.plain, fused):
         states = seen.args[0].detach().requires_grad_()
-        factors = [factor for factor in encoder.factors if factor.requires_grad]
+        factors = [factor for factor in fused.factors if factor.requires_grad]
         with drawing_from(Source(SEED)):
             with computing():
                 output = function(states, *seen.args[1:], **seen.kwargs)
-            if encoder.first:
+            if fused.first:
                 output = output[:, :1]
             generator = torch.Generator().manual_seed(SEED)
             pull = torch.randn(output.shape, generator=generator).to(output.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from graftkit.engine.dropout import fast_dropout
-from graftkit.engine.encoders import Encoder, fuse, reads_first
+from graftkit.engine.fused_blocks import FusedBlock, fuse, reads_first
 from graftkit.engine.precision import autocast, cast
 from graftkit.engine.recompute import Recompute
 from graftkit.engine.regions import Regions
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 
 
 class Fusing:
-    """The encoders of a model in a `with` block, as a run makes them."""
+    """The fused blocks of a model in a `with` block, as a run makes them."""
 
     def __init__(self, model: nn.Module, blocks, precision: str = "fp32") -> None:
         self.model, self.blocks, self.precision = model, list(blocks), precision
 
-    def __enter__(self) -> list[Encoder]:
+    def __enter__(self) -> list[FusedBlock]:
         def call() -> Tensor:
             training = self.model.training
             self.model.eval()
@@ -39,12 +39,12 @@ class Fusing:
 
         self.joining = Joining(self.model)
         self.joining.enter(torch.no_grad()(call))
-        self.encoders = fuse(self.blocks, self.joining.sites, call, lambda: autocast(CPU, self.precision))
-        return self.encoders
+        self.fused = fuse(self.blocks, self.joining.sites, call, lambda: autocast(CPU, self.precision))
+        return self.fused
 
     def __exit__(self, *_: object) -> None:
-        for encoder in self.encoders:
-            del encoder.block.forward
+        for fused in self.fused:
+            del fused.block.forward
         self.joining.leave()
 
 
@@ -85,8 +85,8 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: fl
 def test_outputs_and_gradients_are_those_of_the_modules(method):
     model = grafted(method)
     wanted = passed(model)
-    with Fusing(model, model.bert.encoder.layer) as encoders:
-        assert [encoder.first for encoder in encoders] == [
+    with Fusing(model, model.bert.encoder.layer) as blocks:
+        assert [fused.first for fused in blocks] == [
             False,
             False,
             True,
@@ -101,8 +101,8 @@ def test_in_bf16_it_is_as_exact_as_the_modules():
     model = grafted("lora(rank=2)", "bf16")
     exact = passed(copy.deepcopy(model).float())
     modules = passed(model, "bf16")
-    with Fusing(model, model.bert.encoder.layer, "bf16") as encoders:
-        assert len(encoders) == 3
+    with Fusing(model, model.bert.encoder.layer, "bf16") as blocks:
+        assert len(blocks) == 3
         fused = passed(model, "bf16")
 
     def error(got: dict[str, Tensor]) -> float:
@@ -116,24 +116,22 @@ def test_in_bf16_it_is_as_exact_as_the_modules():
 def test_without_dropout_and_where_other_tokens_are_read():
     model = grafted("lora(rank=2)").eval()
     wanted = passed(model)
-    with Fusing(model, model.bert.encoder.layer) as encoders:
-        assert len(encoders) == 3
+    with Fusing(model, model.bert.encoder.layer) as blocks:
+        assert len(blocks) == 3
         assert_same(passed(model), wanted, 1e-5)
     bare = tiny.bare("bert")
     shaken(bare, "lora(rank=2)").requires_grad_()
-    with Fusing(bare, bare.encoder.layer) as encoders:  # its outputs are the states of all tokens
-        assert [encoder.first for encoder in encoders] == [False, False, False]
+    with Fusing(bare, bare.encoder.layer) as blocks:  # its outputs are the states of all tokens
+        assert [fused.first for fused in blocks] == [False, False, False]
 
 
 def test_evaluation_and_other_calls_are_left_to_the_modules():
     model = grafted("lora(rank=2)")
-    with Fusing(model, model.bert.encoder.layer) as encoders:
-        called: list[Encoder] = []
-        for encoder in encoders:
-            plain = encoder.plain
-            encoder.plain = lambda *a, plain=plain, encoder=encoder, **k: (
-                called.append(encoder) or plain(*a, **k)
-            )
+    with Fusing(model, model.bert.encoder.layer) as blocks:
+        called: list[FusedBlock] = []
+        for fused in blocks:
+            plain = fused.plain
+            fused.plain = lambda *a, plain=plain, fused=fused, **k: called.append(fused) or plain(*a, **k)
         passed(model)
         assert not called
         with fast_dropout(CPU, 0), torch.no_grad():
@@ -148,21 +146,23 @@ def test_blocks_with_anything_else_inside_stay_as_they_are():
         "lora(rank=2) + norms()",
         "dora(rank=2)",
         "lora(rank=2) + ia3()",
+        "lora(rank=2) + prefix(tokens=2)",
+        "lora(rank=2) + adapter()",
         "full()",
         "lora(rank=2, dropout=0.5)",
     ):
         model = grafted(method)
-        with Fusing(model, model.bert.encoder.layer) as encoders:
-            assert not encoders, method
+        with Fusing(model, model.bert.encoder.layer) as blocks:
+            assert not blocks, method
     model = grafted("lora(rank=2)", hidden_act="gelu_new")
-    with Fusing(model, model.bert.encoder.layer) as encoders:
-        assert not encoders
+    with Fusing(model, model.bert.encoder.layer) as blocks:
+        assert not blocks
     model = grafted("lora(rank=2)")
     causal = model.bert.encoder.layer[0].attention.self
     plain = causal.forward
     causal.forward = lambda x, *a, **k: plain(x.flip(1), *a, **k)  # of another architecture
-    with Fusing(model, model.bert.encoder.layer) as encoders:
-        assert [encoder.block for encoder in encoders] == list(model.bert.encoder.layer[1:])
+    with Fusing(model, model.bert.encoder.layer) as blocks:
+        assert [fused.block for fused in blocks] == list(model.bert.encoder.layer[1:])
     del causal.forward
 
 
@@ -174,7 +174,7 @@ def test_recomputed_blocks_have_the_same_gradients():
         recompute.enter(0)
         assert_same(passed(model), wanted, 1e-6)
         recompute.leave()
-        assert all(isinstance(vars(block)["forward"], Encoder) for block in model.bert.encoder.layer)
+        assert all(isinstance(vars(block)["forward"], FusedBlock) for block in model.bert.encoder.layer)
 
 
 def test_a_model_of_the_same_blocks_is_known_without_its_name():
@@ -187,8 +187,8 @@ def test_a_model_of_the_same_blocks_is_known_without_its_name():
     shaken(model, "lora(rank=2)").requires_grad_()
     model.train()
     wanted = passed(model)
-    with Fusing(model, model.roberta.encoder.layer) as encoders:
-        assert len(encoders) == 2
+    with Fusing(model, model.roberta.encoder.layer) as blocks:
+        assert len(blocks) == 2
         assert_same(passed(model), wanted, 1e-5)
 
 
@@ -204,7 +204,7 @@ def test_which_tokens_are_read_is_seen_in_the_graph(read, alone):
 
 def test_a_compiler_gets_the_modules_and_gives_the_block_back():
     model = grafted("lora(rank=2)")
-    with Fusing(model, model.bert.encoder.layer) as encoders:
+    with Fusing(model, model.bert.encoder.layer) as blocks:
         wanted, given = passed(model), []
         regions = Regions(
             SimpleNamespace(backbone=SimpleNamespace(blocks=())), 0, CPU, "fp32", "blocks", print
@@ -212,9 +212,9 @@ def test_a_compiler_gets_the_modules_and_gives_the_block_back():
         regions._compile = lambda function: given.append(function) or function  # type: ignore[method-assign]
         regions.blocks = list(model.bert.encoder.layer)
         regions._place()
-        assert given == [encoder.plain for encoder in encoders]
+        assert given == [fused.plain for fused in blocks]
         assert_same(passed(model), wanted, 1e-6)
         regions._turn_on()
         assert_same(passed(model), wanted, 1e-5)
         regions.leave()
-        assert [vars(block)["forward"] for block in model.bert.encoder.layer] == encoders
+        assert [vars(block)["forward"] for block in model.bert.encoder.layer] == blocks
