@@ -13,10 +13,10 @@ import graftkit
 from graftkit.errors import Interrupted
 from graftkit.recipe import schema as recipes
 from graftkit.report.console import Console
-from graftkit.runs import compare as comparing
 from graftkit.runs.best import Best
 from graftkit.runs.prepare import prepare_rows
 from graftkit.runs.scores import read_scores
+from graftkit.studies import compare as comparing
 from graftkit.studies.study import Study
 
 HEAD, BITFIT = "head(pooling='mean')", "bitfit() + head(pooling='mean')"

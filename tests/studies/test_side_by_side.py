@@ -17,8 +17,8 @@ from conftest import make_rows
 import graftkit
 from graftkit.errors import Note, UserError
 from graftkit.files import read_tensors
-from graftkit.runs import sharing
-from graftkit.runs import study as studies
+from graftkit.studies import sharing
+from graftkit.studies import study as studies
 from graftkit.studies.measuring import Cost, Pace, pace_of
 from graftkit.studies.side_by_side import Job, SideBySide, in_turn
 
