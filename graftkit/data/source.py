@@ -147,6 +147,12 @@ class Source:
         """Return the total size of these rows, without padding."""
         return self.lengths * len(rows) if isinstance(self.lengths, int) else int(self.lengths[rows].sum())
 
+    def padded_length(self, rows: np.ndarray) -> int:
+        """Return the length that these rows are padded to."""
+        if isinstance(self.lengths, int):
+            return self.lengths
+        return int(self.lengths[rows[:1] if self.uniform else rows].max())
+
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
         """Call the model on a batch: once, once per choice, or only at positions with labels."""
         output: Any = model(**batch.inputs)

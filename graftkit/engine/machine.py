@@ -1,12 +1,16 @@
-"""What a measurement needs to know of the machine: the name of its processor or GPU, and when that is done."""
+"""What a measurement needs of the machine: the name of its processor or GPU, when that is done, and random states as they were."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
+import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -34,6 +38,18 @@ def _cpu_info() -> str:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+@contextmanager
+def same_random_states(device: torch.device) -> Iterator[None]:
+    """On exit, the random states of torch, NumPy and Python are those of before."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 def synchronize(device: torch.device) -> None:

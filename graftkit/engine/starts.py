@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
 from graftkit.backbone.walk import buffers_of, modules_of, parameters_of
-from graftkit.data.source import Batch
+from graftkit.data.source import Batch, Source
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.engine.frozen import head_of, only_head_trains, set_training
 from graftkit.engine.precision import autocast
@@ -267,6 +267,14 @@ def captured(module: nn.Module, plain: Forward, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     return got[0]
+
+
+def kept_bytes(start: Start, source: Source, states: Tensor) -> int:
+    """Return the bytes of the cached values of all rows of a source; `states`: those of some of them."""
+    lengths = source.lengths
+    if start.per_token and not source.uniform and not isinstance(lengths, int):
+        return int(lengths.sum()) * states[0, 0].numel() * states.element_size() * source.views
+    return len(source) * states[0].numel() * states.element_size() * source.views
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +17,7 @@ from graftkit.data.source import Batch, Pass, Source
 from graftkit.engine.forward import Forward, evaluating
 from graftkit.engine.frozen import Phase
 from graftkit.engine.loop import Loop
-from graftkit.engine.machine import synchronize
+from graftkit.engine.machine import same_random_states, synchronize
 from graftkit.engine.memory import held, peak_memory, release, reset_peak_memory
 from graftkit.engine.settings import Settings
 from graftkit.engine.starts import Start
@@ -238,13 +237,10 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     }  # fmt: skip
     entries = [(m, dict(m._buffers), {k: v for k, v in vars(m).items() if isinstance(v, PLAIN)}) for m in modules]  # fmt: skip
     gradients = [(p, p.grad) for p in model.parameters()]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        with same_random_states(device):
             yield
     finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
         with torch.no_grad():
             for buffer, copy in buffers.values():
                 buffer.copy_(copy)

@@ -25,7 +25,7 @@ from graftkit.engine.frozen import Phase, head_of, only_head_trains, set_trainin
 from graftkit.engine.joining import Joining, join
 from graftkit.engine.precision import cast
 from graftkit.engine.recompute import Recompute
-from graftkit.engine.starts import AtBlock, AtHead, AtOwnHead, Start, trained_alone
+from graftkit.engine.starts import AtBlock, AtHead, AtOwnHead, Start, kept_bytes, trained_alone
 from graftkit.grafts.graft import Graft
 from graftkit.plan.counting import Counting, Shapes
 from graftkit.plan.operations import Operation
@@ -143,10 +143,7 @@ class Pretended:
         states = self._states(self._batch(source, rows))
         if states is None or self.start is None:
             return 0
-        lengths, size = source.lengths, states.element_size()
-        if self.start.per_token and not source.uniform and not isinstance(lengths, int):
-            return int(lengths.sum()) * states[0, 0].numel() * size * source.views
-        return len(source) * states[0].numel() * size * source.views
+        return kept_bytes(self.start, source, states)
 
     def _batch(self, source: Source, rows: np.ndarray) -> Batch:
         batch = source.batch(rows, self.device, Pass())

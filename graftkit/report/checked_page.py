@@ -60,11 +60,11 @@ _FAR = "Rows that are unlike all others: another language, no text at all, anoth
 def _section(title: str, name: str, told: str, rows: Sequence[Any], items: list[Markup]) -> Section | None:
     if not rows:
         return None
-    more = len(rows) - len(items)
-    last = element("p", f"and {count(more)} more, which --json lists", class_="quiet") if more else None
     grid = " grid wide" if any("<img" in one.text for one in items[:FIRST]) else ""
     return Section(
-        f"{title}: {count(len(rows))}", name, [element("p", told), *listed(items, FIRST, grid), last]
+        f"{title}: {count(len(rows))}",
+        name,
+        [element("p", told), *listed(items, FIRST, grid), _more(rows, items)],
     )
 
 
@@ -76,9 +76,12 @@ def _findings(title: str, name: str, findings: Sequence[Finding]) -> Section | N
                 element("p", short(one.text, 400), class_="text", dir="auto"))
         for one in findings[:MOST]
     ]  # fmt: skip
-    more = len(findings) - len(items)
-    last = element("p", f"and {count(more)} more, which --json lists", class_="quiet") if more else None
-    return Section(f"{title}: {count(len(findings))}", name, [*listed(items), last])
+    return Section(f"{title}: {count(len(findings))}", name, [*listed(items), _more(findings, items)])
+
+
+def _more(rows: Sequence[Any], items: list[Markup]) -> Child:
+    more = len(rows) - len(items)
+    return element("p", f"and {count(more)} more, which --json lists", class_="quiet") if more else None
 
 
 def _shown(one: Mapping[str, Any], previews: Previews) -> dict[str, str]:

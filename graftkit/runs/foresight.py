@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from graftkit.data.by_tokens import order_of, prediction_batches, prediction_siz
 from graftkit.data.source import Source
 from graftkit.engine.cached import MEMORY_SHARE
 from graftkit.engine.filling import FILL_BATCH
+from graftkit.engine.machine import same_random_states
 from graftkit.engine.memory import Peak, host_memory, release, resident
 from graftkit.engine.parallel import processes
 from graftkit.engine.precision import rounded_names
@@ -104,7 +105,7 @@ def foresee_always(
     rates = Rates(prepared.device) if machine is None else None
     known = history.read("" if rates is None else rates.machine, history.COUNT)
     cpu = machine is None and prepared.device.type == "cpu"
-    with _undisturbed(prepared.device):  # rates are measured on random numbers
+    with same_random_states(prepared.device):  # rates are measured on random numbers
         load = load_of(prepared, datasets, twin, as_on_gpu=machine is not None)
         passes = passes_of(prepared, datasets, load.filling is not None)
         if machine is not None:
@@ -131,17 +132,6 @@ def advice(found: Forecast, device: torch.device) -> list[str]:
             "more than half of a step is Python, not arithmetic; a larger train.batch_size takes less time for a row"
         )
     return said
-
-
-@contextmanager
-def _undisturbed(device: torch.device) -> Any:
-    """Leave the random states as they were."""
-    state = np.random.get_state()
-    try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            yield
-    finally:
-        np.random.set_state(state)
 
 
 def load_of(
@@ -233,8 +223,7 @@ def _usual(
 
 
 def _padded(source: Source, rows: np.ndarray) -> int:
-    lengths = source.lengths
-    return len(rows) * (lengths if isinstance(lengths, int) else int(lengths[rows].max()))
+    return len(rows) * source.padded_length(rows)
 
 
 def _longest(source: Source, size: int, tokens: int | None = None) -> np.ndarray:
@@ -246,7 +235,7 @@ def _longest(source: Source, size: int, tokens: int | None = None) -> np.ndarray
 
 def _shapes(source: Source, batches: list[np.ndarray]) -> list[tuple[int, int]]:
     """Return rows and padded length of batches."""
-    return [(len(rows), _padded(source, rows) // max(1, len(rows))) for rows in batches]
+    return [(len(rows), source.padded_length(rows)) for rows in batches]
 
 
 def passes_of(prepared: Prepared, datasets: Mapping[str, Dataset], filled: bool = False) -> Passes:

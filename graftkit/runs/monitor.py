@@ -12,7 +12,6 @@ from typing import Any
 
 from graftkit.data.by_tokens import prediction_sizes
 from graftkit.engine import checkpoint
-from graftkit.engine.cached import Caching, make_forward
 from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop, Step
 from graftkit.engine.parallel import in_first, processes, wait
@@ -31,6 +30,7 @@ from graftkit.runs.describing import describe, facts
 from graftkit.runs.export import write_model
 from graftkit.runs.folder import BEFORE_DECAY, CHECKPOINTS, GRAFT, METRICS, RESULT, how_to_resume
 from graftkit.runs.foresight import Reality
+from graftkit.runs.forwards import evaluation_forward
 from graftkit.runs.prepare import Prepared
 from graftkit.runs.probe import METRIC
 from graftkit.runs.saved import log_lines, stays
@@ -75,12 +75,7 @@ class Watch:
     def _forward(self, name: str, passes: int) -> Forward:
         """Return the forward pass of evaluation or test rows, made when it is needed first."""
         if name not in self.forwards:
-            prepared = self.prepared
-            caching = Caching(prepared.recipe.train.cache, prepared.settings.seed, later=True)
-            self.forwards[name] = make_forward(
-                prepared.graft, prepared.device, prepared.precision, prepared.depth, self.datasets[name], passes,
-                prepared.phases[-1].labels, caching,
-            )  # fmt: skip
+            self.forwards[name] = evaluation_forward(self.prepared, self.datasets[name], passes)
         return self.forwards[name]
 
     @property

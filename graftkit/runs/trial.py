@@ -31,6 +31,7 @@ from graftkit.engine.cached import Cacheable, Caching, cacheable
 from graftkit.engine.filling import FILL_BATCH
 from graftkit.engine.forward import Forward
 from graftkit.engine.machine import cpu_name, hardware
+from graftkit.engine.starts import kept_bytes
 from graftkit.engine.trial import Taken, Trial, undisturbed
 from graftkit.files import special, write_json, write_tensors
 from graftkit.plan.counting import Counting, Timing
@@ -69,17 +70,10 @@ class Sizes:
     def of(self, source: Source, batches: list[np.ndarray], times: float = 1.0) -> Batches:
         """Return those of batches of row numbers."""
         rows = np.array([len(batch) for batch in batches], np.int64)
-        lengths = np.array([longest(source, batch) for batch in batches], np.int64)
+        lengths = np.array([source.padded_length(batch) for batch in batches], np.int64)
         return Batches(
             batch_sizes(self.linear, self.quadratic, rows, lengths), shape_of(rows, lengths), times  # type: ignore[arg-type]
         )  # fmt: skip
-
-
-def longest(source: Source, rows: np.ndarray) -> int:
-    """Return the length that the rows of a batch are padded to."""
-    if source.uniform or isinstance(source.lengths, int):
-        return longest_of(source)
-    return int(source.lengths[rows].max())
 
 
 def step_batches(prepared: Prepared) -> tuple[list[np.ndarray], float]:
@@ -178,18 +172,15 @@ class Tried:
     @property
     def filled(self) -> list[np.ndarray]:
         """The batches in which the cache is filled."""
-        lengths = self.source.lengths
-        if isinstance(lengths, int):
-            lengths = np.full(len(self.source), lengths)
-        return ordered_batches(lengths, FILL_BATCH)
+        return ordered_batches(_lengths(self.source), FILL_BATCH)
 
     def fillings(self, cached: bool, missing: float = 1.0) -> Batches:
         """Return the batches that fill the caches of training and evaluation rows, of which a share is `missing`."""
         if not cached:
             return Batches(np.zeros(0), np.zeros(0, np.int64))
         one = self.sizes.of(self.source, self.filled, missing * self.source.views)
-        if self.held is not None and not isinstance(self.held.lengths, int):
-            more = self.sizes.of(self.held, ordered_batches(self.held.lengths, FILL_BATCH))
+        if self.held is not None:
+            more = self.sizes.of(self.held, ordered_batches(_lengths(self.held), FILL_BATCH))
             return Batches(
                 np.concatenate([one.sizes, more.sizes / one.times]),
                 np.concatenate([one.shapes, more.shapes]),
@@ -209,10 +200,12 @@ def evaluations_of(prepared: Prepared) -> int:
 
 
 def _predicted(source: Source, prepared: Prepared) -> list[np.ndarray]:
-    lengths = source.lengths
-    if isinstance(lengths, int):
-        lengths = np.full(len(source), lengths)
-    return prediction_batches(lengths, *prediction_sizes(prepared.recipe.train))
+    return prediction_batches(_lengths(source), *prediction_sizes(prepared.recipe.train))
+
+
+def _lengths(source: Source) -> np.ndarray:
+    """Return the length of each row."""
+    return np.full(len(source), source.lengths) if isinstance(source.lengths, int) else source.lengths
 
 
 class _Passes:
@@ -319,10 +312,7 @@ class _Passes:
         batch = source.batch(np.arange(min(2, len(source))), self.device)
         with torch.no_grad():
             states = start.capture(self.trial.plain, batch)
-        lengths = source.lengths
-        if start.per_token and not source.uniform and not isinstance(lengths, int):
-            return int(lengths.sum()) * states[0, 0].numel() * states.element_size() * source.views
-        return len(source) * states[0].numel() * states.element_size() * source.views
+        return kept_bytes(start, source, states)
 
     def _writing(self) -> float:
         """Return the seconds of a byte in the run's folder; 0 where little is written."""

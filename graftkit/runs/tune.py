@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -12,8 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from graftkit.claims import remove_leftovers
-from graftkit.engine.cached import Caching, PhasedForward, make_forward
-from graftkit.engine.forward import Forward
 from graftkit.engine.loop import Loop
 from graftkit.engine.parallel import in_first, processes, sum_numbers
 from graftkit.engine.tracking import refuse_missing
@@ -32,6 +29,7 @@ from graftkit.runs.budget import budgeted
 from graftkit.runs.finding import with_found_lr
 from graftkit.runs.folder import LR_FIND, METRICS, PLAN, RECIPE, RESULT, go_on, how_to_resume
 from graftkit.runs.foresight import Reality, encoded, foresee_without_weights, told
+from graftkit.runs.forwards import training_forward
 from graftkit.runs.garbage import uncollected
 from graftkit.runs.inputs import check_inputs, inputs
 from graftkit.runs.monitor import Watch
@@ -291,7 +289,7 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
     reality = Reality(prepared, datasets, console)
     show_rendered(console, rows.task.rendered(datasets["train"]))
     start = time.monotonic()
-    forward = _training_forward(prepared, datasets["train"])
+    forward = training_forward(prepared, datasets["train"])
     loop = Loop(
         prepared.graft, datasets["train"], forward, prepared.phases, prepared.learn, prepared.settings
     )
@@ -346,16 +344,6 @@ def _steps(prepared: Prepared, datasets: dict[str, Dataset], folder: Path, conso
 def _any_stops(stop: bool, processes: int) -> bool:
     """Return whether any process was signalled: then all stop."""
     return sum_numbers([float(stop)])[0] > 0 if processes > 1 else stop
-
-
-def _training_forward(prepared: Prepared, dataset: Dataset) -> Forward:
-    per_epoch = prepared.plan.steps_per_epoch
-    where = prepared.graft, prepared.device, prepared.precision
-    caching = Caching(prepared.recipe.train.cache, prepared.settings.seed)
-    if len(prepared.phases) > 1:
-        return PhasedForward(*where, dataset, per_epoch, caching)
-    passes = math.ceil(prepared.settings.steps / per_epoch)
-    return make_forward(*where, prepared.depth, dataset, passes, prepared.phases[0].labels, caching)
 
 
 def _planned(prepared: Prepared, datasets: dict[str, Dataset]) -> dict[str, Any]:

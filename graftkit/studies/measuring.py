@@ -6,7 +6,6 @@ head on cached activations, are as fast with one thread, and several runs then s
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 
-from graftkit.engine.cached import Caching, make_forward
 from graftkit.engine.loop import Loop
 from graftkit.engine.memory import peak_memory, reset_peak_memory, resident
 from graftkit.recipe.schema import Recipe
 from graftkit.runs.foresight import encoded
-from graftkit.runs.prepare import Prepared, Rows, prepare
+from graftkit.runs.forwards import evaluation_forward, training_forward
+from graftkit.runs.prepare import Rows, prepare
 
 WARM_UP, TIMED = 3, 6  # steps; the gradient audit is in the first two
 GAIN = 0.9  # of the time of one run after the other, at most, which runs side by side take
@@ -57,7 +56,9 @@ def measure(recipe: Recipe, rows: Rows, threads: int, share: int) -> dict[str, A
     reset_peak_memory(torch.device("cpu"))
     prepared, datasets = encoded(prepare(recipe, rows))
     fixed = time.monotonic() - begun
-    forward = {name: _forward(prepared, source, name) for name, source in datasets.items()}["train"]
+    forward = training_forward(prepared, datasets["train"], written=True)
+    for name in datasets.keys() - {"train"}:
+        evaluation_forward(prepared, datasets[name], 2, written=True)
     if not prepared.settings.steps:
         return asdict(Cost(fixed, 0.0, 0.0, max(0, peak_memory(prepared.device) - held)))
     where = prepared.graft, datasets["train"], forward, prepared.phases, prepared.learn
@@ -81,15 +82,6 @@ def _mean(seconds: Sequence[float]) -> float:
     """Return the mean without the slowest, in which something else may have run."""
     kept = sorted(seconds)[: max(1, len(seconds) - 1)]
     return sum(kept) / max(1, len(kept))
-
-
-def _forward(prepared: Prepared, source: Any, name: str) -> Any:
-    """Return the forward pass of a dataset as a run has it; its activations are in files then."""
-    recipe, settings = prepared.recipe, prepared.settings
-    passes = math.ceil(settings.steps / prepared.plan.steps_per_epoch) if name == "train" else 2
-    caching = Caching(recipe.train.cache, settings.seed, later=name != "train", written=True)
-    where = prepared.graft, prepared.device, prepared.precision, prepared.depth
-    return make_forward(*where, source, passes, prepared.phases[-1].labels, caching)
 
 
 def pace_of(costs: Sequence[tuple[Cost, int, int]], threads: int, at_once: int, room: float) -> Pace:
