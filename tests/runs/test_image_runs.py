@@ -155,8 +155,7 @@ def test_frozen_features_are_kept_and_equal_those_computed_anew(colours, tmp_pat
     task, made = "image_classify(resize=32, crop=32)", []
     plain = forward.make_forward
     cached = lambda *given, **more: made.append(plain(*given, **more)) or made[-1]  # noqa: E731
-    for module in ("graftkit.runs.tune", "graftkit.runs.monitor"):
-        monkeypatch.setattr(f"{module}.make_forward", cached)
+    monkeypatch.setattr("graftkit.runs.forwards.make_forward", cached)
     tune("examples.resnet20:resnet20", colours, tmp_path / "kept", task, method)
     assert [type(one).__name__ for one in made] == ["CachedForward", "CachedForward"]
     features = made[0].kept.values
@@ -165,8 +164,7 @@ def test_frozen_features_are_kept_and_equal_those_computed_anew(colours, tmp_pat
     def never(graft, device, precision, depth, dataset, passes, labels=None, caching=None):
         return plain(graft, device, precision, depth, dataset, 1, labels)
 
-    for module in ("graftkit.runs.tune", "graftkit.runs.monitor"):
-        monkeypatch.setattr(f"{module}.make_forward", never)
+    monkeypatch.setattr("graftkit.runs.forwards.make_forward", never)
     tune("examples.resnet20:resnet20", colours, tmp_path / "anew", task, method)
     kept, anew = (graft_tensors(tmp_path / name) for name in ("kept", "anew"))
     for name, tensor in kept.items():

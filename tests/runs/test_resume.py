@@ -155,7 +155,7 @@ def test_control_c(uninterrupted, short_bert, rows_folder, tmp_path, case):
     assert_same(run, uninterrupted(case))
 
 
-@pytest.mark.parametrize("moment", ["make_forward", "describe"])
+@pytest.mark.parametrize("moment", ["training_forward", "describe"])
 def test_control_c_before_and_after_the_steps(
     uninterrupted, short_bert, rows_folder, tmp_path, monkeypatch, command, moment
 ):
@@ -168,7 +168,7 @@ def test_control_c_before_and_after_the_steps(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(
-            graftkit.runs.tune if moment == "make_forward" else graftkit.runs.monitor, moment, interrupt
+            graftkit.runs.tune if moment == "training_forward" else graftkit.runs.monitor, moment, interrupt
         )
         stopped = command(*words_of(short_bert, rows_folder, run, "lora"))
     assert stopped.status == 130 and f"graftkit tune --resume {run}" in stopped.err
