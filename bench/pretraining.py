@@ -251,15 +251,15 @@ def muon(data: Path) -> None:
     """How many steps muon needs for AdamW's last held-out loss, each with the best learning rate of the same grid, where each
     text is read about once."""
     rates = (1e-3, 2e-3, 4e-3, 8e-3)
-    steps = 500
+    steps = 300
 
     def measure(optimizer: str, rate: float, count: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             texts = [(data / "text" / one).read_text(encoding="utf-8") for one in ENGLISH]
             (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-            settings = {"train.optimizer": optimizer, "train.lr": rate}
-            more = {"size": "llama-tiny", "vocabulary": 2048, "settings": settings}
+            settings = {"train.optimizer": optimizer, "train.lr": rate, "train.batch_size": 64}
+            more = {"size": "llama-mini", "vocabulary": 1024, "settings": settings}
             run = ran(folder / "run", "causal", folder / "texts.txt", count, **more)
         return {"optimizer": optimizer, "lr": rate, "steps": count, "loss": run.metrics["loss"]}
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from graftkit.data.order import ordered_batches
 from graftkit.data.ragged import places
 from graftkit.engine.blocks import Block, Blocks, prune
+from graftkit.engine.heap import Heap
 from graftkit.engine.kept import Kept, Mapped
-from graftkit.engine.memory import in_parts
+from graftkit.engine.memory import in_parts, release
 from graftkit.engine.parallel import all_agree, gather, processes, wait
 from graftkit.errors import Note, UserError
 from graftkit.files import checksum
@@ -95,11 +96,15 @@ class Filling:
         views = gather(have) if world > 1 else [have]
         shared = all((one == views[0]).all() for one in views)  # otherwise the first process decides
         missing = np.flatnonzero(~views[0])
+        heap = Heap(self.device)
         for batch in ordered_batches(self.lengths[missing], FILL_BATCH)[index::world]:
             if self.blocks is None and not self.in_memory:
                 break
             self._compute(missing[batch])
+            heap.after_pass()
         self._flush(last=True)
+        if len(missing):
+            release(self.device)  # what these passes took is not what the steps will take
         kept = self._in_memory(found, shared, len(missing)) if self.in_memory else self._mapped()
         size = _size(kept)
         seconds = time.monotonic() - self.began

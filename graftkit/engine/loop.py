@@ -25,6 +25,7 @@ from graftkit.engine.averaging import Average
 from graftkit.engine.dropout import fast_dropout, seed_generator
 from graftkit.engine.forward import Forward
 from graftkit.engine.frozen import Phase, moving_now, set_training, spare_now
+from graftkit.engine.heap import Heap
 from graftkit.engine.joining import Joining, join
 from graftkit.engine.memory import release
 from graftkit.engine.parallel import from_first, processes, sum_gradients
@@ -94,6 +95,7 @@ class Loop:
     def __iter__(self) -> Generator[Step]:
         audit: Audit | None = None
         ahead = Ahead(self.work, self.settings.steps, 0 if self.forward.light else 2)
+        heap = Heap(self.forward.device)
         try:
             for phase in self.phases:
                 if self.step >= phase.end:
@@ -106,6 +108,7 @@ class Loop:
                     if audit is not None and audit.done:
                         audit = None
                     yield result
+                    heap.after_pass()
                     if lively is not None and not lively.training:  # an evaluation came in between
                         set_training(self.graft, phase.depth, phase.labels)
             self.graft.model.eval()

@@ -111,15 +111,15 @@ class Trial(Loop):
         with torch.no_grad(), evaluating(self.graft.model):
             return self._taken(size, 0.0, lambda: self.forward(batch))
 
-    def filling(self, source: Source, rows: np.ndarray, size: float) -> Taken:
-        """Compute what is cached of a batch of rows."""
+    def filling(self, source: Source, rows: np.ndarray, size: float, alone: bool = True) -> Taken:
+        """Compute what is cached of a batch of rows. `alone`: as in `batch`."""
         assert self.start is not None
         start, begun = self.start, time.perf_counter()
         batch = source.batch(rows, self.forward.device, Pass(self.settings.seed))
         batch.prepare(True)
         prepare = time.perf_counter() - begun
         with torch.no_grad(), evaluating(self.graft.model):
-            return self._taken(size, prepare, lambda: start.capture(self.plain, batch))
+            return self._taken(size, prepare, lambda: start.capture(self.plain, batch), alone=alone)
 
     def update(self) -> float:
         """Return the seconds of clipping and of a step of the optimizer, from one with copies of some parameters."""

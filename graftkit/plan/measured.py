@@ -14,13 +14,13 @@ from graftkit.plan.forecast import Forecast, Passes
 from graftkit.plan.history import TRIAL, History
 from graftkit.plan.parameters import Plan
 
-# Shapes whose kernels are kept: oneDNN's cache has room for 1,024 kernels, and a step of a transformer compiles about 16.
-CAPACITY = 64
+# Shapes whose kernels are kept: oneDNN's cache has room for 1,024 kernels, and a step of a transformer with LoRA compiles about 20.
+CAPACITY = 50
 WITHOUT_GRADIENTS = 1 / 3  # of the kernels of a step, where they were not measured
-# On a CPU, times as much as the heaviest step takes by itself, that it takes within a run: malloc keeps freed blocks between those that
-# live, and more of them if kernels that are compiled later come to lie in between, by their bytes over those of the step. Fitted to 16
-# runs of texts, images and sounds on glibc, with 1.1 to 1.85 (docs/log.md).
-FRAGMENTED, BETWEEN, MOST_BETWEEN = 1.25, 0.2, 2.0
+# On a CPU, times as much as the heaviest step, and the heaviest batch that fills a cache, take by themselves, that they take within a run:
+# malloc keeps freed blocks between those that live, up to what `engine.heap` allows. Fitted to 20 runs of texts, images and
+# sounds on glibc (docs/log.md).
+FRAGMENTED, FILLING = 1.18, 1.25
 # What the first evaluation loads to compute metrics: scikit-learn, with SciPy and pandas.
 METRICS_BYTES, METRICS_SECONDS = 105e6, 1.0
 AROUND = 0.0006  # seconds of a step for what the loop does around it on a host: figures, log lines, progress
@@ -179,21 +179,23 @@ def memory_of(
     accumulate: int, metrics: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the bytes of each part at the peak. `cpu`: of a process, whose malloc keeps freed blocks, not of a GPU."""
-    kernels = 0.0
-    for kind, batches in ((trial.step, steps), (trial.evaluation, evaluations), (trial.filling, fillings)):
-        shapes = len(set(batches.shapes.tolist()))
-        kernels += (trial.step.kept * WITHOUT_GRADIENTS if kind is None else kind.kept) * min(
-            shapes, CAPACITY
-        )
+    used: dict[str, int] = {}
+    for name, kind, batches in (
+        ("step", trial.step, steps),
+        ("evaluation", trial.evaluation, evaluations),
+        ("filling", trial.filling, fillings),
+    ):
+        kept = int(trial.step.kept * WITHOUT_GRADIENTS) if kind is None else kind.kept
+        used[name] = kept * min(len(set(batches.shapes.tolist())), CAPACITY)
     known = [kind for kind in (trial.step, trial.evaluation, trial.filling) if kind is not None]
-    kernels = min(kernels, CAPACITY * max(kind.kept for kind in known))
-    peak = max(kind.peak for kind in known)
+    kernels = min(sum(used.values()), CAPACITY * max(kind.kept for kind in known))
     held = plan.optimizer_bytes + plan.ema_bytes
     between = plan.gradient_bytes if accumulate > 1 else 0  # gradients that wait for those of other batches
-    if cpu:
-        mixed = min(MOST_BETWEEN, kernels / max(1, trial.step.peak))
-        peak = max(peak, int((FRAGMENTED + BETWEEN * mixed) * trial.step.peak))
-    over = int(trial.loaded + kernels + peak + held + between + trial.cached_bytes + metrics)
+    fill = 0 if trial.filling is None else trial.filling.peak
+    step = max(kind.peak for kind in known if kind is not trial.filling)
+    filling = (FILLING if cpu else 1.0) * fill + min(used["filling"], kernels)
+    training = (FRAGMENTED if cpu else 1.0) * step + metrics + held + between + kernels
+    over = int(trial.loaded + trial.cached_bytes + max(filling, training))
     gradients = min(plan.gradient_bytes, max(0, over - held))
     activations = max(0, min(trial.saved, over - held - gradients))
     low, high = history.interval("peak_memory_bytes", over)

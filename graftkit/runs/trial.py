@@ -31,6 +31,7 @@ from graftkit.engine.cached import Cacheable, Caching, cacheable
 from graftkit.engine.filling import FILL_BATCH
 from graftkit.engine.forward import Forward
 from graftkit.engine.machine import cpu_name, hardware
+from graftkit.engine.memory import held, release
 from graftkit.engine.starts import kept_bytes
 from graftkit.engine.trial import Taken, Trial, undisturbed
 from graftkit.files import special, write_json, write_tensors
@@ -51,7 +52,7 @@ LEAST_SECONDS, MOST_SECONDS = 0.7, 5.0
 LITTLE = 0.05  # of a run, that evaluations may take without a pass of their own
 TOO_LONG = 20.0  # seconds of a batch, above which there is no trial
 REPEATS = 4
-MANY = 30  # batches that fill a cache, from which a third one is made
+MANY = 30  # batches that fill a cache, from which more than two of them are made
 WRITTEN = 16 << 20  # bytes of a file that is written to see how long that takes
 
 
@@ -94,6 +95,8 @@ class Tried:
     """The batches of a run, and a trial of some of them."""
 
     def __init__(self, prepared: Prepared, datasets: Mapping[str, Dataset]) -> None:
+        release(prepared.device)
+        self.before = held(prepared.device)  # bytes, of which libraries and kernels will be taken
         self.prepared, self.sizes = prepared, Sizes(prepared)
         self.source, self.held = prepared.train, datasets.get("eval")
         self.batches, times = step_batches(prepared)
@@ -215,6 +218,7 @@ class _Passes:
         self.tried, self.trial, self.cached = tried, trial, cached
         self.device = trial.forward.device
         self.spent = 0.0
+        self.filled, self.stepped = 0, 0  # shapes of passes that were made
         self.first: Taken | None = None  # of all; it loads libraries
 
     def measured(self) -> Measured:
@@ -224,14 +228,23 @@ class _Passes:
             cached_bytes = self._bytes() if self.cached.in_memory else 0
         step, figures = self._steps()
         evaluation = self._evaluate() if self.cached is None and self.tried.evaluates_much else None
-        first, other = self.first, filling or step
+        first, other, update = self.first, filling or step, self.trial.update()
         assert first is not None
-        known = first.kept if not other.kept else max(0, first.kept - other.kept)
+        release(self.device)
+        kernels = sum(
+            kind.kept * shapes
+            for kind, shapes in ((filling, self.filled), (step, self.stepped))
+            if kind is not None
+        )
+        loaded = max(
+            0,
+            held(self.device) - self.tried.before - kernels - (0 if evaluation is None else evaluation.kept),
+        )
         usual = (
             other.cold[-1][1] / other.cold[-1][0] if other.cold else other.warm[0][1] / other.warm[0][0]
         ) * first.size
         return Measured(
-            step, evaluation, filling, loading=max(0.0, first.seconds - usual), loaded=known, update=self.trial.update(),
+            step, evaluation, filling, loading=max(0.0, first.seconds - usual), loaded=loaded, update=update,
             writing=self._writing(), cached_bytes=cached_bytes, **figures,
         )  # fmt: skip
 
@@ -254,13 +267,19 @@ class _Passes:
         sizes = self.tried.sizes.of(source, batches)
         heavy, usual, other = self._chosen(batches, sizes)
 
-        def fill(place: int) -> Taken:
-            return self._count(self.trial.filling(source, batches[place], float(sizes.sizes[place])))
+        def fill(place: int, alone: bool = True) -> Taken:
+            size = float(sizes.sizes[place])
+            return self._count(self.trial.filling(source, batches[place], size, alone))
 
-        taken = [fill(heavy), fill(usual)]  # the first one loads libraries
-        if len(batches) >= MANY and other != heavy:
-            taken.append(fill(other))
-        return Kind([], _points(taken[1:]), max(one.peak - one.kept for one in taken), taken[-1].kept)
+        largest, timed = fill(heavy), fill(usual)  # the first one loads libraries
+        warm, cold, places = [], [timed], [heavy, usual]
+        if len(batches) >= MANY:
+            warm = [fill(usual, alone=False)]
+            if other != heavy:
+                cold, places = [fill(other, alone=False)], [*places, other]
+        self.filled = len(set(sizes.shapes[places].tolist()))
+        peak = max(one.peak - one.kept for one in (largest, timed))
+        return Kind(_points(warm), _points(cold), peak, timed.kept)
 
     def _steps(self) -> tuple[Kind, dict[str, Any]]:
         tried, trial, sizes = self.tried, self.trial, self.tried.steps
@@ -287,6 +306,7 @@ class _Passes:
         cold = []
         if room >= seconds and sizes.shapes[other] not in sizes.shapes[[heavy, usual]]:
             cold.append(step(other, alone=False))
+        self.stepped = len(set(sizes.shapes[[heavy, usual, other][: 2 + len(cold)]].tolist()))
         warm = (
             again[1:] or again or [replace(timed, seconds=seconds)]
         )  # the first one gets its memory from the system
