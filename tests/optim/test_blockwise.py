@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from graftkit.optim.shared import moments
-from graftkit.optim.shared.blockwise import Format, dynamic_code, linear_code
+from graftkit.optim.shared import blockwise, moments
+from graftkit.optim.shared.blockwise import Format, _code, _nearest, _table, dynamic_code, linear_code
 
 FORMATS = [stored for pair in moments.FORMATS.values() for stored in pair]
 
@@ -54,6 +54,33 @@ def test_codes_of_eight_bits_are_those_of_bitsandbytes():
     for signed in (True, False):
         expected = functional.create_dynamic_map(signed=signed)
         torch.testing.assert_close(torch.tensor(dynamic_code(8, signed)), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "bits, code", [(8, "signed"), (8, "unsigned"), (4, "signed"), (4, "linear"), (4, "even")]
+)
+def test_the_table_finds_what_a_search_finds(bits, code):
+    """At and beside the middles between neighbours, at zero, the smallest numbers, and infinity."""
+    values = _code(bits, code, torch.device("cpu"))
+    middles = (values[1:] + values[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.tensor(end)) for end in (-2.0, 2.0)]
+    edges = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 2.0, -2.0, math.inf, -math.inf])
+    random = torch.randn(50_000) * 10 ** (-8 * torch.rand(50_000))
+    numbers = torch.cat([middles, *beside, edges, random])
+    found = _nearest(numbers, *_table(bits, code, numbers.device))
+    assert torch.equal(found, torch.bucketize(numbers, middles).to(torch.uint8))
+
+
+def test_a_code_that_is_too_fine_for_the_table_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        blockwise, "linear_code", lambda bits: [1 + index * 2**-9 for index in range(2**bits)]
+    )
+    for function in (_code, _table):
+        function.cache_clear()
+    with pytest.raises(ValueError, match="lie closer"):
+        _table(8, "linear", torch.device("cpu"))
+    for function in (_code, _table):
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("count", [256, 1000, 1001, 3])

@@ -77,7 +77,7 @@ class Format:
         values = self._values(indices.device)
         if self.bits == 4:
             indices = torch.stack([indices >> 4, indices & 15], dim=1).flatten()
-        found = values[indices.int()]
+        found = values.index_select(0, indices.int())
         full = len(scales) * self.block
         return (F.pad(found, (0, full - len(found))).view(-1, self.block) * scales[:, None]).view(-1)[:count]
 
@@ -86,16 +86,39 @@ class Format:
         full = len(scales) * self.block
         blocks = F.pad(numbers, (0, full - len(numbers))).view(-1, self.block)
         torch.amax(blocks.abs(), dim=1, out=scales)
-        scaled = blocks / scales.clamp(min=TINY)[:, None]
-        values = self._values(numbers.device)
-        found = torch.bucketize(scaled, (values[1:] + values[:-1]) / 2, out_int32=True)
-        found = found.to(torch.uint8).view(-1)
+        scaled = (blocks / scales.clamp(min=TINY)[:, None]).view(-1)
+        found = _nearest(scaled, *_table(self.bits, self.code, numbers.device))
         if self.bits == 4:
             found = (found[::2] << 4) | found[1::2]
         indices.copy_(found[: len(indices)])
 
     def _values(self, device: torch.device) -> Tensor:
         return _code(self.bits, self.code, device)
+
+
+def _nearest(numbers: Tensor, below: Tensor, middle: Tensor) -> Tensor:
+    """Return for each fp32 number (count,) the index of the nearest value of a code, uint8 (count,), by its `_table`."""
+    heads = (numbers.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    return below.index_select(0, heads).add_((numbers > middle.index_select(0, heads)).view(torch.uint8))
+
+
+@functools.cache
+def _table(bits: int, code: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return, by the upper 16 bits of an fp32 number, how many middles between neighbours of a code are less than all such numbers,
+    uint8 (65536,), and the one middle that lies among them, or infinity, fp32 (65536,). A search in the middles takes 16 times as
+    long on a CPU."""
+    values = _code(bits, code, torch.device("cpu"))
+    middles = (values[1:] + values[:-1]) / 2
+    heads = torch.arange(1 << 16, dtype=torch.int32) << 16
+    first, last = heads.view(torch.float32), (heads | 0xFFFF).view(torch.float32)
+    last = torch.where(last.isnan(), first, last)  # infinity is alone with those that are no numbers
+    below, upto = (torch.bucketize(end(first, last), middles) for end in (torch.minimum, torch.maximum))
+    if (upto - below).max() > 1:
+        raise ValueError(
+            f"the values of the code {code!r} with {bits} bits lie closer than fp32's upper halves"
+        )
+    among = middles[below.clamp(max=len(middles) - 1)]
+    return below.to(device, torch.uint8), torch.where(upto > below, among, math.inf).to(device)
 
 
 @functools.cache
