@@ -67,7 +67,7 @@ def adamw_step(
     step = state["step"] = state.get("step", 0) + 1
     weights, gradients = parameter.detach().reshape(-1), gradient.reshape(-1)
     if is_quantized(len(weights), bits):
-        for part, places in chunks(len(weights), bits):
+        for part, places in chunks(len(weights), bits, weights.device):
             stored = tuple(tensor[place] for tensor, place in zip(moments, places))
             _move(weights[part], gradients[part], stored, step, group, bits)
     else:

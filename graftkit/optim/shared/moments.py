@@ -17,7 +17,8 @@ FORMATS = {
 }
 KEYS = ("exp_avg", "exp_avg_sq")
 FULL = 32
-CHUNK = 2**23  # numbers that are expanded to fp32 at a time; a multiple of all block sizes
+# Numbers that are expanded to fp32 at a time, multiples of all block sizes: on a CPU, so few that they stay in its second cache
+CHUNK, CHUNK_ON_CPU = 2**23, 2**17
 
 Moments = tuple[Tensor, ...]
 
@@ -74,11 +75,12 @@ def update(
     return first, second
 
 
-def chunks(count: int, bits: int) -> list[tuple[slice, tuple[slice, ...]]]:
+def chunks(count: int, bits: int, device: torch.device) -> list[tuple[slice, tuple[slice, ...]]]:
     """Return pairs of a slice of `count` numbers, and the slices of quantized moments that belong to it."""
     found = []
-    for start in range(0, count, CHUNK):
-        end = min(start + CHUNK, count)
+    size = CHUNK_ON_CPU if device.type == "cpu" else CHUNK
+    for start in range(0, count, size):
+        end = min(start + size, count)
         parts: list[slice] = []
         for stored in FORMATS[bits]:
             parts += [_part(start, end, stored.bits / 8), _part(start, end, 1 / stored.block)]
