@@ -35,17 +35,17 @@ class Heap:
         """Release freed blocks if there are many."""
         if not self.on:
             return
-        now, peak = private(), peak_memory(self.device)
-        taken = max(
-            now - self.last, peak - self.peak if self.clean else 0
-        )  # at least that much, of new memory
+        now, clean = private(), self.clean
+        taken = now - self.last  # at least that much, of new memory
+        if clean:
+            taken, self.clean = max(taken, peak_memory(self.device) - self.peak), False
         self.largest = max(self.largest, taken, LEAST)
-        clean, self.clean = self.clean, False
         if not clean and now - self.floor > ALLOWED * self.largest:
             release(self.device)
             now = self.floor = private()
-            self.clean, self.largest = True, int(RAISED * self.largest)
-        self.last, self.peak = now, peak
+            self.clean, self.peak = True, peak_memory(self.device)
+            self.largest = int(RAISED * self.largest)
+        self.last = now
 
 
 def private() -> int:

@@ -1,8 +1,8 @@
 """A trial before a run: a few of its batches, forward and backward, from which its forecast is made.
 
 It makes the heaviest batch, for memory, and one of mean size, for its kinds of work and what its new shape costs. Then, as often
-as 3% of the run allow, that one again, for seconds, now that its kernels and memory are there; and another one of about that size
-whose shape is new, for the seconds of new kernels.
+as 3% of the run allow, another one of about that size whose shape is new, for the seconds of new kernels, and these two in turn, for
+seconds, now that their kernels and memory are there.
 Results are kept in the cache folder, so that the same run does not make them again.
 """
 
@@ -299,17 +299,18 @@ class _Passes:
         seconds = max(1e-9, timed.seconds - timing.own)
         room = SHARE * seconds * len(sizes.sizes) * sizes.times
         room = min(MOST_SECONDS, max(LEAST_SECONDS, room))
+        fresh = sizes.shapes[other] not in sizes.shapes[[heavy, usual]]
+        cold = [step(other, alone=False)] if fresh and room >= 2 * seconds else []
+        room -= sum(one.seconds for one in cold)
         again: list[Taken] = []
-        while len(again) < REPEATS and room >= seconds:
-            again.append(step(usual, alone=False))
+        while (
+            len(again) < REPEATS and room >= seconds
+        ):  # in turn: a batch finds the memory of another one, as in a run
+            again.append(step((usual, other)[len(again) % (1 + len(cold))], alone=False))
             room -= again[-1].seconds
-        cold = []
-        if room >= seconds and sizes.shapes[other] not in sizes.shapes[[heavy, usual]]:
-            cold.append(step(other, alone=False))
         self.stepped = len(set(sizes.shapes[[heavy, usual, other][: 2 + len(cold)]].tolist()))
-        warm = (
-            again[1:] or again or [replace(timed, seconds=seconds)]
-        )  # the first one gets its memory from the system
+        warm = again if cold else again[1:] or again  # the first one gets its memory from the system
+        warm = warm or [replace(timed, seconds=seconds)]
         kept = timed.kept if sizes.shapes[usual] != sizes.shapes[heavy] else 0
         peak = max(one.peak - one.kept for one in (largest, timed))
         return Kind(_points(warm), _points(cold), peak, kept), {
