@@ -14,8 +14,9 @@ from graftkit.plan.forecast import Forecast, Passes
 from graftkit.plan.history import TRIAL, History
 from graftkit.plan.parameters import Plan
 
-# Shapes whose kernels are kept: oneDNN's cache has room for 1,024 kernels, and a step of a transformer with LoRA compiles about 20.
-CAPACITY = 50
+# Shapes whose kernels are kept: oneDNN's cache has room for 1,024 kernels, and a step of a transformer with LoRA has about 30 of its own.
+# Memory is held for more: that of kernels that were dropped is not free for others.
+CAPACITY, HELD = 35, 50
 WITHOUT_GRADIENTS = 1 / 3  # of the kernels of a step, where they were not measured
 # On a CPU, times as much as the heaviest step, and the heaviest batch that fills a cache, take by themselves, that they take within a run:
 # malloc keeps freed blocks between those that live, up to what `engine.heap` allows. Fitted to 20 runs of texts, images and
@@ -186,9 +187,9 @@ def memory_of(
         ("filling", trial.filling, fillings),
     ):
         kept = int(trial.step.kept * WITHOUT_GRADIENTS) if kind is None else kind.kept
-        used[name] = kept * min(len(set(batches.shapes.tolist())), CAPACITY)
+        used[name] = kept * min(len(set(batches.shapes.tolist())), HELD)
     known = [kind for kind in (trial.step, trial.evaluation, trial.filling) if kind is not None]
-    kernels = min(sum(used.values()), CAPACITY * max(kind.kept for kind in known))
+    kernels = min(sum(used.values()), HELD * max(kind.kept for kind in known))
     held = plan.optimizer_bytes + plan.ema_bytes
     between = plan.gradient_bytes if accumulate > 1 else 0  # gradients that wait for those of other batches
     fill = 0 if trial.filling is None else trial.filling.peak
