@@ -344,7 +344,12 @@ def test_a_run(short_bert, tmp_path):
         train=rows,
         method=method,
         out=tmp_path / "run",
-        settings={"train.epochs": 10, "train.batch_size": 16, "train.lr": 0.03, "train.evaluate_every": "end"},
+        settings={
+            "train.epochs": 10,
+            "train.batch_size": 16,
+            "train.lr": 0.03,
+            "train.evaluate_every": "end",
+        },
     )
     assert run.result["evaluation"]["accuracy"] > 0.9
     assert run.predict(["the old hammer"])[0]["label"] == "tool"
