@@ -36,7 +36,8 @@ def unread(number: int) -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.slow
 def test_a_run_goes_on_without_its_display(short_bert, rows_folder, tmp_path, break_, number, as_json):
-    words = tune_words(short_bert, rows_folder, tmp_path / "run", "train.steps=2", *["--json"] * as_json)
+    words = tune_words(short_bert, rows_folder, tmp_path / "run", "train.steps=2", *["--json"] * as_json,
+                      method="head()")  # fmt: skip
 
     def work() -> None:
         break_(number)

@@ -309,10 +309,10 @@ def run_command(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "steps"),
     [
-        # killed within a phase, at its first step, at its second, and between two kept prefixes; phases of epochs
-        (f"gradual_unfreeze(every=3, unit='steps', lr=0.001, decay=0.7) + {HEAD}", ["train.steps=15"], [2, 3, 4, 12]),
-        (f"gradual_unfreeze(every=2, lr=0.001) + {HEAD}", ["train.steps=32", "train.evaluate_every=end", "train.batch_size=32"], [6, 14]),
-        ("gradual_unfreeze(every=0.5, lr=0.001) + head()", ["train.steps=20", "train.accumulate=2"], [7]),
+        # killed at the first step of a phase, at its second, and between two kept prefixes; phases of epochs
+        (f"gradual_unfreeze(every=3, unit='steps', lr=0.001, decay=0.7) + {HEAD}", ["train.steps=14"], [3, 4, 12]),
+        (f"gradual_unfreeze(every=2, lr=0.001) + {HEAD}", ["train.steps=16", "train.evaluate_every=end", "train.batch_size=32"], [6, 14]),
+        ("gradual_unfreeze(every=0.5, lr=0.001) + head()", ["train.steps=10", "train.accumulate=2"], [7]),
     ],
 )  # fmt: skip
 def test_killed_and_resumed_it_ends_with_the_same_bits(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import graft_tensors, tune_words
-from processes import free_port, together
+from processes import both, together
+
+from graftkit.engine import kept, parallel
+from graftkit.engine.predict import predict
+from graftkit.tasks.base import Dataset
 
 SETTINGS = ("train.steps=6", "train.batch_size=8", "train.checkpoint_every=2", "train.weight_decay=0.0")
 
@@ -90,59 +94,39 @@ def test_their_folder_must_be_named(tmp_path, monkeypatch, still_bert, rows_fold
         assert one.status == 1 and "name it with --out" in one.err
 
 
-SHARES = """
-import json, sys
-import numpy as np, torch
-from graftkit.engine import kept, parallel, predict
-from graftkit.tasks.base import Dataset
+def shares(folder: Path) -> None:
+    """In each of two processes: predict the rows, fill a cache, and take values; write what comes of it."""
+    index, world = parallel.processes()
+    seen: list[int] = []
 
-index, world = parallel.processes()
+    class Rows(Dataset):
+        def __init__(self):
+            self.lengths = np.arange(1, 12)
 
-class Rows(Dataset):
-    def __init__(self):
-        self.lengths = np.arange(1, 12)
-    def __len__(self):
-        return 11
+        def __len__(self):
+            return 11
 
-class Task:
-    def outcomes(self, forward, batch):
-        seen.extend(batch.rows.tolist())
-        return [int(row) * 10 for row in batch.rows]
+    class Task:
+        def outcomes(self, forward, batch):
+            seen.extend(batch.rows.tolist())
+            return [int(row) * 10 for row in batch.rows]
 
-class Forward:
-    device = torch.device("cpu")
-    class graft:
-        model = torch.nn.Linear(1, 1)
-
-seen = []
-outcomes = predict.predict(Rows(), Forward(), Task(), 2)
-cache = kept.Kept(np.arange(1, 4), ragged=True)
-for row in range(index, 3, world):
-    cache.put(np.array([row]), torch.full((1, row + 1, 2), row + 0.5))
-cache.exchange()
-weights = torch.full((3,), float(index))
-parallel.from_first([weights])
-found = [outcomes, seen, cache.get(np.arange(3)).sum((1, 2)).tolist(), weights.tolist(),
-         parallel.all_agree(True), parallel.all_agree(index == 0)]
-with open(f"{sys.argv[1]}/found-{index}.json", "w") as file:  # what two processes print gets mixed
-    json.dump(found, file)
-"""
+    forward = SimpleNamespace(device=torch.device("cpu"), graft=SimpleNamespace(model=torch.nn.Linear(1, 1)))
+    outcomes = predict(Rows(), forward, Task(), 2)
+    cache = kept.Kept(np.arange(1, 4), ragged=True)
+    for row in range(index, 3, world):
+        cache.put(np.array([row]), torch.full((1, row + 1, 2), row + 0.5))
+    cache.exchange()
+    weights = torch.full((3,), float(index))
+    parallel.from_first([weights])
+    found = [outcomes, seen, cache.get(np.arange(3)).sum((1, 2)).tolist(), weights.tolist(),
+             parallel.all_agree(True), parallel.all_agree(index == 0)]  # fmt: skip
+    (folder / f"found-{index}.json").write_text(json.dumps(found))
 
 
 def test_evaluation_and_cache_are_shared_and_values_are_those_of_the_first(tmp_path):
-    script = tmp_path / "shares.py"
-    script.write_text(SHARES)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={free_port()}",
-        str(script),
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    ended = both(lambda rank: shares(tmp_path))
+    assert [one.status for one in ended] == [0, 0], ended[0].err + ended[1].err
     found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("found-*.json"))]
     assert len(found) == 2
     seen = sorted(row for one in found for row in one[1])

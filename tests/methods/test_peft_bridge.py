@@ -336,15 +336,20 @@ def test_what_others_add_at_the_same_site_stays(tuner):
 
 
 @pytest.mark.slow
-def test_a_run(tiny_bert, tmp_path):
-    rows = make_rows(300)
+def test_a_run(short_bert, tmp_path):
+    rows = make_rows(96)
     method = "peft('hra', {'r': 4}) + head()"
     run = graftkit.tune(
-        model=tiny_bert,
+        model=short_bert,
         train=rows,
         method=method,
         out=tmp_path / "run",
-        settings={"train.epochs": 6, "train.lr": 0.03, "train.evaluate_every": "end"},
+        settings={
+            "train.epochs": 10,
+            "train.batch_size": 16,
+            "train.lr": 0.03,
+            "train.evaluate_every": "end",
+        },
     )
     assert run.result["evaluation"]["accuracy"] > 0.9
     assert run.predict(["the old hammer"])[0]["label"] == "tool"

@@ -148,11 +148,14 @@ FORMS = {
                  {"rank_pattern": {"1.*": 5}, "alpha_pattern": {"q_proj|query|c_attn": 7}}),
     "use_rslora": ("dora(rank=3, use_rslora=True, rank_pattern={'blocks[-1]': 4})", {"use_dora": True, "use_rslora": True}),
 }  # fmt: skip
+# with and without a head in turn, so that each form and each kind of model has both
+EACH_FORM = pytest.mark.parametrize(
+    ("kind", "form", "headed"),
+    [(kind, form, bool((i + j) % 2)) for i, kind in enumerate(tiny.KINDS) for j, form in enumerate(FORMS)],
+)
 
 
-@ALL_KINDS
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("headed", [False, True])
+@EACH_FORM
 def test_peft_reads_our_forms(kind, form, headed, tmp_path):
     make = tiny.with_head if headed else tiny.bare
     text = FORMS[form][0] + (" + head(classes=3)" if headed else "")
@@ -171,9 +174,7 @@ def test_peft_reads_our_forms(kind, form, headed, tmp_path):
     )
 
 
-@ALL_KINDS
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("headed", [False, True])
+@EACH_FORM
 def test_we_read_pefts_forms(kind, form, headed, tmp_path):
     make = tiny.with_head if headed else tiny.bare
     settings = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", "r": 4} | FORMS[form][1]

@@ -21,21 +21,21 @@ from graftkit.runs.tune import run_recipe
 
 
 @pytest.fixture
-def planned(tiny_bert, tmp_path, capsys, monkeypatch):
+def planned(short_bert, tmp_path, capsys, monkeypatch):
     """Run a command on the tiny model and return its JSON."""
     monkeypatch.setenv("GRAFTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("GRAFTKIT_FORECAST", "1")
     rows = write_csv(tmp_path / "rows.csv", make_rows(32))
 
     def run(*words: str, command: str = "plan", status: int = 0) -> dict:
-        given = ["--model", str(tiny_bert), "--train", str(rows), "train.epochs=1", *words, "--json"]
+        given = ["--model", str(short_bert), "--train", str(rows), "train.epochs=1", *words, "--json"]
         with pytest.raises(SystemExit) as stopped:
             main([command, *given])
         found = json.loads(capsys.readouterr().out)
         assert (stopped.value.code or 0) == status, found
         return found
 
-    run.model, run.rows = str(tiny_bert), str(rows)
+    run.model, run.rows = str(short_bert), str(rows)
     return run
 
 

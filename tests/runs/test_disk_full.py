@@ -104,7 +104,7 @@ def test_a_full_disk_when_a_run_begins_or_ends(short_bert, rows_folder, tmp_path
     assert command(*again).status == 0
 
 
-@pytest.mark.parametrize("number", range(0, 30, 5))
+@pytest.mark.parametrize("number", range(0, 30, 8))
 def test_an_operation_that_is_refused(finished, exported, tmp_path, number):
     """Any operation on files of an export may fail; whatever fails, the next export is complete."""
     shutil.copytree(exported, tmp_path / "model")

@@ -307,7 +307,7 @@ def test_a_probe_is_logged_at_each_evaluation(texts, models, tmp_path):
 @pytest.mark.slow
 def test_a_budget_chooses_steps_and_batch_and_tells_why(texts, models, tmp_path, command):
     done = command(
-        "pretrain", "--objective", "mlm", "--train", texts, "--from", models["bert"], "--budget", "2 s", "--out",
+        "pretrain", "--objective", "mlm", "--train", texts, "--from", models["bert"], "--budget", "0.5 s", "--out",
         tmp_path / "run", "data.max_length=24", "train.precision=fp32",
     )  # fmt: skip
     assert done.status == 0, done.err

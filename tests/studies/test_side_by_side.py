@@ -36,10 +36,10 @@ def compared(model, out, pace, monkeypatch):
     )  # fmt: skip
 
 
-def test_runs_side_by_side_are_those_that_run_alone(tiny_bert, tmp_path, monkeypatch):
+def test_runs_side_by_side_are_those_that_run_alone(short_bert, tmp_path, monkeypatch):
     assert torch.get_num_threads() == 1
     ways = {"beside": Pace(2, 1), "here": None}
-    found = {name: compared(tiny_bert, tmp_path / name, pace, monkeypatch) for name, pace in ways.items()}
+    found = {name: compared(short_bert, tmp_path / name, pace, monkeypatch) for name, pace in ways.items()}
     runs = sorted(path.name for path in (tmp_path / "here" / "runs").iterdir())
     assert len(runs) == 4 == len(list((tmp_path / "beside" / "runs").iterdir()))
     for run in runs:
@@ -55,7 +55,7 @@ def test_runs_side_by_side_are_those_that_run_alone(tiny_bert, tmp_path, monkeyp
     # what is there is not made again, and one whose result is damaged is
     damaged = tmp_path / "beside" / "runs" / runs[0] / "result.json"
     damaged.write_text('{"metrics": 3}')
-    again = compared(tiny_bert, tmp_path / "beside", Pace(1, 1), monkeypatch)
+    again = compared(short_bert, tmp_path / "beside", Pace(1, 1), monkeypatch)
     assert [row["values"] for row in again.rows] == [row["values"] for row in found["beside"].rows]
     assert '"accuracy"' in damaged.read_text()
 

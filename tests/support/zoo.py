@@ -276,7 +276,7 @@ MODELS = [
         )
     ), _random("input_features", 8, 24)),
     Model("transformer", "`nn.TransformerEncoder`", Plain, _plain),
-    Model("squeezenet", "SqueezeNet", _example("squeezenet"), _random("x", 3, 47, 47)),
+    Model("squeezenet", "SqueezeNet", _example("squeezenet", CLASSES=10), _random("x", 3, 31, 31)),
     Model("resnet20", "ResNet-20", _example("resnet20", DEPTH=2), _random("x", 3, 16, 16)),
 ]  # fmt: skip
 BY_NAME = {model.name: model for model in MODELS}

@@ -308,14 +308,14 @@ def test_export_of_a_pooled_head(tiny_bert, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_to_the_same_end(tiny_bert, tmp_path, command, kind):
+def test_a_run_that_is_killed_goes_on_to_the_same_end(short_bert, tmp_path, command, kind):
     train = write_csv(tmp_path / "train.csv", rows_of(kind, 48))
 
     def words(out: Path) -> list[str]:
         return [
-            "tune", "--model", str(tiny_bert), "--task", TASKS[kind], "--train", str(train), "--eval", "0.2",
-            "--method", "lora(rank=2, dropout=0.1) + head()", "--out", str(out), "train.steps=6", "train.batch_size=8",
-            "train.precision=fp32", "train.checkpoint_every=1",
+            "tune", "--model", str(short_bert), "--task", TASKS[kind], "--train", str(train), "--eval", "0.2",
+            "--method", "lora(rank=2, dropout=0.1) + head()", "--out", str(out), "train.steps=5", "train.batch_size=8",
+            "train.precision=fp32", "train.checkpoint_every=1", "train.evaluate_every=end",
         ]  # fmt: skip
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

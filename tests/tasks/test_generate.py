@@ -293,7 +293,7 @@ def test_the_loss_of_a_packed_run_is_that_of_separate_rows(llama, tmp_path):
 
 @pytest.mark.slow
 def test_encoder_and_decoder(t5, data, tmp_path):
-    run = tune(t5, data, tmp_path / "run", method="full(lr=0.02)", epochs=40.0, evaluate_every="end")
+    run = tune(t5, data, tmp_path / "run", method="full(lr=0.02)", epochs=28.0, evaluate_every="end")
     assert run.metrics["perplexity"] < 2
     assert run.predict(["what colour is coal?"]) == [
         {"prompt": "what colour is coal?", "completion": "black"}
@@ -306,7 +306,7 @@ def test_encoder_and_decoder(t5, data, tmp_path):
 def test_exported(llama, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = tune(llama, data, tmp_path / "run", method="lora(lr=0.02)", epochs=12.0, evaluate_every="end")
+    run = tune(llama, data, tmp_path / "run", method="lora(lr=0.02)", epochs=4.0, evaluate_every="end")
     done = run.export(tmp_path / "plain")
     assert done["native"] and done["rows_real"] and done["same_answers"]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
