@@ -239,7 +239,9 @@ def test_damaged_checkpoints_are_refused(short_bert, rows_folder, tmp_path, comm
     for path in checkpoints:
         flip_a_bit(path)
     done = command("tune", "--resume", run)
-    assert done.status == 1 and checkpoints[-1].name in done.err and f"remove {run / 'checkpoints'}" in done.err
+    assert (
+        done.status == 1 and checkpoints[-1].name in done.err and f"remove {run / 'checkpoints'}" in done.err
+    )
     shutil.rmtree(run / "checkpoints")
     done = command("tune", "--resume", run)
     assert done.status == 0 and "resumed at step 0 of 9" in done.out
