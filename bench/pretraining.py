@@ -250,7 +250,7 @@ def chinese(data: Path) -> None:
 def muon(data: Path) -> None:
     """How many steps muon needs for AdamW's last held-out loss, each with the best learning rate of the same grid, where each
     text is read about once."""
-    rates = (5e-4, 1e-3, 2e-3)
+    rates = (5e-4, 1e-3, 2e-3, 4e-3)
     steps = 300
 
     def measure(optimizer: str, rate: float, count: int) -> dict[str, Any]:
