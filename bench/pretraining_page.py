@@ -71,10 +71,15 @@ def lines() -> Iterator[str]:
     for one in found_of("chinese"):
         yield f"- Chinese poems: `causal` loss {one['causal']['loss']:.3f} on held-out poems; a poem that it writes: {one['poem']!r}."
     complete = any("share" in one for one in found_of("muon-"))  # else the grid is not
+    if complete:
+        yield (
+            "- Muon and AdamW, `causal` on a `llama-mini` with 64 rows of 64 tokens a step, English texts read about once; the best of the "
+            "same learning rates for each:"
+        )
     for one in found_of("muon-") if complete else ():
         what = f"{one['share']:.2f} of the steps" if "share" in one else f"learning rate {one['lr']}"
         wanted = f", to reach {one['wanted']:.4f}" if "wanted" in one else ""
-        yield f"- `{one['optimizer']}`, {what} ({one['steps']:,}): held-out loss {one['loss']:.4f}{wanted}."
+        yield f"    - `{one['optimizer']}`, {what} ({one['steps']:,}): held-out loss {one['loss']:.4f}{wanted}."
     for one in found_of("apart"):
         yield (
             f"- `causal(apart=true)` against `apart=false`, rows of 128 tokens: {one['ratio']:.3f} of the tokens per second, median of "
