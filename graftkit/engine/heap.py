@@ -21,7 +21,7 @@ class Heap:
     Kernels that are compiled, and libraries that are loaded, during a pass come to lie between its blocks. These are freed at its
     end, but the next pass, of other sizes, finds too few that fit, and takes new memory: a process may come to hold twice what its
     passes need. Giving freed blocks back costs a pass some time, since they have to be taken again. So it is done only when
-    more is held than passes need and a part of that. On a GPU, and without glibc, nothing is done.
+    more is held than a pass has needed. On a GPU, and without glibc, nothing is done.
     """
 
     def __init__(self, device: torch.device) -> None:
