@@ -21,6 +21,7 @@ import multiprocessing
 import re
 import resource
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,8 +271,10 @@ def kept(name: str, size: str, steps: int, scale: float, text: str) -> dict[str,
 def write(size: str, steps: int) -> None:
     """Put the run of each row that is best on the held-out text into docs/results.md."""
     best: dict[str, dict[str, Any]] = {}
+    tried: Counter[str] = Counter()
     for path in common.RESULTS.glob(f"optimizer-{size}-{steps}-*.json"):
         run = json.loads(path.read_text(encoding="utf-8"))
+        tried[run["name"]] += 1
         if run["held_out_loss"] < best.get(run["name"], run)["held_out_loss"] or run["name"] not in best:
             best[run["name"]] = run
     rows = [best[row.name] for row in ROWS if row.name in best]
@@ -280,7 +283,8 @@ def write(size: str, steps: int) -> None:
         f"From `bench/optimizers.py --size {size}`: a Llama of {shape.layers} blocks of width {shape.width} and a vocabulary of "
         f"{shape.vocabulary:,}, {rows[0]['trained'] / 1e6:.1f} M parameters, from scratch, {steps} steps of {shape.batch} rows of "
         f"{shape.length} tokens. The learning rate is the best of those tried, on held-out text; perplexity is that of other text. "
-        "Peak is that of the process."
+        f"Tried were: {', '.join(f'{row["name"]} {tried[row["name"]]}' for row in rows)}; rows with fewer are not tuned. Peak is that of the "
+        "process; with one thread, tokens per second are those of processor time."
     )
     machines = "; ".join(sorted({row["machine"] for row in rows}))
     text = "\n\n".join(["## Optimizers", intro, table(rows), f"Machine: {machines}."])
