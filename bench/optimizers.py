@@ -279,11 +279,12 @@ def write(size: str, steps: int) -> None:
             best[run["name"]] = run
     rows = [best[row.name] for row in ROWS if row.name in best]
     shape = SIZES[size]
+    counts = "; ".join(f"{row['name']}: {tried[row['name']]}" for row in rows)
     intro = (
         f"From `bench/optimizers.py --size {size}`: a Llama of {shape.layers} blocks of width {shape.width} and a vocabulary of "
         f"{shape.vocabulary:,}, {rows[0]['trained'] / 1e6:.1f} M parameters, from scratch, {steps} steps of {shape.batch} rows of "
         f"{shape.length} tokens. The learning rate is the best of those tried, on held-out text; perplexity is that of other text. "
-        f"Tried were: {', '.join(f'{row["name"]} {tried[row["name"]]}' for row in rows)}; rows with fewer are not tuned. Peak is that of the "
+        f"Tried were: {counts}; a row with one is not tuned. Peak is that of the "
         "process; with one thread, tokens per second are those of processor time."
     )
     machines = "; ".join(sorted({row["machine"] for row in rows}))
